@@ -1,0 +1,261 @@
+"""Model-agnostic meta-learning (Finn, Abbeel and Levine, ICML 2017): networks, inner loop, outer loop.
+
+The task axis is explicit. After the first inner step each task has weights of its own, so weights are [T, ...] like
+the data, and every layer acts on all T tasks of a meta-batch at once. "a" is the support set (inner gradient), "b" the
+query set (outer gradient).
+"""
+from typing import Callable, NamedTuple
+
+import tensorflow as tf
+
+from special_grads import patches3x3
+from utils import (Batch, accuracy, conv_block, cross_entropy, dense, initial_value, mean_squared_error,
+                   norm_parameters, normalize, read_checkpoint)
+
+IMAGE_SHAPES = {'omniglot': (28, 1), 'miniimagenet': (84, 3)}   # height = width, channels
+
+
+class Results(NamedTuple):
+    """What adaptation does to each task; J is the number of updates evaluated."""
+    loss1: tf.Tensor        # [T], support, before any update
+    losses2: tf.Tensor      # [J, T], query, after update 1...J
+    accuracy1: tf.Tensor    # [T]
+    accuracies2: tf.Tensor  # [J, T]
+    outputa: tf.Tensor      # [T, examples, out], support, before any update
+    outputsb: tf.Tensor     # [J, T, examples, out], query, after update 1...J
+
+
+# Networks: functions of inputs and weights that know nothing of meta-learning ---------------------------------------
+
+class FullyConnected:
+    """Affine layers, each but the last followed by normalisation and ReLU.
+
+    Attributes: parameters and norm_parameters, {name: (kind of initial value, shape)}; the former are adapted by the
+    inner loop, the latter shared by all tasks.
+    """
+
+    def __init__(self, dim_input: int, dim_hidden: tuple[int, ...], dim_output: int, norm: str = 'None'):
+        sizes = [dim_input, *dim_hidden, dim_output]
+        self.norm = norm
+        self.scopes = ['0', *(str(i + 1) for i in range(1, len(dim_hidden)))]   # the original's: 0, 2, 3, ...
+        self.parameters, self.norm_parameters = {}, {}
+        for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:]), start=1):
+            self.parameters |= {f'w{i}': ('truncated', (fan_in, fan_out)), f'b{i}': ('zeros', (fan_out,))}
+        for scope, size in zip(self.scopes, dim_hidden):
+            self.norm_parameters |= norm_parameters(norm, scope, size)
+
+    def prepare(self, inputs: tf.Tensor) -> tf.Tensor:
+        """The part of the forward pass that no weight enters: none here."""
+        return inputs
+
+    def __call__(self, x: tf.Tensor, weights: dict, norms: dict) -> tf.Tensor:
+        """x: [T, examples, D]; weights: [T, ...] each. Returns [T, examples, out]."""
+        for i, scope in enumerate(self.scopes, start=1):
+            x = dense(x, weights[f'w{i}'], weights[f'b{i}'])
+            x = tf.nn.relu(normalize(x, self.norm, scope, norms))
+        last = len(self.scopes) + 1
+        return dense(x, weights[f'w{last}'], weights[f'b{last}'])
+
+
+class Convolutional:
+    """Four blocks of 3x3 convolution, normalisation and ReLU, halving the image each, then an affine layer.
+
+    max_pool: halve by 2x2 pooling (image size rounded down), else by stride 2 (rounded up). flatten: the last layer
+    sees all pixels (miniImagenet, Glorot initial values), else their mean (Omniglot, normal ones).
+    Attributes: as FullyConnected.
+    """
+
+    def __init__(self, image_size: int, channels: int, filters: int, classes: int, norm: str = 'batch_norm',
+                 max_pool: bool = False, flatten: bool = False):
+        self.image_shape = (image_size, image_size, channels)
+        self.norm, self.max_pool, self.flatten = norm, max_pool, flatten
+        self.parameters, self.norm_parameters = {}, {}
+        for i, fan_in in enumerate([channels, filters, filters, filters], start=1):
+            self.parameters |= {f'conv{i}': ('glorot', (3, 3, fan_in, filters)), f'b{i}': ('zeros', (filters,))}
+            self.norm_parameters |= norm_parameters(norm, str(i - 1), filters)
+            image_size = image_size // 2 if max_pool else -(-image_size // 2)
+        features = filters * image_size ** 2 if flatten else filters
+        self.parameters |= {'w5': ('glorot' if flatten else 'normal', (features, classes)), 'b5': ('zeros', (classes,))}
+
+    def prepare(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Patches of the images, which no weight enters: [T, examples, H*W*C] -> [T, examples, H', W', 9*C]."""
+        return self._patches(tf.reshape(inputs, [*inputs.shape[:2], *self.image_shape]))
+
+    def _patches(self, x):
+        return patches3x3(x, stride=1 if self.max_pool else 2)
+
+    def __call__(self, x: tf.Tensor, weights: dict, norms: dict) -> tf.Tensor:
+        """x: from `prepare`; weights: [T, ...] each. Returns logits [T, examples, classes]."""
+        for i in range(1, 5):
+            patches = x if i == 1 else self._patches(x)
+            x = conv_block(patches, weights[f'conv{i}'], weights[f'b{i}'], self.max_pool,
+                           lambda y: normalize(y, self.norm, str(i - 1), norms))
+        features = tf.reshape(x, [*x.shape[:2], -1]) if self.flatten else tf.reduce_mean(x, [2, 3])  # [T, examples, F']
+        return dense(features, weights['w5'], weights['b5'])
+
+
+# The algorithm ------------------------------------------------------------------------------------------------------
+
+class MAML(tf.Module):
+    """Meta-learned initial weights θ of a network, and the loops that learn them.
+
+    Args:
+        network: FullyConnected, Convolutional or anything with their attributes and methods.
+        loss: function of outputs and labels, [T, examples, out] each, to one loss per task, [T].
+        update_lr: α, inner step size. meta_lr: β, outer step size (Adam). num_updates: inner updates in training.
+        stop_grad: first-order approximation. clip: bound on each element of the meta-gradient, or None.
+        seed: of the initial weights. dtype: of everything. compiled: by XLA, else plain TensorFlow.
+    """
+
+    def __init__(self, network, loss: Callable, update_lr: float, num_updates: int = 1, meta_lr: float = 1e-3,
+                 stop_grad: bool = False, clip: float | None = None, seed: int = 0, dtype=tf.float32,
+                 compiled: bool = True):
+        super().__init__()
+        self.network, self.loss, self.dtype = network, loss, tf.as_dtype(dtype)
+        self.update_lr, self.num_updates, self.stop_grad, self.clip = update_lr, num_updates, stop_grad, clip
+        names = [*network.parameters, *network.norm_parameters]
+        variables = {name: tf.Variable(tf.cast(initial_value(kind, shape, [seed, names.index(name)]), dtype))
+                     for name, (kind, shape) in (network.parameters | network.norm_parameters).items()}
+        self.weights = {name: variables[name] for name in network.parameters}        # θ
+        self.norms = {name: variables[name] for name in network.norm_parameters}     # learned by the outer loop only
+        # ε as TensorFlow 1's Adam has it; Keras's own default is ten times larger.
+        self.metatrain_optimizer = tf.keras.optimizers.Adam(meta_lr, epsilon=1e-8)
+        self.pretrain_optimizer = tf.keras.optimizers.Adam(meta_lr, epsilon=1e-8)
+        for optimizer in (self.metatrain_optimizer, self.pretrain_optimizer):
+            optimizer.build(self.parameters)
+        compile_ = lambda function: tf.function(function, jit_compile=compiled)
+        self.metatrain_step, self.pretrain_step = compile_(self._metatrain_step), compile_(self._pretrain_step)
+        self.checkpoint = tf.train.Checkpoint(
+            weights=self.weights, norms=self.norms, metatrain_optimizer=self.metatrain_optimizer,
+            pretrain_optimizer=self.pretrain_optimizer)
+        self._compiled = {f: compile_(getattr(self, f)) for f in ('_prepare', '_first_outputs', '_update_and_outputs')}
+
+    @property
+    def parameters(self) -> list[tf.Variable]:
+        """All that the outer loop learns: weights, then normalisation parameters."""
+        return [*self.weights.values(), *self.norms.values()]
+
+    # Algorithm 1 (and 2, for regression), line by line. Line 3, sampling the tasks, is data_generator.py's.
+
+    def initial_weights(self, tasks: int) -> dict[str, tf.Tensor]:
+        """θ, once per task: {name: [T, ...]}."""
+        return {name: tf.repeat(theta[tf.newaxis], tasks, axis=0) for name, theta in self.weights.items()}
+
+    def adapt(self, weights: dict, x: tf.Tensor, label: tf.Tensor) -> dict[str, tf.Tensor]:
+        """One inner update of every task: θ' = θ − α ∇_θ L_T(f_θ), lines 5 to 7 and equation 1.
+
+        weights: {name: [T, ...]}; x: prepared support inputs; label: [T, examples, out]. Returns weights alike.
+        """
+        with tf.GradientTape() as inner:
+            inner.watch(weights)
+            losses = self.loss(self.network(x, weights, self.norms), label)      # L_Ti(f_θi), [T]
+        gradients = inner.gradient(losses, weights)                              # of one task each: [T, ...]
+        if self.stop_grad:                                                       # first order: a constant
+            gradients = tf.nest.map_structure(tf.stop_gradient, gradients)
+        return {name: theta - self.update_lr * gradients[name] for name, theta in weights.items()}
+
+    def outer_loss(self, batch: Batch) -> tf.Tensor:
+        """Σ_Ti L_Ti(f_θ'i) / T: the query loss after `num_updates` updates, a scalar; the sum in line 10 (8)."""
+        tasks = batch.inputa.shape[0]
+        weights, x = self.initial_weights(tasks), self.network.prepare(batch.inputa)
+        for _ in range(self.num_updates):
+            weights = self.adapt(weights, x, batch.labela)
+        output = self.network(self.network.prepare(batch.inputb), weights, self.norms)
+        return tf.reduce_sum(self.loss(output, batch.labelb)) / tasks
+
+    def meta_gradient(self, batch: Batch) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """The outer loss and its gradient ∇_θ Σ_Ti L_Ti(f_θ'i) / T for `parameters`, unclipped."""
+        with tf.GradientTape() as outer:
+            loss = self.outer_loss(batch)
+        return loss, outer.gradient(loss, self.parameters, unconnected_gradients='zero')
+
+    def _metatrain_step(self, batch: Batch) -> tf.Tensor:
+        """θ ← θ − β ∇_θ Σ_Ti L_Ti(f_θ'i), line 10 (8), by Adam. Returns the outer loss before the step."""
+        loss, gradients = self.meta_gradient(batch)
+        if self.clip is not None:
+            gradients = [tf.clip_by_value(gradient, -self.clip, self.clip) for gradient in gradients]
+        self.metatrain_optimizer.apply(gradients, self.parameters)
+        return loss
+
+    # The joint-training baseline, and evaluation.
+
+    def _pretrain_step(self, batch: Batch) -> tf.Tensor:
+        """One Adam step on the support loss *before* any update, over all tasks. Returns that loss."""
+        with tf.GradientTape() as tape:
+            output = self.network(self.network.prepare(batch.inputa), self.initial_weights(batch.inputa.shape[0]), self.norms)
+            loss = tf.reduce_mean(self.loss(output, batch.labela))
+        gradients = tape.gradient(loss, self.parameters, unconnected_gradients='zero')
+        self.pretrain_optimizer.apply(gradients, self.parameters)
+        return loss
+
+    def evaluate(self, batch: Batch, num_updates: int) -> Results:
+        """Losses, accuracies and outputs of each task before and after each of `num_updates` inner updates."""
+        tasks, call = batch.inputa.shape[0], self._compiled
+        xa, xb = call['_prepare'](batch.inputa), call['_prepare'](batch.inputb)
+        weights, *first = call['_first_outputs'](xa, batch.labela)
+        later = []
+        for _ in range(num_updates):   # one compiled update called J times: no long unrolled program to compile
+            weights, *outcome = call['_update_and_outputs'](weights, xa, batch.labela, xb, batch.labelb)
+            later.append(outcome)
+        losses2, accuracies2, outputsb = (tf.stack(values) for values in zip(*later))
+        loss1, accuracy1, outputa = first
+        return Results(loss1, losses2, accuracy1, accuracies2, outputa, outputsb)
+
+    def restore(self, path: str) -> bool:
+        """Loads a checkpoint of this program, or the weights in one of the TensorFlow 1 original.
+
+        Returns whether Adam's state came with the weights. Raises ValueError, with nothing loaded, if the parameters
+        in it are not those of this network.
+        """
+        variables = self.weights | self.norms
+        values, complete = read_checkpoint(path, [*variables])
+        for name, variable in variables.items():
+            if name not in values:
+                raise ValueError(f'{path} is of another architecture: it has no {name}, but {", ".join(values)}')
+            if values[name].shape != tuple(variable.shape):
+                raise ValueError(f'{path} is of another architecture: {name} is {list(values[name].shape)} in it and '
+                                 f'{variable.shape.as_list()} in the network that the flags describe')
+        if complete:
+            self.checkpoint.read(path).assert_existing_objects_matched()
+        else:
+            for name, variable in variables.items():
+                variable.assign(tf.cast(values[name], variable.dtype))
+        return complete
+
+    def _prepare(self, inputs):
+        return self.network.prepare(inputs)
+
+    def _first_outputs(self, x, label):
+        weights = self.initial_weights(x.shape[0])
+        return weights, *self._outcome(weights, x, label)
+
+    def _update_and_outputs(self, weights, xa, labela, xb, labelb):
+        weights = self.adapt(weights, xa, labela)
+        return weights, *self._outcome(weights, xb, labelb)
+
+    def _outcome(self, weights, x, label):
+        output = self.network(x, weights, self.norms)
+        return self.loss(output, label), accuracy(output, label), output
+
+
+# From the command line's settings to a model ------------------------------------------------------------------------
+
+def make_network(datasource: str, num_classes: int = 5, norm: str = 'batch_norm', num_filters: int = 64,
+                 conv: bool = True, max_pool: bool = False, baseline: str | None = None):
+    """The paper's network for a data source; arguments as the flags of the same names."""
+    if datasource == 'sinusoid':
+        return FullyConnected(3 if baseline == 'oracle' else 1, (40, 40), 1, norm)
+    size, channels = IMAGE_SHAPES[datasource]
+    if not conv:
+        return FullyConnected(size * size * channels, (256, 128, 64, 64), num_classes, norm)
+    return Convolutional(size, channels, num_filters, num_classes, norm, max_pool, flatten=datasource == 'miniimagenet')
+
+
+def make_model(datasource: str, update_batch_size: int = 5, update_lr: float = 1e-3, num_updates: int = 1,
+               meta_lr: float = 1e-3, stop_grad: bool = False, seed: int = 0, dtype=tf.float32, compiled: bool = True,
+               **network) -> MAML:
+    """A model with the paper's network, loss and clipping; arguments as the flags, `network` as for `make_network`."""
+    loss = mean_squared_error if datasource == 'sinusoid' else cross_entropy(update_batch_size)
+    clip = 10. if datasource == 'miniimagenet' else None
+    return MAML(make_network(datasource, **network), loss, update_lr, num_updates, meta_lr, stop_grad, clip, seed,
+                dtype, compiled)

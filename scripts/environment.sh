@@ -1,0 +1,58 @@
+# Sourced by the other scripts: `set_up EXTRA` makes sure that .venv in the checkout holds the project with that extra of
+# setup.py ('plots' or 'test'), and that `python` runs it. PYTHON=/path/to/python3.12 chooses the Python for a new .venv; remove
+# .venv to choose another. The caller is in the checkout already.
+
+fail() { echo "$*" >&2; exit 1; }
+
+# Python 3.10-3.13 (those TensorFlow 2.16+ has wheels for), and able to make environments with pip in them. Running it is
+# the only sure test: a pyenv shim is found on the PATH and fails, and Debian's python3 comes without ensurepip.
+usable() {
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null
+}
+
+find_python() {
+    local python
+    if [ -n "${PYTHON:-}" ]; then
+        usable "$PYTHON" || fail "PYTHON=$PYTHON does not run Python 3.10, 3.11, 3.12 or 3.13 with its venv module."
+        echo "$PYTHON"
+        return
+    fi
+    for python in python3.13 python3.12 python3.11 python3.10 python3 python; do
+        usable "$python" && echo "$python" && return
+    done
+    fail 'No Python 3.10, 3.11, 3.12 or 3.13 with its venv module was found; install one (on Debian or Ubuntu: apt install' \
+         'python3 python3-venv), or name one: PYTHON=/path/to/python3.12 bash scripts/run.sh'
+}
+
+# What an installation depends on; it is written down only after pip has succeeded, so an interrupted one is done again.
+fingerprint() { echo "$PWD"; cksum < setup.py; }
+
+install() {
+    local extra=$1 stamp=.venv/installed-$1 python
+    [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ] && usable .venv/bin/python && return
+    if ! usable .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        python=$(find_python) || exit 1
+        echo "Creating .venv with $("$python" --version)" >&2
+        "$python" -m venv --clear .venv || fail "The environment $PWD/.venv could not be created; see the lines above."
+    fi
+    echo "Installing TensorFlow and the other packages of setup.py[$extra] into .venv (once; takes a few minutes)" >&2
+    .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[$extra]" ||
+        fail "The packages could not be installed into $PWD/.venv; see pip's lines above, then run" \
+             "this again (if that does not help, after removing .venv)."
+    fingerprint > "$stamp.$$" && mv "$stamp.$$" "$stamp"
+}
+
+set_up() {
+    # One set-up at a time: a second caller waits, then finds the work done. Only where flock exists (Linux), and only
+    # until the end of the set-up, so that two runs may train at once.
+    exec 9<setup.py
+    if command -v flock >/dev/null && ! flock --nonblock 9; then
+        echo 'Waiting for another set-up of .venv to finish' >&2
+        flock 9 || true
+    fi
+    unset PYTHONHOME PYTHONPATH  # they would put another Python's packages before those of .venv
+    install "$1"
+    exec 9<&-
+    PATH=$PWD/.venv/bin:$PATH
+    export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}  # errors only: no lines about CPU features and missing GPUs
+}

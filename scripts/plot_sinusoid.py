@@ -1,0 +1,159 @@
+#!/usr/bin/env python
+"""Draws what a trained sinusoid model does: its fits to two new tasks, and its error after each update.
+
+    python scripts/plot_sinusoid.py logs/sine/cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm
+
+The errors are those that `main.py --train=False` wrote into the run's folder.
+"""
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+
+matplotlib.use('Agg')  # a picture in a file, on machines without a display too
+import matplotlib.pyplot as plt
+
+UPDATES = {0: ('before the first update', ':'), 1: ('after 1 update', '--'), 10: ('after 10 updates', '-')}
+COLORS = {0: 'tab:gray', 1: 'tab:green', 10: 'tab:blue'}
+
+
+class Fit(NamedTuple):
+    """One task, and the model's predictions for it."""
+    x: np.ndarray             # [points], evenly spaced
+    truth: np.ndarray         # [points]
+    support: np.ndarray       # [K, 2]: x, y
+    predictions: dict         # {number of updates: [points]}
+
+
+class Errors(NamedTuple):
+    """The results of one evaluation, each an array over updates 0, 1, ..."""
+    label: str
+    means: np.ndarray
+    ci95: np.ndarray
+
+
+def read_errors(run_folder: Path) -> list[Errors]:
+    """The run's test_ubs{K}_stepsize{α}.csv files, an entry for each.
+
+    Raises:
+      FileNotFoundError: the run has not been evaluated.
+      ValueError: a file does not hold the three rows of numbers (means, standard deviations, confidence intervals).
+    """
+    found = []
+    for path in sorted(run_folder.glob('test_ubs*_stepsize*.csv')):
+        shots, step_size = re.fullmatch(r'test_ubs(.+)_stepsize(.+)\.csv', path.name).groups()
+        try:
+            means, _, ci95 = np.loadtxt(path, delimiter=',', skiprows=1, ndmin=2)
+        except ValueError:
+            raise ValueError(f'{path} is not the table main.py writes (a header, then means, standard deviations and '
+                             'confidence intervals); evaluate the run again with --train=False') from None
+        found.append(Errors(f'{shots}-shot, α = {step_size}', means, ci95))
+    if not found:
+        raise FileNotFoundError(f'{run_folder} holds no test_ubs*_stepsize*.csv; evaluate the run first, with the flags '
+                                'it was trained with and --train=False --test_set=True')
+    return found
+
+
+def draw_fit(axes, fit: Fit) -> None:
+    axes.plot(fit.x, fit.truth, color='tab:red', label='ground truth')
+    for updates, prediction in fit.predictions.items():
+        label, style = UPDATES[updates]
+        axes.plot(fit.x, prediction, style, color=COLORS[updates], label=label)
+    axes.plot(*fit.support.T, '^', color='tab:purple', label='support points', zorder=3)
+    axes.set(xlabel='x', ylabel='y', title=f'A new task, {len(fit.support)} support points')
+
+
+def draw_errors(axes, errors: list[Errors]) -> None:
+    for label, means, ci95 in errors:
+        axes.errorbar(range(len(means)), means, yerr=ci95, marker='o', markersize=4, capsize=3, label=label)
+    axes.set(xlabel='updates (0: support set before the first, then query set)', ylabel='mean squared error',
+             title='Mean over test tasks, 95 % intervals', xticks=range(max(len(e.means) for e in errors)), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def draw(all_fits: list[Fit], errors: list[Errors], output: Path) -> None:
+    """Writes the picture; `output` is complete or untouched. Its ending says the format (.png, .pdf, .svg, ...)."""
+    figure, axes = plt.subplots(1, len(all_fits) + 1, figsize=(5 * len(all_fits) + 5, 4.2), layout='constrained')
+    for panel, fit in zip(axes, all_fits):
+        draw_fit(panel, fit)
+    axes[0].legend(fontsize='small')
+    draw_errors(axes[-1], errors)
+    partial = output.with_name(f'.{os.getpid()}.{output.name}')
+    try:
+        figure.savefig(partial, dpi=120)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_model(run_folder: Path):
+    """(the run's model with the newest weights, K, whether it is the oracle), as the folder's name says.
+
+    Raises:
+      ValueError: the name is not that of a sinusoid run, or the checkpoint does not fit it.
+      FileNotFoundError: there is no checkpoint.
+    """
+    from maml import make_model       # here and below: what fails before needs no TensorFlow, which takes seconds to start
+    from utils import checkpoints
+    name = re.fullmatch(r'cls_\d+\.mbs_\d+\.ubs_(\d+)\.numstep(\d+)\.updatelr([-+.\de]+?)(?:hidden\d+)?(?:maxpool)?(stopgrad)?'
+                        r'(oracle)?(batchnorm|layernorm|nonorm)', run_folder.resolve().name)
+    if not name:
+        raise ValueError(f'{run_folder} is not named like a run (cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm); give '
+                         'the folder that main.py made in --logdir')
+    shots, num_updates, update_lr, stop_grad, baseline, norm = name.groups()
+    model = make_model('sinusoid', norm={'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}[norm],
+                       update_batch_size=int(shots), num_updates=int(num_updates), update_lr=float(update_lr),
+                       stop_grad=bool(stop_grad), baseline=baseline)
+    found = checkpoints(run_folder)
+    if not found:
+        raise FileNotFoundError(f'{run_folder} holds no checkpoint; train it first')
+    model.restore(found[max(found)])
+    return model, int(shots), bool(baseline)
+
+
+def fits(run_folder: Path, tasks: int = 2, seed: int = 0, points: int = 201) -> list[Fit]:
+    """The model of a run before and after 1 and 10 updates on random tasks, at points all over [-5, 5]."""
+    from data_generator import SinusoidGenerator
+    from maml import Batch
+    model, shots, oracle = load_model(run_folder)
+    batch = SinusoidGenerator(shots, 0, oracle=True, seed=seed).batch('test', 0, tasks)
+    dim = 3 if oracle else 1                                                        # inputs: (x, A, φ) or x
+    a, phi = batch.inputa[:, :1, 1], batch.inputa[:, :1, 2]                         # [T, 1]
+    x = np.linspace(-5, 5, points, dtype=np.float32)
+    truth = a * np.sin(x - phi)                                                     # [T, points]
+    inputs = np.stack(np.broadcast_arrays(x, a, phi), axis=-1)[..., :dim]           # [T, points, D]
+    support = batch.inputa[..., :dim]                                               # [T, K, D]
+    results = model.evaluate(Batch(support, batch.labela, inputs, truth[..., None]), max(UPDATES))
+    before = model.network(model.network.prepare(inputs), model.initial_weights(tasks), model.norms)  # [T, points, 1]
+    outputs = {updates: np.asarray(results.outputsb[updates - 1] if updates else before)[..., 0] for updates in UPDATES}
+    points_of = np.concatenate([support[..., :1], batch.labela], axis=-1)           # [T, K, 2]
+    return [Fit(x, truth[i], points_of[i], {updates: output[i] for updates, output in outputs.items()})
+            for i in range(tasks)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Draws the fits and errors of a trained and evaluated sinusoid run.')
+    parser.add_argument('run_folder', type=Path, help='the folder with checkpoints and test_*.csv, in --logdir of main.py')
+    parser.add_argument('--output', type=Path, help='picture to write (default: sinusoid.png in the run folder)')
+    parser.add_argument('--seed', type=int, default=0, help='of the tasks drawn')
+    args = parser.parse_args()
+    output = args.output or args.run_folder / 'sinusoid.png'
+    try:
+        if not args.run_folder.is_dir():
+            raise FileNotFoundError(f'there is no folder {args.run_folder}; train a sinusoid run first')
+        errors = read_errors(args.run_folder)
+        draw(fits(args.run_folder, seed=args.seed), errors, output)
+    except (OSError, ValueError) as error:
+        sys.exit(f'{parser.prog}: {error}')
+    print(f'Wrote {output}')
+
+
+if __name__ == '__main__':
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # maml.py and its like
+    main()

@@ -1,0 +1,16 @@
+"""`pip install -e .` for training and evaluation, with `'.[plots]'` for the pictures too and `'.[test]'` for the tests."""
+from setuptools import setup
+
+PLOTS = ['matplotlib>=3.7']
+
+setup(
+    name='maml-tf2',
+    version='1.0.0',
+    description='Model-Agnostic Meta-Learning (Finn, Abbeel, Levine, ICML 2017) in TensorFlow 2',
+    license='MIT',
+    py_modules=['main', 'maml', 'data_generator', 'utils', 'special_grads'],
+    python_requires='>=3.10,<3.14',
+    # TensorFlow no longer brings TensorBoard (since 2.21), but tf.summary.scalar does not work without it.
+    install_requires=['tensorflow>=2.16', 'tensorboard>=2.16', 'absl-py', 'numpy', 'pillow>=9.1', 'scipy'],
+    extras_require={'plots': PLOTS, 'test': PLOTS + ['pytest>=7']},
+)

@@ -1,0 +1,51 @@
+"""Layers whose weights differ from task to task, differentiable any number of times.
+
+After the first inner step every task of a meta-batch has weights of its own. TensorFlow has no convolution with a
+batch of kernels, and `tf.map_fn` and `tf.vectorized_map` fall back to a loop over tasks there. Here a convolution is
+a gather of patches followed by one batched matrix product, which has exact derivatives of every order, and pooling is
+a maximum of four slices. Every tensor has a leading task axis T.
+"""
+import tensorflow as tf
+
+
+def same_padding(size: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after an axis of `size` pixels for a 3-wide 'SAME' window, as TensorFlow lays them out."""
+    total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
+    return total // 2, total - total // 2
+
+
+def patches3x3(x: tf.Tensor, stride: int) -> tf.Tensor:
+    """Every 3x3 neighbourhood of the images, zero-padded at the borders ('SAME').
+
+    x: [T, examples, height, width, channels]. Returns [T, examples, ceil(height/stride), ceil(width/stride),
+    9*channels], each patch ordered as a kernel [3, 3, channels] is. Nine shifted slices, since
+    `tf.image.extract_patches` does not compile reliably inside loops.
+    """
+    height, width = x.shape[2], x.shape[3]
+    rows, columns = -(-height // stride), -(-width // stride)
+    x = tf.pad(x, [[0, 0], [0, 0], same_padding(height, stride), same_padding(width, stride), [0, 0]])
+    bottom, right = stride * (rows - 1) + 1, stride * (columns - 1) + 1
+    return tf.concat([x[:, :, i:i + bottom:stride, j:j + right:stride] for i in range(3) for j in range(3)], axis=-1)
+
+
+def kernel_product(patches: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    """Convolution of gathered patches [T, examples, H, W, 9*C] with one kernel per task [T, 3, 3, C, F].
+
+    Returns [T, examples, H, W, F].
+    """
+    tasks, examples, height, width, size = patches.shape
+    filters = kernel.shape[-1]
+    rows = tf.reshape(patches, [tasks, examples * height * width, size])   # [T, examples*H*W, 9C]
+    matrix = tf.reshape(kernel, [tasks, size, filters])                    # [T, 9C, F]
+    return tf.reshape(rows @ matrix, [tasks, examples, height, width, filters])
+
+
+def max_pool2x2(x: tf.Tensor) -> tf.Tensor:
+    """2x2 max-pooling with stride 2; an odd last row or column is dropped ('VALID').
+
+    x: [T, examples, height, width, channels]. The first of equal maxima (row by row) takes the whole gradient, at
+    every order, as in TensorFlow's own pooling: `tf.maximum` passes the gradient of a tie to its first argument.
+    """
+    height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+    a, b, c, d = (x[:, :, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1))
+    return tf.maximum(tf.maximum(a, b), tf.maximum(c, d))
