@@ -26,19 +26,9 @@ from typing import Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 import numpy as np
 from PIL import Image
 
+from utils import Batch
+
 SPLITS = ('train', 'val', 'test')
-
-
-class Batch(NamedTuple):
-    """A meta-batch of tasks; a is the support set, b the query set.
-
-    T tasks of N classes with K support and Q query images per class; D = height * width * channels. Examples are
-    ordered shot by shot: K (or Q) groups of N images, one per class, each group in an order of its own.
-    """
-    inputa: np.ndarray  # [T, N*K, D] float32 in [0, 1]    sinusoid: [T, K, 1], oracle [T, K, 3] = (x, A, phi)
-    labela: np.ndarray  # [T, N*K, N] float32, one-hot     sinusoid: [T, K, 1]
-    inputb: np.ndarray  # [T, N*Q, D]                      sinusoid: [T, Q, 1 or 3]
-    labelb: np.ndarray  # [T, N*Q, N]                      sinusoid: [T, Q, 1]
 
 
 class ClassImages(NamedTuple):

@@ -1,0 +1,566 @@
+"""Data preparation: official layouts in, whole folders out, and nothing at all from damaged or malicious sources."""
+import csv
+import functools
+import hashlib
+import http.server
+import io
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / 'scripts'))
+
+import preparation  # noqa: E402
+import prepare_miniimagenet  # noqa: E402
+import prepare_omniglot  # noqa: E402
+from preparation import PreparationError  # noqa: E402
+
+DATA = Path(os.environ.get('MAML_TEST_DATA', ROOT.parent / 'shared' / 'data'))
+COUNTS = prepare_omniglot.Counts(alphabets=3, characters=4, images=2)
+BACKGROUND = ('Greek/character01', 'Greek/character02', 'Latin/character01')
+EVALUATION = ('Tengwar/character01',)
+
+
+def needs_data(name):
+    return pytest.mark.skipif(not (DATA / name).is_dir(), reason=f'no {DATA / name} (set MAML_TEST_DATA)')
+
+
+def command(script, *flags, **options):
+    return subprocess.run([sys.executable, '-B', ROOT / 'scripts' / script, *flags], capture_output=True, text=True,
+                          timeout=120, **options)
+
+
+def refused(result, *words):
+    """Status 1, one line on stderr (after progress) that has the words, no traceback."""
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1 and 'Traceback' not in result.stderr, result.stderr
+    assert all(word in last for word in words), last
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
+
+
+def encoded(image, form, **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def read(file):
+    """Mode, size and pixels."""
+    with Image.open(file) as image:
+        return image.mode, image.size, np.array(image)
+
+
+def drawing(seed, size=(105, 105), mode='1'):
+    pixels = np.random.default_rng(seed).integers(0, 2, size[::-1], dtype=np.uint8) * 255
+    return Image.fromarray(pixels).convert(mode)
+
+
+def photo(seed, size=(84, 84), mode='RGB'):
+    pixels = np.random.default_rng(seed).integers(0, 256, (7, 7, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def zipped(path, members):
+    """A zip of (name or ZipInfo, bytes) pairs, names as they are."""
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return path
+
+
+def characters(top, names):
+    return [(f'{top}/{name}/{1000 + k:04d}_{image:02d}.png', encoded(drawing(100 * k + image), 'PNG'))
+            for k, name in enumerate(names) for image in (1, 2)]
+
+
+@pytest.fixture
+def omniglot(tmp_path):
+    """A folder with two small archives."""
+    source = tmp_path / 'official'
+    source.mkdir()
+    zipped(source / 'images_background.zip', characters('images_background', BACKGROUND))
+    zipped(source / 'images_evaluation.zip', characters('images_evaluation', EVALUATION))
+    return source
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A target whose folder does not exist either; afterwards nothing half-made may be beside it."""
+    path = tmp_path / 'made' / 'target'
+    yield path
+    assert not path.parent.exists() or [entry.name for entry in path.parent.iterdir()] == ['target']
+
+
+prepare = functools.partial(prepare_omniglot.prepare, counts=COUNTS)
+
+
+# Omniglot
+
+def test_omniglot_merges_both_archives(omniglot, target):
+    assert '3 alphabets, 4 characters, 8 images' in prepare(omniglot, target)
+    assert files(target) == {f'{name}/{1000 + k:04d}_{image:02d}.png' for names in (BACKGROUND, EVALUATION)
+                             for k, name in enumerate(names) for image in (1, 2)}
+    mode, _, pixels = read(target / 'Latin/character01/1002_01.png')
+    # Centres of the 28 parts of 105 pixels: what nearest neighbour picks.
+    centres = ((np.arange(28) + .5) * 105 / 28).astype(int)
+    assert mode == '1' and np.array_equal(pixels, np.array(drawing(201))[np.ix_(centres, centres)])
+
+
+def test_omniglot_target_is_readable_like_any_other_folder(omniglot, target):
+    prepare(omniglot, target)
+    (target.parent / 'plain').mkdir()
+    assert target.stat().st_mode == (target.parent / 'plain').stat().st_mode
+    (target.parent / 'plain').rmdir()
+
+
+@pytest.mark.parametrize('place', ['', 'images_background'])
+def test_omniglot_unpacked(omniglot, target, tmp_path, place):
+    """Both folders as they unpack, and all alphabets in one folder."""
+    expected = tmp_path / 'expected'
+    prepare(omniglot, expected)
+    for archive in omniglot.glob('*.zip'):
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(omniglot)
+        archive.unlink()
+    source = omniglot
+    if not place:
+        for alphabet in omniglot.glob('*/*'):
+            alphabet.rename(omniglot / alphabet.name)
+    (source / place / '.DS_Store').write_bytes(b'x')
+    prepare(source, target)
+    assert files(target) == files(expected)
+    assert all((target / name).read_bytes() == (expected / name).read_bytes() for name in files(target))
+
+
+def test_grey_copies_become_one_bit(omniglot, target, tmp_path):
+    prepare(omniglot, tmp_path / 'expected')
+    grey = [(name, encoded(Image.open(io.BytesIO(data)).convert('L'), 'PNG'))
+            for name, data in characters('images_evaluation', EVALUATION)]
+    zipped(omniglot / 'images_evaluation.zip', grey)
+    prepare(omniglot, target)
+    name = 'Tengwar/character01/1000_01.png'
+    assert (target / name).read_bytes() == (tmp_path / 'expected' / name).read_bytes()
+
+
+def test_second_run_does_nothing(omniglot, target):
+    prepare(omniglot, target)
+    before = {name: (target / name).stat().st_mtime_ns for name in files(target)}
+    assert 'complete already' in prepare(omniglot, target)
+    assert 'complete already' in prepare(None, target, url='http://127.0.0.1:9')  # needs no source, and no network
+    assert {name: (target / name).stat().st_mtime_ns for name in files(target)} == before
+
+
+@pytest.mark.parametrize('damage', ['image lacking', 'image too large', 'image empty', 'foreign', 'a file'])
+def test_other_targets_are_left_alone(omniglot, target, damage):
+    prepare(omniglot, target)
+    first = target / min(files(target))
+    if damage == 'image lacking':
+        first.unlink()
+    elif damage == 'image too large':
+        drawing(0).save(first)
+    elif damage == 'image empty':
+        first.write_bytes(b'')
+    elif damage == 'foreign':
+        (target / 'notes.txt').write_text('mine')
+    else:
+        target = target / 'notes.txt'
+        target.write_text('mine')
+    kept = {name: (first.parents[2] / name).read_bytes() for name in files(first.parents[2])}
+    with pytest.raises(PreparationError, match=f'{target} exists and is not the complete data'):
+        prepare(omniglot, target)
+    assert {name: (first.parents[2] / name).read_bytes() for name in files(first.parents[2])} == kept
+
+
+def test_empty_target_and_linked_target(omniglot, target, tmp_path):
+    target.mkdir(parents=True)
+    prepare(omniglot, target)
+    (tmp_path / 'link').symlink_to(tmp_path / 'disk' / 'omniglot')
+    prepare(omniglot, tmp_path / 'link')
+    assert (tmp_path / 'link').is_symlink() and files(tmp_path / 'disk' / 'omniglot') == files(target)
+
+
+@pytest.mark.parametrize('change, complaint', [
+    (lambda members: members[:-1], '1 images of Tengwar/character01 instead of 2'),
+    (lambda members: members + characters('x', ['Tengwar/character02']), '5 characters instead of 3 with 4'),
+    (lambda members: [], '2 alphabets with 3 characters instead of 3 with 4'),
+    (lambda members: members + characters('images_evaluation', ['Greek/character01']), 'are both the same image'),
+    (lambda members: [(members[0][0], b'not an image')] + members[1:], '1000_01.png cannot be decoded'),
+    (lambda members: [(members[0][0], members[0][1][:300])] + members[1:], '1000_01.png cannot be decoded'),
+    (lambda members: [(members[0][0], encoded(drawing(0, (105, 104)), 'PNG'))] + members[1:], 'is 105x104'),
+])
+def test_omniglot_contents_are_checked(omniglot, target, change, complaint):
+    zipped(omniglot / 'images_evaluation.zip', change(characters('images_evaluation', EVALUATION)))
+    with pytest.raises(PreparationError, match=complaint):
+        prepare(omniglot, target)
+    assert not target.parent.exists()
+
+
+def test_omniglot_command_checks_official_numbers(omniglot, target):
+    refused(command('prepare_omniglot.py', f'--source={omniglot}', f'--target={target}'), str(omniglot),
+            '3 alphabets with 4 characters instead of 50 with 1623')
+    assert not target.parent.exists()
+
+
+@pytest.mark.parametrize('script', ['prepare_omniglot.py', 'prepare_miniimagenet.py'])
+def test_bad_sources(script, tmp_path, target):
+    (tmp_path / 'empty').mkdir()
+    for name in ('absent', 'empty'):
+        refused(command(script, f'--source={tmp_path / name}', f'--target={target}'), str(tmp_path / name))
+    refused(command(script, 'stray', f'--target={target}'), '--help')
+    assert not target.parent.exists()
+
+
+# Archives
+
+IMAGE = encoded(drawing(0), 'PNG')
+
+
+def member(name, mode=stat.S_IFREG | 0o644, **attributes):
+    info = zipfile.ZipInfo(name)
+    info.external_attr = mode << 16
+    info.compress_type = zipfile.ZIP_DEFLATED
+    for key, value in attributes.items():
+        setattr(info, key, value)
+    return info
+
+
+@pytest.mark.parametrize('name, data, complaint', [
+    ('/etc/Greek/character01/x.png', IMAGE, 'unsafe path'),
+    ('../Greek/character01/x.png', IMAGE, 'unsafe path'),
+    ('images_evaluation/Greek/../character01/x.png', IMAGE, 'unsafe path'),
+    ('..\\Greek\\character01\\x.png', IMAGE, 'unsafe path'),
+    ('C:/Greek/character01/x.png', IMAGE, 'unsafe path'),
+    ('Greek/character01/x\n.png', IMAGE, 'unsafe path'),
+    (member('a/Greek/character01/x.png', stat.S_IFLNK | 0o777), b'/etc/passwd', 'is a link'),
+    (member('a/Greek/character01/x.png', stat.S_IFIFO | 0o644), b'', 'is a link or a device'),
+    (member('a/Greek/character01/x.png'), bytes(preparation.MAX_BYTES + 1), 'unpacks to more than 32 MiB'),
+    (member('a/Greek/character01/x.png', compress_type=zipfile.ZIP_BZIP2), IMAGE, 'neither stored nor deflated'),
+])
+def test_malicious_members(omniglot, target, name, data, complaint):
+    path = zipped(omniglot / 'images_evaluation.zip', characters('images_evaluation', EVALUATION) + [(name, data)])
+    with pytest.raises(PreparationError, match=complaint) as caught:
+        prepare(omniglot, target)
+    assert str(path) in str(caught.value) and '\n' not in str(caught.value)
+    assert not target.parent.exists()
+
+
+def test_encrypted_member(omniglot, target):
+    path = omniglot / 'images_evaluation.zip'
+    data = bytearray(path.read_bytes())
+    data[data.index(b'PK\1\2') + 8] |= 1  # flags in the first entry of the central directory
+    path.write_bytes(data)
+    with pytest.raises(PreparationError, match='is encrypted'):
+        prepare(omniglot, target)
+
+
+def test_bomb_that_understates_its_size(omniglot, target):
+    """The header says 100 bytes; no more than those are unpacked, and the CRC tells."""
+    path = zipped(omniglot / 'images_evaluation.zip', [('a/Tengwar/character01/1.png', bytes(2**26)),
+                                                       ('a/Tengwar/character01/2.png', IMAGE)])
+    data = path.read_bytes().replace((2**26).to_bytes(4, 'little'), (100).to_bytes(4, 'little'))
+    path.write_bytes(data)
+    with pytest.raises(PreparationError, match='images_evaluation.zip is damaged'):
+        prepare(omniglot, target)
+    assert not target.parent.exists()
+
+
+@pytest.mark.parametrize('side', [10000, 14000])  # Pillow warns of the former and refuses the latter
+def test_image_with_too_many_pixels(tmp_path, target, side):
+    """100 million pixels in 13 kB."""
+    listed(tmp_path / 'source', {'train': [('a.jpg', 'n01')]},
+           {'a.jpg': encoded(Image.new('1', (side, side)), 'PNG')})
+    result = command('prepare_miniimagenet.py', f'--source={tmp_path / "source"}', f'--target={target}')
+    refused(result, 'a.jpg', 'bomb')
+    assert not target.parent.exists()
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'crc', 'empty', 'text'])
+def test_damaged_archives(omniglot, target, damage):
+    path = omniglot / 'images_evaluation.zip'
+    data = path.read_bytes()
+    middle = data.index(b'IDAT') + 60
+    path.write_bytes({'truncated': data[:len(data) * 2 // 3], 'empty': b'', 'text': b'<html>Not found</html>',
+                      'crc': data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]}[damage])
+    with pytest.raises(PreparationError, match=f'{path} is damaged'):
+        prepare(omniglot, target)
+    assert not target.parent.exists()
+
+
+def test_any_damage_is_a_sentence_or_harmless(omniglot, tmp_path):
+    """Random bytes changed anywhere: either PreparationError and nothing written, or a whole target."""
+    path = omniglot / 'images_evaluation.zip'
+    good, generator = path.read_bytes(), random.Random(1)
+    for trial in range(150):
+        data = bytearray(good)
+        for _ in range(generator.choice((1, 3, 10))):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        path.write_bytes(data)
+        target = tmp_path / 'made' / str(trial)
+        try:
+            prepare(omniglot, target)
+        except PreparationError as error:
+            assert str(error) and not target.parent.exists()
+        else:
+            assert len(files(target)) == 8
+            os.rename(target.parent, tmp_path / f'made{trial}')
+
+
+# Download
+
+@pytest.fixture
+def mirror(omniglot, monkeypatch):
+    """The archives on a local HTTP server: its address, and their md5."""
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv('no_proxy', '*')
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=omniglot)) as server:
+        threading.Thread(target=server.serve_forever, args=(.02,), daemon=True).start()
+        yield (f'http://127.0.0.1:{server.server_port}/',
+               {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in sorted(omniglot.glob('*.zip'))})
+        server.shutdown()
+
+
+def test_download(mirror, omniglot, target, tmp_path):
+    url, md5 = mirror
+    assert '8 images' in prepare(None, target, url, md5)
+    prepare(omniglot, tmp_path / 'expected')
+    assert files(target) == files(tmp_path / 'expected')
+
+
+def test_download_with_wrong_md5_is_refused(mirror, target, tmp_path):
+    result = command('prepare_omniglot.py', f'--url={mirror[0]}', cwd=tmp_path)
+    refused(result, f'{mirror[0]}images_background.zip is not the official archive', '68d2efa1b9178cc56df9314c21c6e718')
+    assert {path.name for path in tmp_path.iterdir()} == {'official'}
+
+
+def test_download_that_fails(mirror, omniglot, target):
+    (omniglot / 'images_evaluation.zip').unlink()
+    with pytest.raises(PreparationError, match='images_evaluation.zip cannot be downloaded .*404'):
+        prepare(None, target, *mirror)
+    for url in ('http://127.0.0.1:9', 'nonsense'):
+        with pytest.raises(PreparationError, match=f'{url}/images_background.zip cannot be downloaded'):
+            prepare(None, target, url)
+    assert not target.parent.exists()
+
+
+# miniImagenet
+
+def listed(source, splits, images, archive=None):
+    """A source folder: csv files from {split: [(filename, label)]}; {filename: bytes} in images/ or in an archive."""
+    source.mkdir(exist_ok=True)
+    for split, rows in splits.items():
+        with (source / f'{split}.csv').open('w', newline='') as file:
+            csv.writer(file).writerows([('filename', 'label'), *rows])
+    if archive:
+        zipped(source / archive, [(f'images/{name}', data) for name, data in images.items()])
+    else:
+        (source / 'images').mkdir(exist_ok=True)
+        for name, data in images.items():
+            (source / 'images' / name).write_bytes(data)
+    return source
+
+
+SPLITS = {'train': [('a1.jpg', 'n01'), ('a2.jpg', 'n01'), ('b1.jpg', 'n02')], 'val': [('c1.JPEG', 'n03')]}
+IMAGES = {'a1.jpg': encoded(photo(1), 'JPEG'), 'a2.jpg': encoded(photo(2, (200, 150)), 'JPEG'),
+          'b1.jpg': encoded(photo(3, mode='L'), 'JPEG'), 'c1.JPEG': encoded(photo(4, (90, 300), 'CMYK'), 'JPEG')}
+
+
+@pytest.mark.parametrize('archive', [None, 'images.zip'])
+def test_miniimagenet(tmp_path, target, archive):
+    source = listed(tmp_path / 'source', SPLITS, IMAGES, archive)
+    result = command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}')
+    assert result.returncode == 0 and '4/4 images' in result.stderr
+    assert 'train: 2 classes, 3 images' in result.stdout and 'val: 1 classes, 1 images' in result.stdout
+    assert files(target) == {'train/n01/a1.jpg', 'train/n01/a2.jpg', 'train/n02/b1.jpg', 'val/n03/c1.JPEG'}
+    assert (target / 'train/n01/a1.jpg').read_bytes() == IMAGES['a1.jpg']
+    for path in (target / name for name in files(target)):
+        assert read(path)[:2] == ('RGB', (84, 84)) and path.read_bytes().startswith(b'\xff\xd8')  # a JPEG's first bytes
+    again = command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}')
+    assert again.returncode == 0 and again.stdout == f'{target} is complete already; nothing to do.\n'
+
+
+def test_miniimagenet_resizes_with_lanczos(tmp_path, target):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 150), dtype=np.uint8))
+    data = encoded(noise.convert('RGB'), 'JPEG', quality=95)
+    prepare_miniimagenet.prepare(listed(tmp_path / 'source', {'test': [('a.jpg', 'n01')]}, {'a.jpg': data}), target)
+
+    def distance(method):  # mean absolute difference in grey levels
+        wanted = Image.open(io.BytesIO(data)).resize((84, 84), method)
+        return np.abs(read(target / 'test/n01/a.jpg')[2] - np.array(wanted, float)).mean()
+
+    filters = Image.Resampling
+    others = [distance(other) for other in filters if other is not filters.LANCZOS]
+    assert distance(filters.LANCZOS) < 2 < min(others)  # 1.5 is what JPEG at quality 95 changes
+
+
+def test_padding_is_not_copied(tmp_path, target):
+    images = {'a.jpg': IMAGES['a1.jpg'] + bytes(2**20)}
+    prepare_miniimagenet.prepare(listed(tmp_path / 'source', {'test': [('a.jpg', 'n01')]}, images), target)
+    assert (target / 'test/n01/a.jpg').stat().st_size < 2**16
+
+
+def test_miniimagenet_several_archives_and_no_others_needed(tmp_path, target):
+    listed(tmp_path / 'source', SPLITS, {name: IMAGES[name] for name in ('a1.jpg', 'a2.jpg')}, 'images_train.zip')
+    listed(tmp_path / 'source', {}, {name: IMAGES[name] for name in ('b1.jpg', 'c1.JPEG')}, 'images_val.zip')
+    (tmp_path / 'source/images').mkdir()
+    (tmp_path / 'source/images/a1.jpg').write_bytes(encoded(photo(9), 'JPEG'))  # the folder goes before the archives
+    prepare_miniimagenet.prepare(tmp_path / 'source', target)
+    assert (target / 'train/n01/a1.jpg').read_bytes() == encoded(photo(9), 'JPEG') and len(files(target)) == 4
+
+
+def test_missing_images(tmp_path, target):
+    source = listed(tmp_path / 'source', SPLITS, {'a1.jpg': IMAGES['a1.jpg']}, 'images.zip')
+    flags = f'--source={source}', f'--target={target}'
+    refused(command('prepare_miniimagenet.py', *flags), 'lacks 3 of the 4 listed images', 'a2.jpg (train)',
+            '--allow_missing')
+    assert not target.parent.exists()
+    result = command('prepare_miniimagenet.py', *flags, '--allow_missing')
+    assert result.returncode == 0 and '3 listed images are missing' in result.stdout
+    assert files(target) == {'train/n01/a1.jpg'}
+    assert 'complete already' in command('prepare_miniimagenet.py', *flags, '--allow_missing').stdout
+
+
+def test_all_images_missing_is_never_allowed(tmp_path, target):
+    source = listed(tmp_path / 'source', SPLITS, {'other.jpg': IMAGES['a1.jpg']})
+    with pytest.raises(PreparationError, match='lacks 4 of the 4'):
+        prepare_miniimagenet.prepare(source, target, allow_missing=True)
+
+
+def test_target_of_other_splits_is_left_alone(tmp_path, target):
+    prepare_miniimagenet.prepare(listed(tmp_path / 'source', SPLITS, IMAGES), target)
+    listed(tmp_path / 'source', {'test': [('d.jpg', 'n09')]}, {'d.jpg': IMAGES['a1.jpg']})
+    with pytest.raises(PreparationError, match=f'{target} exists and is not the complete data'):
+        prepare_miniimagenet.prepare(tmp_path / 'source', target)
+    assert len(files(target)) == 4
+
+
+@pytest.mark.parametrize('text, complaint', [
+    ('filename,label\n../a.jpg,n01\n', "line 2: '../a.jpg' is not a plain name"),
+    ('filename,label\na1.jpg,n01\na2.jpg,..\n', "line 3: '..' is not a plain name"),
+    ('filename,label\na1.jpg,/etc\n', "'/etc' is not a plain name"),
+    ('filename,label\na1.jpg,x\\y\n', 'is not a plain name'),
+    ('filename,label\na1.jpg,C:\n', 'is not a plain name'),
+    ('filename,label\na1.jpg,\n', "'' is not a plain name"),
+    ('filename,label\na1.jpg\n', 'is not a plain name'),
+    ('filename,label\na1.jpg,"n\n01"\n', 'is not a plain name'),
+    ('filename,label\na1.png,n01\n', "'a1.png' is not the name of a JPEG file"),
+    ('filename,label\na1.jpg,n01\na1.jpg,n02\n', "'a1.jpg' is listed twice"),
+    ('filename,label\nc1.JPEG,n03\n', "'c1.JPEG' is listed twice"),
+    ('file,label\na1.jpg,n01\n', "no column 'filename'"),
+    ('a1.jpg,n01\na2.jpg,n01\n', "no column 'filename'"),
+    ('filename,label\n' + 'x' * 200000 + ',n01\n', 'is not a csv file'),
+    ('filename,label\n\xff', 'is not a csv file'),
+])
+def test_bad_csv(tmp_path, target, text, complaint):
+    source = listed(tmp_path / 'source', SPLITS, IMAGES)
+    (source / 'train.csv').write_bytes(text.encode('latin-1'))
+    with pytest.raises(PreparationError, match='csv.*' + complaint.replace('\\', '\\\\').replace('..', r'\.\.')):
+        prepare_miniimagenet.prepare(source, target)
+    assert not target.parent.exists()
+
+
+def test_csv_from_a_spreadsheet(tmp_path, target):
+    """A byte order mark, CRLF, other columns and another order."""
+    source = listed(tmp_path / 'source', {}, IMAGES)
+    (source / 'train.csv').write_bytes(b'\xef\xbb\xbflabel,note,filename\r\nn01,x,a1.jpg\r\n\r\n')
+    prepare_miniimagenet.prepare(source, target)
+    assert files(target) == {'train/n01/a1.jpg'}
+
+
+def test_images_of_one_name_in_one_archive(tmp_path, target):
+    source = listed(tmp_path / 'source', SPLITS, {**IMAGES, 'n01/a1.jpg': IMAGES['a1.jpg']}, 'images.zip')
+    with pytest.raises(PreparationError, match='have the same file name'):
+        prepare_miniimagenet.prepare(source, target)
+
+
+def test_undecodable_image_is_named(tmp_path, target):
+    images = {**IMAGES, 'b1.jpg': IMAGES['b1.jpg'][:-200]}
+    source = listed(tmp_path / 'source', SPLITS, images)
+    refused(command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}'),
+            str(source / 'images/b1.jpg'), 'truncated')
+    assert not target.parent.exists()
+
+
+def test_without_source_the_way_to_the_files_is_told(tmp_path):
+    refused(command('prepare_miniimagenet.py', cwd=tmp_path), '--source=FOLDER', 'train.csv', 'Ravi', 'ImageNet')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(tmp_path, number):
+    """What was half made is removed, together with the folders made for it."""
+    large = encoded(photo(1, (1500, 1500)), 'JPEG')
+    names = [f'{k}.jpg' for k in range(2000)]  # a minute of work
+    source = listed(tmp_path / 'source', {'train': [(name, 'n01') for name in names]}, {})
+    for name in names:
+        (source / 'images' / name).symlink_to(source / 'large')
+    (source / 'large').write_bytes(large)
+    process = subprocess.Popen([sys.executable, '-B', ROOT / 'scripts/prepare_miniimagenet.py', f'--source={source}',
+                                f'--target={tmp_path / "new/data/target"}'], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob('new/data/.target.*/target/train/n01/1.jpg')) and time.monotonic() < deadline:
+        time.sleep(.01)
+    assert list(tmp_path.glob('new/data/.target.*/target/train/n01/1.jpg')), 'did not start in time'
+    while process.poll() is None and time.monotonic() < deadline + 20:
+        process.send_signal(number)  # again and again, as an impatient user does: that must not break off the cleaning up
+        time.sleep(.001)
+    stderr = process.communicate(timeout=1)[1]
+    assert process.returncode == 128 + number and stderr.count('Stopped') == 1 and 'Traceback' not in stderr
+    assert {path.name for path in tmp_path.iterdir()} == {'source'}
+
+
+# Real data
+
+@needs_data('omniglot')
+def test_official_omniglot_pixels_are_those_of_lanczos_on_1_bit():
+    """What the published results were trained on: Pillow asked for Lanczos, giving nearest neighbour."""
+    images = prepare_omniglot.merge(prepare_omniglot.find(DATA / 'omniglot'))
+    assert prepare_omniglot.fault(images, prepare_omniglot.Counts()) is None
+    for item in list(images.values())[::301]:
+        with Image.open(io.BytesIO(item.read())) as official:
+            assert official.mode == '1'
+            wanted = official.resize((28, 28), Image.Resampling.LANCZOS)
+        mode, _, pixels = read(io.BytesIO(prepare_omniglot.resize(item)))
+        assert mode == '1' and np.array_equal(pixels, wanted), item.where
+
+
+@pytest.mark.slow
+@needs_data('omniglot')
+def test_official_omniglot(target):
+    result = command('prepare_omniglot.py', f'--source={DATA / "omniglot"}', f'--target={target}')
+    assert result.returncode == 0, result.stderr
+    assert len(list(target.glob('*/*/*.png'))) == len(files(target)) == 32460
+    assert len(list(target.glob('*/*'))) == 1623 and len(list(target.iterdir())) == 50
+    again = command('prepare_omniglot.py', f'--target={target}')
+    assert again.returncode == 0 and 'complete already' in again.stdout
+
+
+@needs_data('miniImagenet')
+def test_official_miniimagenet(tmp_path, target):
+    """The first 300 rows of the validation classes."""
+    rows = (DATA / 'miniImagenet/val.csv').read_bytes().splitlines(keepends=True)[:301]
+    source = tmp_path / 'source'
+    source.mkdir()
+    (source / 'val.csv').write_bytes(b''.join(rows))
+    (source / 'images_val.zip').symlink_to(DATA / 'miniImagenet/images_val.zip')
+    assert 'val: 1 classes, 300 images' in prepare_miniimagenet.prepare(source, target)
+    with zipfile.ZipFile(source / 'images_val.zip') as archive:
+        for path in target.glob('val/*/*.jpg'):
+            assert path.read_bytes() == archive.read(f'images/{path.name}')
