@@ -12,9 +12,11 @@ import csv
 import datetime
 import importlib.util
 import io
+import itertools
 import os
 import pickle
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +30,7 @@ from absl import app, flags, logging
 
 import data_generator
 from maml import MAML, Results, make_model
-from utils import Batch, checkpoints, write_checkpoint
+from utils import Batch, DamagedCheckpoint, checkpoints, write_checkpoint
 
 SUMMARY_INTERVAL = 100          # iterations between summaries
 PRINT_INTERVAL = 100            # between printed lines; 1000 for the sinusoid
@@ -70,7 +72,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     define('string', 'logdir', 'logs', 'folder of the run folders')
     define('boolean', 'resume', True, 'continue from the newest checkpoint of the same run')
     define('boolean', 'train', True, 'train, else evaluate')
-    define('integer', 'test_iter', -1, 'iteration of the checkpoint to load (-1: the newest)')
+    define('integer', 'test_iter', -1, 'iteration of the checkpoint to load (-1: the newest)', lower_bound=-1)
     define('boolean', 'test_set', False, 'evaluate on the test classes, else on the validation classes')
     define('integer', 'train_update_batch_size', -1, 'K used in training, when evaluating with another K (-1: the same)')
     define('float', 'train_update_lr', -1, 'α used in training, when evaluating with another α (-1: the same)')
@@ -93,18 +95,32 @@ def check_flags(f: flags.FlagValues):
     for name in ('meta_lr', 'update_lr'):
         if not 0 <= f[name].value < float('inf'):
             raise ValueError(f'--{name} must be a step size of 0 or more, but it is {f[name].value}')
+    if f.train_update_batch_size != -1 and f.train_update_batch_size < 1:
+        raise ValueError('--train_update_batch_size must be at least 1, or -1 for that of --update_batch_size, but it '
+                         f'is {f.train_update_batch_size}')
+    if f.train_update_lr != -1 and not 0 <= f.train_update_lr < float('inf'):
+        raise ValueError('--train_update_lr must be a step size of 0 or more, or -1 for that of --update_lr, but it is '
+                         f'{f.train_update_lr}')
+    check_combinations(f)
+
+
+def check_combinations(f: flags.FlagValues):
+    """The part of `check_flags` that looks at several flags at once."""
     if f.baseline == 'oracle' and f.datasource != 'sinusoid':
         raise ValueError(f'--baseline=oracle knows amplitude and phase, so it needs --datasource=sinusoid, not {f.datasource}')
-    if f.train and f.pretrain_iterations + f.metatrain_iterations == 0:
+    if f.train and sum(iterations(f)) == 0:
         raise ValueError('there is nothing to train: set --metatrain_iterations or --pretrain_iterations above 0')
-    if f.train and (f.train_update_batch_size, f.train_update_lr) != (-1, -1):
-        raise ValueError('--train_update_batch_size and --train_update_lr name the run to evaluate, so they need --train=False')
+    if f.train and not (f.train_update_batch_size in (-1, f.update_batch_size) and f.train_update_lr in (-1, f.update_lr)):
+        raise ValueError('--train_update_batch_size and --train_update_lr name the run to evaluate, so they need '
+                         '--train=False')
     if f.train and f.log and importlib.util.find_spec('tensorboard') is None:
         raise ValueError('--log writes summaries with the package tensorboard, which is not installed: run `pip install '
                          'tensorboard` or give --log=False')
     if f.metatrain_iterations == 0 and f.datasource == 'miniimagenet' and f.update_batch_size != 1:
         raise ValueError('a plain network on miniimagenet (--metatrain_iterations=0) takes one image per class, so it needs '
                          f'--update_batch_size=1, not {f.update_batch_size}')
+    if f.max_pool and (f.datasource == 'sinusoid' or not f.conv):
+        print('--max_pool is part of the name of the run, but does nothing without convolutions.', file=sys.stderr)
 
 
 def run_name(f: flags.FlagValues) -> str:
@@ -134,33 +150,45 @@ def iterations(f: flags.FlagValues) -> tuple[int, int]:
 def make_generators(f: flags.FlagValues) -> dict[str, data_generator.DataGenerator]:
     """{'train': ..., 'val': ...} for training, {'val' or 'test': ...} for evaluation."""
     splits = {'train': f.seed, 'val': EVALUATION_SEED} if f.train else {'test' if f.test_set else 'val': EVALUATION_SEED}
-    shots = f.update_batch_size
+    shots, data_dir = f.update_batch_size, os.path.expanduser(f.data_dir)
     if f.datasource == 'sinusoid':
         return {split: data_generator.SinusoidGenerator(shots, shots, f.baseline == 'oracle', seed)
                 for split, seed in splits.items()}
     if f.datasource == 'omniglot':
-        queries, folders = shots, data_generator.load_omniglot(f.data_dir)
+        queries, folders = shots, data_generator.load_omniglot(data_dir)
     else:
-        folders = data_generator.load_miniimagenet(f.data_dir, splits)
+        folders = data_generator.load_miniimagenet(data_dir, splits)
         queries = 0 if f.metatrain_iterations == 0 else MINIIMAGENET_QUERY_IMAGES if f.train else shots
     return {split: data_generator.ImageGenerator(folders, f.num_classes, shots, queries, f.datasource == 'omniglot', seed,
                                                  splits=[split]) for split, seed in splits.items()}
 
 
-def restore(model, folder: Path, iteration: int) -> int | None:
-    """Loads the checkpoint of an iteration (-1: the newest). Returns its iteration, or None if there is no checkpoint."""
+def find_checkpoint(folder: Path, f: flags.FlagValues) -> tuple[int, str] | None:
+    """(iteration, path) of the checkpoint to load; None if training starts at the beginning."""
     found = checkpoints(folder)
-    if not found:
+    if f.train and (not f.resume or not found and f.test_iter == -1):
         return None
-    if iteration == -1:
-        iteration = max(found)
-    elif iteration not in found:
+    if not found:
+        raise ValueError(f'{folder} holds no checkpoint: train first with the same flags, or give the --logdir, '
+                         '--train_update_batch_size and --train_update_lr of the training run')
+    iteration = max(found) if f.test_iter == -1 else f.test_iter
+    if iteration not in found:
         raise ValueError(f'--test_iter={iteration}: {folder} has no such checkpoint, but those of the iterations '
                          f'{", ".join(map(str, found))}')
-    print(f'Restoring model weights from {found[iteration]}')
-    if not model.restore(found[iteration]):
-        print('It is a TensorFlow 1 checkpoint: weights only, so Adam starts afresh.')
-    return iteration
+    return iteration, found[iteration]
+
+
+def restore(model: MAML, path: str, f: flags.FlagValues):
+    """Loads a checkpoint. Raises ValueError if it is damaged or another network's."""
+    print(f'Restoring model weights from {path}')
+    try:
+        complete = model.restore(path)
+    except DamagedCheckpoint:
+        raise
+    except ValueError as error:
+        raise ValueError(f'{error}; give the flags of the run that wrote it, or another --logdir') from error
+    if f.train and not complete:
+        print("The checkpoint is TensorFlow 1's: it holds the weights only, so Adam starts afresh.")
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -175,19 +203,21 @@ class Log:
         self.before, self.after = [], []
         self.start, self.end = start, sum(iterations(f))
         self.clock = self.shown = time.perf_counter()
-        self.writer = tf.summary.create_file_writer(str(folder)) if f.log else tf.summary.create_noop_writer()
-        with self.writer.as_default():
+        self.writer = tf.summary.create_file_writer(str(folder)) if f.log else None
+        if self.writer:
             table = [f'`--{name}` | {value}' for name, value in settings(f).items()]
-            tf.summary.text('flags', '\n'.join(['flag | value', '--- | ---', *table]), step=start)
+            with self.writer.as_default():
+                tf.summary.text('flags', '\n'.join(['flag | value', '--- | ---', *table]), step=start)
 
     def summaries(self, prefix: str, results: Results, iteration: int) -> tuple[float, float]:
         """Writes the scalars of one meta-batch under the original's tags. Returns the values to print: pre, post."""
-        with self.writer.as_default():
-            for kind in self.kinds:
-                pre, post = means(results, kind)
-                tf.summary.scalar(f'{prefix}_Pre-update_{kind}', pre, step=iteration)
-                for j, value in enumerate(post, start=1):
-                    tf.summary.scalar(f'{prefix}_Post-update_{kind}__step_{j}', value, step=iteration)
+        for kind in self.kinds:
+            pre, post = means(results, kind)
+            tags = [f'Pre-update_{kind}', *(f'Post-update_{kind}__step_{j}' for j in range(1, len(post) + 1))]
+            if self.writer:
+                with self.writer.as_default():
+                    for tag, value in zip(tags, [pre, *post]):
+                        tf.summary.scalar(f'{prefix}_{tag}', value, step=iteration)
         return pre, post[self.update]
 
     def train(self, results: Results, iteration: int):
@@ -220,6 +250,10 @@ class Log:
             text = f'{iteration + 1} of {self.end} iterations, {rate:.3g} per second, {left} left, query loss {loss:.4g}'
             print(text, end='\033[K\r' if sys.stdout.isatty() else '\n', flush=True)
 
+    def close(self):
+        if self.writer:
+            self.writer.close()
+
     @staticmethod
     def line(text: str):
         print(text + ('\033[K' if sys.stdout.isatty() else ''), flush=True)
@@ -235,35 +269,47 @@ def train(model: MAML, generators: dict, f: flags.FlagValues, folder: Path, star
     """Pre-training, then meta-training, from iteration `start` to the end."""
     pretrain, end = iterations(f)[0], sum(iterations(f))
     num_updates = max(f.num_updates, {'sinusoid': 5, 'omniglot': 10, 'miniimagenet': 1}[f.datasource])
-    log, batches = Log(folder, f, start), prefetch(generators['train'], f.meta_batch_size, start, end)
-    for iteration, batch in zip(range(start, end), batches):
-        if iteration % SUMMARY_INTERVAL == 0:
-            log.train(model.evaluate(batch, num_updates), iteration)
-        step = model.pretrain_step if iteration < pretrain else model.metatrain_step
-        loss = step(batch)
-        if iteration == start:
-            log.first_step()
-        log.progress(iteration, loss)
-        if iteration % SAVE_INTERVAL == 0 and iteration != 0 or iteration == end - 1:
-            write_checkpoint(model.checkpoint, folder, iteration)
-        if iteration % VALIDATION_INTERVAL == 0 and iteration != 0 and f.datasource != 'sinusoid':
-            batch = as_tensors(generators['val'].batch('val', 0, f.meta_batch_size))
-            log.validation(model.evaluate(batch, num_updates), iteration)
+    log, block = Log(folder, f, start), SUMMARY_INTERVAL if f.datasource == 'sinusoid' else 1
+    for origin, batches in prefetch(generators['train'], f.meta_batch_size, block, start, end):
+        for first, last in stretches(max(origin, start), min(origin + block, end), pretrain):
+            if first % SUMMARY_INTERVAL == 0:
+                batch = Batch(*(values[first - origin] for values in batches))
+                log.train(model.evaluate(batch, num_updates), first)
+            loss = model.train(batches, first - origin, last - origin, pretrain=first < pretrain)
+            if first == start:
+                log.first_step()
+            log.progress(last - 1, loss)
+            if first % SAVE_INTERVAL == 0 and first != 0 or last == end:
+                write_checkpoint(model.checkpoint, folder, last - 1)
+            if first % VALIDATION_INTERVAL == 0 and first != 0 and f.datasource != 'sinusoid':
+                batch = generators['val'].batch('val', 0, f.meta_batch_size)
+                log.validation(model.evaluate(batch, num_updates), first)
+    log.close()
 
 
-def prefetch(generator: data_generator.DataGenerator, tasks: int, start: int, end: int) -> Iterator[Batch]:
-    """The training meta-batches of iterations start...end-1, each drawn while the one before is in use."""
-    draw = lambda iteration: as_tensors(generator.batch('train', iteration, tasks))
+def stretches(start: int, end: int, pretrain: int) -> Iterator[tuple[int, int]]:
+    """Cuts start...end into (first, last + 1) that nothing interrupts: summaries come before, checkpoints and
+    validations after the first iteration of an interval, and pre-training ends with iteration `pretrain` - 1."""
+    while start < end:
+        stop = start + 1 if start % SUMMARY_INTERVAL == 0 else (start // SUMMARY_INTERVAL + 1) * SUMMARY_INTERVAL
+        stop = min(stop, end, pretrain if start < pretrain else end)
+        yield start, stop
+        start = stop
+
+
+def prefetch(generator: data_generator.DataGenerator, tasks: int, block: int, start: int, end: int
+             ) -> Iterator[tuple[int, Batch]]:
+    """Training meta-batches [block, T, ...] with the iteration of the first, each drawn while the one before is in use.
+
+    Blocks begin at multiples of `block`, wherever a run is continued: then all is as if it had not been interrupted.
+    """
+    draw = lambda origin: (origin, Batch(*map(tf.constant, generator.batches('train', origin, block, tasks))))
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(draw, start)
-        for iteration in range(start + 1, end + 1):
-            batch = coming.result()
-            coming = thread.submit(draw, iteration) if iteration < end else None
-            yield batch
-
-
-def as_tensors(batch: Batch) -> Batch:
-    return Batch(*map(tf.constant, batch))
+        coming = None
+        for origin in range(start // block * block, end + block, block):
+            ready, coming = coming, thread.submit(draw, origin) if origin < end else None
+            if ready:
+                yield ready.result()
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
@@ -274,10 +320,12 @@ def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path):
     chunk = {'sinusoid': 600, 'omniglot': 20, 'miniimagenet': 4}[f.datasource]   # tasks at once: bounds the memory
     rows = []
     for i in range(0, EVALUATION_TASKS, chunk):
-        batch = as_tensors(generator.batch(split, 0, EVALUATION_TASKS, slice(i, i + chunk)))
+        batch = generator.batch(split, 0, EVALUATION_TASKS, slice(i, i + chunk))
         results = model.evaluate(batch, max(f.num_updates, EVALUATION_UPDATES))
         before, after = results[:2] if f.datasource == 'sinusoid' else results[2:4]
         rows.append(np.concatenate([[before], after]).T)   # [chunk, 1 + updates]
+        if sys.stdout.isatty():
+            print(f'{i + len(rows[-1])} of {EVALUATION_TASKS} tasks', end='\033[K\r', flush=True)
     values = np.concatenate(rows)                          # [600, 1 + updates]
     mean, stddev = values.mean(0), values.std(0)
     interval = 1.96 * stddev / np.sqrt(len(values))
@@ -293,33 +341,57 @@ def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path):
 def write_whole(path: Path, content: bytes):
     """Writes a file so that it is there whole or, if the process dies, not at all."""
     beside = path.with_name(path.name + '.part')
-    beside.write_bytes(content)
-    beside.replace(path)
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 # The program ----------------------------------------------------------------------------------------------------------
 
 def prepare(f: flags.FlagValues) -> tuple[MAML, dict, Path, int]:
-    """Everything that can fail for the user's reasons, before anything is written: (model, generators, folder, start)."""
+    """Everything that can fail for the user's reasons, before anything is written: (model, generators, folder, start).
+
+    Returns no generators if the run is complete.
+    """
     check_flags(f)
-    folder, (pretrain, metatrain) = Path(f.logdir) / run_name(f), iterations(f)
-    if not f.train and not checkpoints(folder):
-        raise ValueError(f'{folder} holds no checkpoint to evaluate: train first with the same flags, or give the --logdir, '
-                         '--train_update_batch_size and --train_update_lr of the training run')
-    generators = make_generators(f)
+    folder, total = Path(os.path.expanduser(f.logdir)) / run_name(f), sum(iterations(f))
+    checkpoint = find_checkpoint(folder, f)
+    start = checkpoint[0] + 1 if checkpoint else 0
     model = make_model(**model_settings(f))
-    found = restore(model, folder, f.test_iter) if f.resume or not f.train else None
-    start = 0 if found is None else found + 1
-    if f.train and found is not None:
-        if start >= pretrain + metatrain:
-            print(f'The run is complete: {start} of {pretrain + metatrain} iterations; raise --metatrain_iterations for more.')
-        else:
-            print(f'Continuing at iteration {start} of {pretrain + metatrain}.')
+    if checkpoint:
+        restore(model, checkpoint[1], f)
+    if f.train and start >= total:
+        print(f'The run is complete: {start} of {total} iterations; raise --metatrain_iterations for more.')
+        return model, {}, folder, start
+    generators = make_generators(f)
+    open_folder(folder, f)
+    if f.train and checkpoint:
+        print(f'Continuing at iteration {start} of {total}.')
     return model, generators, folder, start
 
 
-def main(arguments: list[str]):
-    f = flags.FLAGS
+def open_folder(folder: Path, f: flags.FlagValues):
+    """Makes the run's folder, or sees that it can be written. Raises OSError.
+
+    With --resume=False the folder of an earlier run becomes NAME.1, NAME.2, ...: were the checkpoints of both in one
+    folder, the earlier run's would be taken for the newest, and this run's for the oldest.
+    """
+    try:
+        if f.train and not f.resume and checkpoints(folder):
+            names = (folder.with_name(f'{folder.name}.{i}') for i in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            folder.rename(aside)
+            print(f'The earlier run is now {aside}')
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f'{folder} cannot be written ({error.strerror}): give another --logdir') from error
+
+
+def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS):
+    """Trains or evaluates. arguments: the program and what is left of the command line after the flags."""
     logging.set_verbosity(logging.ERROR)
     try:
         if len(arguments) > 1:
@@ -327,14 +399,17 @@ def main(arguments: list[str]):
         model, generators, folder, start = prepare(f)
     except (ValueError, OSError) as error:
         sys.exit(f'main.py: {error}')
-    print('Done initializing, starting training.' if f.train else 'Done initializing, starting evaluation.')
-    if f.train:
-        folder.mkdir(parents=True, exist_ok=True)
-        train(model, generators, f, folder, start)
-    else:
-        test(model, generators, f, folder)
+    if not generators:
+        return
+    print('Done initializing, starting training.' if f.train else 'Done initializing, starting evaluation.', flush=True)
+    try:
+        train(model, generators, f, folder, start) if f.train else test(model, generators, f, folder)
+    except OSError as error:   # the disk is full, the folder is gone
+        sys.exit(f'main.py: {error}')
 
 
 if __name__ == '__main__':
+    # Shares of a meta-batch run side by side, a core each; threads inside each operation would get in their way.
+    tf.config.threading.set_intra_op_parallelism_threads(1)
     define_flags()
     app.run(main)

@@ -8,10 +8,11 @@ from typing import Callable, NamedTuple
 
 import tensorflow as tf
 
-from special_grads import patches3x3
-from utils import (Batch, accuracy, conv_block, cross_entropy, dense, initial_value, mean_squared_error,
-                   norm_parameters, normalize, read_checkpoint)
+from special_grads import max_pool2x2, patches3x3
+from utils import (Batch, accuracy, convolve, convolve_normalized, cross_entropy, dense, initial_value,
+                   mean_squared_error, norm_parameters, normalize, normalize_patches, read_checkpoint)
 
+SHARE_SIZE = 2 ** 15   # input values of the tasks that run together, see `shares`
 IMAGE_SHAPES = {'omniglot': (28, 1), 'miniimagenet': (84, 3)}   # height = width, channels
 
 
@@ -77,21 +78,34 @@ class Convolutional:
         features = filters * image_size ** 2 if flatten else filters
         self.parameters |= {'w5': ('glorot' if flatten else 'normal', (features, classes)), 'b5': ('zeros', (classes,))}
 
-    def prepare(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Patches of the images, which no weight enters: [T, examples, H*W*C] -> [T, examples, H', W', 9*C]."""
-        return self._patches(tf.reshape(inputs, [*inputs.shape[:2], *self.image_shape]))
+    def prepare(self, inputs: tf.Tensor):
+        """The part of the forward pass that no weight enters: patches of the images [T, examples, H*W*C]."""
+        patches = self._patches(tf.reshape(inputs, [*inputs.shape[:2], *self.image_shape]))
+        return normalize_patches(patches) if self.norm == 'batch_norm' else patches
 
     def _patches(self, x):
-        return patches3x3(x, stride=1 if self.max_pool else 2)
+        return patches3x3(x, stride=1 if self.max_pool else 2)   # [T, examples, H', W', 9*C]
 
-    def __call__(self, x: tf.Tensor, weights: dict, norms: dict) -> tf.Tensor:
+    def __call__(self, x, weights: dict, norms: dict) -> tf.Tensor:
         """x: from `prepare`; weights: [T, ...] each. Returns logits [T, examples, classes]."""
         for i in range(1, 5):
-            patches = x if i == 1 else self._patches(x)
-            x = conv_block(patches, weights[f'conv{i}'], weights[f'b{i}'], self.max_pool,
-                           lambda y: normalize(y, self.norm, str(i - 1), norms))
+            x = self._block(i, x if i == 1 else self._patches(x), weights[f'conv{i}'], weights[f'b{i}'], norms)
         features = tf.reshape(x, [*x.shape[:2], -1]) if self.flatten else tf.reduce_mean(x, [2, 3])  # [T, examples, F']
         return dense(features, weights['w5'], weights['b5'])
+
+    def _block(self, i: int, patches, kernel: tf.Tensor, bias: tf.Tensor, norms: dict) -> tf.Tensor:
+        """Convolution, normalisation, ReLU and pooling, which commutes with the ReLU and comes first.
+
+        Batch normalisation takes any bias away again, so adding it would change nothing but the rounding.
+        """
+        if self.norm == 'batch_norm' and i == 1:
+            x = convolve_normalized(patches, kernel, norms['0/beta'])
+            x = max_pool2x2(x) if self.max_pool else x
+        else:
+            x = convolve(patches, kernel)
+            x = x if self.norm == 'batch_norm' else x + bias[:, tf.newaxis, tf.newaxis, tf.newaxis]
+            x = normalize(x, self.norm, str(i - 1), norms, self.max_pool)
+        return tf.nn.relu(x)
 
 
 # The algorithm ------------------------------------------------------------------------------------------------------
@@ -113,9 +127,9 @@ class MAML(tf.Module):
         super().__init__()
         self.network, self.loss, self.dtype = network, loss, tf.as_dtype(dtype)
         self.update_lr, self.num_updates, self.stop_grad, self.clip = update_lr, num_updates, stop_grad, clip
-        names = [*network.parameters, *network.norm_parameters]
-        variables = {name: tf.Variable(tf.cast(initial_value(kind, shape, [seed, names.index(name)]), dtype))
-                     for name, (kind, shape) in (network.parameters | network.norm_parameters).items()}
+        kinds = network.parameters | network.norm_parameters
+        variables = {name: tf.Variable(tf.cast(initial_value(kind, shape, [seed, i]), dtype))
+                     for i, (name, (kind, shape)) in enumerate(kinds.items())}
         self.weights = {name: variables[name] for name in network.parameters}        # θ
         self.norms = {name: variables[name] for name in network.norm_parameters}     # learned by the outer loop only
         # ε as TensorFlow 1's Adam has it; Keras's own default is ten times larger.
@@ -123,12 +137,23 @@ class MAML(tf.Module):
         self.pretrain_optimizer = tf.keras.optimizers.Adam(meta_lr, epsilon=1e-8)
         for optimizer in (self.metatrain_optimizer, self.pretrain_optimizer):
             optimizer.build(self.parameters)
-        compile_ = lambda function: tf.function(function, jit_compile=compiled)
-        self.metatrain_step, self.pretrain_step = compile_(self._metatrain_step), compile_(self._pretrain_step)
         self.checkpoint = tf.train.Checkpoint(
             weights=self.weights, norms=self.norms, metatrain_optimizer=self.metatrain_optimizer,
             pretrain_optimizer=self.pretrain_optimizer)
-        self._compiled = {f: compile_(getattr(self, f)) for f in ('_prepare', '_first_outputs', '_update_and_outputs')}
+        self._compile(compiled)
+
+    def _compile(self, compiled: bool):
+        """Each piece of the algorithm becomes one program; the outer loop differentiates through the calls of them.
+
+        Piece by piece, XLA compiles one inner update, however many there are, instead of all of them unrolled.
+        """
+        piece = lambda function: tf.function(function, jit_compile=compiled, autograph=False)
+        self._prepare, self._update, self._outcome = map(piece, (self.network.prepare, self.update, self.outcome))
+        self._apply = {optimizer: piece(optimizer.apply) for optimizer in (self.metatrain_optimizer, self.pretrain_optimizer)}
+        self._steps = piece(self._steps)
+        self.metatrain_step, self.pretrain_step, self._evaluate = (
+            tf.function(function, autograph=False)
+            for function in (self._metatrain_step, self._pretrain_step, self._evaluate))
 
     @property
     def parameters(self) -> list[tf.Variable]:
@@ -137,68 +162,104 @@ class MAML(tf.Module):
 
     # Algorithm 1 (and 2, for regression), line by line. Line 3, sampling the tasks, is data_generator.py's.
 
-    def initial_weights(self, tasks: int) -> dict[str, tf.Tensor]:
-        """θ, once per task: {name: [T, ...]}."""
-        return {name: tf.repeat(theta[tf.newaxis], tasks, axis=0) for name, theta in self.weights.items()}
-
-    def adapt(self, weights: dict, x: tf.Tensor, label: tf.Tensor) -> dict[str, tf.Tensor]:
-        """One inner update of every task: θ' = θ − α ∇_θ L_T(f_θ), lines 5 to 7 and equation 1.
+    def update(self, weights: dict, norms: dict, x: tf.Tensor, label: tf.Tensor) -> dict[str, tf.Tensor]:
+        """One inner update of every task: θ' = θ − α ∇_θ L_Ti(f_θ), lines 5 to 7 (6) and equation 1.
 
         weights: {name: [T, ...]}; x: prepared support inputs; label: [T, examples, out]. Returns weights alike.
         """
         with tf.GradientTape() as inner:
             inner.watch(weights)
-            losses = self.loss(self.network(x, weights, self.norms), label)      # L_Ti(f_θi), [T]
-        gradients = inner.gradient(losses, weights)                              # of one task each: [T, ...]
-        if self.stop_grad:                                                       # first order: a constant
+            losses = self.loss(self.network(x, weights, norms), label)           # L_Ti(f_θ), [T]
+        gradients = inner.gradient(losses, weights, unconnected_gradients='zero')  # of one task each, [T, ...]
+        if self.stop_grad:                                                       # first order: they count as constants
             gradients = tf.nest.map_structure(tf.stop_gradient, gradients)
         return {name: theta - self.update_lr * gradients[name] for name, theta in weights.items()}
 
+    def outcome(self, weights: dict, norms: dict, x: tf.Tensor, label: tf.Tensor) -> tuple:
+        """Loss [T], accuracy [T] and output [T, examples, out] of tasks with the weights {name: [T, ...]}."""
+        output = self.network(x, weights, norms)
+        return self.loss(output, label), accuracy(output, label), output
+
+    def initial_weights(self, tasks: int) -> dict[str, tf.Tensor]:
+        """θ, once per task: {name: [T, ...]}."""
+        return {name: tf.repeat(tf.expand_dims(theta, 0), tasks, axis=0) for name, theta in self.weights.items()}
+
     def outer_loss(self, batch: Batch) -> tf.Tensor:
-        """Σ_Ti L_Ti(f_θ'i) / T: the query loss after `num_updates` updates, a scalar; the sum in line 10 (8)."""
-        tasks = batch.inputa.shape[0]
-        weights, x = self.initial_weights(tasks), self.network.prepare(batch.inputa)
+        """Σ_Ti L_Ti(f_θ'i), a scalar: the query losses after `num_updates` updates; the sum in line 10 (8)."""
+        weights = self.initial_weights(batch.inputa.shape[0])                    # θ'i ← θ
+        support, query = self._prepare(batch.inputa), self._prepare(batch.inputb)
         for _ in range(self.num_updates):
-            weights = self.adapt(weights, x, batch.labela)
-        output = self.network(self.network.prepare(batch.inputb), weights, self.norms)
-        return tf.reduce_sum(self.loss(output, batch.labelb)) / tasks
+            weights = self._update(weights, self.norms, support, batch.labela)   # θ'i ← θ'i − α ∇ L_Ti(f_θ'i)
+        losses, _, _ = self._outcome(weights, self.norms, query, batch.labelb)
+        return tf.reduce_sum(losses)
 
     def meta_gradient(self, batch: Batch) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """The outer loss and its gradient ∇_θ Σ_Ti L_Ti(f_θ'i) / T for `parameters`, unclipped."""
-        with tf.GradientTape() as outer:
-            loss = self.outer_loss(batch)
-        return loss, outer.gradient(loss, self.parameters, unconnected_gradients='zero')
+        """Σ_Ti L_Ti(f_θ'i) / T and its gradient for `parameters`, unclipped.
+
+        A sum over tasks can be taken share by share: shares run side by side and need little memory each.
+        """
+        tasks = batch.inputa.shape[0]
+        losses, gradients = [], []
+        for share in shares(batch):
+            with tf.GradientTape() as outer:
+                losses.append(self.outer_loss(share))
+            gradients.append(outer.gradient(losses[-1], self.parameters, unconnected_gradients='zero'))
+        return tf.add_n(losses) / tasks, [tf.add_n(parts) / tasks for parts in zip(*gradients)]
 
     def _metatrain_step(self, batch: Batch) -> tf.Tensor:
-        """θ ← θ − β ∇_θ Σ_Ti L_Ti(f_θ'i), line 10 (8), by Adam. Returns the outer loss before the step."""
+        """θ ← θ − β ∇_θ Σ_Ti L_Ti(f_θ'i) / T, line 10 (8), by Adam. Returns the outer loss before the step."""
         loss, gradients = self.meta_gradient(batch)
         if self.clip is not None:
             gradients = [tf.clip_by_value(gradient, -self.clip, self.clip) for gradient in gradients]
-        self.metatrain_optimizer.apply(gradients, self.parameters)
+        self._apply[self.metatrain_optimizer](gradients, self.parameters)
         return loss
+
+    def train(self, batches: Batch, first: int, last: int, pretrain: bool = False) -> tf.Tensor:
+        """One outer step on each of the meta-batches first...last-1 of `batches`, [count, T, ...]. Returns the last loss.
+
+        Many steps on tiny tasks are one program, since starting each would take longer than the step; its length is an
+        argument, so it is the same program for all.
+        """
+        step = self.pretrain_step if pretrain else self.metatrain_step
+        if batches.inputa.shape[0] > 1:
+            return self._steps(step, batches, tf.constant(first), tf.constant(last))
+        return step(Batch(*(values[0] for values in batches)))
+
+    def _steps(self, step: Callable, batches: Batch, first: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
+        def body(i, _):
+            return i + 1, step(Batch(*(values[i] for values in batches)))
+        return tf.while_loop(lambda i, _: i < last, body, [first, tf.zeros([], self.dtype)])[1]
 
     # The joint-training baseline, and evaluation.
 
     def _pretrain_step(self, batch: Batch) -> tf.Tensor:
-        """One Adam step on the support loss *before* any update, over all tasks. Returns that loss."""
+        """One Adam step on the mean support loss *before* any update. Returns that loss."""
         with tf.GradientTape() as tape:
-            output = self.network(self.network.prepare(batch.inputa), self.initial_weights(batch.inputa.shape[0]), self.norms)
-            loss = tf.reduce_mean(self.loss(output, batch.labela))
+            weights, x = self.initial_weights(batch.inputa.shape[0]), self._prepare(batch.inputa)
+            losses, _, _ = self._outcome(weights, self.norms, x, batch.labela)
+            loss = tf.reduce_mean(losses)
         gradients = tape.gradient(loss, self.parameters, unconnected_gradients='zero')
-        self.pretrain_optimizer.apply(gradients, self.parameters)
+        self._apply[self.pretrain_optimizer](gradients, self.parameters)
         return loss
 
     def evaluate(self, batch: Batch, num_updates: int) -> Results:
         """Losses, accuracies and outputs of each task before and after each of `num_updates` inner updates."""
-        tasks, call = batch.inputa.shape[0], self._compiled
-        xa, xb = call['_prepare'](batch.inputa), call['_prepare'](batch.inputb)
-        weights, *first = call['_first_outputs'](xa, batch.labela)
-        later = []
-        for _ in range(num_updates):   # one compiled update called J times: no long unrolled program to compile
-            weights, *outcome = call['_update_and_outputs'](weights, xa, batch.labela, xb, batch.labelb)
-            later.append(outcome)
-        losses2, accuracies2, outputsb = (tf.stack(values) for values in zip(*later))
-        loss1, accuracy1, outputa = first
+        return self._evaluate(Batch(*map(tf.convert_to_tensor, batch)), num_updates)
+
+    def _evaluate(self, batch: Batch, num_updates: int) -> Results:
+        parts = [self._evaluate_share(share, num_updates) for share in shares(batch)]
+        task_axis = Results(loss1=0, losses2=1, accuracy1=0, accuracies2=1, outputa=0, outputsb=1)
+        return Results(*(tf.concat(values, axis) for values, axis in zip(zip(*parts), task_axis)))
+
+    def _evaluate_share(self, batch: Batch, num_updates: int) -> Results:
+        support, query = self._prepare(batch.inputa), self._prepare(batch.inputb)
+        weights = self.initial_weights(batch.inputa.shape[0])
+        loss1, accuracy1, outputa = self._outcome(weights, self.norms, support, batch.labela)
+        outcomes = []
+        for _ in range(num_updates):
+            weights = self._update(weights, self.norms, support, batch.labela)
+            outcomes.append(self._outcome(weights, self.norms, query, batch.labelb))
+        losses2, accuracies2, outputsb = map(tf.stack, zip(*outcomes))
         return Results(loss1, losses2, accuracy1, accuracies2, outputa, outputsb)
 
     def restore(self, path: str) -> bool:
@@ -222,20 +283,17 @@ class MAML(tf.Module):
                 variable.assign(tf.cast(values[name], variable.dtype))
         return complete
 
-    def _prepare(self, inputs):
-        return self.network.prepare(inputs)
 
-    def _first_outputs(self, x, label):
-        weights = self.initial_weights(x.shape[0])
-        return weights, *self._outcome(weights, x, label)
+def shares(batch: Batch) -> list[Batch]:
+    """A meta-batch in parts of equally many tasks: enough of them for all cores, each small enough for their caches.
 
-    def _update_and_outputs(self, weights, xa, labela, xb, labelb):
-        weights = self.adapt(weights, xa, labela)
-        return weights, *self._outcome(weights, xb, labelb)
-
-    def _outcome(self, weights, x, label):
-        output = self.network(x, weights, self.norms)
-        return self.loss(output, label), accuracy(output, label), output
+    One part on a GPU, which wants all the work at once, and where the tasks are tiny.
+    """
+    tasks, size = batch.inputa.shape[0], max(batch.inputa.shape[1], batch.inputb.shape[1]) * batch.inputa.shape[2]
+    if tasks * size <= SHARE_SIZE // 4 or tf.config.list_physical_devices('GPU'):
+        return [batch]
+    share = max(n for n in range(1, tasks + 1) if tasks % n == 0 and (n == 1 or n * size <= SHARE_SIZE))
+    return [Batch(*(values[i:i + share] for values in batch)) for i in range(0, tasks, share)]
 
 
 # From the command line's settings to a model ------------------------------------------------------------------------

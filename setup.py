@@ -1,4 +1,4 @@
-"""`pip install -e .` for training and evaluation, with `'.[plots]'` for the pictures too and `'.[test]'` for the tests."""
+"""`pip install -e .` for training and evaluation, `'.[plots]'` for the pictures too, `'.[test]'` for the tests."""
 from setuptools import setup
 
 PLOTS = ['matplotlib>=3.7']

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from special_grads import kernel_product, max_pool2x2
+from special_grads import max_pool2x2, spread, sum_rows
 
 BATCH_NORM_EPSILON = 1e-3    # of tf.contrib.layers.batch_norm, which the original used
 LAYER_NORM_EPSILON = 1e-12   # of tf.contrib.layers.layer_norm
@@ -54,37 +54,44 @@ def accuracy(output: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
 
 # Normalisation -----------------------------------------------------------------------------------------------------
 
-def standardize(x: tf.Tensor, axes: list[int], epsilon: float) -> tf.Tensor:
-    """(x - mean) / sqrt(variance + epsilon) over `axes`, with the biased variance.
+def batch_norm(x: tf.Tensor, beta: tf.Tensor, max_pool: bool = False) -> tf.Tensor:
+    """Per channel over examples and space, statistics always of the batch at hand; offset but no gain; then pooling.
 
-    The means are written out because `tf.nn.moments` stops the gradient of the mean inside the variance: right at
-    first order, silently wrong at second, hence for MAML.
+    x: [T, examples, ..., channels]; beta: [channels], shared by tasks and inner steps. The variance is the biased one.
+    The means are written out because `tf.nn.moments` stops the gradient of the mean inside the variance: right at first
+    order, silently wrong at second, hence for MAML.
     """
-    centred = x - tf.reduce_mean(x, axes, keepdims=True)
-    variance = tf.reduce_mean(tf.square(centred), axes, keepdims=True)
-    return centred * tf.math.rsqrt(variance + epsilon)
-
-
-def batch_norm(x: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
-    """Per channel over examples and space, statistics always of the batch at hand; offset but no gain.
-
-    x: [T, examples, ..., channels]; beta: [channels], shared by tasks and inner steps.
-    """
-    return standardize(x, list(range(1, len(x.shape) - 1)), BATCH_NORM_EPSILON) + beta
+    tasks, channels = x.shape[0], x.shape[-1]
+    rows = tf.reshape(x, [tasks, -1, channels])
+    count = rows.shape[1]
+    mean = sum_rows(rows) / count                                                           # [T, 1, channels]
+    variance = sum_rows(tf.square(rows - spread(mean, count))) / count
+    # Without a gain, larger stays larger: pooling first gives the same, for less work, and equal inputs stay equal.
+    x = max_pool2x2(x) if max_pool else x
+    rows = tf.reshape(x, [tasks, -1, channels])
+    scale, beta = tf.math.rsqrt(variance + BATCH_NORM_EPSILON), tf.broadcast_to(beta, [tasks, 1, channels])
+    centred = rows - spread(mean, rows.shape[1])
+    return tf.reshape(centred * spread(scale, rows.shape[1]) + spread(beta, rows.shape[1]), x.shape)
 
 
 def layer_norm(x: tf.Tensor, beta: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
     """Per example over all its axes, then gain and offset over the last axis. x: [T, examples, ..., channels]."""
-    return standardize(x, list(range(2, len(x.shape))), LAYER_NORM_EPSILON) * gamma + beta
+    axes = list(range(2, len(x.shape)))
+    centred = x - tf.reduce_mean(x, axes, keepdims=True)
+    variance = tf.reduce_mean(tf.square(centred), axes, keepdims=True)
+    return centred * tf.math.rsqrt(variance + LAYER_NORM_EPSILON) * gamma + beta
 
 
-def normalize(x: tf.Tensor, norm: str, scope: str, norms: dict) -> tf.Tensor:
-    """Applies `norm` ('batch_norm', 'layer_norm' or 'None') with the parameters that `norms` holds for `scope`."""
+def normalize(x: tf.Tensor, norm: str, scope: str, norms: dict, max_pool: bool = False) -> tf.Tensor:
+    """`norm` ('batch_norm', 'layer_norm' or 'None') with the parameters that `norms` holds for `scope`, then pooling.
+
+    x: [T, examples, ..., channels], or [T, examples, height, width, channels] for max_pool.
+    """
     if norm == 'batch_norm':
-        return batch_norm(x, norms[f'{scope}/beta'])
+        return batch_norm(x, norms[f'{scope}/beta'], max_pool)
     if norm == 'layer_norm':
-        return layer_norm(x, norms[f'{scope}/beta'], norms[f'{scope}/gamma'])
-    return x
+        x = layer_norm(x, norms[f'{scope}/beta'], norms[f'{scope}/gamma'])
+    return max_pool2x2(x) if max_pool else x
 
 
 def norm_parameters(norm: str, scope: str, channels: int) -> dict[str, tuple]:
@@ -97,19 +104,45 @@ def norm_parameters(norm: str, scope: str, channels: int) -> dict[str, tuple]:
 
 def dense(x: tf.Tensor, matrix: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
     """x [T, examples, in], matrix [T, in, out], bias [T, out] -> [T, examples, out]."""
-    return x @ matrix + bias[:, tf.newaxis]
+    return x @ matrix + tf.expand_dims(bias, 1)
 
 
-def conv_block(patches: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, max_pool: bool, normalization) -> tf.Tensor:
-    """Convolution, bias, normalisation, ReLU and, if asked for, 2x2 max-pooling.
+def convolve(patches: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    """Each task's patches [T, examples, H, W, 9*C] by its kernel [T, 3, 3, C, F] -> [T, examples, H, W, F]."""
+    tasks, examples, height, width, size = patches.shape
+    rows = tf.reshape(patches, [tasks, examples * height * width, size])                    # [T, rows, 9C]
+    matrix = tf.reshape(kernel, [tasks, size, kernel.shape[-1]])                            # [T, 9C, F]
+    return tf.reshape(rows @ matrix, [tasks, examples, height, width, kernel.shape[-1]])
 
-    patches: [T, examples, H, W, 9*C] of the block's input; kernel: [T, 3, 3, C, F]; bias: [T, F]; normalization: a
-    function of one tensor. Returns [T, examples, H', W', F].
+
+class NormalizedPatches(NamedTuple):
+    """Patches of the input images, made ready for `convolve_normalized`."""
+    patches: tf.Tensor     # [T, examples, H, W, 9*C + 1], the task's mean taken away, and a last channel of ones
+    covariance: tf.Tensor  # [T, 9*C, 9*C], float64: neighbouring pixels are so alike that it is nearly singular
+
+
+def normalize_patches(patches: tf.Tensor) -> NormalizedPatches:
+    """patches: [T, examples, H, W, 9*C]. In float64, once per meta-batch: what is left of the mean would stay for good."""
+    exact = tf.cast(patches, tf.float64)
+    exact -= tf.reduce_mean(exact, axis=[1, 2, 3], keepdims=True)
+    rows = tf.reshape(exact, [patches.shape[0], -1, patches.shape[-1]])                     # [T, rows, 9C]
+    covariance = tf.matmul(rows, rows, transpose_a=True) / rows.shape[1]                    # [T, 9C, 9C]
+    with_ones = tf.concat([tf.cast(exact, patches.dtype), tf.ones_like(patches[..., :1])], axis=-1)
+    return NormalizedPatches(with_ones, covariance)
+
+
+def convolve_normalized(x: NormalizedPatches, kernel: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
+    """Convolution and batch normalisation of the input images, as one matrix product: [T, examples, H, W, F].
+
+    kernel: [T, 3, 3, C, F]; beta: [F]. The output before normalisation is patches P times kernel k, so its variance is
+    kᵀ cov(P) k, and cov(P) does not change while the weights do: no statistics of the large output are needed.
     """
-    x = kernel_product(patches, kernel) + bias[:, tf.newaxis, tf.newaxis, tf.newaxis]
-    x = normalization(x)
-    # The ReLU comes after the pooling here: max and ReLU commute, and so do their derivatives.
-    return tf.nn.relu(max_pool2x2(x) if max_pool else x)
+    tasks, filters = kernel.shape[0], kernel.shape[-1]
+    matrix = tf.reshape(kernel, [tasks, -1, filters])                                       # [T, 9C, F]
+    exact = tf.cast(matrix, tf.float64)
+    variance = tf.reduce_sum(exact * (x.covariance @ exact), axis=1, keepdims=True)         # [T, 1, F]
+    scaled = tf.cast(exact * tf.math.rsqrt(variance + BATCH_NORM_EPSILON), kernel.dtype)
+    return convolve(x.patches, tf.concat([scaled, tf.broadcast_to(beta, [tasks, 1, filters])], axis=1))
 
 
 # Initial values ----------------------------------------------------------------------------------------------------
@@ -132,6 +165,7 @@ def initial_value(kind: str, shape: tuple[int, ...], seed: list[int]) -> np.ndar
 # Checkpoints: FOLDER/model{iteration}.index and .data-..., of this program or of the TensorFlow 1 original ----------
 
 CHECKPOINTS_KEPT = 10
+OBJECT_GRAPH = '_CHECKPOINTABLE_OBJECT_GRAPH'   # in checkpoints of TensorFlow 2 only
 
 
 def checkpoints(folder: str | Path) -> dict[int, str]:
@@ -140,16 +174,48 @@ def checkpoints(folder: str | Path) -> dict[int, str]:
     return {i: str(Path(folder) / f'model{i}') for i in sorted(int(match[1]) for match in found if match)}
 
 
+class DamagedCheckpoint(ValueError):
+    """A file of a checkpoint is missing or damaged; the text is one sentence for the user."""
+
+
 def write_checkpoint(checkpoint: tf.train.Checkpoint, folder: str | Path, iteration: int) -> str:
     """Writes FOLDER/model{iteration} and removes all but the newest ten. Returns its path.
 
-    tf.train.CheckpointManager would put a hyphen into the name, which the original does not have.
+    tf.train.CheckpointManager would put a hyphen into the name, which the original does not have. The original's own
+    checkpoints stay. Raises OSError if it cannot be written.
     """
-    path = checkpoint.write(str(Path(folder) / f'model{iteration}'))
-    for old in [*checkpoints(folder)][:-CHECKPOINTS_KEPT]:
-        for file in Path(folder).glob(f'model{old}.*'):
-            file.unlink()
+    path = str(Path(folder) / f'model{iteration}')
+    try:
+        checkpoint.write(path)
+    except tf.errors.OpError as error:
+        raise OSError(f'{path} cannot be written ({first_line(error)})') from error
+    for old in [*checkpoints(folder).values()][:-CHECKPOINTS_KEPT]:
+        if is_own(old):
+            for file in Path(folder).glob(f'{Path(old).name}.*'):
+                file.unlink()
     return path
+
+
+def is_own(path: str) -> bool:
+    """Whether a checkpoint is this program's and whole."""
+    try:
+        return OBJECT_GRAPH in stored_values(path)
+    except DamagedCheckpoint:
+        return False
+
+
+def stored_values(path: str) -> dict[str, np.ndarray]:
+    """All that is in a checkpoint, by TensorFlow's keys, its checksums compared. Raises DamagedCheckpoint."""
+    try:
+        reader = tf.train.load_checkpoint(path)
+        return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+    except Exception as error:   # OpError, ValueError, IndexError and others, depending on where the damage is
+        raise DamagedCheckpoint(f'{path} cannot be read as a checkpoint; remove it or name another with --test_iter '
+                                f'({first_line(error)})') from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray], bool]:
@@ -157,22 +223,19 @@ def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray],
 
     names: of the network's parameters, in the order in which it creates them. The TensorFlow 1 original left its
     biases, and all weights of the fully connected network, without names; TensorFlow called them Variable,
-    Variable_1, ... in that order. Raises ValueError if the file cannot be read.
+    Variable_1, ... in that order. Raises DamagedCheckpoint, and ValueError if parameters have names not in `names`.
     """
-    try:
-        reader = tf.train.load_checkpoint(path)
-        stored = reader.get_variable_to_shape_map()
-        if '_CHECKPOINTABLE_OBJECT_GRAPH' in stored:
-            pattern, keys = r'(?:weights|norms)/(.+)/\.ATTRIBUTES/VARIABLE_VALUE', {}
-            for key in stored:
-                if match := re.fullmatch(pattern, key):
-                    keys[match[1].replace('.S', '/')] = key
-            return {name: reader.get_tensor(key) for name, key in keys.items()}, True
-        named = {key.removeprefix('model/') for key in stored if key.startswith('model/')}
-        unnamed = [name for name in names if name not in named]
-        keys = {name: 'Variable' if i == 0 else f'Variable_{i}' for i, name in enumerate(unnamed)}
-        keys |= {name: name for name in named if not name.startswith('Variable')}
-        return {name: reader.get_tensor(f'model/{key}') for name, key in keys.items() if key in named}, False
-    except (tf.errors.OpError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read as a checkpoint; remove it or name another with --test_iter '
-                         f'({str(error).splitlines()[0]})') from error
+    stored = stored_values(path)
+    complete = OBJECT_GRAPH in stored
+    if complete:
+        found = (re.fullmatch(r'(?:weights|norms)/(.+)/\.ATTRIBUTES/VARIABLE_VALUE', key) for key in stored)
+        values = {match[1].replace('.S', '/'): stored[match[0]] for match in found if match}
+    else:
+        values = {key.removeprefix('model/'): stored[key] for key in stored if re.match(r'model/(?!.*/Adam)', key)}
+        for i, name in enumerate([name for name in names if name not in values]):
+            if (unnamed := f'Variable_{i}' if i else 'Variable') in values:
+                values[name] = values.pop(unnamed)
+    if unknown := [name for name in values if name not in names]:
+        raise ValueError(f'{path} is of another architecture: it has {", ".join(unknown)}, and the network that the '
+                         'flags describe has not')
+    return values, complete

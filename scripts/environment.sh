@@ -1,11 +1,11 @@
-# Sourced by the other scripts: `set_up EXTRA` makes sure that .venv in the checkout holds the project with that extra of
-# setup.py ('plots' or 'test'), and that `python` runs it. PYTHON=/path/to/python3.12 chooses the Python for a new .venv; remove
-# .venv to choose another. The caller is in the checkout already.
+# Sourced by the other scripts, in the checkout: `set_up EXTRA` makes sure that .venv holds the project with that extra
+# of setup.py ('plots' or 'test'), and that `python` runs it.
+# PYTHON=/path/to/python3.12 chooses the Python for a new .venv; to change it later, remove .venv first.
 
 fail() { echo "$*" >&2; exit 1; }
 
-# Python 3.10-3.13 (those TensorFlow 2.16+ has wheels for), and able to make environments with pip in them. Running it is
-# the only sure test: a pyenv shim is found on the PATH and fails, and Debian's python3 comes without ensurepip.
+# Python 3.10-3.13, as setup.py says, and able to make environments with pip in them. Running it is the only sure test:
+# a pyenv shim is found on the PATH and fails, and Debian's python3 comes without ensurepip.
 usable() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null
 }
@@ -20,7 +20,7 @@ find_python() {
     for python in python3.13 python3.12 python3.11 python3.10 python3 python; do
         usable "$python" && echo "$python" && return
     done
-    fail 'No Python 3.10, 3.11, 3.12 or 3.13 with its venv module was found; install one (on Debian or Ubuntu: apt install' \
+    fail 'No Python 3.10, 3.11, 3.12 or 3.13 with its venv module was found; install one (Debian, Ubuntu: apt install' \
          'python3 python3-venv), or name one: PYTHON=/path/to/python3.12 bash scripts/run.sh'
 }
 

@@ -6,7 +6,8 @@
 The errors are those that `main.py --train=False` wrote into the run's folder.
 """
 import argparse
-import os
+import csv
+import io
 import re
 import sys
 from pathlib import Path
@@ -18,8 +19,11 @@ import numpy as np
 matplotlib.use('Agg')  # a picture in a file, on machines without a display too
 import matplotlib.pyplot as plt
 
-UPDATES = {0: ('before the first update', ':'), 1: ('after 1 update', '--'), 10: ('after 10 updates', '-')}
-COLORS = {0: 'tab:gray', 1: 'tab:green', 10: 'tab:blue'}
+CURVES = {  # number of updates: how it is drawn
+    0: dict(label='before the first update', linestyle=':', color='tab:gray'),
+    1: dict(label='after 1 update', linestyle='--', color='tab:green'),
+    10: dict(label='after 10 updates', color='tab:blue'),
+}
 
 
 class Fit(NamedTuple):
@@ -48,22 +52,22 @@ def read_errors(run_folder: Path) -> list[Errors]:
     for path in sorted(run_folder.glob('test_ubs*_stepsize*.csv')):
         shots, step_size = re.fullmatch(r'test_ubs(.+)_stepsize(.+)\.csv', path.name).groups()
         try:
-            means, _, ci95 = np.loadtxt(path, delimiter=',', skiprows=1, ndmin=2)
+            with open(path, newline='') as file:
+                means, _, ci95 = np.array([*csv.reader(file)][1:], float)
         except ValueError:
             raise ValueError(f'{path} is not the table main.py writes (a header, then means, standard deviations and '
                              'confidence intervals); evaluate the run again with --train=False') from None
         found.append(Errors(f'{shots}-shot, α = {step_size}', means, ci95))
     if not found:
-        raise FileNotFoundError(f'{run_folder} holds no test_ubs*_stepsize*.csv; evaluate the run first, with the flags '
-                                'it was trained with and --train=False --test_set=True')
+        raise FileNotFoundError(f'{run_folder} holds no test_ubs*_stepsize*.csv; evaluate the run first, with the '
+                                'flags it was trained with and --train=False --test_set=True')
     return found
 
 
 def draw_fit(axes, fit: Fit) -> None:
     axes.plot(fit.x, fit.truth, color='tab:red', label='ground truth')
     for updates, prediction in fit.predictions.items():
-        label, style = UPDATES[updates]
-        axes.plot(fit.x, prediction, style, color=COLORS[updates], label=label)
+        axes.plot(fit.x, prediction, **CURVES[updates])
     axes.plot(*fit.support.T, '^', color='tab:purple', label='support points', zorder=3)
     axes.set(xlabel='x', ylabel='y', title=f'A new task, {len(fit.support)} support points')
 
@@ -72,24 +76,31 @@ def draw_errors(axes, errors: list[Errors]) -> None:
     for label, means, ci95 in errors:
         axes.errorbar(range(len(means)), means, yerr=ci95, marker='o', markersize=4, capsize=3, label=label)
     axes.set(xlabel='updates (0: support set before the first, then query set)', ylabel='mean squared error',
-             title='Mean over test tasks, 95 % intervals', xticks=range(max(len(e.means) for e in errors)), ylim=(0, None))
+             xticks=range(max(len(e.means) for e in errors)), ylim=(0, None),
+             title='Mean over test tasks, 95 % intervals')
     axes.grid(alpha=0.3)
     axes.legend()
 
 
 def draw(all_fits: list[Fit], errors: list[Errors], output: Path) -> None:
-    """Writes the picture; `output` is complete or untouched. Its ending says the format (.png, .pdf, .svg, ...)."""
+    """Writes the picture, in the format that the ending of `output` says; the file is complete or untouched.
+
+    Raises:
+      ValueError: there is no such format.
+      OSError: the file cannot be written.
+    """
+    from main import write_whole   # here and below: what fails before needs no TensorFlow, which takes seconds to start
     figure, axes = plt.subplots(1, len(all_fits) + 1, figsize=(5 * len(all_fits) + 5, 4.2), layout='constrained')
     for panel, fit in zip(axes, all_fits):
         draw_fit(panel, fit)
     axes[0].legend(fontsize='small')
     draw_errors(axes[-1], errors)
-    partial = output.with_name(f'.{os.getpid()}.{output.name}')
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=output.suffix[1:] or 'png')
     try:
-        figure.savefig(partial, dpi=120)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+        write_whole(output, picture.getvalue())
+    except OSError as error:
+        raise OSError(f'{output} cannot be written ({error.strerror}); name another file with --output') from error
 
 
 def load_model(run_folder: Path):
@@ -99,13 +110,13 @@ def load_model(run_folder: Path):
       ValueError: the name is not that of a sinusoid run, or the checkpoint does not fit it.
       FileNotFoundError: there is no checkpoint.
     """
-    from maml import make_model       # here and below: what fails before needs no TensorFlow, which takes seconds to start
+    from maml import make_model
     from utils import checkpoints
-    name = re.fullmatch(r'cls_\d+\.mbs_\d+\.ubs_(\d+)\.numstep(\d+)\.updatelr([-+.\de]+?)(?:hidden\d+)?(?:maxpool)?(stopgrad)?'
-                        r'(oracle)?(batchnorm|layernorm|nonorm)', run_folder.resolve().name)
+    name = re.fullmatch(r'cls_\d+\.mbs_\d+\.ubs_(\d+)\.numstep(\d+)\.updatelr([-+.\de]+?)(?:hidden\d+)?(?:maxpool)?'
+                        r'(stopgrad)?(oracle)?(batchnorm|layernorm|nonorm)(?:\.\d+)?', run_folder.resolve().name)
     if not name:
-        raise ValueError(f'{run_folder} is not named like a run (cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm); give '
-                         'the folder that main.py made in --logdir')
+        raise ValueError(f'{run_folder} is not named like a run (cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm); '
+                         'give the folder that main.py made in --logdir')
     shots, num_updates, update_lr, stop_grad, baseline, norm = name.groups()
     model = make_model('sinusoid', norm={'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}[norm],
                        update_batch_size=int(shots), num_updates=int(num_updates), update_lr=float(update_lr),
@@ -129,9 +140,9 @@ def fits(run_folder: Path, tasks: int = 2, seed: int = 0, points: int = 201) -> 
     truth = a * np.sin(x - phi)                                                     # [T, points]
     inputs = np.stack(np.broadcast_arrays(x, a, phi), axis=-1)[..., :dim]           # [T, points, D]
     support = batch.inputa[..., :dim]                                               # [T, K, D]
-    results = model.evaluate(Batch(support, batch.labela, inputs, truth[..., None]), max(UPDATES))
+    results = model.evaluate(Batch(support, batch.labela, inputs, truth[..., None]), max(CURVES))
     before = model.network(model.network.prepare(inputs), model.initial_weights(tasks), model.norms)  # [T, points, 1]
-    outputs = {updates: np.asarray(results.outputsb[updates - 1] if updates else before)[..., 0] for updates in UPDATES}
+    outputs = {updates: np.asarray(results.outputsb[updates - 1] if updates else before)[..., 0] for updates in CURVES}
     points_of = np.concatenate([support[..., :1], batch.labela], axis=-1)           # [T, K, 2]
     return [Fit(x, truth[i], points_of[i], {updates: output[i] for updates, output in outputs.items()})
             for i in range(tasks)]
@@ -139,7 +150,7 @@ def fits(run_folder: Path, tasks: int = 2, seed: int = 0, points: int = 201) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description='Draws the fits and errors of a trained and evaluated sinusoid run.')
-    parser.add_argument('run_folder', type=Path, help='the folder with checkpoints and test_*.csv, in --logdir of main.py')
+    parser.add_argument('run_folder', type=Path, help='the folder with checkpoints and results that main.py made')
     parser.add_argument('--output', type=Path, help='picture to write (default: sinusoid.png in the run folder)')
     parser.add_argument('--seed', type=int, default=0, help='of the tasks drawn')
     args = parser.parse_args()

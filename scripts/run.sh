@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs main.py in its own environment, which it makes at the first call:
 #   bash scripts/run.sh --datasource=omniglot ...    main.py with these flags
-#   bash scripts/run.sh                              trains and evaluates the 10-shot sinusoid of the paper, draws a picture
+#   bash scripts/run.sh                              the 10-shot sinusoid of the paper: training, evaluation, a picture
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh

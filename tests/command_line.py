@@ -1,0 +1,108 @@
+"""main.py from within a test, and the data it needs."""
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+import main
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get('MAML_TEST_DATA', ROOT.parent / 'shared' / 'data'))
+ORIGINAL = Path(os.environ.get('MAML_TEST_ORIGINAL', ROOT.parent / 'shared' / 'original'))
+
+
+class Outcome(NamedTuple):
+    """Of one run of a program."""
+    status: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+
+def parsed(*arguments: str) -> flags.FlagValues:
+    """The flags of a command line; raises flags.Error as absl does before main() is called."""
+    values = flags.FlagValues()
+    main.define_flags(values)
+    values(['main.py', *arguments])
+    return values
+
+
+def in_process(program, *arguments) -> Outcome:
+    """Calls a main function and collects what it prints and how it ends: far faster than a process of its own."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            program(*arguments)
+        except SystemExit as end:   # as Python itself treats it
+            status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+            if isinstance(end.code, str):
+                print(end.code, file=err)
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def run(*arguments: str) -> Outcome:
+    """main.py with these flags, in this process."""
+    values = flags.FlagValues()
+    main.define_flags(values)
+    return in_process(main.main, values(['main.py', *arguments]), values)
+
+
+def command(script: str, *arguments) -> Outcome:
+    """A script of the checkout in a process of its own."""
+    line = [sys.executable, '-B', ROOT / script, *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def succeeded(outcome: Outcome) -> Outcome:
+    assert outcome.status == 0, outcome.err
+    return outcome
+
+
+def assert_refused(outcome: Outcome, *words: str):
+    """Status 1 or 2 and, last on stderr, one sentence that has the words; no traceback."""
+    assert outcome.status in (1, 2) and 'Traceback' not in outcome.err, outcome
+    sentence = outcome.err.strip().splitlines()[-1]
+    assert all(word in sentence for word in words), sentence
+
+
+def listing(folder: Path) -> dict[str, tuple]:
+    """Everything below a folder: {relative path: (size, time of change)}."""
+    status = lambda path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
+    return {path.relative_to(folder).as_posix(): status(path) for path in folder.rglob('*')}
+
+
+def draw(path: Path, size: tuple[int, int], mode: str, seed: int, noise: int):
+    """An image of a class: `seed` sets its shape, `noise` what differs between images of the class."""
+    shape, other = (np.random.default_rng(s).random((7, 7, 3)) for s in (seed, [seed, noise]))
+    image = Image.fromarray(np.uint8(255 * (.8 * shape + .2 * other))).resize(size, Image.Resampling.NEAREST)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.convert(mode, dither=Image.Dither.NONE).save(path)
+
+
+def make_omniglot(data: Path, characters: int = 26, images: int = 4, size: int = 28) -> Path:
+    """Prepared Omniglot-like data: 26 characters make 17 training, 2 validation and 7 test classes."""
+    for c in range(characters):
+        for i in range(images):
+            folder = data / f'omniglot_resized/Alphabet{c % 2}/character{c:02d}'
+            draw(folder / f'{c:04d}_{i:02d}.png', (size, size), '1', c, i)
+    return data
+
+
+def make_miniimagenet(data: Path, splits=('train', 'val', 'test'), classes: int = 2, images: int = 16) -> Path:
+    """Prepared miniImagenet-like data."""
+    for s, split in enumerate(splits):
+        for c in range(classes):
+            for i in range(images):
+                draw(data / f'miniImagenet/{split}/n{s}{c:07d}/image{i:03d}.jpg', (84, 84), 'RGB', 100 * s + c, i)
+    return data

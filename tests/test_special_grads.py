@@ -1,0 +1,126 @@
+"""Convolution with one kernel per task and pooling, against TensorFlow's own layers applied task by task."""
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from special_grads import max_pool2x2, patches3x3, spread, sum_rows
+
+SIZES = [(6, 6), (5, 5), (7, 4), (4, 7), (3, 2), (2, 2), (1, 3), (1, 1)]
+
+
+def convolution(x, kernel, stride):
+    """x [T, examples, H, W, C], kernel [T, 3, 3, C, F]: each task's patches by its kernel."""
+    patches = patches3x3(x, stride)
+    return tf.einsum('tehwi,tif->tehwf', patches, tf.reshape(kernel, [kernel.shape[0], -1, kernel.shape[-1]]))
+
+
+def tensorflow_convolution(x, kernel, stride):
+    return tf.stack([tf.nn.conv2d(*task, strides=stride, padding='SAME') for task in zip(x, kernel)])
+
+
+def tensorflow_pooling(x):
+    return tf.stack([tf.nn.max_pool2d(task, 2, 2, 'VALID') for task in x])
+
+
+def derivatives(function, *inputs):
+    """function(*inputs), the gradient of a nonlinear scalar of it, and that gradient's derivative along a direction."""
+    inputs = [tf.convert_to_tensor(x) for x in inputs]
+    random = np.random.default_rng(1)
+    with tf.GradientTape() as outer:
+        outer.watch(inputs)
+        with tf.GradientTape() as inner:
+            inner.watch(inputs)
+            # Squares of inputs and outputs: the scalar's second derivative passes through the layer in every way.
+            value = function(*(x + tf.square(x) / 4 for x in inputs))
+            weights = random.standard_normal(value.shape)
+            scalar = tf.reduce_sum(weights * (value + tf.square(value)))
+        first = inner.gradient(scalar, inputs)
+        along = tf.add_n([tf.reduce_sum(g * random.standard_normal(g.shape)) for g in first])
+    return value, first, outer.gradient(along, inputs)
+
+
+def assert_same(one, other):
+    for a, b in zip(tf.nest.flatten(one), tf.nest.flatten(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_convolution_is_tensorflows_of_each_task(size, stride):
+    """Value, gradients for images and kernels, and second derivatives; three tasks with a kernel each."""
+    random = np.random.default_rng(0)
+    x, kernel = random.standard_normal((3, 2, *size, 2)), random.standard_normal((3, 3, 3, 2, 4))
+    ours = derivatives(lambda *inputs: convolution(*inputs, stride), x, kernel)
+    assert ours[0].shape == (3, 2, -(-size[0] // stride), -(-size[1] // stride), 4)
+    assert_same(ours, derivatives(lambda *inputs: tensorflow_convolution(*inputs, stride), x, kernel))
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_each_task_has_its_own_kernel(stride):
+    """A task's output and gradients do not change with the other tasks' images and kernels."""
+    random = np.random.default_rng(0)
+    x, kernel = random.standard_normal((3, 2, 6, 5, 2)), random.standard_normal((3, 3, 3, 2, 4))
+
+    def of_middle_task():
+        value, first, second = derivatives(lambda *inputs: convolution(*inputs, stride)[1], x, kernel)
+        for gradient in (*first, *second):
+            assert np.any(gradient[1]) and not np.any(gradient[0]) and not np.any(gradient[2])
+        return value, [gradient[1] for gradient in (*first, *second)]
+    before = of_middle_task()
+    x[[0, 2]], kernel[[0, 2]] = random.standard_normal((2, 2, 6, 5, 2)), random.standard_normal((2, 3, 3, 2, 4))
+    assert_same(of_middle_task(), before)
+
+
+@pytest.mark.parametrize('size', [(4, 4), (5, 7), (3, 2), (2, 3), (84, 3)], ids=str)
+@pytest.mark.parametrize('ties', [False, True], ids=['distinct', 'ties'])
+def test_max_pooling_is_tensorflows(size, ties):
+    """Value, gradient and second derivative; an odd last row and column are dropped.
+
+    Blank paper makes constant regions, whose maxima are ties: the gradient then goes where TensorFlow sends it.
+    """
+    random = np.random.default_rng(0)
+    x = random.standard_normal((2, 3, *size, 2))
+    if ties:
+        x = np.rint(x)
+        x[0] = 0.7   # all ties, all positive
+    ours = derivatives(max_pool2x2, x)
+    assert ours[0].shape == (2, 3, size[0] // 2, size[1] // 2, 2)
+    assert_same(ours, derivatives(tensorflow_pooling, x))
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 5, 7, 2), (1, 1, 2, 2, 1)], ids=str)
+def test_ties_of_max_pooling_share_nothing(shape):
+    """One element of each window gets the whole gradient, so that the sum over a window is that of its output."""
+    x = tf.ones(shape)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = max_pool2x2(x)
+    gradient = tape.gradient(y, x).numpy()
+    assert set(np.unique(gradient)) <= {0., 1.} and gradient.sum() == np.prod(y.shape)
+
+
+@pytest.mark.parametrize('ours, plain, shape', [
+    (sum_rows, lambda x: tf.reduce_sum(x, axis=1, keepdims=True), (2, 5, 3)),
+    (lambda x: spread(x, 5), lambda x: tf.repeat(x, 5, axis=1), (2, 1, 3))], ids=['sum_rows', 'spread'])
+def test_sums_and_copies_have_derivatives_of_every_order(ours, plain, shape):
+    """The one is the other's gradient; as TensorFlow's, up to the third derivative."""
+    def thrice(function):
+        x = tf.constant(np.random.default_rng(0).standard_normal(shape))
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            y = function(x ** 2)
+            results = [y, tf.reduce_sum(y ** 4)]
+            for _ in range(3):
+                results.append(tape.gradient(results[-1], x))
+        return results
+    assert_same(thrice(ours), thrice(plain))
+
+
+@pytest.mark.parametrize('layer, shapes', [
+    (lambda x, kernel: convolution(x, kernel, 2), [(2, 2, 5, 4, 2), (2, 3, 3, 2, 2)]),
+    (max_pool2x2, [(2, 2, 5, 4, 2)])], ids=['convolution', 'pooling'])
+def test_compiled_layers(layer, shapes):
+    """XLA computes the same value and the same derivatives, ties included."""
+    inputs = [np.rint(np.random.default_rng(0).standard_normal(shape)) for shape in shapes]
+    compiled = tf.function(lambda *x: derivatives(layer, *x), jit_compile=True)
+    assert_same(compiled(*inputs), derivatives(layer, *inputs))

@@ -1,0 +1,246 @@
+"""Losses, normalisation with its second derivatives, initial values and checkpoint files."""
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from utils import (accuracy, checkpoints, cross_entropy, initial_value, mean_squared_error, norm_parameters, normalize,
+                   read_checkpoint, write_checkpoint)
+
+LOG = np.log
+
+
+# Losses ------------------------------------------------------------------------------------------------------------
+
+def test_mean_squared_error_is_a_mean_over_the_points_of_each_task():
+    """Task 0: errors 1, -2, 3 -> 14/3. Task 1: 0, 0, 6 -> 12."""
+    output = tf.constant([[[1.], [0.], [4.]], [[2.], [3.], [4.]]])
+    label = tf.constant([[[0.], [2.], [1.]], [[2.], [3.], [-2.]]])
+    np.testing.assert_allclose(mean_squared_error(output, label), [14 / 3, 12.], rtol=1e-6)
+
+
+def test_cross_entropy_is_summed_and_divided_by_the_shots():
+    """Logits (0, ln 3) are probabilities 1/4 and 3/4, logits (0, 0) one half each.
+
+    Task 0 has labels 0, 1, 1 -> ln 4 + ln(4/3) + ln 2 = ln(32/3); task 1 has 1, 1, 0 -> ln(4/3) + ln(4/3) + ln 2 =
+    ln(32/9). With K shots both are divided by K, whatever the number of examples.
+    """
+    logits = tf.constant(2 * [[[0., LOG(3.)], [0., LOG(3.)], [0., 0.]]], tf.float64)
+    label = tf.constant(np.eye(2)[[[0, 1, 1], [1, 1, 0]]])
+    np.testing.assert_allclose(cross_entropy(1)(logits, label), [LOG(32 / 3), LOG(32 / 9)], rtol=1e-14)
+    np.testing.assert_allclose(cross_entropy(5)(logits, label), [LOG(32 / 3) / 5, LOG(32 / 9) / 5], rtol=1e-14)
+
+
+def test_cross_entropy_scale_of_support_and_query():
+    """Untrained (equal) logits cost N ln N on N*K support images and N*15/K ln N on 15 query images per class."""
+    loss = cross_entropy(5)
+    for examples, expected in ((5 * 5, 5 * LOG(5)), (5 * 15, 15 * LOG(5))):
+        label = tf.constant(np.eye(5)[np.arange(examples) % 5][None])
+        np.testing.assert_allclose(loss(tf.zeros_like(label), label), [expected], rtol=1e-14)
+
+
+def test_cross_entropy_of_large_logits_is_finite():
+    logits = tf.constant([[[1000., 0.], [0., 1000.]]])
+    np.testing.assert_allclose(cross_entropy(1)(logits, tf.constant([[[1., 0.], [1., 0.]]])), [1000.])
+
+
+def test_accuracy_is_the_share_of_largest_logits():
+    output = tf.constant([[[3., 1., 2.], [0., 5., 1.], [1., 2., 3.], [9., 8., 7.]], 4 * [[-1., -2., -3.]]])
+    label = tf.constant(np.eye(3, dtype=np.float32)[[[0, 1, 0, 0], [1, 2, 0, 1]]])
+    np.testing.assert_array_equal(accuracy(output, label), [0.75, 0.25])
+
+
+# Normalisation -----------------------------------------------------------------------------------------------------
+
+def batch_norm(x, beta):
+    return normalize(x, 'batch_norm', '0', {'0/beta': beta})
+
+
+def layer_norm(x, beta, gamma):
+    return normalize(x, 'layer_norm', '0', {'0/beta': beta, '0/gamma': gamma})
+
+
+SHAPES = [(2, 5, 3), (2, 4, 3, 2, 3)]   # of a fully connected and a convolutional layer: [T, examples, ..., channels]
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('scale', [1., 0.03])
+def test_batch_norm_by_its_formula(shape, scale):
+    """Biased variance, epsilon 0.001 inside the root, per task and channel; at scale 0.03 epsilon rivals the variance."""
+    random = np.random.default_rng(0)
+    x, beta = scale * random.standard_normal(shape) + 2, random.standard_normal(3)
+    for task in range(2):
+        for channel in range(3):
+            values = x[task, ..., channel]
+            variance = np.sum((values - values.mean()) ** 2) / values.size
+            expected = (values - values.mean()) / np.sqrt(variance + 0.001) + beta[channel]
+            np.testing.assert_allclose(batch_norm(tf.constant(x), tf.constant(beta))[task, ..., channel], expected,
+                                       rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('scale', [1., 1e-6])
+def test_layer_norm_by_its_formula(shape, scale):
+    """Biased variance over all axes of an example, epsilon 1e-12 inside the root, gain and offset of the last axis."""
+    random = np.random.default_rng(0)
+    x, beta, gamma = scale * random.standard_normal(shape), random.standard_normal(3), random.standard_normal(3)
+    output = layer_norm(*map(tf.constant, (x, beta, gamma)))
+    for place in np.ndindex(shape[:2]):
+        variance = np.mean((x[place] - x[place].mean()) ** 2)
+        expected = (x[place] - x[place].mean()) / np.sqrt(variance + 1e-12) * gamma + beta
+        np.testing.assert_allclose(output[place], expected, rtol=1e-9, atol=1e-10)
+
+
+def test_constant_inputs_are_normalised_to_the_offset():
+    x, beta, gamma = tf.fill([2, 5, 3], 7.), tf.constant([1., 2., 3.]), tf.constant([4., 5., 6.])
+    np.testing.assert_allclose(batch_norm(x, beta), np.broadcast_to(beta, x.shape), atol=1e-5)
+    np.testing.assert_allclose(layer_norm(x, beta, gamma), np.broadcast_to(beta, x.shape), atol=1e-5)
+
+
+def test_statistics_are_those_of_the_batch_at_hand():
+    """No running averages: what was normalised before leaves no trace, at training and test time alike."""
+    x, beta = tf.random.stateless_normal([2, 5, 3], [0, 0]), tf.zeros(3)
+    before = batch_norm(x, beta)
+    batch_norm(100 * x + 50, beta)
+    np.testing.assert_array_equal(batch_norm(x, beta), before)
+
+
+@pytest.mark.parametrize('norm', ['batch_norm', 'layer_norm'])
+def test_each_layer_has_its_own_offset(norm):
+    """A layer's normalisation takes the parameters of its own scope; without normalisation nothing happens."""
+    x = tf.random.stateless_normal([2, 5, 3], [0, 0])
+    norms = {f'{scope}/{name}': tf.fill([3], float(scope)) for scope in range(4) for name in ('beta', 'gamma')}
+    difference = normalize(x, norm, '3', norms) - 3 * normalize(x, norm, '1', norms)
+    expected = tf.zeros_like(x) if norm == 'layer_norm' else -2 * (normalize(x, norm, '1', norms) - 1)
+    np.testing.assert_allclose(difference, expected, atol=1e-5)
+    np.testing.assert_array_equal(normalize(x, 'None', '2', {}), x)
+
+
+def test_parameters_of_each_normalisation():
+    assert norm_parameters('None', '0', 8) == {}
+    assert norm_parameters('batch_norm', '0', 8) == {'0/beta': ('zeros', (8,))}
+    assert norm_parameters('layer_norm', '2', 8) == {'2/beta': ('zeros', (8,)), '2/gamma': ('ones', (8,))}
+
+
+# Its derivatives: TensorFlow's known trap ---------------------------------------------------------------------------
+
+def moments_norm(x, axes, epsilon):
+    """Normalisation as one would write it, with tf.nn.moments, and as many programs have it."""
+    mean, variance = tf.nn.moments(x, axes, keepdims=True)
+    return (x - mean) / tf.sqrt(variance + epsilon)
+
+
+NORMS = {'batch_norm': (lambda x: batch_norm(x, tf.zeros(3, x.dtype)),
+                        lambda x: moments_norm(x, list(range(1, len(x.shape) - 1)), 1e-3)),
+         'layer_norm': (lambda x: layer_norm(x, tf.zeros(3, x.dtype), tf.ones(3, x.dtype)),
+                        lambda x: moments_norm(x, list(range(2, len(x.shape))), 1e-12))}
+
+
+def derivatives(norm, x, direction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """norm(x), the gradient of a scalar of it, and that gradient's derivative along `direction`, by automatic means."""
+    x = tf.constant(x)
+    weights = np.random.default_rng(1).standard_normal(x.shape)
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            y = norm(x)
+            scalar = tf.reduce_sum(weights * (y + y ** 2))
+        first = inner.gradient(scalar, x)
+        along = tf.reduce_sum(first * direction)
+    return y.numpy(), first.numpy(), outer.gradient(along, x).numpy()
+
+
+def relative(one, other) -> float:
+    return np.linalg.norm(one - other) / np.linalg.norm(other)
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('name', NORMS)
+def test_second_derivative_of_normalisation_is_exact(name, shape):
+    """Against finite differences of the first derivative, itself checked against those of the value.
+
+    tf.nn.moments takes the gradient of the mean inside the variance for zero, which it is: values and first derivatives
+    are right. Its derivative is not zero, so second derivatives are wrong, and no warning is given.
+    """
+    random = np.random.default_rng(0)
+    x, direction, (ours, naive), step = random.standard_normal(shape), random.standard_normal(shape), NORMS[name], 1e-5
+    value, first, second = derivatives(ours, x, direction)
+    (up_value, up, _), (down_value, down, _) = (derivatives(ours, x + sign * step * direction, direction)
+                                                for sign in (1, -1))
+    weights = np.random.default_rng(1).standard_normal(shape)
+    scalars = [np.sum(weights * (y + y ** 2)) for y in (up_value, down_value)]
+    np.testing.assert_allclose(np.sum(first * direction), (scalars[0] - scalars[1]) / (2 * step), rtol=1e-6)
+    assert relative(second, (up - down) / (2 * step)) < 1e-6
+
+    naive_value, naive_first, naive_second = derivatives(naive, x, direction)
+    np.testing.assert_allclose(naive_value, value, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(naive_first, first, rtol=1e-10, atol=1e-12)
+    assert relative(naive_second, second) > 0.01
+
+
+# Initial values ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', ['glorot', 'normal', 'truncated'])
+def test_initial_values_are_a_function_of_the_seed_alone(kind):
+    tf.random.set_seed(1)
+    one = initial_value(kind, (5, 6), [3, 4])
+    tf.random.set_seed(2)
+    np.random.seed(7)
+    np.testing.assert_array_equal(initial_value(kind, (5, 6), [3, 4]), one)
+    assert one.shape == (5, 6) and one.dtype == np.float32
+    for other in ([3, 5], [4, 4], [4, 3]):
+        assert not np.any(initial_value(kind, (5, 6), other) == one)
+
+
+# Checkpoints -------------------------------------------------------------------------------------------------------
+
+def test_ten_newest_checkpoints_are_kept(tmp_path):
+    """Newest by number, not by name: model11000 is newer than model9000."""
+    checkpoint = tf.train.Checkpoint(weights={'w1': tf.Variable([1., 2.])})
+    for i in range(1, 13):
+        path = write_checkpoint(checkpoint, tmp_path, 1000 * i)
+        assert path == str(tmp_path / f'model{1000 * i}')
+    assert [*checkpoints(tmp_path)] == [1000 * i for i in range(3, 13)]
+    assert {path.name.split('.')[0] for path in tmp_path.iterdir()} == {f'model{1000 * i}' for i in range(3, 13)}
+    assert checkpoints(tmp_path)[12000] == str(tmp_path / 'model12000')
+    assert checkpoints(tmp_path / 'absent') == {}
+
+
+def test_checkpoint_is_read_back_by_parameter_name(tmp_path):
+    values = {'w1': np.float32([[1, 2]]), '0/beta': np.float32([3]), '2/gamma': np.float32([4])}
+    variables = {name: tf.Variable(value) for name, value in values.items()}
+    checkpoint = tf.train.Checkpoint(weights={'w1': variables.pop('w1')}, norms=variables)
+    read, complete = read_checkpoint(write_checkpoint(checkpoint, tmp_path, 7), [*values])
+    assert complete and read.keys() == values.keys()
+    for name, value in values.items():
+        np.testing.assert_array_equal(read[name], value)
+
+
+@pytest.mark.parametrize('names, stored', [
+    (['conv1', 'b1', 'conv2', 'b2', 'w5', 'b5', '0/beta', '1/beta'],
+     ['conv1', 'Variable', 'conv2', 'Variable_1', 'w5', 'Variable_2', '0/beta', '1/beta']),
+    (['w1', 'b1', 'w2', 'b2', '0/beta'], ['Variable', 'Variable_1', 'Variable_2', 'Variable_3', '0/beta'])],
+    ids=['convolutional', 'fully connected'])
+def test_checkpoint_of_the_original(tmp_path, names, stored):
+    """The TensorFlow 1 format, and the names that TensorFlow made up for variables without one."""
+    values = [np.full([2], i, np.float32) for i in range(len(names))]
+    path = str(tmp_path / 'model59999')
+    tf.raw_ops.SaveV2(prefix=path, tensor_names=[f'model/{name}' for name in stored], shape_and_slices=[''] * len(names),
+                      tensors=values)
+    read, complete = read_checkpoint(path, names)
+    assert not complete and read.keys() == set(names)
+    for name, value in zip(names, values):
+        np.testing.assert_array_equal(read[name], value)
+
+
+def damaged(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize('damage', [lambda path: path.unlink(), damaged, lambda path: path.write_bytes(b'')],
+                         ids=['absent', 'cut', 'empty'])
+def test_unreadable_checkpoint(tmp_path, damage):
+    path = write_checkpoint(tf.train.Checkpoint(weights={'w1': tf.Variable([1., 2.])}), tmp_path, 7)
+    damage(tmp_path / 'model7.index')
+    with pytest.raises(ValueError, match='model7 cannot be read as a checkpoint'):
+        read_checkpoint(path, ['w1'])
