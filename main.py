@@ -110,7 +110,9 @@ def check_combinations(f: flags.FlagValues):
         raise ValueError(f'--baseline=oracle knows amplitude and phase, so it needs --datasource=sinusoid, not {f.datasource}')
     if f.train and sum(iterations(f)) == 0:
         raise ValueError('there is nothing to train: set --metatrain_iterations or --pretrain_iterations above 0')
-    if f.train and not (f.train_update_batch_size in (-1, f.update_batch_size) and f.train_update_lr in (-1, f.update_lr)):
+    named_otherwise = (f.train_update_batch_size not in (-1, f.update_batch_size)
+                       or f.train_update_lr not in (-1, f.update_lr))
+    if f.train and named_otherwise:
         raise ValueError('--train_update_batch_size and --train_update_lr name the run to evaluate, so they need '
                          '--train=False')
     if f.train and f.log and importlib.util.find_spec('tensorboard') is None:

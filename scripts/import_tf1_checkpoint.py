@@ -96,9 +96,9 @@ def check_name(target: Path, path: str, known: dict) -> dict:
     """All flags that the run's name and the checkpoint tell. Raises ValueError if the name is none, or contradicts."""
     told = flags_of_name(target.name)
     if told is None:
-        raise ValueError(f'{target.name} is not the name of a run, by which main.py would find it: give a --target such '
-                         'as logs/cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm, with the settings of '
-                         'the run')
+        raise ValueError(f'{target.name} is not the name of a run, by which main.py would find it: give a --target like '
+                         'logs/cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm, with the settings of the '
+                         'run')
     for flag in told:
         if known.get(flag, told[flag]) != told[flag]:
             raise ValueError(f'{path} has {flag}={known[flag]}, but the name {target.name} says {told[flag]}: give as '

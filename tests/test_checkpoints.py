@@ -1,4 +1,4 @@
-"""Checkpoints: resuming, keeping ten, refusing others; those of the original (TensorFlow 1), its published model too."""
+"""Checkpoints: resuming, keeping ten, refusing others; those of the original (TensorFlow 1), its published model."""
 import functools
 import pickle
 import re
@@ -434,7 +434,7 @@ def test_published_model_by_value(published_run):
 
 
 def assert_figures(values: np.ndarray):
-    """Means within the sampling errors (at 99.9 %) of these tasks and of the 600 others the original was measured on."""
+    """Means within the sampling errors (99.9 %) of these tasks and of the 600 others the original was measured on."""
     measured = {0: (.2007, 0), 1: (.3637, .0130), 4: (.4783, .0177), 10: (.4783, .0179)}   # update: mean, ci95
     for update, (mean, ci95) in measured.items():
         own = values[:, update].std() / np.sqrt(len(values))

@@ -100,7 +100,8 @@ def test_flags_and_defaults():
     ('--datasource=omniglot --meta_batch_size=16 --update_batch_size=1 --num_classes=20 --update_lr=.1 --num_updates=5',
      'cls_20.mbs_16.ubs_1.numstep5.updatelr0.1batchnorm'),
     ('--datasource=miniimagenet --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 '
-     '--num_classes=5 --num_filters=32 --max_pool=True', 'cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm'),
+     '--num_classes=5 --num_filters=32 --max_pool=True',
+     'cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm'),
     ('--num_filters=32 --max_pool --stop_grad --norm=layer_norm --baseline=oracle',
      'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001hidden32maxpoolstopgradoraclelayernorm'),
     ('--stop_grad=True', 'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001stopgradbatchnorm'),
