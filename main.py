@@ -249,7 +249,7 @@ class Log:
         if done and due:
             self.shown, rate = now, done / (now - self.clock)
             left = datetime.timedelta(seconds=round((self.end - iteration - 1) / rate))
-            text = f'{iteration + 1} of {self.end} iterations, {rate:.3g} per second, {left} left, query loss {loss:.4g}'
+            text = f'{iteration + 1} of {self.end} iterations, {rate:.3g} per second, {left} left, loss {loss:.4g}'
             print(text, end='\033[K\r' if sys.stdout.isatty() else '\n', flush=True)
 
     def close(self):

@@ -76,10 +76,12 @@ def batch_norm(x: tf.Tensor, beta: tf.Tensor, max_pool: bool = False) -> tf.Tens
 
 def layer_norm(x: tf.Tensor, beta: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
     """Per example over all its axes, then gain and offset over the last axis. x: [T, examples, ..., channels]."""
-    axes = list(range(2, len(x.shape)))
-    centred = x - tf.reduce_mean(x, axes, keepdims=True)
-    variance = tf.reduce_mean(tf.square(centred), axes, keepdims=True)
-    return centred * tf.math.rsqrt(variance + LAYER_NORM_EPSILON) * gamma + beta
+    examples, size = x.shape[0] * x.shape[1], int(np.prod(x.shape[2:]))
+    values = tf.reshape(x, [examples, size, 1])
+    centred = values - spread(sum_rows(values) / size, size)
+    variance = sum_rows(tf.square(centred)) / size                                          # [T*examples, 1, 1]
+    standard = centred * spread(tf.math.rsqrt(variance + LAYER_NORM_EPSILON), size)
+    return tf.reshape(standard, x.shape) * gamma + beta
 
 
 def normalize(x: tf.Tensor, norm: str, scope: str, norms: dict, max_pool: bool = False) -> tf.Tensor:
