@@ -48,7 +48,7 @@ def sum_rows(x: tf.Tensor):
     rounding errors of thousands of additions show. Its gradient is `spread`, whose gradient is this again, to any order.
     """
     tasks, rows, columns = x.shape
-    parts = max(n for n in range(1, int(rows ** 0.5) + 1) if rows % n == 0)
+    parts = max((n for n in range(1, int(rows ** 0.5) + 1) if rows % n == 0), default=1)   # of 0 rows too
     folded = tf.reshape(x, [tasks, rows // parts, parts * columns])                  # row r + parts*s at [s, r]
     sums = tf.reshape(tf.ones([tasks, 1, rows // parts], x.dtype) @ folded, [tasks, parts, columns])
     return tf.ones([tasks, 1, parts], x.dtype) @ sums, lambda gradient: spread(gradient, rows)
