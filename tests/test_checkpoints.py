@@ -100,7 +100,7 @@ def test_ten_are_kept(tmp_path, eager, monkeypatch):
     """One every so often and one at the end, not at 0; the newest ten stay, whichever run wrote them."""
     monkeypatch.setattr(main, 'SAVE_INTERVAL', 2)
     monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 2)   # of which the others are multiples
-    train = [*SINUSOID, f'--logdir={tmp_path}']
+    train = [*SINUSOID, '--norm=None', f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=6'))
     folder = folder_of(tmp_path, *train)
     assert [*checkpoints(folder)] == [2, 4, 5]

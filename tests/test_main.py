@@ -278,8 +278,8 @@ def test_lines_of_a_sinusoid(tmp_path, intervals, graphs):
 def test_lines_of_images(tmp_path, data, intervals, graphs):
     """Accuracies; pre-training has a count and a name of its own; validation classes every so often."""
     intervals(summary=2, line=4, validation=6)
-    outcome = succeeded(run(*OMNIGLOT, '--conv=False', '--pretrain_iterations=9', '--metatrain_iterations=8',
-                            f'--data_dir={data}', f'--logdir={tmp_path}'))
+    outcome = succeeded(run(*OMNIGLOT, '--conv=False', '--norm=None', '--pretrain_iterations=9',
+                            '--metatrain_iterations=8', f'--data_dir={data}', f'--logdir={tmp_path}'))
     written = summaries(only(tmp_path))
     lines = [line for line in outcome.lines if re.match('(Pretrain )?Iteration|Validation', line)]
     expected = [('Pretrain Iteration 4', means_of(written, 'accuracy', 1, (0, 2, 4))),
@@ -323,7 +323,7 @@ def test_tags_of_a_sinusoid(tmp_path, graphs):
 
 def test_tags_of_images(tmp_path, data, intervals, graphs):
     intervals(summary=100, line=100, validation=100)
-    succeeded(run(*OMNIGLOT, '--conv=False', '--metatrain_iterations=101', f'--data_dir={data}',
+    succeeded(run(*OMNIGLOT, '--conv=False', '--norm=None', '--metatrain_iterations=101', f'--data_dir={data}',
                   f'--logdir={tmp_path}'))
     written = summaries(only(tmp_path))
     training, validation = (tags(prefix, ['loss', 'accuracy'], 10) for prefix in ('metatrain', 'metaval'))

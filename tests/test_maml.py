@@ -93,7 +93,7 @@ def adapted(model: MAML, batch: Batch, updates: int) -> dict[str, tf.Tensor]:
     return weights
 
 
-def tasks_of(batch: Batch, tasks: slice) -> Batch:
+def tasks_of(batch: Batch, tasks) -> Batch:
     return Batch(*(x[tasks] for x in batch))
 
 
@@ -219,7 +219,7 @@ def central_difference(model: MAML, batch: Batch, variable: tf.Variable, directi
 
 def assert_exact_meta_gradient(network):
     """Along a random direction in each variable; second order differs from first, and offsets count in both."""
-    model, batch, random = exact_model(network), random_batch(network), np.random.default_rng(7)
+    model, batch, random = exact_model(network), random_batch(network, shots=1, queries=1), np.random.default_rng(7)
     with running_eagerly():
         gradients = named_gradient(model, batch)
         first_order = named_gradient(copy_of(model, stop_grad=True), batch)
@@ -378,7 +378,7 @@ def reference():
 
 # Independence of tasks, of the query labels, of what went before -----------------------------------------------------
 
-INDEPENDENCE = [small_network(), small_network(19, norm='layer_norm', max_pool=True, flatten=True),
+INDEPENDENCE = [small_network(), small_network(17, norm='layer_norm', flatten=True),
                 fully_connected('batch_norm')]
 
 
@@ -386,14 +386,14 @@ INDEPENDENCE = [small_network(), small_network(19, norm='layer_norm', max_pool=T
 @pytest.mark.parametrize('network', INDEPENDENCE, ids=['batch_norm', 'layer_norm', 'fully_connected'])
 def test_tasks_are_independent(network):
     """Evaluated together as alone; and the meta-gradient of a meta-batch is the mean of its tasks'."""
-    model, batch = exact_model(network, num_updates=1), random_batch(network, tasks=3)
-    together, alone = model.evaluate(batch, 3), [model.evaluate(tasks_of(batch, slice(i, i + 1)), 3) for i in range(3)]
+    model, batch = exact_model(network, num_updates=1), random_batch(network, tasks=2)
+    together, alone = model.evaluate(batch, 2), [model.evaluate(tasks_of(batch, slice(i, i + 1)), 2) for i in range(2)]
     for name, values in together._asdict().items():
         axis = 1 if name in ('losses2', 'accuracies2', 'outputsb') else 0
         np.testing.assert_allclose(values, np.concatenate([getattr(one, name) for one in alone], axis), rtol=1e-9,
                                    atol=1e-12, err_msg=name)
     gradients = named_gradient(model, batch)
-    singles = [named_gradient(model, tasks_of(batch, slice(i, i + 1))) for i in range(3)]
+    singles = [named_gradient(model, tasks_of(batch, slice(i, i + 1))) for i in range(2)]
     for name in gradients:
         np.testing.assert_allclose(gradients[name], np.mean([one[name] for one in singles], axis=0), rtol=1e-9,
                                    atol=1e-12, err_msg=name)
@@ -409,6 +409,12 @@ def test_meta_gradient_of_many_tasks():
     np.testing.assert_allclose(loss, np.mean([loss for loss, _ in parts]), rtol=1e-9)
     for gradient, *of_parts in zip(gradients, *(gradients for _, gradients in parts)):
         np.testing.assert_allclose(gradient, np.mean(of_parts, axis=0), rtol=1e-9, atol=1e-12)
+    together = model.evaluate(batch, 2)
+    for i in range(0, 12, 4):
+        part = model.evaluate(tasks_of(batch, slice(i, i + 4)), 2)
+        np.testing.assert_allclose(together.outputa[i:i + 4], part.outputa, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(together.outputsb[:, i:i + 4], part.outputsb, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(together.losses2[:, i:i + 4], part.losses2, rtol=1e-9)
 
 
 @pytest.mark.usefixtures('eagerly')
@@ -497,14 +503,14 @@ def test_evaluation_changes_nothing(norm):
 def test_chance_accuracy_on_noise():
     """Fresh weights know nothing: 1/N before an update, and 1/N on the query set of noise after updates, too.
 
-    500 tasks of 5 images: the standard error of a mean accuracy is at most sqrt(0.2 · 0.8 / 2500) = 0.008.
+    240 tasks of 5 images: the standard error of a mean accuracy is about sqrt(0.2 · 0.8 / 1200) = 0.012.
     """
     network = small_network(9, channels=1, filters=8, classes=5)
     model = exact_model(network, cross_entropy(1), perturbed=False, update_lr=0.4, dtype=tf.float32)
-    batch = random_batch(network, tasks=500, classes=5, shots=1, queries=1, dtype=tf.float32)
+    batch = random_batch(network, tasks=240, classes=5, shots=1, queries=1, dtype=tf.float32)
     results = model.evaluate(batch, 3)
-    assert abs(np.mean(results.accuracy1) - 0.2) < 0.04
-    assert np.all(np.abs(np.mean(results.accuracies2, axis=1) - 0.2) < 0.04)
+    assert abs(np.mean(results.accuracy1) - 0.2) < 0.05
+    assert np.all(np.abs(np.mean(results.accuracies2, axis=1) - 0.2) < 0.05)
     on_support = model.evaluate(batch._replace(inputb=batch.inputa, labelb=batch.labela), 3)
     assert np.mean(on_support.accuracies2[-1]) > 0.5   # the updates did learn something, to no avail
 
@@ -691,6 +697,23 @@ def test_only_miniimagenet_clips_the_meta_gradient(source, clipped):
         expected = [change(np.clip(gradients, -10, 10)), change(gradients)][::1 if clipped else -1]
         np.testing.assert_allclose(values[1][name] - values[0][name], expected[0], rtol=ADAM)
         assert np.abs(expected[1] - expected[0]).max() > 1e-5
+
+
+@pytest.mark.parametrize('pretrain', [False, True])
+def test_many_steps_at_once_are_those_steps_one_by_one(pretrain):
+    """Training on the meta-batches first...last-1 of several; Adam's count of steps goes on from call to call."""
+    together, single = (linear_model(update_lr=1 / 8, num_updates=1) for _ in range(2))
+    batches = Batch(*map(tf.constant, np.random.default_rng(0).standard_normal((4, 6, 2, 5, 1))))   # [count, T, ...]
+    for first, last in ((0, 2), (2, 3), (4, 6)):
+        loss = together.train(batches, first, last, pretrain)
+        for i in range(first, last):
+            step = single.pretrain_step if pretrain else single.metatrain_step
+            expected = step(Batch(*(values[i] for values in batches)))
+        np.testing.assert_allclose(loss, expected, rtol=1e-12)
+        np.testing.assert_allclose(values_of(together), values_of(single), rtol=1e-12)
+    one = Batch(*(values[3:4] for values in batches))
+    np.testing.assert_allclose(together.train(one, 0, 1, pretrain), step(tasks_of(one, 0)), rtol=1e-12)
+    np.testing.assert_allclose(values_of(together), values_of(single), rtol=1e-12)
 
 
 # Compilation -------------------------------------------------------------------------------------------------------
