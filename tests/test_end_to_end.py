@@ -78,7 +78,6 @@ def test_omniglot_fully_connected(tmp_path, omniglot):
     outcome = run(*flags, '--train=False', '--test_set=True')
     assert f'Restoring model weights from {folder}/model102' in outcome.lines
     values = results(folder, 'test_ubs1_stepsize0.4')
-    print(values.mean(0))
     assert values[:, 10].mean() > .65   # of two classes
 
 

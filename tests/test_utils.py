@@ -65,7 +65,7 @@ SHAPES = [(2, 5, 3), (2, 4, 3, 2, 3)]   # of a fully connected and a convolution
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 @pytest.mark.parametrize('scale', [1., 0.03])
 def test_batch_norm_by_its_formula(shape, scale):
-    """Biased variance, epsilon 0.001 inside the root, per task and channel; at scale 0.03 epsilon rivals the variance."""
+    """Biased variance, epsilon 0.001 in the root, per task and channel; at scale 0.03 epsilon rivals the variance."""
     random = np.random.default_rng(0)
     x, beta = scale * random.standard_normal(shape) + 2, random.standard_normal(3)
     for task in range(2):
@@ -225,8 +225,8 @@ def test_checkpoint_of_the_original(tmp_path, names, stored):
     """The TensorFlow 1 format, and the names that TensorFlow made up for variables without one."""
     values = [np.full([2], i, np.float32) for i in range(len(names))]
     path = str(tmp_path / 'model59999')
-    tf.raw_ops.SaveV2(prefix=path, tensor_names=[f'model/{name}' for name in stored], shape_and_slices=[''] * len(names),
-                      tensors=values)
+    tf.raw_ops.SaveV2(prefix=path, tensor_names=[f'model/{name}' for name in stored],
+                      shape_and_slices=[''] * len(names), tensors=values)
     read, complete = read_checkpoint(path, names)
     assert not complete and read.keys() == set(names)
     for name, value in zip(names, values):
