@@ -278,18 +278,18 @@ def test_lines_of_a_sinusoid(tmp_path, intervals, graphs):
 def test_lines_of_images(tmp_path, data, intervals, graphs):
     """Accuracies; pre-training has a count and a name of its own; validation classes every so often."""
     intervals(summary=2, line=4, validation=6)
-    outcome = succeeded(run(*OMNIGLOT, '--conv=False', '--norm=None', '--pretrain_iterations=9',
-                            '--metatrain_iterations=8', f'--data_dir={data}', f'--logdir={tmp_path}'))
+    outcome = succeeded(run(*OMNIGLOT, '--conv=False', '--norm=None', '--pretrain_iterations=8',
+                            '--metatrain_iterations=9', f'--data_dir={data}', f'--logdir={tmp_path}'))
     written = summaries(only(tmp_path))
     lines = [line for line in outcome.lines if re.match('(Pretrain )?Iteration|Validation', line)]
     expected = [('Pretrain Iteration 4', means_of(written, 'accuracy', 1, (0, 2, 4))),
                 ('Validation results', [written[f'metaval_{tag}'][6] for tag in
                                         ('Pre-update_accuracy', 'Post-update_accuracy__step_1')]),
-                ('Pretrain Iteration 8', means_of(written, 'accuracy', 1, (6, 8))),
-                ('Iteration 3', means_of(written, 'accuracy', 1, (10, 12))),
+                ('Iteration 0', means_of(written, 'accuracy', 1, (6, 8))),
+                ('Iteration 4', means_of(written, 'accuracy', 1, (10, 12))),
                 ('Validation results', [written[f'metaval_{tag}'][12] for tag in
                                         ('Pre-update_accuracy', 'Post-update_accuracy__step_1')]),
-                ('Iteration 7', means_of(written, 'accuracy', 1, (14, 16)))]
+                ('Iteration 8', means_of(written, 'accuracy', 1, (14, 16)))]
     assert [line.split(':')[0] for line in lines] == [label for label, _ in expected]
     for line, (_, values) in zip(lines, expected):
         numbers = re.fullmatch(rf'[A-Za-z 0-9]+: {NUMBER}, {NUMBER}', line).groups()
