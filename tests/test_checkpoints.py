@@ -320,25 +320,27 @@ def convert(*arguments):
     return in_process(import_tf1_checkpoint.main, [str(argument) for argument in arguments])
 
 
+@pytest.mark.parametrize('suffix', ['/model700', '/model700.index', '/model700.data-00000-of-00001', ''])
+def test_source_and_target_of_a_conversion(tmp_path, suffix):
+    path, target = Original().write(tmp_path / 'original', 700, sinusoid), folder_of(tmp_path, *SINUSOID)
+    before = listing(path.parent)
+    succeeded(convert(f'{path.parent}{suffix}', f'--target={target}'))
+    assert listing(path.parent) == before
+    assert {file.name for file in target.iterdir()} == {'model700.index', 'model700.data-00000-of-00001'}
+
+
 @networks
-@pytest.mark.parametrize('form', ['{}', '{}.index', '{}.data-00000-of-00001', 'folder'])
-def test_converted_checkpoint_evaluates_alike(tmp_path, eager, omniglot, build, flags, form):
+def test_converted_checkpoint_evaluates_alike(tmp_path, eager, omniglot, build, flags):
     """And main.py finds it by the flags that the report gives."""
     name = main.run_name(parsed(*flags))
     path, target = Original().write(tmp_path / 'original' / name, 700, build), tmp_path / 'converted' / name
-    before = listing(path.parent)
-    outcome = succeeded(convert(path.parent if form == 'folder' else form.format(path), f'--target={target}'))
-    assert listing(path.parent) == before
-    assert {file.name for file in target.iterdir()} == {'model700.index', 'model700.data-00000-of-00001'}
-    if form != '{}':
-        return
+    outcome = succeeded(convert(path, f'--target={target}'))
     told = re.search(r'python main.py (.*)', outcome.out)[1].split()
     assert f'--logdir={tmp_path}/converted' in told
     succeeded(run(*flags, omniglot, '--train=False', f'--logdir={tmp_path}/original'))
     succeeded(run(*told, omniglot))
-    values = [mses(folder, f'ubs{1 if "omniglot" in told[0] + str(flags) else 5}_stepsize0.001')
-              for folder in (path.parent, target)]
-    np.testing.assert_array_equal(*values)
+    shots = parsed(*flags).update_batch_size
+    np.testing.assert_array_equal(*(mses(folder, f'ubs{shots}_stepsize0.001') for folder in (path.parent, target)))
     outcome = succeeded(run(*told, omniglot, '--train=True', '--metatrain_iterations=702', '--log=False'))
     assert 'Adam' not in outcome.out and 'Continuing at iteration 701' in outcome.out
 
@@ -351,6 +353,23 @@ def test_target_is_named_after_the_source(tmp_path, monkeypatch):
 
 
 NAME = 'cls_5.mbs_4.ubs_5.numstep1.updatelr0.001batchnorm'
+
+
+@pytest.fixture(scope='module')
+def sources(tmp_path_factory) -> Path:
+    """Checkpoints that cannot be converted, or only to certain targets."""
+    folder = tmp_path_factory.mktemp('sources')
+    for name in ('source', f'full/{NAME}', 'damaged'):
+        path = Original().write(folder / name, 700, sinusoid)
+    cut(.5)(path.with_name('model700.data-00000-of-00001'))
+    for suffix in ('index', 'data-00000-of-00001'):
+        shutil.copy(folder / f'source/model700.{suffix}', folder / f'source/other.{suffix}')
+    Original().write(folder / 'images', 700, convolutional)
+    Original().write(folder / 'strange', 700, lambda original: original.fully_connected(17, 4))
+    tf.train.Checkpoint(weights={'w1': tf.Variable([1.])}).write(str(folder / 'converted' / 'model700'))
+    (folder / 'empty').mkdir()
+    (folder / 'file').write_text('')
+    return folder
 
 
 @pytest.mark.parametrize('arguments, words', [
@@ -368,21 +387,11 @@ NAME = 'cls_5.mbs_4.ubs_5.numstep1.updatelr0.001batchnorm'
     (['converted', f'--target=new/{NAME}'], ['TensorFlow 2 already']),
     (['damaged', f'--target=new/{NAME}'], ['model700 cannot be read']),
     (['strange', f'--target=new/{NAME}'], ['of no network of the original program', 'model/Variable'])])
-def test_conversion_refused(tmp_path, monkeypatch, eager, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    Original().write(tmp_path / 'source', 700, sinusoid)
-    for suffix in ('index', 'data-00000-of-00001'):
-        shutil.copy(f'source/model700.{suffix}', f'source/other.{suffix}')
-    Original().write(tmp_path / 'images', 700, convolutional)
-    Original().write(tmp_path / 'full' / NAME, 700, sinusoid)
-    cut(.5)(Original().write(tmp_path / 'damaged', 700, sinusoid).with_name('model700.data-00000-of-00001'))
-    Original().write(tmp_path / 'strange', 700, lambda original: original.fully_connected(17, 4))
-    tf.train.Checkpoint(weights={'w1': tf.Variable([1.])}).write(str(tmp_path / 'converted' / 'model700'))
-    (tmp_path / 'empty').mkdir()
-    (tmp_path / 'file').write_text('')
-    before = listing(tmp_path)
+def test_conversion_refused(sources, monkeypatch, arguments, words):
+    monkeypatch.chdir(sources)
+    before = listing(sources)
     assert_refused(convert(*arguments), *words)
-    assert listing(tmp_path) == before
+    assert listing(sources) == before
 
 
 # The published model --------------------------------------------------------------------------------------------------
@@ -450,6 +459,7 @@ def test_accuracy_of_the_published_model(published_run, validation_classes, monk
     succeeded(run(*FLAGS, f'--data_dir={validation_classes}', f'--logdir={published_run.parent}'))
     values = mses(published_run, 'ubs1_stepsize0.01')
     assert values.shape == (tasks, 11)
+    assert np.isin(np.round(5 * values, 4), range(6)).all()   # of five query images
     assert_figures(values)
 
 

@@ -117,6 +117,18 @@ def test_iterations():
     assert main.iterations(parsed('--pretrain_iterations=3', '--metatrain_iterations=4', '--baseline=oracle')) == (7, 0)
 
 
+@pytest.mark.parametrize('line, queries', [
+    ('--datasource=omniglot --update_batch_size=2', {'train': 2, 'val': 2}),
+    ('--datasource=omniglot --update_batch_size=2 --train=False --test_set=True', {'test': 2}),
+    ('--datasource=miniimagenet --update_batch_size=1', {'train': 15, 'val': 15}),
+    ('--datasource=miniimagenet --update_batch_size=3 --train=False', {'val': 3}),
+    ('--datasource=miniimagenet --update_batch_size=1 --metatrain_iterations=0', {'train': 0, 'val': 0}),
+    ('--datasource=miniimagenet --update_batch_size=1 --metatrain_iterations=0 --train=False', {'val': 0})])
+def test_query_images(data, line, queries):
+    generators = main.make_generators(parsed('--num_classes=2', f'--data_dir={data}', *line.split()))
+    assert {split: generator.num_query for split, generator in generators.items()} == queries
+
+
 # Refusals: one sentence, and nothing written --------------------------------------------------------------------------
 
 @pytest.mark.parametrize('argument', ['--update_lr=abc', '--test_iter=-2', '--no_such_flag=1', '--datasource=imagenet',
