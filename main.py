@@ -20,7 +20,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import numpy as np
 
@@ -267,12 +267,12 @@ def means(results: Results, kind: str) -> tuple[float, np.ndarray]:
     return np.mean(before), np.mean(after, axis=1)
 
 
-def train(model: MAML, generators: dict, f: flags.FlagValues, folder: Path, start: int):
-    """Pre-training, then meta-training, from iteration `start` to the end."""
+def train(model: MAML, generators: dict, f: flags.FlagValues, folder: Path, start: int, watch: Callable = iter):
+    """Pre-training, then meta-training, from iteration `start` to the end. watch: wraps the iterator of the data."""
     pretrain, end = iterations(f)[0], sum(iterations(f))
     num_updates = max(f.num_updates, {'sinusoid': 5, 'omniglot': 10, 'miniimagenet': 1}[f.datasource])
     log, block = Log(folder, f, start), SUMMARY_INTERVAL if f.datasource == 'sinusoid' else 1
-    for origin, batches in prefetch(generators['train'], f.meta_batch_size, block, start, end):
+    for origin, batches in watch(prefetch(generators['train'], f.meta_batch_size, block, start, end)):
         for first, last in stretches(max(origin, start), min(origin + block, end), pretrain):
             if first % SUMMARY_INTERVAL == 0:
                 batch = Batch(*(values[first - origin] for values in batches))
@@ -411,7 +411,5 @@ def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS):
 
 
 if __name__ == '__main__':
-    # Shares of a meta-batch run side by side, a core each; threads inside each operation would get in their way.
-    tf.config.threading.set_intra_op_parallelism_threads(1)
     define_flags()
     app.run(main)

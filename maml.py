@@ -9,7 +9,7 @@ from typing import Callable, NamedTuple
 import tensorflow as tf
 
 from special_grads import max_pool2x2, patches3x3
-from utils import (Batch, accuracy, convolve, convolve_normalized, cross_entropy, dense, initial_value,
+from utils import (Batch, accuracy, convolve, convolve_normalized, convolve_patches, cross_entropy, dense, initial_value,
                    mean_squared_error, norm_parameters, normalize, normalize_patches, read_checkpoint)
 
 SHARE_SIZE = 2 ** 15   # input values of the tasks that run together, see `shares`
@@ -70,6 +70,7 @@ class Convolutional:
                  max_pool: bool = False, flatten: bool = False):
         self.image_shape = (image_size, image_size, channels)
         self.norm, self.max_pool, self.flatten = norm, max_pool, flatten
+        self.stride = 1 if max_pool else 2
         self.parameters, self.norm_parameters = {}, {}
         for i, fan_in in enumerate([channels, filters, filters, filters], start=1):
             self.parameters |= {f'conv{i}': ('glorot', (3, 3, fan_in, filters)), f'b{i}': ('zeros', (filters,))}
@@ -80,29 +81,26 @@ class Convolutional:
 
     def prepare(self, inputs: tf.Tensor):
         """The part of the forward pass that no weight enters: patches of the images [T, examples, H*W*C]."""
-        patches = self._patches(tf.reshape(inputs, [*inputs.shape[:2], *self.image_shape]))
-        return normalize_patches(patches) if self.norm == 'batch_norm' else patches
-
-    def _patches(self, x):
-        return patches3x3(x, stride=1 if self.max_pool else 2)   # [T, examples, H', W', 9*C]
+        patches = patches3x3(tf.reshape(inputs, [*inputs.shape[:2], *self.image_shape]), self.stride)
+        return normalize_patches(patches) if self.norm == 'batch_norm' else patches   # [T, examples, H', W', 9*C]
 
     def __call__(self, x, weights: dict, norms: dict) -> tf.Tensor:
         """x: from `prepare`; weights: [T, ...] each. Returns logits [T, examples, classes]."""
         for i in range(1, 5):
-            x = self._block(i, x if i == 1 else self._patches(x), weights[f'conv{i}'], weights[f'b{i}'], norms)
+            x = self._block(i, x, weights[f'conv{i}'], weights[f'b{i}'], norms)
         features = tf.reshape(x, [*x.shape[:2], -1]) if self.flatten else tf.reduce_mean(x, [2, 3])  # [T, examples, F']
         return dense(features, weights['w5'], weights['b5'])
 
-    def _block(self, i: int, patches, kernel: tf.Tensor, bias: tf.Tensor, norms: dict) -> tf.Tensor:
+    def _block(self, i: int, x, kernel: tf.Tensor, bias: tf.Tensor, norms: dict) -> tf.Tensor:
         """Convolution, normalisation, ReLU and pooling, which commutes with the ReLU and comes first.
 
         Batch normalisation takes any bias away again, so adding it would change nothing but the rounding.
         """
         if self.norm == 'batch_norm' and i == 1:
-            x = convolve_normalized(patches, kernel, norms['0/beta'])
+            x = convolve_normalized(x, kernel, norms['0/beta'])
             x = max_pool2x2(x) if self.max_pool else x
         else:
-            x = convolve(patches, kernel)
+            x = convolve_patches(x, kernel) if i == 1 else convolve(x, kernel, self.stride)
             x = x if self.norm == 'batch_norm' else x + bias[:, tf.newaxis, tf.newaxis, tf.newaxis]
             x = normalize(x, self.norm, str(i - 1), norms, self.max_pool)
         return tf.nn.relu(x)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from special_grads import max_pool2x2, spread, sum_rows
+from special_grads import divisor_near_root, max_pool2x2, moments, patches3x3, product, spread, standardize, sum_rows
 
 BATCH_NORM_EPSILON = 1e-3    # of tf.contrib.layers.batch_norm, which the original used
 LAYER_NORM_EPSILON = 1e-12   # of tf.contrib.layers.layer_norm
@@ -62,16 +62,12 @@ def batch_norm(x: tf.Tensor, beta: tf.Tensor, max_pool: bool = False) -> tf.Tens
     order, silently wrong at second, hence for MAML.
     """
     tasks, channels = x.shape[0], x.shape[-1]
-    rows = tf.reshape(x, [tasks, -1, channels])
-    count = rows.shape[1]
-    mean = sum_rows(rows) / count                                                           # [T, 1, channels]
-    variance = sum_rows(tf.square(rows - spread(mean, count))) / count
+    mean, variance = moments(tf.reshape(x, [tasks, -1, channels]))                          # [T, 1, channels]
     # Without a gain, larger stays larger: pooling first gives the same, for less work, and equal inputs stay equal.
     x = max_pool2x2(x) if max_pool else x
-    rows = tf.reshape(x, [tasks, -1, channels])
-    scale, beta = tf.math.rsqrt(variance + BATCH_NORM_EPSILON), tf.broadcast_to(beta, [tasks, 1, channels])
-    centred = rows - spread(mean, rows.shape[1])
-    return tf.reshape(centred * spread(scale, rows.shape[1]) + spread(beta, rows.shape[1]), x.shape)
+    rows = standardize(tf.reshape(x, [tasks, -1, channels]), mean, tf.math.rsqrt(variance + BATCH_NORM_EPSILON),
+                       tf.broadcast_to(beta, [tasks, 1, channels]))
+    return tf.reshape(rows, x.shape)
 
 
 def layer_norm(x: tf.Tensor, beta: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
@@ -109,42 +105,58 @@ def dense(x: tf.Tensor, matrix: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
     return x @ matrix + tf.expand_dims(bias, 1)
 
 
-def convolve(patches: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+def convolve(x: tf.Tensor, kernel: tf.Tensor, stride: int) -> tf.Tensor:
+    """3x3 convolution ('SAME') of each task's images by its own kernel, as a product of matrices.
+
+    x [T, examples, height, width, C], kernel [T, 3, 3, C, F] -> [T, examples, ceil(height/stride),
+    ceil(width/stride), F]. TensorFlow's own convolution has one kernel for all, so it serves a single task; with a
+    stride its derivatives are slow.
+    """
+    if x.shape[0] == 1 and stride == 1:
+        return tf.expand_dims(tf.nn.conv2d(x[0], kernel[0], stride, 'SAME'), 0)
+    return convolve_patches(patches3x3(x, stride), kernel)
+
+
+def convolve_patches(patches: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     """Each task's patches [T, examples, H, W, 9*C] by its kernel [T, 3, 3, C, F] -> [T, examples, H, W, F]."""
     tasks, examples, height, width, size = patches.shape
     rows = tf.reshape(patches, [tasks, examples * height * width, size])                    # [T, rows, 9C]
     matrix = tf.reshape(kernel, [tasks, size, kernel.shape[-1]])                            # [T, 9C, F]
-    return tf.reshape(rows @ matrix, [tasks, examples, height, width, kernel.shape[-1]])
+    return tf.reshape(product(rows, matrix), [tasks, examples, height, width, kernel.shape[-1]])
 
 
 class NormalizedPatches(NamedTuple):
     """Patches of the input images, made ready for `convolve_normalized`."""
     patches: tf.Tensor     # [T, examples, H, W, 9*C + 1], the task's mean taken away, and a last channel of ones
+    mean: tf.Tensor        # [T, 1, 9*C], what rounding left of it
     covariance: tf.Tensor  # [T, 9*C, 9*C], float64: neighbouring pixels are so alike that it is nearly singular
 
 
 def normalize_patches(patches: tf.Tensor) -> NormalizedPatches:
-    """patches: [T, examples, H, W, 9*C]. In float64, once per meta-batch: what is left of the mean would stay for good."""
-    exact = tf.cast(patches, tf.float64)
-    exact -= tf.reduce_mean(exact, axis=[1, 2, 3], keepdims=True)
-    rows = tf.reshape(exact, [patches.shape[0], -1, patches.shape[-1]])                     # [T, rows, 9C]
-    covariance = tf.matmul(rows, rows, transpose_a=True) / rows.shape[1]                    # [T, 9C, 9C]
-    with_ones = tf.concat([tf.cast(exact, patches.dtype), tf.ones_like(patches[..., :1])], axis=-1)
-    return NormalizedPatches(with_ones, covariance)
+    """patches: [T, examples, H, W, 9*C]. Products within blocks of rows, and a sum of blocks in float64."""
+    tasks, size = patches.shape[0], patches.shape[-1]
+    rows = tf.reshape(patches, [tasks, -1, size])                                           # [T, rows, 9C]
+    count = rows.shape[1]
+    rows -= spread(sum_rows(rows) / count, count)
+    blocks = tf.reshape(rows, [tasks, divisor_near_root(count), -1, size])
+    products = tf.cast(tf.matmul(blocks, blocks, transpose_a=True), tf.float64)             # [T, blocks, 9C, 9C]
+    with_ones = tf.concat([rows, tf.ones_like(rows[..., :1])], axis=-1)
+    return NormalizedPatches(tf.reshape(with_ones, [*patches.shape[:-1], size + 1]), sum_rows(rows) / count,
+                             tf.reduce_sum(products, axis=1) / count)
 
 
 def convolve_normalized(x: NormalizedPatches, kernel: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
     """Convolution and batch normalisation of the input images, as one matrix product: [T, examples, H, W, F].
 
     kernel: [T, 3, 3, C, F]; beta: [F]. The output before normalisation is patches P times kernel k, so its variance is
-    kᵀ cov(P) k, and cov(P) does not change while the weights do: no statistics of the large output are needed.
+    k^T cov(P) k, and cov(P) does not change while the weights do: no statistics of the large output are needed.
     """
     tasks, filters = kernel.shape[0], kernel.shape[-1]
     matrix = tf.reshape(kernel, [tasks, -1, filters])                                       # [T, 9C, F]
     exact = tf.cast(matrix, tf.float64)
     variance = tf.reduce_sum(exact * (x.covariance @ exact), axis=1, keepdims=True)         # [T, 1, F]
     scaled = tf.cast(exact * tf.math.rsqrt(variance + BATCH_NORM_EPSILON), kernel.dtype)
-    return convolve(x.patches, tf.concat([scaled, tf.broadcast_to(beta, [tasks, 1, filters])], axis=1))
+    return convolve_patches(x.patches, tf.concat([scaled, beta - x.mean @ scaled], axis=1))
 
 
 # Initial values ----------------------------------------------------------------------------------------------------
