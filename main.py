@@ -410,6 +410,21 @@ def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS):
         sys.exit(f'main.py: {error}')
 
 
+def set_threads(f: flags.FlagValues):
+    """A thread for each operation where tasks are tiny: handing work over takes longer than the work.
+
+    To be called before TensorFlow's first operation.
+    """
+    if f.datasource == 'sinusoid':
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+
+
+def program(arguments: list[str]):
+    """main.py as a process of its own."""
+    set_threads(flags.FLAGS)
+    main(arguments)
+
+
 if __name__ == '__main__':
     define_flags()
-    app.run(main)
+    app.run(program)

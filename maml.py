@@ -283,14 +283,17 @@ class MAML(tf.Module):
 
 
 def shares(batch: Batch) -> list[Batch]:
-    """A meta-batch in parts of equally many tasks: enough of them for all cores, each small enough for their caches.
+    """A meta-batch in parts: enough of them for all cores, each small enough for their caches.
 
-    One part on a GPU, which wants all the work at once, and where the tasks are tiny.
+    Of equally many tasks, as XLA compiles for each number of them, unless that made the parts less than half as large
+    as they can be. One part on a GPU, which wants all the work at once, and where the tasks are tiny.
     """
     tasks, size = batch.inputa.shape[0], max(batch.inputa.shape[1], batch.inputb.shape[1]) * batch.inputa.shape[2]
     if tasks * size <= SHARE_SIZE // 4 or tf.config.list_physical_devices('GPU'):
         return [batch]
-    share = max(n for n in range(1, tasks + 1) if tasks % n == 0 and (n == 1 or n * size <= SHARE_SIZE))
+    most = min(max(SHARE_SIZE // size, 1), tasks)
+    equal = max(n for n in range(1, most + 1) if tasks % n == 0)
+    share = equal if 2 * equal >= most else most
     return [Batch(*(values[i:i + share] for values in batch)) for i in range(0, tasks, share)]
 
 

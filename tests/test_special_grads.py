@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from special_grads import max_pool2x2, patches3x3, spread, sum_rows
+from special_grads import (max_pool2x2, moments, patches3x3, product, product_outer, product_transposed, spread,
+                           standardize, sum_rows)
 
 SIZES = [(6, 6), (5, 5), (7, 4), (4, 7), (3, 2), (2, 2), (1, 3), (1, 1)]
 
@@ -124,3 +125,25 @@ def test_compiled_layers(layer, shapes):
     inputs = [np.rint(np.random.default_rng(0).standard_normal(shape)) for shape in shapes]
     compiled = tf.function(lambda *x: derivatives(layer, *x), jit_compile=True)
     assert_same(compiled(*inputs), derivatives(layer, *inputs))
+
+
+def plain_moments(x):
+    mean = tf.reduce_mean(x, 1, keepdims=True)
+    return tf.concat([mean, tf.reduce_mean(tf.square(x - mean), 1, keepdims=True)], 1)
+
+
+@pytest.mark.parametrize('ours, plain, shapes', [
+    (product, tf.matmul, [(2, 5, 3), (2, 3, 4)]),
+    (product_transposed, lambda x, matrix: tf.matmul(x, matrix, transpose_b=True), [(2, 5, 3), (2, 4, 3)]),
+    (product_outer, lambda x, y: tf.matmul(x, y, transpose_a=True), [(2, 5, 3), (2, 5, 4)]),
+    (lambda x: tf.concat(moments(x), 1), plain_moments, [(2, 12, 3)]),
+    (standardize, lambda x, mean, scale, offset: (x - mean) * scale + offset, [(2, 12, 3), *[(2, 1, 3)] * 3])])
+def test_derivatives_by_hand(ours, plain, shapes):
+    """To the third order; the network needs two."""
+    random = np.random.default_rng(2)
+    inputs = [tf.constant(random.standard_normal(shape)) for shape in shapes]
+    assert_same(derivatives(ours, *inputs), derivatives(plain, *inputs))
+
+    def second(function):
+        return lambda *inputs: tf.concat([tf.reshape(g, [-1]) for g in derivatives(function, *inputs)[2]], 0)
+    assert_same(derivatives(second(ours), *inputs)[1], derivatives(second(plain), *inputs)[1])
