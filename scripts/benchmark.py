@@ -4,9 +4,9 @@
     python scripts/benchmark.py --train [main.py's flags] [--seconds=30]
     python scripts/benchmark.py --evaluate [main.py's flags]
 
-The first times meta-training steps on the meta-batch of a case file; the second the training loop with real data, and
-what of it is spent waiting for data; the third the evaluation of 600 tasks, with the weights that training starts from.
-Nothing is kept.
+The first times meta-training steps on the meta-batch of a case file; the second the training loop with real data: what
+of it is spent waiting for data, and how much memory grows after the first hundred iterations; the third the evaluation
+of 600 tasks, with the weights that training starts from. Nothing is kept.
 
 A case file holds arrays: `flags`, main.py's flags as JSON text; `input/inputa`, `input/labela`, `input/inputb` and
 `input/labelb`, shaped as in utils.Batch (`input/inputa_uint8`: pixels of 0...255 instead); and the initial parameters,
@@ -47,6 +47,14 @@ def since_start() -> float:
 def peak_rss_mb() -> float:
     """Most memory this process has held. The system counts in kilobytes; macOS in bytes."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 2 ** 10), 1)
+
+
+def rss_mb() -> float:
+    """Memory this process holds now; 0 where the system does not tell."""
+    try:
+        return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2 ** 20
+    except OSError:
+        return 0.
 
 
 def versions() -> dict[str, str]:
@@ -167,7 +175,7 @@ class Stopwatch:
     def __init__(self, model: MAML, seconds: float):
         self.seconds, self.first_step, self.first_end, self.end = seconds, None, None, None
         self.steps, self.waited, self.train = 0, 0., model.train
-        self.rss = []   # MB after the first step and after each second
+        self.early_rss = None   # MB, once a hundred iterations are done
         model.train = self.step
 
     def step(self, batches: Batch, first: int, last: int, pretrain: bool = False) -> tf.Tensor:
@@ -179,6 +187,8 @@ class Stopwatch:
             self.first_end, self.first_step, self.waited = self.end, since_start(), 0.
         else:
             self.steps += last - first
+        if self.early_rss is None and self.steps >= 100:
+            self.early_rss = rss_mb()
         return loss
 
     def watch(self, batches: Iterator) -> Iterator:
@@ -196,8 +206,9 @@ class Stopwatch:
         elapsed = self.end - self.first_end
         if not self.steps:
             raise ValueError('there was time for one step only; give more --seconds or --metatrain_iterations')
-        return {'first_step_s': round(self.first_step, 2), 'iterations': self.steps,
-                'iterations_per_s': round(self.steps / elapsed, 3), 'input_share': round(self.waited / elapsed, 5)}
+        figures = {'first_step_s': round(self.first_step, 2), 'iterations': self.steps,
+                   'iterations_per_s': round(self.steps / elapsed, 3), 'input_share': round(self.waited / elapsed, 5)}
+        return figures | ({'rss_growth_mb': round(rss_mb() - self.early_rss, 1)} if self.early_rss else {})
 
 
 def time_training(f: flags.FlagValues, seconds: float) -> dict:

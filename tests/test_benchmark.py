@@ -66,6 +66,7 @@ def test_training_loop(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {'data'}, 'the run is not kept'
     got = figures(run('--train', '--norm=None', '--metatrain_iterations=100000', '--seconds=.5'))
     assert 100 < got['iterations'] < 50000, 'it stops when the time is over'
+    assert abs(got['rss_growth_mb']) < 500
 
 
 def test_evaluation(tmp_path, monkeypatch):
