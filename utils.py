@@ -58,8 +58,7 @@ def batch_norm(x: tf.Tensor, beta: tf.Tensor, max_pool: bool = False) -> tf.Tens
     """Per channel over examples and space, statistics always of the batch at hand; offset but no gain; then pooling.
 
     x: [T, examples, ..., channels]; beta: [channels], shared by tasks and inner steps. The variance is the biased one.
-    The means are written out because `tf.nn.moments` stops the gradient of the mean inside the variance: right at first
-    order, silently wrong at second, hence for MAML.
+    Not with `tf.nn.moments`, whose second derivatives are silently wrong, see special_grads.moments.
     """
     tasks, channels = x.shape[0], x.shape[-1]
     mean, variance = moments(tf.reshape(x, [tasks, -1, channels]))                          # [T, 1, channels]
