@@ -12,6 +12,7 @@ A case file holds arrays: `flags`, main.py's flags as JSON text; `input/inputa`,
 `input/labelb`, shaped as in utils.Batch (`input/inputa_uint8`: pixels of 0...255 instead); and the initial parameters,
 `init/conv1` and so on. tests/reference has some.
 """
+import io
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Iterator
 
@@ -213,15 +215,11 @@ class Stopwatch:
 
 def time_training(f: flags.FlagValues, seconds: float) -> dict:
     """Times main.py's training loop, summaries, validation and checkpoints included."""
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, 'w') as nowhere:
-        f.logdir, out = folder, sys.stdout
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        f.logdir = folder
         model, generators, run, start = main.prepare(f)
         watch = Stopwatch(model, seconds)
-        try:
-            sys.stdout = nowhere
-            main.train(model, generators, f, run, start, watch.watch)
-        finally:
-            sys.stdout = out
+        main.train(model, generators, f, run, start, watch.watch)
     return watch.report()
 
 
@@ -230,13 +228,9 @@ def time_evaluation(f: flags.FlagValues) -> dict:
     f.train = False
     main.check_flags(f)
     model, generators = make_model(**main.model_settings(f)), main.make_generators(f)
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, 'w') as nowhere:
-        start, out = time.perf_counter(), sys.stdout
-        try:
-            sys.stdout = nowhere
-            main.test(model, generators, f, Path(folder))
-        finally:
-            sys.stdout = out
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        start = time.perf_counter()
+        main.test(model, generators, f, Path(folder))
     elapsed = time.perf_counter() - start
     return {'tasks': main.EVALUATION_TASKS, 'updates': max(f.num_updates, main.EVALUATION_UPDATES),
             'evaluation_s': round(elapsed, 2), 'tasks_per_s': round(main.EVALUATION_TASKS / elapsed, 2),

@@ -40,7 +40,7 @@ def test_step():
     assert got['workload'] == 'sinusoid_10shot' and got['steps'] == 5
     assert got['first_loss'] == pytest.approx(float(case('sinusoid_10shot')['total_losses2'][0]), rel=1e-4)
     assert 0 < got['min_ms'] <= got['median_ms'] < 1e3 * got['compile_s'] and got['peak_rss_mb'] > 100
-    # w1 takes 2 x (3 + ...) passes, w2 and w3 12: 25 tasks of 10 + 10 points; 2 operations per weight, point and pass.
+    # 25 tasks of 10 + 10 points; 2 operations per weight, point and pass: w1 takes 4 + 2 passes, w2 and w3 9 + 3.
     count = 25 * 10 * 2 * (40 * (4 + 2) + (1600 + 40) * (9 + 3))
     assert got['gflops_per_s'] == pytest.approx(count / got['median_ms'] / 1e6, abs=.011)
 
