@@ -8,7 +8,7 @@ from typing import Callable, NamedTuple
 
 import tensorflow as tf
 
-from special_grads import max_pool2x2, patches3x3
+from special_grads import Shared, max_pool2x2, patches3x3, per_task
 from utils import (Batch, accuracy, convolve, convolve_normalized, convolve_patches, cross_entropy, dense, initial_value,
                    mean_squared_error, norm_parameters, normalize, normalize_patches, read_checkpoint)
 
@@ -32,8 +32,9 @@ class FullyConnected:
     """Affine layers, each but the last followed by normalisation and ReLU.
 
     Attributes: parameters and norm_parameters, {name: (kind of initial value, shape)}; the former are adapted by the
-    inner loop, the latter shared by all tasks.
+    inner loop, the latter common to all tasks. takes_shared (optional): whether weights may come as special_grads.Shared.
     """
+    takes_shared = True
 
     def __init__(self, dim_input: int, dim_hidden: tuple[int, ...], dim_output: int, norm: str = 'None'):
         sizes = [dim_input, *dim_hidden, dim_output]
@@ -65,6 +66,7 @@ class Convolutional:
     sees all pixels (miniImagenet, Glorot initial values), else their mean (Omniglot, normal ones).
     Attributes: as FullyConnected.
     """
+    takes_shared = True
 
     def __init__(self, image_size: int, channels: int, filters: int, classes: int, norm: str = 'batch_norm',
                  max_pool: bool = False, flatten: bool = False):
@@ -101,7 +103,7 @@ class Convolutional:
             x = max_pool2x2(x) if self.max_pool else x
         else:
             x = convolve_patches(x, kernel) if i == 1 else convolve(x, kernel, self.stride)
-            x = x if self.norm == 'batch_norm' else x + bias[:, tf.newaxis, tf.newaxis, tf.newaxis]
+            x = x if self.norm == 'batch_norm' else x + per_task(bias)[:, tf.newaxis, tf.newaxis, tf.newaxis]
             x = normalize(x, self.norm, str(i - 1), norms, self.max_pool)
         return tf.nn.relu(x)
 
@@ -163,15 +165,16 @@ class MAML(tf.Module):
     def update(self, weights: dict, norms: dict, x: tf.Tensor, label: tf.Tensor) -> dict[str, tf.Tensor]:
         """One inner update of every task: θ' = θ − α ∇_θ L_Ti(f_θ), lines 5 to 7 (6) and equation 1.
 
-        weights: {name: [T, ...]}; x: prepared support inputs; label: [T, examples, out]. Returns weights alike.
+        weights: {name: [T, ...] or Shared}; x: prepared support inputs; label: [T, examples, out]. Returns {name: [T, ...]}.
         """
+        own = {name: w.perturbation if isinstance(w, Shared) else w for name, w in weights.items()}
         with tf.GradientTape() as inner:
-            inner.watch(weights)
+            inner.watch(own)
             losses = self.loss(self.network(x, weights, norms), label)           # L_Ti(f_θ), [T]
-        gradients = inner.gradient(losses, weights, unconnected_gradients='zero')  # of one task each, [T, ...]
+        gradients = inner.gradient(losses, own, unconnected_gradients='zero')    # of one task each, [T, ...]
         if self.stop_grad:                                                       # first order: they count as constants
             gradients = tf.nest.map_structure(tf.stop_gradient, gradients)
-        return {name: theta - self.update_lr * gradients[name] for name, theta in weights.items()}
+        return {name: per_task(theta) - self.update_lr * gradients[name] for name, theta in weights.items()}
 
     def outcome(self, weights: dict, norms: dict, x: tf.Tensor, label: tf.Tensor) -> tuple:
         """Loss [T], accuracy [T] and output [T, examples, out] of tasks with the weights {name: [T, ...]}."""
@@ -180,11 +183,24 @@ class MAML(tf.Module):
 
     def initial_weights(self, tasks: int) -> dict[str, tf.Tensor]:
         """θ, once per task: {name: [T, ...]}."""
-        return {name: tf.repeat(tf.expand_dims(theta, 0), tasks, axis=0) for name, theta in self.weights.items()}
+        return {name: per_task(theta) for name, theta in self.shared_weights(tasks).items()}
+
+    def shared_weights(self, tasks: int) -> dict[str, Shared]:
+        """θ, which the tasks have in common until the first update."""
+        return {name: Shared(tf.convert_to_tensor(theta), tf.zeros([tasks, *theta.shape], self.dtype))
+                for name, theta in self.weights.items()}
+
+    def first_weights(self, tasks: int) -> dict:
+        """θ as `shared_weights` where that is faster, as `initial_weights` elsewhere.
+
+        An update of shared weights is a program of its own, which takes longer to compile than it saves if more follow.
+        """
+        shared = self.num_updates == 1 and getattr(self.network, 'takes_shared', False)
+        return self.shared_weights(tasks) if shared else self.initial_weights(tasks)
 
     def outer_loss(self, batch: Batch) -> tf.Tensor:
         """Σ_Ti L_Ti(f_θ'i), a scalar: the query losses after `num_updates` updates; the sum in line 10 (8)."""
-        weights = self.initial_weights(batch.inputa.shape[0])                    # θ'i ← θ
+        weights = self.first_weights(batch.inputa.shape[0])                      # θ'i ← θ
         support, query = self._prepare(batch.inputa), self._prepare(batch.inputb)
         for _ in range(self.num_updates):
             weights = self._update(weights, self.norms, support, batch.labela)   # θ'i ← θ'i − α ∇ L_Ti(f_θ'i)

@@ -5,7 +5,11 @@ batch of kernels, and `tf.map_fn` and `tf.vectorized_map` fall back to a loop ov
 a gather of patches followed by one batched matrix product, which has exact derivatives of every order, and pooling is
 a maximum of four slices. Every tensor has a leading task axis T.
 """
+from typing import NamedTuple
+
 import tensorflow as tf
+
+FEW_ROWS = 16   # up to so many, sums of products of numbers beat products of matrices on CPUs
 
 
 def same_padding(size: int, stride: int) -> tuple[int, int]:
@@ -33,9 +37,50 @@ def product_transposed(rows: tf.Tensor, matrix: tf.Tensor):
 
 @tf.custom_gradient
 def product_outer(left: tf.Tensor, right: tf.Tensor):
-    """The transpose of left [T, n, in] times right [T, n, out]: [T, in, out]."""
-    return (tf.linalg.matrix_transpose(tf.matmul(right, left, transpose_a=True)),
-            lambda gradient: (product_transposed(right, gradient), product(left, gradient)))
+    """The transpose of left [T, n, in] times right [T, n, out]: [T, in, out].
+
+    With few rows each entry is a short sum, which XLA makes one loop over all tasks.
+    """
+    if left.shape[1] <= FEW_ROWS:
+        outer = tf.reduce_sum(left[:, :, :, tf.newaxis] * right[:, :, tf.newaxis], axis=1)
+    else:
+        outer = tf.linalg.matrix_transpose(tf.matmul(right, left, transpose_a=True))
+    return outer, lambda gradient: (product_transposed(right, gradient), product(left, gradient))
+
+
+class Shared(NamedTuple):
+    """A weight that all tasks have in common, before the first inner update, and a place for each task's gradient.
+
+    The tasks then make up one product of matrices, and the gradient of the weight is at once the sum over tasks that
+    the outer loop needs. The inner loop, which needs them one by one, finds them at `perturbation`, which is zero.
+    """
+    value: tf.Tensor          # [...]
+    perturbation: tf.Tensor   # [T, ...]
+
+
+def per_task(weight: tf.Tensor | Shared) -> tf.Tensor:
+    """A weight of each task's own, [T, ...], equal to the shared one where it is shared."""
+    if not isinstance(weight, Shared):
+        return weight
+    tasks = weight.perturbation.shape[0]
+    rows = spread(tf.reshape(weight.value, [1, 1, -1]), tasks)                              # [1, T, size]
+    return tf.reshape(rows, weight.perturbation.shape) + weight.perturbation
+
+
+@tf.custom_gradient
+def product_shared(rows: tf.Tensor, matrix: tf.Tensor, perturbation: tf.Tensor):
+    """rows [T, n, in] times matrix [in, out] + perturbation [T, in, out], which is zero: [T, n, out].
+
+    Differentiable by `perturbation` once, and any number of times by the others.
+    """
+    tasks, n, size = rows.shape
+    together, shared = tf.reshape(rows, [1, tasks * n, size]), tf.expand_dims(matrix, 0)    # as one task
+
+    def derivative(gradient):
+        flat = tf.reshape(gradient, [1, tasks * n, matrix.shape[-1]])
+        return (tf.reshape(product_transposed(flat, shared), rows.shape), product_outer(together, flat)[0],
+                product_outer(rows, gradient))
+    return tf.reshape(product(together, shared), [tasks, n, matrix.shape[-1]]), derivative
 
 
 def patches3x3(x: tf.Tensor, stride: int) -> tf.Tensor:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from special_grads import divisor_near_root, max_pool2x2, moments, patches3x3, product, spread, standardize, sum_rows
+from special_grads import (Shared, divisor_near_root, max_pool2x2, moments, patches3x3, per_task, product, product_shared,
+                           spread, standardize, sum_rows)
 
 BATCH_NORM_EPSILON = 1e-3    # of tf.contrib.layers.batch_norm, which the original used
 LAYER_NORM_EPSILON = 1e-12   # of tf.contrib.layers.layer_norm
@@ -99,12 +100,19 @@ def norm_parameters(norm: str, scope: str, channels: int) -> dict[str, tuple]:
 
 # Layers ------------------------------------------------------------------------------------------------------------
 
-def dense(x: tf.Tensor, matrix: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+# A weight is [T, ...], or Shared.
+
+def multiply(rows: tf.Tensor, matrix: tf.Tensor | Shared) -> tf.Tensor:
+    """rows [T, n, in], matrix [T, in, out] -> [T, n, out]."""
+    return product_shared(rows, *matrix) if isinstance(matrix, Shared) else product(rows, matrix)
+
+
+def dense(x: tf.Tensor, matrix: tf.Tensor | Shared, bias: tf.Tensor | Shared) -> tf.Tensor:
     """x [T, examples, in], matrix [T, in, out], bias [T, out] -> [T, examples, out]."""
-    return x @ matrix + tf.expand_dims(bias, 1)
+    return multiply(x, matrix) + tf.expand_dims(per_task(bias), 1)
 
 
-def convolve(x: tf.Tensor, kernel: tf.Tensor, stride: int) -> tf.Tensor:
+def convolve(x: tf.Tensor, kernel: tf.Tensor | Shared, stride: int) -> tf.Tensor:
     """3x3 convolution ('SAME') of each task's images by its own kernel, as a product of matrices.
 
     x [T, examples, height, width, C], kernel [T, 3, 3, C, F] -> [T, examples, ceil(height/stride),
@@ -112,16 +120,20 @@ def convolve(x: tf.Tensor, kernel: tf.Tensor, stride: int) -> tf.Tensor:
     stride its derivatives are slow.
     """
     if x.shape[0] == 1 and stride == 1:
-        return tf.expand_dims(tf.nn.conv2d(x[0], kernel[0], stride, 'SAME'), 0)
+        return tf.expand_dims(tf.nn.conv2d(x[0], per_task(kernel)[0], stride, 'SAME'), 0)
     return convolve_patches(patches3x3(x, stride), kernel)
 
 
-def convolve_patches(patches: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+def convolve_patches(patches: tf.Tensor, kernel: tf.Tensor | Shared) -> tf.Tensor:
     """Each task's patches [T, examples, H, W, 9*C] by its kernel [T, 3, 3, C, F] -> [T, examples, H, W, F]."""
     tasks, examples, height, width, size = patches.shape
     rows = tf.reshape(patches, [tasks, examples * height * width, size])                    # [T, rows, 9C]
-    matrix = tf.reshape(kernel, [tasks, size, kernel.shape[-1]])                            # [T, 9C, F]
-    return tf.reshape(product(rows, matrix), [tasks, examples, height, width, kernel.shape[-1]])
+    if isinstance(kernel, Shared):
+        matrix = Shared(*(tf.reshape(part, [*part.shape[:-4], size, part.shape[-1]]) for part in kernel))
+    else:
+        matrix = tf.reshape(kernel, [tasks, size, kernel.shape[-1]])                        # [T, 9C, F]
+    output = multiply(rows, matrix)
+    return tf.reshape(output, [tasks, examples, height, width, output.shape[-1]])
 
 
 class NormalizedPatches(NamedTuple):
@@ -144,12 +156,13 @@ def normalize_patches(patches: tf.Tensor) -> NormalizedPatches:
                              tf.reduce_sum(products, axis=1) / count)
 
 
-def convolve_normalized(x: NormalizedPatches, kernel: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
+def convolve_normalized(x: NormalizedPatches, kernel: tf.Tensor | Shared, beta: tf.Tensor) -> tf.Tensor:
     """Convolution and batch normalisation of the input images, as one matrix product: [T, examples, H, W, F].
 
     kernel: [T, 3, 3, C, F]; beta: [F]. The output before normalisation is patches P times kernel k, so its variance is
     k^T cov(P) k, and cov(P) does not change while the weights do: no statistics of the large output are needed.
     """
+    kernel = per_task(kernel)
     tasks, filters = kernel.shape[0], kernel.shape[-1]
     matrix = tf.reshape(kernel, [tasks, -1, filters])                                       # [T, 9C, F]
     exact = tf.cast(matrix, tf.float64)

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from special_grads import (max_pool2x2, moments, patches3x3, product, product_outer, product_transposed, spread,
-                           standardize, sum_rows)
+from special_grads import (FEW_ROWS, Shared, max_pool2x2, moments, patches3x3, per_task, product, product_outer, product_shared,
+                           product_transposed, spread, standardize, sum_rows)
 
 SIZES = [(6, 6), (5, 5), (7, 4), (4, 7), (3, 2), (2, 2), (1, 3), (1, 1)]
 
@@ -136,6 +136,8 @@ def plain_moments(x):
     (product, tf.matmul, [(2, 5, 3), (2, 3, 4)]),
     (product_transposed, lambda x, matrix: tf.matmul(x, matrix, transpose_b=True), [(2, 5, 3), (2, 4, 3)]),
     (product_outer, lambda x, y: tf.matmul(x, y, transpose_a=True), [(2, 5, 3), (2, 5, 4)]),
+    (product_outer, lambda x, y: tf.matmul(x, y, transpose_a=True), [(2, FEW_ROWS + 1, 3), (2, FEW_ROWS + 1, 4)]),
+    (lambda x, matrix: product_shared(x, matrix, tf.zeros([2, 3, 4], tf.float64)), tf.matmul, [(2, 5, 3), (3, 4)]),
     (lambda x: tf.concat(moments(x), 1), plain_moments, [(2, 12, 3)]),
     (standardize, lambda x, mean, scale, offset: (x - mean) * scale + offset, [(2, 12, 3), *[(2, 1, 3)] * 3])])
 def test_derivatives_by_hand(ours, plain, shapes):
@@ -147,3 +149,25 @@ def test_derivatives_by_hand(ours, plain, shapes):
     def second(function):
         return lambda *inputs: tf.concat([tf.reshape(g, [-1]) for g in derivatives(function, *inputs)[2]], 0)
     assert_same(derivatives(second(ours), *inputs)[1], derivatives(second(plain), *inputs)[1])
+
+
+@pytest.mark.parametrize('rows', [5, FEW_ROWS + 1])
+def test_shared_weights_have_a_gradient_for_each_task(rows):
+    """It is that of weights of each task's own, and so are its derivatives: what an inner update is made of."""
+    random = np.random.default_rng(0)
+    x, matrix = (tf.constant(random.standard_normal(shape)) for shape in [(2, rows, 3), (3, 4)])
+    perturbation = tf.zeros([2, 3, 4], tf.float64)
+
+    def gradient_of_shared(x, matrix):
+        with tf.GradientTape() as tape:
+            tape.watch(perturbation)
+            scalar = tf.reduce_sum(tf.sin(product_shared(x, matrix, perturbation)))
+        return tape.gradient(scalar, perturbation)
+
+    def gradient_of_copies(x, matrix):
+        copies = per_task(Shared(matrix, perturbation))
+        with tf.GradientTape() as tape:
+            tape.watch(copies)
+            scalar = tf.reduce_sum(tf.sin(x @ copies))
+        return tape.gradient(scalar, copies)
+    assert_same(derivatives(gradient_of_shared, x, matrix), derivatives(gradient_of_copies, x, matrix))
