@@ -20,7 +20,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -217,10 +217,14 @@ class Log:
             pre, post = means(results, kind)
             tags = [f'Pre-update_{kind}', *(f'Post-update_{kind}__step_{j}' for j in range(1, len(post) + 1))]
             if self.writer:
-                with self.writer.as_default():
-                    for tag, value in zip(tags, [pre, *post]):
-                        tf.summary.scalar(f'{prefix}_{tag}', value, step=iteration)
+                self._scalars(tuple(f'{prefix}_{tag}' for tag in tags), tf.constant([pre, *post]), tf.constant(iteration, tf.int64))
         return pre, post[self.update]
+
+    @tf.function(autograph=False)   # one call for all of them takes a fifth of the time
+    def _scalars(self, tags: tuple[str, ...], values: tf.Tensor, iteration: tf.Tensor):
+        with self.writer.as_default():
+            for i, tag in enumerate(tags):
+                tf.summary.scalar(tag, values[i], step=iteration)
 
     def train(self, results: Results, iteration: int):
         """Takes a training meta-batch in; prints the means of all since the last line."""
@@ -275,7 +279,7 @@ def train(model: MAML, generators: dict, f: flags.FlagValues, folder: Path, star
     for origin, batches in watch(prefetch(generators['train'], f.meta_batch_size, block, start, end)):
         for first, last in stretches(max(origin, start), min(origin + block, end), pretrain):
             if first % SUMMARY_INTERVAL == 0:
-                batch = Batch(*(values[first - origin] for values in batches))
+                batch = Batch(*(values.numpy()[first - origin] for values in batches))
                 log.train(model.evaluate(batch, num_updates), first)
             loss = model.train(batches, first - origin, last - origin, pretrain=first < pretrain)
             if first == start:
@@ -293,7 +297,7 @@ def stretches(start: int, end: int, pretrain: int) -> Iterator[tuple[int, int]]:
     """Cuts start...end into (first, last + 1) that nothing interrupts: summaries come before, checkpoints and
     validations after the first iteration of an interval, and pre-training ends with iteration `pretrain` - 1."""
     while start < end:
-        stop = start + 1 if start % SUMMARY_INTERVAL == 0 else (start // SUMMARY_INTERVAL + 1) * SUMMARY_INTERVAL
+        stop = start + 1 if start % SAVE_INTERVAL == 0 else (start // SUMMARY_INTERVAL + 1) * SUMMARY_INTERVAL
         stop = min(stop, end, pretrain if start < pretrain else end)
         yield start, stop
         start = stop
@@ -301,17 +305,31 @@ def stretches(start: int, end: int, pretrain: int) -> Iterator[tuple[int, int]]:
 
 def prefetch(generator: data_generator.DataGenerator, tasks: int, block: int, start: int, end: int
              ) -> Iterator[tuple[int, Batch]]:
-    """Training meta-batches [block, T, ...] with the iteration of the first, each drawn while the one before is in use.
+    """Training meta-batches [block, T, ...] with the iteration of the first, drawn while those before are in use.
 
     Blocks begin at multiples of `block`, wherever a run is continued: then all is as if it had not been interrupted.
+    Small ones are drawn ten at a time, since Python's lock makes the loop wait for the drawing at either's start.
     """
-    draw = lambda origin: (origin, Batch(*map(tf.constant, generator.batches('train', origin, block, tasks))))
+    group = 10 * block if block > 1 else 1
+
+    def draw(origin):
+        drawn = generator.batches('train', origin, group, tasks)
+        return [(origin + i, Batch(*(tf.constant(values[i:i + block]) for values in drawn))) for i in range(0, group, block)]
+
+    for blocks in ahead(draw, range(start // group * group, end, group)):
+        yield from ((origin, batch) for origin, batch in blocks if origin + block > start and origin < end)
+
+
+def ahead(draw: Callable, arguments: Iterable) -> Iterator:
+    """draw(argument) for each, in a thread of its own while the one before is in use."""
     with ThreadPoolExecutor(1) as thread:
         coming = None
-        for origin in range(start // block * block, end + block, block):
-            ready, coming = coming, thread.submit(draw, origin) if origin < end else None
+        for argument in arguments:
+            ready, coming = coming, thread.submit(draw, argument)
             if ready:
                 yield ready.result()
+        if coming:
+            yield coming.result()
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
@@ -321,13 +339,13 @@ def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path):
     (split, generator), = generators.items()
     chunk = {'sinusoid': 600, 'omniglot': 20, 'miniimagenet': 4}[f.datasource]   # tasks at once: bounds the memory
     rows = []
-    for i in range(0, EVALUATION_TASKS, chunk):
-        batch = generator.batch(split, 0, EVALUATION_TASKS, slice(i, i + chunk))
+    draw = lambda i: generator.batch(split, 0, EVALUATION_TASKS, slice(i, i + chunk))
+    for batch in ahead(draw, range(0, EVALUATION_TASKS, chunk)):
         results = model.evaluate(batch, max(f.num_updates, EVALUATION_UPDATES))
         before, after = results[:2] if f.datasource == 'sinusoid' else results[2:4]
         rows.append(np.concatenate([[before], after]).T)   # [chunk, 1 + updates]
         if sys.stdout.isatty():
-            print(f'{i + len(rows[-1])} of {EVALUATION_TASKS} tasks', end='\033[K\r', flush=True)
+            print(f'{chunk * len(rows)} of {EVALUATION_TASKS} tasks', end='\033[K\r', flush=True)
     values = np.concatenate(rows)                          # [600, 1 + updates]
     mean, stddev = values.mean(0), values.std(0)
     interval = 1.96 * stddev / np.sqrt(len(values))
@@ -410,18 +428,22 @@ def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS):
         sys.exit(f'main.py: {error}')
 
 
-def set_threads(f: flags.FlagValues):
-    """A thread for each operation where tasks are tiny: handing work over takes longer than the work.
+def tune(f: flags.FlagValues):
+    """Settings of TensorFlow that suit a run, by measurement; to be called before its first operation.
 
-    To be called before TensorFlow's first operation.
+    A thread for each operation where tasks are tiny: handing work over takes longer than the work. XLA's older
+    generator of loops for Omniglot: it compiles a quarter faster and into less, and the code is as fast; for the
+    others the code is slower. XLA ends the process at options it does not know, so only in the version tried.
     """
     if f.datasource == 'sinusoid':
         tf.config.threading.set_intra_op_parallelism_threads(1)
+    if f.datasource == 'omniglot' and tf.__version__.startswith('2.21.'):
+        os.environ['XLA_FLAGS'] = f'--xla_cpu_use_fusion_emitters=false {os.environ.get("XLA_FLAGS", "")}'
 
 
 def program(arguments: list[str]):
     """main.py as a process of its own."""
-    set_threads(flags.FLAGS)
+    tune(flags.FLAGS)
     main(arguments)
 
 

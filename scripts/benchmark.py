@@ -22,7 +22,7 @@ import tempfile
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 STARTED = time.time()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')   # no lines about CPU features and missing GPUs
@@ -150,10 +150,11 @@ def operations(model: MAML, batch: Batch) -> int:
     return total * batch.inputa.shape[0]
 
 
-def time_case(path: str, steps: int) -> dict:
+def time_case(path: str, steps: int, tune: Callable) -> dict:
     """Times `steps` meta-training steps on a case file, after one that compiles and two that warm up."""
     values = read_case(path)
     f = case_flags(path, values)
+    tune(f)
     model = make_model(**main.model_settings(f))
     initialize(path, values, model)
     batch = case_batch(path, values, model, f)
@@ -246,14 +247,15 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     flags.DEFINE_boolean('evaluate', False, 'time the evaluation of 600 tasks', flag_values=values)
 
 
-def benchmark(arguments: list[str], f: flags.FlagValues = flags.FLAGS):
-    """Prints the figures. arguments: the program and the case file, if any."""
+def benchmark(arguments: list[str], f: flags.FlagValues = flags.FLAGS, tune: Callable = lambda f: None):
+    """Prints the figures. arguments: the program and the case file, if any. tune: as main.tune."""
     try:
         if (len(arguments) == 2) + f.evaluate + f['train'].present != 1 or len(arguments) > 2 or not (f.train or f.evaluate):
             raise ValueError('give either a case file, or --train, or --evaluate with flags of main.py')
         if len(arguments) == 2:
-            figures = time_case(arguments[1], f.steps)
+            figures = time_case(arguments[1], f.steps, tune)
         else:
+            tune(f)
             named = {name: f[name].value for name in main.settings(f) if f[name].present and name not in ('train', 'data_dir')}
             figures = {'flags': named, **(time_evaluation(f) if f.evaluate else time_training(f, f.seconds)),
                        'peak_rss_mb': peak_rss_mb()}
@@ -264,9 +266,7 @@ def benchmark(arguments: list[str], f: flags.FlagValues = flags.FLAGS):
 
 def program(arguments: list[str]):
     """benchmark.py as a process of its own."""
-    if len(arguments) == 1:   # the source of a case is not known before it is read
-        main.set_threads(flags.FLAGS)
-    benchmark(arguments)
+    benchmark(arguments, tune=main.tune)
 
 
 if __name__ == '__main__':
