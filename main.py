@@ -12,13 +12,15 @@ import csv
 import datetime
 import importlib.util
 import io
-import itertools
 import os
 import pickle
+import signal
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
@@ -30,7 +32,8 @@ from absl import app, flags, logging
 
 import data_generator
 from maml import MAML, Results, make_model
-from utils import Batch, DamagedCheckpoint, checkpoints, write_checkpoint
+from utils import (Batch, DamagedCheckpoint, checkpoints, event_files, first_line, forget_summaries, lock, read_run_state,
+                   remove_checkpoint, remove_leftovers, write_checkpoint)
 
 SUMMARY_INTERVAL = 100          # iterations between summaries
 PRINT_INTERVAL = 100            # between printed lines; 1000 for the sinusoid
@@ -40,6 +43,24 @@ EVALUATION_TASKS = 600
 EVALUATION_UPDATES = 10
 EVALUATION_SEED = 1             # of validation and test tasks: the same for every run and checkpoint
 MINIIMAGENET_QUERY_IMAGES = 15  # per class in training; K in evaluation, and in both for Omniglot
+
+
+class CheckpointParser(flags.ArgumentParser):
+    """An iteration, -1 or 'best'."""
+
+    def parse(self, argument):
+        if argument == 'best':
+            return argument
+        try:
+            iteration = int(argument)
+        except ValueError:
+            iteration = -2
+        if iteration < -1:
+            raise ValueError(f'it must be an iteration, -1 or best, but it is {argument}')
+        return iteration
+
+    def flag_type(self) -> str:
+        return 'iteration, -1 or best'
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -71,8 +92,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     define('boolean', 'log', True, 'write summaries for TensorBoard')
     define('string', 'logdir', 'logs', 'folder of the run folders')
     define('boolean', 'resume', True, 'continue from the newest checkpoint of the same run')
+    define('boolean', 'overwrite', False, 'with --resume=False: remove the earlier run of the same name')
+    define('integer', 'validation_tasks', 100, 'tasks of a validation during training (images only)', lower_bound=2)
     define('boolean', 'train', True, 'train, else evaluate')
-    define('integer', 'test_iter', -1, 'iteration of the checkpoint to load (-1: the newest)', lower_bound=-1)
+    flags.DEFINE(CheckpointParser(), 'test_iter', -1, 'iteration of the checkpoint to load; -1: the newest; best: that of the best '
+                 'validation', flag_values=values)
     define('boolean', 'test_set', False, 'evaluate on the test classes, else on the validation classes')
     define('integer', 'train_update_batch_size', -1, 'K used in training, when evaluating with another K (-1: the same)')
     define('float', 'train_update_lr', -1, 'α used in training, when evaluating with another α (-1: the same)')
@@ -108,6 +132,10 @@ def check_combinations(f: flags.FlagValues):
     """The part of `check_flags` that looks at several flags at once."""
     if f.baseline == 'oracle' and f.datasource != 'sinusoid':
         raise ValueError(f'--baseline=oracle knows amplitude and phase, so it needs --datasource=sinusoid, not {f.datasource}')
+    if f.overwrite and (f.resume or not f.train):
+        raise ValueError('--overwrite removes an earlier run of the same name, so it needs --resume=False and --train=True')
+    if f.train and f.test_iter == 'best':
+        raise ValueError('--test_iter=best is for evaluation, so it needs --train=False')
     if f.train and sum(iterations(f)) == 0:
         raise ValueError('there is nothing to train: set --metatrain_iterations or --pretrain_iterations above 0')
     named_otherwise = (f.train_update_batch_size not in (-1, f.update_batch_size)
@@ -165,30 +193,64 @@ def make_generators(f: flags.FlagValues) -> dict[str, data_generator.DataGenerat
                                                  splits=[split]) for split, seed in splits.items()}
 
 
-def find_checkpoint(folder: Path, f: flags.FlagValues) -> tuple[int, str] | None:
-    """(iteration, path) of the checkpoint to load; None if training starts at the beginning."""
-    found = checkpoints(folder)
+def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
+    """{iteration: path} of the checkpoints that may be loaded, the best choice first; none if training starts afresh."""
+    found = checkpoints(folder, 'best' if f.test_iter == 'best' else 'model')
     if f.train and (not f.resume or not found and f.test_iter == -1):
-        return None
+        return {}
+    if not found and f.test_iter == 'best' and checkpoints(folder):
+        raise ValueError(f'--test_iter=best: {folder} has no best checkpoint; training on images keeps one from its first '
+                         f'validation on, at iteration {VALIDATION_INTERVAL}')
     if not found:
         raise ValueError(f'{folder} holds no checkpoint: train first with the same flags, or give the --logdir, '
                          '--train_update_batch_size and --train_update_lr of the training run')
-    iteration = max(found) if f.test_iter == -1 else f.test_iter
-    if iteration not in found:
-        raise ValueError(f'--test_iter={iteration}: {folder} has no such checkpoint, but those of the iterations '
+    if f.test_iter in (-1, 'best'):
+        return dict(reversed(found.items()))
+    if f.test_iter not in found:
+        raise ValueError(f'--test_iter={f.test_iter}: {folder} has no such checkpoint, but those of the iterations '
                          f'{", ".join(map(str, found))}')
-    return iteration, found[iteration]
+    return {f.test_iter: found[f.test_iter]}
+
+
+def load(model: MAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[int, dict]:
+    """Loads the first checkpoint that is whole; says which are not. Returns its iteration and state (-1 and {} if none).
+
+    Raises ValueError if all are damaged or the flags contradict those that it was written with.
+    """
+    for number, (iteration, path) in enumerate(candidates.items(), start=1):
+        try:
+            state = read_run_state(path)
+            check_contradictions(path, state.get('flags', {}), f)
+            restore(model, path, f)
+            return iteration, state
+        except DamagedCheckpoint as error:
+            if number == len(candidates):
+                raise
+            print(f'main.py: {error}; the one before it is used.', file=sys.stderr)
+    return -1, {}
+
+
+def check_contradictions(path: str, stored: dict, f: flags.FlagValues):
+    """Raises ValueError with the list of flags that are not what the run was trained with, and matter."""
+    free = {'log', 'logdir', 'data_dir', 'resume', 'overwrite', 'train', 'test_iter', 'test_set', 'metatrain_iterations',
+            'train_update_batch_size', 'train_update_lr'}
+    network = {'datasource', 'num_classes', 'norm', 'num_filters', 'conv', 'max_pool', 'baseline'}
+    names = [name for name in settings(f) if (name not in free if f.train else name in network)]
+    wrong = [f'--{name}={stored[name]} (now {f[name].value})' for name in names
+             if name in stored and stored[name] != f[name].value]
+    if wrong:
+        raise ValueError(f'{path} was trained with {", ".join(wrong)}: give the same flags, or another --logdir')
 
 
 def restore(model: MAML, path: str, f: flags.FlagValues):
     """Loads a checkpoint. Raises ValueError if it is damaged or another network's."""
-    print(f'Restoring model weights from {path}')
     try:
         complete = model.restore(path)
     except DamagedCheckpoint:
         raise
     except ValueError as error:
         raise ValueError(f'{error}; give the flags of the run that wrote it, or another --logdir') from error
+    print(f'Restoring model weights from {path}')
     if f.train and not complete:
         print("The checkpoint is TensorFlow 1's: it holds the weights only, so Adam starts afresh.")
 
@@ -202,11 +264,11 @@ class Log:
         self.kinds = ['loss'] if f.datasource == 'sinusoid' else ['loss', 'accuracy']   # the last one is printed
         self.pretrain, self.update = iterations(f)[0], f.num_updates - 1
         self.interval = PRINT_INTERVAL * (10 if f.datasource == 'sinusoid' else 1)
-        self.before, self.after = [], []
+        self.before, self.after = [], []   # what the next printed line is the mean of
         self.start, self.end = start, sum(iterations(f))
         self.clock = self.shown = time.perf_counter()
         self.writer = tf.summary.create_file_writer(str(folder)) if f.log else None
-        if self.writer:
+        if self.writer and start == 0:
             table = [f'`--{name}` | {value}' for name, value in settings(f).items()]
             with self.writer.as_default():
                 tf.summary.text('flags', '\n'.join(['flag | value', '--- | ---', *table]), step=start)
@@ -236,17 +298,22 @@ class Log:
             self.line(f'{label}: {np.mean(self.before)}, {np.mean(self.after)}')
             self.before, self.after = [], []
 
-    def validation(self, results: Results, iteration: int):
-        """Takes a validation meta-batch in and prints its means."""
+    def validation(self, results: Results, iteration: int) -> tuple[float, float]:
+        """Takes validation tasks in and prints their means. Returns mean and 95 % interval of the accuracy after training's
+        number of updates."""
         pre, post = self.summaries('metaval', results, iteration)
+        interval = 1.96 * np.std(results.accuracies2[self.update]) / np.sqrt(results.accuracies2.shape[1])
         self.line(f'Validation results: {pre}, {post}')
+        if self.writer:
+            self._scalars(('metaval_Post-update_accuracy_interval',), tf.constant([interval]), tf.constant(iteration, tf.int64))
+        return float(post), float(interval)
 
     def first_step(self):
         """To be called after the first step; the clock of the progress line starts here."""
         self.line(f'The first step took {time.perf_counter() - self.clock:.1f} s, compilation included.')
         self.clock = time.perf_counter()
 
-    def progress(self, iteration: int, loss: tf.Tensor):
+    def progress(self, iteration: int, loss: float):
         """Where the run is: on a terminal a line that changes every second, else one after each printed line."""
         now, done = time.perf_counter(), iteration - self.start
         due = now - self.shown > 1 if sys.stdout.isatty() else iteration % self.interval == 0 and iteration != 0
@@ -256,9 +323,16 @@ class Log:
             text = f'{iteration + 1} of {self.end} iterations, {rate:.3g} per second, {left} left, loss {loss:.4g}'
             print(text, end='\033[K\r' if sys.stdout.isatty() else '\n', flush=True)
 
+    def flush(self):
+        """What was shown so far is in the file. Raises OSError."""
+        try:
+            self.writer and self.writer.flush()
+        except tf.errors.OpError as error:
+            raise OSError(f'the summaries cannot be written ({first_line(error)})') from error
+
     def close(self):
-        if self.writer:
-            self.writer.close()
+        with suppress(tf.errors.OpError):
+            self.writer and self.writer.close()
 
     @staticmethod
     def line(text: str):
@@ -271,26 +345,125 @@ def means(results: Results, kind: str) -> tuple[float, np.ndarray]:
     return np.mean(before), np.mean(after, axis=1)
 
 
-def train(model: MAML, generators: dict, f: flags.FlagValues, folder: Path, start: int, watch: Callable = iter):
-    """Pre-training, then meta-training, from iteration `start` to the end. watch: wraps the iterator of the data."""
-    pretrain, end = iterations(f)[0], sum(iterations(f))
-    num_updates = max(f.num_updates, {'sinusoid': 5, 'omniglot': 10, 'miniimagenet': 1}[f.datasource])
-    log, block = Log(folder, f, start), SUMMARY_INTERVAL if f.datasource == 'sinusoid' else 1
-    for origin, batches in watch(prefetch(generators['train'], f.meta_batch_size, block, start, end)):
-        for first, last in stretches(max(origin, start), min(origin + block, end), pretrain):
-            if first % SUMMARY_INTERVAL == 0:
-                batch = Batch(*(values.numpy()[first - origin] for values in batches))
-                log.train(model.evaluate(batch, num_updates), first)
-            loss = model.train(batches, first - origin, last - origin, pretrain=first < pretrain)
-            if first == start:
-                log.first_step()
-            log.progress(last - 1, loss)
-            if first % SAVE_INTERVAL == 0 and first != 0 or last == end:
-                write_checkpoint(model.checkpoint, folder, last - 1)
-            if first % VALIDATION_INTERVAL == 0 and first != 0 and f.datasource != 'sinusoid':
-                batch = generators['val'].batch('val', 0, f.meta_batch_size)
-                log.validation(model.evaluate(batch, num_updates), first)
-    log.close()
+class Diverged(Exception):
+    """The loss, or a weight, is no longer a number; the text is one sentence for the user."""
+
+
+class Run:
+    """A training run: the model, its folder, and what is known of it besides the weights."""
+
+    def __init__(self, model: MAML, generators: dict, f: flags.FlagValues, folder: Path, start: int = 0,
+                 state: dict | None = None):
+        self.model, self.generators, self.f, self.folder, self.start = model, generators, f, folder, start
+        self.saved = start - 1                          # iteration of the newest checkpoint
+        self.best = (state or {}).get('best')           # {'iteration', 'accuracy', 'interval'} of the best validation
+        self.num_updates = max(f.num_updates, {'sinusoid': 5, 'omniglot': 10, 'miniimagenet': 1}[f.datasource])
+        self.log = Log(folder, f, start)
+        self.log.before, self.log.after = ([*map(np.float32, values)] for values in (state or {}).get('printing', ([], [])))
+
+    def save(self, iteration: int, kind: str = 'model'):
+        """Writes a checkpoint; summaries first, so that none is missing when the run continues there.
+
+        Raises OSError, and Diverged if a weight is not a number.
+        """
+        if not self.model.is_finite():
+            raise Diverged(self.diverged(f'a weight is not a number after iteration {iteration}'))
+        self.log.flush()
+        printing = [[*map(float, values)] for values in (self.log.before, self.log.after)]
+        write_checkpoint(self.model.checkpoint, self.folder, iteration,
+                         {'flags': settings(self.f), 'best': self.best, 'printing': printing}, kind)
+        if kind == 'model':
+            self.saved = iteration
+
+    def diverged(self, what: str) -> str:
+        last = f'{self.folder}/model{self.saved} is the last good checkpoint' if self.saved >= 0 else 'there is no checkpoint yet'
+        return f'{what}, so training has stopped; {last}. Try a smaller --update_lr or --meta_lr, or --norm=batch_norm'
+
+    def validate(self, iteration: int):
+        """Validation tasks, the same every time; keeps the checkpoint with the best accuracy."""
+        tasks, chunk = self.f.validation_tasks, self.f.meta_batch_size   # chunks of a size that is compiled already
+        parts = [self.model.evaluate(self.generators['val'].batch('val', 0, -(-tasks // chunk) * chunk, slice(i, i + chunk)),
+                                     self.num_updates) for i in range(0, tasks, chunk)]
+        results = concatenate(parts, tasks)
+        accuracy, interval = self.log.validation(results, iteration)
+        better = self.best is None or accuracy > self.best['accuracy']
+        if better:
+            self.best = {'iteration': iteration, 'accuracy': accuracy, 'interval': interval}
+            self.save(iteration, 'best')
+        best = 'the best so far' if better else f'the best was {self.best["accuracy"]:.4f} at iteration {self.best["iteration"]}'
+        self.log.line(f'Accuracy on {tasks} validation tasks: {accuracy:.4f} +- {interval:.4f}, {best}.')
+
+    def train(self, watch: Callable = iter, stopped: Callable = lambda: False) -> int:
+        """Pre-training, then meta-training, to the end or until `stopped()`. Returns the number of iterations done.
+
+        watch: wraps the iterator of the data. Raises Diverged, and OSError if something cannot be written.
+        """
+        pretrain, end = iterations(self.f)[0], sum(iterations(self.f))
+        block = SUMMARY_INTERVAL if self.f.datasource == 'sinusoid' else 1
+        for origin, batches in watch(prefetch(self.generators['train'], self.f.meta_batch_size, block, self.start, end)):
+            for first, last in stretches(max(origin, self.start), min(origin + block, end), pretrain):
+                if first % SUMMARY_INTERVAL == 0:
+                    batch = Batch(*(values.numpy()[first - origin] for values in batches))
+                    self.log.train(self.model.evaluate(batch, self.num_updates), first)
+                done, loss = self.model.train(batches, first - origin, last - origin, pretrain=first < pretrain)
+                if not np.isfinite(loss):
+                    raise Diverged(self.diverged(f'the loss is {loss} in iteration {origin + done - 1}'))
+                self.after(first, last, loss)
+                if last < end and stopped():
+                    if self.saved != last - 1:
+                        self.save(last - 1)
+                    return last
+        return end
+
+    def after(self, first: int, last: int, loss: float):
+        """What is due after the iterations first...last-1."""
+        if first == self.start:
+            self.log.first_step()
+        self.log.progress(last - 1, loss)
+        if first % VALIDATION_INTERVAL == 0 and first != 0 and self.f.datasource != 'sinusoid':
+            self.validate(first)
+        if first % SAVE_INTERVAL == 0 and first != 0 or last == sum(iterations(self.f)):
+            self.save(last - 1)
+
+
+def concatenate(parts: list[Results], tasks: int) -> Results:
+    """The first `tasks` tasks of several evaluations, as one; arrays."""
+    axes = Results(loss1=0, losses2=1, accuracy1=0, accuracies2=1, outputa=0, outputsb=1)
+    return Results(*(np.concatenate(values, axis).take(range(tasks), axis) for values, axis in zip(zip(*parts), axes)))
+
+
+class Signals:
+    """SIGINT and SIGTERM become a request to stop, while entered; the second one stops at once."""
+
+    def __init__(self):
+        self.received, self.before = None, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, number, _):
+        if self.received:
+            sys.exit(128 + number)
+        self.received = number
+        print('\nStopping after this iteration; once more to stop at once.', file=sys.stderr)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(run: Run, watch: Callable = iter):
+    """Trains to the end, or until a signal; exits with 128 + its number then."""
+    with Signals() as signals:
+        try:
+            done = run.train(watch, lambda: signals.received)
+        finally:
+            run.log.close()
+    if signals.received and done < run.log.end:
+        print(f'Saved {run.folder}/model{done - 1}; the same command continues at iteration {done} of {run.log.end}.')
+        sys.exit(128 + signals.received)
 
 
 def stretches(start: int, end: int, pretrain: int) -> Iterator[tuple[int, int]]:
@@ -351,7 +524,7 @@ def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path):
     interval = 1.96 * stddev / np.sqrt(len(values))
     print('Mean validation accuracy/loss, stddev, and confidence intervals')
     print((mean, stddev, interval))
-    name = f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}'
+    name = f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}' + ('_best' if f.test_iter == 'best' else '')
     write_whole(folder / f'{name}.pkl', pickle.dumps({'mses': values}))
     text = io.StringIO()
     csv.writer(text).writerows([[f'update{j}' for j in range(len(mean))], mean, stddev, interval])
@@ -370,62 +543,88 @@ def write_whole(path: Path, content: bytes):
 
 # The program ----------------------------------------------------------------------------------------------------------
 
-def prepare(f: flags.FlagValues) -> tuple[MAML, dict, Path, int]:
-    """Everything that can fail for the user's reasons, before anything is written: (model, generators, folder, start).
+def prepare(f: flags.FlagValues, held: ExitStack) -> tuple[MAML, dict, Path, int, dict]:
+    """Everything that can fail for the user's reasons, before anything is written.
 
-    Returns no generators if the run is complete.
+    held: keeps the lock on the folder. Returns (model, generators, folder, start, state); no generators if the run is
+    complete. Raises ValueError and OSError.
     """
     check_flags(f)
     folder, total = Path(os.path.expanduser(f.logdir)) / run_name(f), sum(iterations(f))
-    checkpoint = find_checkpoint(folder, f)
-    start = checkpoint[0] + 1 if checkpoint else 0
+    if f.train and folder.is_dir():
+        lock_folder(folder, held)
+    candidates = find_checkpoints(folder, f)
+    if f.train and not f.resume and checkpoints(folder) and not f.overwrite:
+        raise ValueError(f'{folder} holds a run: leave --resume=False away to continue it, add --overwrite to remove it, or '
+                         'give another --logdir')
     model = make_model(**model_settings(f))
-    if checkpoint:
-        restore(model, checkpoint[1], f)
-    if f.train and start >= total:
-        print(f'The run is complete: {start} of {total} iterations; raise --metatrain_iterations for more.')
-        return model, {}, folder, start
+    iteration, state = load(model, candidates, f)
+    if f.train and iteration + 1 >= total:
+        print(f'The run is complete: {iteration + 1} of {total} iterations; raise --metatrain_iterations for more.')
+        return model, {}, folder, iteration + 1, state
     generators = make_generators(f)
-    open_folder(folder, f)
-    if f.train and checkpoint:
-        print(f'Continuing at iteration {start} of {total}.')
-    return model, generators, folder, start
+    open_folder(folder, f, iteration + 1, held)
+    if f.train and candidates:
+        print(f'Continuing at iteration {iteration + 1} of {total}.')
+    return model, generators, folder, iteration + 1, state
 
 
-def open_folder(folder: Path, f: flags.FlagValues):
-    """Makes the run's folder, or sees that it can be written. Raises OSError.
+def lock_folder(folder: Path, held: ExitStack):
+    """Raises ValueError if another process trains there."""
+    try:
+        held.enter_context(lock(folder))
+    except BlockingIOError:
+        raise ValueError(f'{folder} is in use by another process that trains there: wait for it, or give another --logdir') from None
 
-    With --resume=False the folder of an earlier run becomes NAME.1, NAME.2, ...: were the checkpoints of both in one
-    folder, the earlier run's would be taken for the newest, and this run's for the oldest.
+
+def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
+    """Makes the run's folder, sees that it can be written, and clears what is not to stay. Raises OSError and ValueError.
+
+    With --overwrite that is the earlier run; else what a process that died has left of later iterations.
     """
     try:
-        if f.train and not f.resume and checkpoints(folder):
-            names = (folder.with_name(f'{folder.name}.{i}') for i in itertools.count(1))
-            aside = next(path for path in names if not path.exists())
-            folder.rename(aside)
-            print(f'The earlier run is now {aside}')
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            if f.train:
+                lock_folder(folder, held)
         tempfile.TemporaryFile(dir=folder).close()
+        if f.train:
+            if f.overwrite:
+                remove_run(folder)
+            remove_leftovers(folder)
+            forget_summaries(folder, start)
     except OSError as error:
-        raise OSError(f'{folder} cannot be written ({error.strerror}): give another --logdir') from error
+        raise OSError(f'{folder} cannot be written ({error.strerror or error}): give another --logdir') from error
+
+
+def remove_run(folder: Path):
+    """Removes what a run has written, and says so; other files in the folder stay."""
+    count = len(checkpoints(folder))
+    for kind in ('model', 'best'):
+        for path in checkpoints(folder, kind).values():
+            remove_checkpoint(path)
+    for path in [*event_files(folder), *folder.glob('test_ubs*_stepsize*.csv'), *folder.glob('test_ubs*_stepsize*.pkl')]:
+        path.unlink()
+    print(f'Removed the earlier run in {folder}: {count} checkpoints, summaries and results.')
 
 
 def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS):
     """Trains or evaluates. arguments: the program and what is left of the command line after the flags."""
     logging.set_verbosity(logging.ERROR)
-    try:
-        if len(arguments) > 1:
-            raise ValueError(f'"{arguments[1]}" is no flag: flags are written --name=value')
-        model, generators, folder, start = prepare(f)
-    except (ValueError, OSError) as error:
-        sys.exit(f'main.py: {error}')
-    if not generators:
-        return
-    print('Done initializing, starting training.' if f.train else 'Done initializing, starting evaluation.', flush=True)
-    try:
-        train(model, generators, f, folder, start) if f.train else test(model, generators, f, folder)
-    except OSError as error:   # the disk is full, the folder is gone
-        sys.exit(f'main.py: {error}')
+    with ExitStack() as held:
+        try:
+            if len(arguments) > 1:
+                raise ValueError(f'"{arguments[1]}" is no flag: flags are written --name=value')
+            model, generators, folder, start, state = prepare(f, held)
+        except (ValueError, OSError) as error:
+            sys.exit(f'main.py: {error}')
+        if not generators:
+            return
+        print('Done initializing, starting training.' if f.train else 'Done initializing, starting evaluation.', flush=True)
+        try:
+            train(Run(model, generators, f, folder, start, state)) if f.train else test(model, generators, f, folder)
+        except (OSError, Diverged) as error:   # the disk is full, the folder is gone
+            sys.exit(f'main.py: {error}')
 
 
 def tune(f: flags.FlagValues):
@@ -444,7 +643,10 @@ def tune(f: flags.FlagValues):
 def program(arguments: list[str]):
     """main.py as a process of its own."""
     tune(flags.FLAGS)
-    main(arguments)
+    try:
+        main(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == '__main__':

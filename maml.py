@@ -6,6 +6,7 @@ query set (outer gradient).
 """
 from typing import Callable, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from special_grads import Shared, max_pool2x2, patches3x3, per_task
@@ -32,12 +33,16 @@ class FullyConnected:
     """Affine layers, each but the last followed by normalisation and ReLU.
 
     Attributes: parameters and norm_parameters, {name: (kind of initial value, shape)}; the former are adapted by the
-    inner loop, the latter common to all tasks. takes_shared (optional): whether weights may come as special_grads.Shared.
+    inner loop, the latter common to all tasks. Optional: takes_shared, whether weights may come as special_grads.Shared;
+    dim_input and dim_output, sizes of an example and of its output, for error messages.
     """
     takes_shared = True
 
     def __init__(self, dim_input: int, dim_hidden: tuple[int, ...], dim_output: int, norm: str = 'None'):
         sizes = [dim_input, *dim_hidden, dim_output]
+        if min(sizes) < 1:
+            raise ValueError(f'every layer needs at least one unit, but the sizes are {sizes}')
+        self.dim_input, self.dim_output = dim_input, dim_output
         self.norm = norm
         self.scopes = ['0', *(str(i + 1) for i in range(1, len(dim_hidden)))]   # the original's: 0, 2, 3, ...
         self.parameters, self.norm_parameters = {}, {}
@@ -70,7 +75,11 @@ class Convolutional:
 
     def __init__(self, image_size: int, channels: int, filters: int, classes: int, norm: str = 'batch_norm',
                  max_pool: bool = False, flatten: bool = False):
+        if min(image_size, channels, filters, classes) < 1 or max_pool and image_size < 16:
+            raise ValueError(f'no network for {image_size}x{image_size}x{channels} images, {filters} filters and {classes} classes: '
+                             'each must be at least 1, and the images 16x16 if they are pooled four times')
         self.image_shape = (image_size, image_size, channels)
+        self.dim_input, self.dim_output = image_size * image_size * channels, classes
         self.norm, self.max_pool, self.flatten = norm, max_pool, flatten
         self.stride = 1 if max_pool else 2
         self.parameters, self.norm_parameters = {}, {}
@@ -125,6 +134,9 @@ class MAML(tf.Module):
                  stop_grad: bool = False, clip: float | None = None, seed: int = 0, dtype=tf.float32,
                  compiled: bool = True):
         super().__init__()
+        if num_updates < 0 or not 0 <= update_lr < float('inf') or not 0 <= meta_lr < float('inf'):
+            raise ValueError(f'step sizes and the number of updates must not be negative or infinite, but update_lr is {update_lr}, '
+                             f'meta_lr {meta_lr} and num_updates {num_updates}')
         self.network, self.loss, self.dtype = network, loss, tf.as_dtype(dtype)
         self.update_lr, self.num_updates, self.stop_grad, self.clip = update_lr, num_updates, stop_grad, clip
         kinds = network.parameters | network.norm_parameters
@@ -211,7 +223,9 @@ class MAML(tf.Module):
         """Σ_Ti L_Ti(f_θ'i) / T and its gradient for `parameters`, unclipped.
 
         A sum over tasks can be taken share by share: shares run side by side and need little memory each.
+        Raises ValueError for a meta-batch of wrong shape or type.
         """
+        check_batch(batch, self.network, self.dtype)
         tasks = batch.inputa.shape[0]
         losses, gradients = [], []
         for share in shares(batch):
@@ -228,26 +242,34 @@ class MAML(tf.Module):
         self._apply[self.metatrain_optimizer](gradients, self.parameters)
         return loss
 
-    def train(self, batches: Batch, first: int, last: int, pretrain: bool = False) -> tf.Tensor:
-        """One outer step on each of the meta-batches first...last-1 of `batches`, [count, T, ...]. Returns the last loss.
+    def train(self, batches: Batch, first: int, last: int, pretrain: bool = False) -> tuple[int, float]:
+        """One outer step on each of the meta-batches first...last-1 of `batches`, [count, T, ...].
 
-        Many steps on tiny tasks are one program, since starting each would take longer than the step; its length is an
-        argument, so it is the same program for all.
+        Returns the number of the meta-batch after the last one used, and the loss of that one; if it is not `last`, the
+        loss is not finite. Many steps on tiny tasks are one program, since starting each would take longer than the
+        step; its length is an argument, so it is the same program for all.
         """
         step = self.pretrain_step if pretrain else self.metatrain_step
         if batches.inputa.shape[0] > 1:
-            return self._steps(step, batches, tf.constant(first), tf.constant(last))
-        return step(Batch(*(values[0] for values in batches)))
+            end, loss = self._steps(step, batches, tf.constant(first), tf.constant(last))
+            return int(end), float(loss)
+        return first + 1, float(step(Batch(*(values[0] for values in batches))))
 
-    def _steps(self, step: Callable, batches: Batch, first: tf.Tensor, last: tf.Tensor) -> tf.Tensor:
+    def _steps(self, step: Callable, batches: Batch, first: tf.Tensor, last: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         def body(i, _):
             return i + 1, step(Batch(*(values[i] for values in batches)))
-        return tf.while_loop(lambda i, _: i < last, body, [first, tf.zeros([], self.dtype)])[1]
+        unfinished = lambda i, loss: (i < last) & tf.math.is_finite(loss)
+        return tf.while_loop(unfinished, body, [first, tf.zeros([], self.dtype)])
+
+    def is_finite(self) -> bool:
+        """Whether all parameters are numbers."""
+        return all(np.isfinite(parameter.numpy()).all() for parameter in self.parameters)
 
     # The joint-training baseline, and evaluation.
 
     def _pretrain_step(self, batch: Batch) -> tf.Tensor:
         """One Adam step on the mean support loss *before* any update. Returns that loss."""
+        check_batch(batch, self.network, self.dtype)
         with tf.GradientTape() as tape:
             weights, x = self.initial_weights(batch.inputa.shape[0]), self._prepare(batch.inputa)
             losses, _, _ = self._outcome(weights, self.norms, x, batch.labela)
@@ -257,10 +279,16 @@ class MAML(tf.Module):
         return loss
 
     def evaluate(self, batch: Batch, num_updates: int) -> Results:
-        """Losses, accuracies and outputs of each task before and after each of `num_updates` inner updates."""
+        """Losses, accuracies and outputs of each task before and after each of `num_updates` inner updates.
+
+        Raises ValueError for a meta-batch of wrong shape or type, or fewer than one update.
+        """
+        if num_updates < 1:
+            raise ValueError(f'num_updates must be at least 1, but it is {num_updates}')
         return self._evaluate(Batch(*map(tf.convert_to_tensor, batch)), num_updates)
 
     def _evaluate(self, batch: Batch, num_updates: int) -> Results:
+        check_batch(batch, self.network, self.dtype)
         parts = [self._evaluate_share(share, num_updates) for share in shares(batch)]
         task_axis = Results(loss1=0, losses2=1, accuracy1=0, accuracies2=1, outputa=0, outputsb=1)
         return Results(*(tf.concat(values, axis) for values, axis in zip(zip(*parts), task_axis)))
@@ -298,6 +326,20 @@ class MAML(tf.Module):
         return complete
 
 
+def check_batch(batch: Batch, network, dtype: tf.DType):
+    """Raises ValueError if a meta-batch does not fit the network, see utils.Batch."""
+    for name, values in zip(Batch._fields, batch):
+        if values.shape.rank != 3 or values.shape[0] != batch.inputa.shape[0] or values.dtype != dtype:
+            raise ValueError(f'{name} must be [tasks, examples, size] of {dtype.name}, with the {batch.inputa.shape[0]} tasks of inputa, '
+                             f'but it is {values.shape.as_list()} of {values.dtype.name}')
+        size = getattr(network, 'dim_input' if name.startswith('input') else 'dim_output', None)
+        if size not in (None, values.shape[2]):
+            raise ValueError(f'{name} is {values.shape.as_list()}, but the network takes [tasks, examples, {size}]')
+    for inputs, labels, name in [(batch.inputa, batch.labela, 'a'), (batch.inputb, batch.labelb, 'b')]:
+        if inputs.shape[1] != labels.shape[1]:
+            raise ValueError(f'input{name} has {inputs.shape[1]} examples per task, but label{name} has {labels.shape[1]}')
+
+
 def shares(batch: Batch) -> list[Batch]:
     """A meta-batch in parts: enough of them for all cores, each small enough for their caches.
 
@@ -320,6 +362,8 @@ def make_network(datasource: str, num_classes: int = 5, norm: str = 'batch_norm'
     """The paper's network for a data source; arguments as the flags of the same names."""
     if datasource == 'sinusoid':
         return FullyConnected(3 if baseline == 'oracle' else 1, (40, 40), 1, norm)
+    if datasource not in IMAGE_SHAPES:
+        raise ValueError(f'there is no datasource {datasource!r}, but sinusoid, {", ".join(IMAGE_SHAPES)}')
     size, channels = IMAGE_SHAPES[datasource]
     if not conv:
         return FullyConnected(size * size * channels, (256, 128, 64, 64), num_classes, norm)

@@ -1,10 +1,13 @@
-"""What the rest is made of: losses, normalisation, layers, initial values, and the files of checkpoints.
+"""What the rest is made of: losses, normalisation, layers, initial values, and the files of runs.
 
 Every tensor has a leading task axis T; "examples" is the number of examples of one task (N*K, or K points).
 """
+import json
+import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -94,6 +97,8 @@ def normalize(x: tf.Tensor, norm: str, scope: str, norms: dict, max_pool: bool =
 
 def norm_parameters(norm: str, scope: str, channels: int) -> dict[str, tuple]:
     """Kinds of initial value (see `initial_value`) and shapes of one layer's normalisation parameters."""
+    if norm not in ('None', 'batch_norm', 'layer_norm'):
+        raise ValueError(f"norm must be 'batch_norm', 'layer_norm' or 'None', but it is {norm!r}")
     parameters = {'None': {}, 'batch_norm': {'beta': 'zeros'}, 'layer_norm': {'beta': 'zeros', 'gamma': 'ones'}}
     return {f'{scope}/{name}': (kind, (channels,)) for name, kind in parameters[norm].items()}
 
@@ -188,38 +193,58 @@ def initial_value(kind: str, shape: tuple[int, ...], seed: list[int]) -> np.ndar
     return np.asarray(initializer(shape, dtype='float32'))
 
 
-# Checkpoints: FOLDER/model{iteration}.index and .data-..., of this program or of the TensorFlow 1 original ----------
+# Checkpoints: FOLDER/model{iteration}.index and .data-..., of this program or of the TensorFlow 1 original; the one of
+# best validation is FOLDER/best{iteration} ---------------------------------------------------------------------------
 
 CHECKPOINTS_KEPT = 10
 OBJECT_GRAPH = '_CHECKPOINTABLE_OBJECT_GRAPH'   # in checkpoints of TensorFlow 2 only
+RUN_STATE = 'run/.ATTRIBUTES/VARIABLE_VALUE'    # what `write_checkpoint` adds
 
 
-def checkpoints(folder: str | Path) -> dict[int, str]:
-    """{iteration: path without suffix} of the checkpoints in a folder, the oldest first."""
-    found = (re.fullmatch(r'model(\d+)\.index', path.name) for path in Path(folder).glob('model*.index'))
-    return {i: str(Path(folder) / f'model{i}') for i in sorted(int(match[1]) for match in found if match)}
+def checkpoints(folder: str | Path, kind: str = 'model') -> dict[int, str]:
+    """{iteration: path without suffix} of the checkpoints in a folder, the oldest first; kind 'model' or 'best'."""
+    found = (re.fullmatch(kind + r'(\d+)\.index', path.name) for path in Path(folder).glob(f'{kind}*.index'))
+    return {i: str(Path(folder) / f'{kind}{i}') for i in sorted(int(match[1]) for match in found if match)}
 
 
 class DamagedCheckpoint(ValueError):
     """A file of a checkpoint is missing or damaged; the text is one sentence for the user."""
 
 
-def write_checkpoint(checkpoint: tf.train.Checkpoint, folder: str | Path, iteration: int) -> str:
-    """Writes FOLDER/model{iteration} and removes all but the newest ten. Returns its path.
+def write_checkpoint(checkpoint: tf.train.Checkpoint, folder: str | Path, iteration: int, state: dict | None = None,
+                     kind: str = 'model') -> str:
+    """Writes FOLDER/{kind}{iteration} whole, then removes all but the newest ten (best: all others). Returns its path.
 
-    tf.train.CheckpointManager would put a hyphen into the name, which the original does not have. The original's own
-    checkpoints stay. Raises OSError if it cannot be written.
+    state: what else belongs to the run, kept as JSON. tf.train.CheckpointManager would put a hyphen into the name, which
+    the original does not have. The original's own checkpoints stay. Raises OSError if it cannot be written.
     """
-    path = str(Path(folder) / f'model{iteration}')
+    path = str(Path(folder) / f'{kind}{iteration}')
     try:
-        checkpoint.write(path)
+        # The index comes last, so a checkpoint that has one is complete.
+        tf.train.Checkpoint(checkpoint, run=tf.Variable(json.dumps({**(state or {}), 'iteration': iteration}))).write(path)
     except tf.errors.OpError as error:
+        remove_leftovers(folder)
         raise OSError(f'{path} cannot be written ({first_line(error)})') from error
-    for old in [*checkpoints(folder).values()][:-CHECKPOINTS_KEPT]:
+    for old in [*checkpoints(folder, kind).values()][:-(CHECKPOINTS_KEPT if kind == 'model' else 1)]:
         if is_own(old):
-            for file in Path(folder).glob(f'{Path(old).name}.*'):
-                file.unlink()
+            remove_checkpoint(old)
     return path
+
+
+def remove_checkpoint(path: str):
+    """Its index first, so that what is left if the process dies is a leftover, not a damaged checkpoint."""
+    for file in sorted(Path(path).parent.glob(f'{Path(path).name}.*'), key=lambda file: file.suffix != '.index'):
+        file.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | Path):
+    """Removes what a process that died or found no space left of checkpoints it was about to write or remove."""
+    for path in Path(folder).glob('*.data-*'):
+        if re.fullmatch(r'(model|best)\d+\.data-\d+-of-\d+(\.tempstate\d+)?', path.name) and (
+                'tempstate' in path.name or not (path.parent / f'{path.name.split(".")[0]}.index').exists()):
+            path.unlink(missing_ok=True)
+    for path in Path(folder).glob('*.index.tempstate*'):
+        path.unlink(missing_ok=True)
 
 
 def is_own(path: str) -> bool:
@@ -228,6 +253,20 @@ def is_own(path: str) -> bool:
         return OBJECT_GRAPH in stored_values(path)
     except DamagedCheckpoint:
         return False
+
+
+def read_run_state(path: str) -> dict:
+    """The `state` that a checkpoint was written with, and its 'iteration'; empty if it has none.
+
+    Raises DamagedCheckpoint, also if the file is that of another iteration by another name.
+    """
+    stored = stored_values(path)
+    if RUN_STATE not in stored:
+        return {}
+    state = json.loads(stored[RUN_STATE])
+    if re.search(r'\d*$', str(path))[0] != str(state['iteration']):
+        raise DamagedCheckpoint(f'{path} is not what its name says, but the checkpoint of iteration {state["iteration"]}')
+    return state
 
 
 def stored_values(path: str) -> dict[str, np.ndarray]:
@@ -265,3 +304,60 @@ def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray],
         raise ValueError(f'{path} is of another architecture: it has {", ".join(unknown)}, and the network that the '
                          'flags describe has not')
     return values, complete
+
+
+# Run folders ---------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder while entered, and no longer than this process lives.
+
+    Does nothing where the system has no locks. Raises BlockingIOError if another process holds it.
+    """
+    descriptor = None
+    try:
+        import fcntl   # not on Windows
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except (ImportError, OSError):   # some network file systems have no locks either
+        pass
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def event_files(folder: str | Path) -> list[Path]:
+    return sorted(Path(folder).glob('events.out.tfevents.*'))
+
+
+def forget_summaries(folder: str | Path, start: int):
+    """Removes the summaries of iteration `start` and later, which a run that continues there will write again.
+
+    What cannot be read, the end of a file whose writer died, goes with them.
+    """
+    for path in event_files(folder):
+        events, kept = read_events(path), 0
+        beside = path.with_name(path.name.replace('events.', 'part.'))
+        with tf.io.TFRecordWriter(str(beside)) as writer:
+            for record in events:
+                event = tf.compat.v1.Event.FromString(record)
+                if event.HasField('file_version') or event.step < start:
+                    writer.write(record)
+                    kept += not event.HasField('file_version')
+        beside.replace(path) if kept else (beside.unlink(), path.unlink())
+
+
+def read_events(path: Path) -> list[bytes]:
+    """The serialised events of a file, up to the first that is damaged."""
+    records = []
+    try:
+        for record in tf.data.TFRecordDataset(str(path)):
+            records.append(record.numpy())
+    except (tf.errors.DataLossError, tf.errors.OutOfRangeError):
+        pass
+    return records

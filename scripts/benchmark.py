@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -181,10 +181,9 @@ class Stopwatch:
         self.early_rss = None   # MB, once a hundred iterations are done
         model.train = self.step
 
-    def step(self, batches: Batch, first: int, last: int, pretrain: bool = False) -> tf.Tensor:
+    def step(self, batches: Batch, first: int, last: int, pretrain: bool = False) -> tuple[int, float]:
         """MAML.train, watched."""
-        loss = self.train(batches, first, last, pretrain)
-        loss.numpy()   # waits for its end
+        outcome = self.train(batches, first, last, pretrain)
         self.end = time.perf_counter()
         if self.first_end is None:
             self.first_end, self.first_step, self.waited = self.end, since_start(), 0.
@@ -192,7 +191,7 @@ class Stopwatch:
             self.steps += last - first
         if self.early_rss is None and self.steps >= 100:
             self.early_rss = rss_mb()
-        return loss
+        return outcome
 
     def watch(self, batches: Iterator) -> Iterator:
         """The training data, watched, until the time is over."""
@@ -216,11 +215,11 @@ class Stopwatch:
 
 def time_training(f: flags.FlagValues, seconds: float) -> dict:
     """Times main.py's training loop, summaries, validation and checkpoints included."""
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), ExitStack() as held:
         f.logdir = folder
-        model, generators, run, start = main.prepare(f)
+        model, generators, run, start, state = main.prepare(f, held)
         watch = Stopwatch(model, seconds)
-        main.train(model, generators, f, run, start, watch.watch)
+        main.train(main.Run(model, generators, f, run, start, state), watch.watch)
     return watch.report()
 
 

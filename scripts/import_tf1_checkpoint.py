@@ -113,7 +113,8 @@ def convert(source: Path, target: Path | None) -> str:
     flags = check_name(target, path, read_original(path))
     if [*target.glob(f'model{iteration}.*')]:
         raise ValueError(f'{target} has a model{iteration} already, which is never overwritten: give another --target')
-    model = make_model(**{flag: value for flag, value in flags.items() if flag != 'meta_batch_size'})
+    numbers = {'update_lr': float(flags.get('update_lr', 1e-3)), 'num_updates': int(flags.get('num_updates', 1))}   # from a name
+    model = make_model(**{flag: value for flag, value in flags.items() if flag != 'meta_batch_size'} | numbers)
     model.restore(path)
     target.mkdir(parents=True, exist_ok=True)
     written = write_checkpoint(model.checkpoint, target, iteration)

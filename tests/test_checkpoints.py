@@ -44,8 +44,8 @@ def omniglot(tmp_path_factory) -> str:
 def contents(path) -> dict[str, np.ndarray]:
     """Every variable in a checkpoint by TensorFlow's own keys: parameters, Adam's moments and step counts."""
     reader = tf.train.load_checkpoint(str(path))
-    return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()
-            if key not in ('_CHECKPOINTABLE_OBJECT_GRAPH', 'save_counter/.ATTRIBUTES/VARIABLE_VALUE')}
+    return {key: reader.get_tensor(key) for key, kind in reader.get_variable_to_dtype_map().items()
+            if kind != tf.string and key != 'save_counter/.ATTRIBUTES/VARIABLE_VALUE'}
 
 
 def values_of(model) -> dict[str, np.ndarray]:
@@ -165,7 +165,9 @@ def flip(path: Path):
 @pytest.mark.parametrize('damage', [Path.unlink, cut(0), cut(.1), cut(.5), cut(.99), flip],
                          ids=['absent', 'empty', 'cut early', 'cut halfway', 'cut late', 'bit flipped'])
 def test_damaged_checkpoint(tmp_path, eager, suffix, damage):
-    """The sentence names it and nothing changes. Without its index, it is not there."""
+    """Named with --test_iter, it is refused and nothing changes; else the one before it is used, with a warning.
+
+    Without its index, it is not there."""
     train = [*SINUSOID, f'--logdir={tmp_path}']
     folder = write_run(tmp_path, *train, iterations=(0, 1))
     damage(folder / f'model1.{suffix}')
@@ -174,8 +176,11 @@ def test_damaged_checkpoint(tmp_path, eager, suffix, damage):
         assert suffix == 'index' and damage == Path.unlink
         return
     for more in (['--metatrain_iterations=3'], ['--train=False']):
-        assert_refused(run(*train, *more), 'model1 cannot be read', 'remove it', '--test_iter')
+        assert_refused(run(*train, *more, '--test_iter=1'), 'model1 cannot be read', 'remove it', '--test_iter')
     assert listing(tmp_path) == before
+    outcome = succeeded(run(*train, '--metatrain_iterations=3'))
+    assert 'model1 cannot be read' in outcome.err and 'the one before it is used' in outcome.err
+    assert 'Continuing at iteration 1 of 3' in outcome.out
 
 
 def test_the_checkpoint_before_a_damaged_one(tmp_path, eager):

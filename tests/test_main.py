@@ -1,4 +1,5 @@
 """The command line: flags, names of runs, refusals, what is printed and what is written."""
+import contextlib
 import csv
 import functools
 import os
@@ -89,7 +90,7 @@ DEFAULTS = dict(
 def test_flags_and_defaults():
     values = main.settings(parsed())
     assert {name: values[name] for name in DEFAULTS} == DEFAULTS
-    assert values.keys() - DEFAULTS.keys() == {'data_dir', 'seed'}
+    assert values.keys() - DEFAULTS.keys() == {'data_dir', 'seed', 'overwrite', 'validation_tasks'}
 
 
 @pytest.mark.parametrize('line, name', [
@@ -230,10 +231,10 @@ def test_logdir_cannot_be_made():
 
 def test_checkpoint_cannot_be_written(tmp_path, monkeypatch):
     """The disk is full or gone in the middle of a run: here a file has taken the folder's place."""
-    def write(checkpoint, folder, iteration):
+    def write(checkpoint, folder, *more):
         folder.rename(tmp_path / 'gone')
         folder.write_text('')
-        return real(checkpoint, folder, iteration)
+        return real(checkpoint, folder, *more)
 
     real = main.write_checkpoint
     monkeypatch.setattr(main, 'write_checkpoint', write)
@@ -341,6 +342,7 @@ def test_tags_of_images(tmp_path, data, intervals, graphs):
                   f'--logdir={tmp_path}'))
     written = summaries(only(tmp_path))
     training, validation = (tags(prefix, ['loss', 'accuracy'], 10) for prefix in ('metatrain', 'metaval'))
+    validation |= {'metaval_Post-update_accuracy_interval'}
     assert written.keys() == training | validation
     assert all([*written[tag]] == [0, 100] for tag in training)
     assert all([*written[tag]] == [100] for tag in validation)
@@ -416,7 +418,8 @@ def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
     succeeded(run(*train, '--train=False', '--test_set=True'))
     values = results(only(tmp_path), 'test_ubs1_stepsize0.001')
     f = parsed(*train, '--train=False', '--test_set=True')
-    model, generators, _, _ = main.prepare(f)
+    with contextlib.ExitStack() as held:
+        model, generators, *_ = main.prepare(f, held)
     assert values.shape == (22, 3)
     for i in (0, 13, 21):
         task = generators['test'].batch('test', 0, 22, slice(i, i + 1))
@@ -492,15 +495,18 @@ def test_complete_run(tmp_path):
 
 
 def test_run_afresh(tmp_path):
-    """--resume=False starts at 0 and keeps what the earlier run wrote."""
+    """--resume=False never takes the place of an earlier run unasked; --overwrite asks, and leaves other files alone."""
     train = [*SINUSOID, f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=5'))
+    succeeded(run(*train, '--metatrain_iterations=5', '--train=False'))
     folder = only(tmp_path)
-    before = listing(folder)
-    outcome = succeeded(run(*train, '--metatrain_iterations=3', '--resume=False'))
-    assert 'Restoring' not in outcome.out and f'{folder}.1' in outcome.out
-    assert [*checkpoints(folder)] == [2] and listing(Path(f'{folder}.1')) == before
-    succeeded(run(*train, '--metatrain_iterations=1', '--resume=False'))
-    assert [*checkpoints(folder)] == [0] and [*checkpoints(f'{folder}.2')] == [2]
-    succeeded(run(*train, '--metatrain_iterations=1', '--train=False', '--resume=False'))   # of no consequence here
-    assert [*checkpoints(folder)] == [0] and len([*tmp_path.iterdir()]) == 3
+    (folder / 'notes.txt').write_text('mine')
+    before = listing(tmp_path)
+    assert_refused(run(*train, '--metatrain_iterations=3', '--resume=False'), f'{folder} holds a run', '--overwrite', '--logdir')
+    assert_refused(run(*train, '--metatrain_iterations=3', '--overwrite'), '--overwrite', '--resume=False')
+    succeeded(run(*train, '--metatrain_iterations=5', '--train=False', '--resume=False'))   # of no consequence here
+    assert listing(tmp_path).keys() == before.keys()
+    outcome = succeeded(run(*train, '--metatrain_iterations=3', '--resume=False', '--overwrite'))
+    assert 'Restoring' not in outcome.out and f'Removed the earlier run in {folder}' in outcome.out
+    assert [*checkpoints(folder)] == [2] and not [*folder.glob('test_*')] and (folder / 'notes.txt').read_text() == 'mine'
+    assert [*summaries(folder)['metatrain_Pre-update_loss']] == [0]

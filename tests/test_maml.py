@@ -712,14 +712,15 @@ def test_many_steps_at_once_are_those_steps_one_by_one(pretrain):
     together, single = (linear_model(update_lr=1 / 8, num_updates=1) for _ in range(2))
     batches = Batch(*map(tf.constant, np.random.default_rng(0).standard_normal((4, 6, 2, 5, 1))))   # [count, T, ...]
     for first, last in ((0, 2), (2, 3), (4, 6)):
-        loss = together.train(batches, first, last, pretrain)
+        end, loss = together.train(batches, first, last, pretrain)
+        assert end == last
         for i in range(first, last):
             step = single.pretrain_step if pretrain else single.metatrain_step
             expected = step(Batch(*(values[i] for values in batches)))
         np.testing.assert_allclose(loss, expected, rtol=1e-12)
         np.testing.assert_allclose(values_of(together), values_of(single), rtol=1e-12)
     one = Batch(*(values[3:4] for values in batches))
-    np.testing.assert_allclose(together.train(one, 0, 1, pretrain), step(tasks_of(one, 0)), rtol=1e-12)
+    np.testing.assert_allclose(together.train(one, 0, 1, pretrain)[1], step(tasks_of(one, 0)), rtol=1e-12)
     np.testing.assert_allclose(values_of(together), values_of(single), rtol=1e-12)
 
 
