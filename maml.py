@@ -319,7 +319,7 @@ class MAML(tf.Module):
                 raise ValueError(f'{path} is of another architecture: {name} is {list(values[name].shape)} in it and '
                                  f'{variable.shape.as_list()} in the network that the flags describe')
         if complete:
-            self.checkpoint.read(path).assert_existing_objects_matched()
+            self.checkpoint.read(path).assert_existing_objects_matched().expect_partial()   # the run's state is not ours
         else:
             for name, variable in variables.items():
                 variable.assign(tf.cast(values[name], variable.dtype))

@@ -1,0 +1,459 @@
+"""What happens to a run when the machine, the disk or the user does something unforeseen.
+
+The fast tests call main.py in this process; the slow ones start it, kill it and look at what is left.
+"""
+import functools
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import flags
+from PIL import Image
+
+import main
+from command_line import ROOT, Outcome, assert_refused, listing, make_omniglot, parsed, run, succeeded
+from test_checkpoints import assert_same, contents, cut, flip
+from utils import checkpoints, event_files, forget_summaries, lock, read_events, read_run_state
+
+SINUSOID = ['--norm=None', '--update_batch_size=5', '--meta_batch_size=4']
+OMNIGLOT = ['--datasource=omniglot', '--num_classes=2', '--update_batch_size=1', '--meta_batch_size=2', '--norm=None',
+            '--conv=False', '--validation_tasks=5']
+INTERVALS = {'SAVE_INTERVAL': 1, 'SUMMARY_INTERVAL': 20, 'PRINT_INTERVAL': 40, 'VALIDATION_INTERVAL': 50}
+SHORT_INTERVALS = {'SAVE_INTERVAL': 1, 'SUMMARY_INTERVAL': 6, 'PRINT_INTERVAL': 12, 'VALIDATION_INTERVAL': 15}
+WITH_INTERVALS = '''
+import sys
+sys.path.insert(0, {root!r})
+from absl import app
+import main
+for name, value in {intervals!r}.items():
+    setattr(main, name, value)
+main.define_flags()
+app.run(main.program)
+'''
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """No compilation, and an evaluation of few tasks: for tests that run many models for a moment."""
+    monkeypatch.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
+    monkeypatch.setattr(main, 'EVALUATION_TASKS', 10)
+    monkeypatch.setattr(main, 'EVALUATION_UPDATES', 1)
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return make_omniglot(tmp_path_factory.mktemp('omniglot'))
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Everything that happens at intervals happens every few iterations."""
+    for name, value in SHORT_INTERVALS.items():
+        monkeypatch.setattr(main, name, value)
+
+
+def folder_of(logdir: Path, *arguments: str) -> Path:
+    return logdir / main.run_name(parsed(*arguments))
+
+
+def scalars(folder: Path) -> list[tuple]:
+    """(step, tag, value) of all summaries in a folder, in order of step and tag, repetitions included."""
+    events = [tf.compat.v1.Event.FromString(record) for path in event_files(folder) for record in read_events(path)]
+    return sorted((event.step, value.tag, float(tf.make_ndarray(value.tensor)) if value.tag != 'flags' else '')
+                  for event in events for value in event.summary.value)
+
+
+def assert_same_run(one: Path, other: Path, last: int):
+    """The same weights, Adam's state, best checkpoint, run state and summaries, to the last bit."""
+    assert_same(contents(one / f'model{last}'), contents(other / f'model{last}'))
+    states = [read_run_state(str(folder / f'model{last}')) for folder in (one, other)]
+    for state in states:
+        state['flags'].pop('logdir')
+    assert states[0] == states[1]
+    assert [*checkpoints(one, 'best')] == [*checkpoints(other, 'best')]
+    for iteration in checkpoints(one, 'best'):
+        assert_same(contents(one / f'best{iteration}'), contents(other / f'best{iteration}'))
+    assert scalars(one) == scalars(other)
+
+
+# Continuing -----------------------------------------------------------------------------------------------------------
+
+class Stop:
+    """Raises a signal in the middle of some outer step."""
+
+    def __init__(self, monkeypatch, number: int, iteration: int):
+        original, count = main.MAML.train, [0]
+
+        def train(model, *arguments, **named):
+            count[0] += 1
+            if count[0] == iteration:
+                signal.raise_signal(number)
+            return original(model, *arguments, **named)
+        monkeypatch.setattr(main.MAML, 'train', train)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(tmp_path, eager, data, often, monkeypatch, number):
+    """Status 128 + signal, a checkpoint of that very iteration; printed lines, too, go on as if nothing had happened."""
+    monkeypatch.setattr(main, 'SAVE_INTERVAL', 1000)
+    train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=35']
+    once = succeeded(run(*train, f'--logdir={tmp_path}/once'))
+    with monkeypatch.context() as patch:
+        Stop(patch, number, 23)
+        stopped = run(*train, f'--logdir={tmp_path}/often')
+    folder = folder_of(tmp_path / 'often', *train)
+    assert stopped.status == 128 + number and [*checkpoints(folder)] == [22]
+    assert f'Saved {folder}/model22; the same command continues at iteration 23 of 35.' in stopped.out
+    continued = succeeded(run(*train, f'--logdir={tmp_path}/often'))
+    assert_same_run(folder_of(tmp_path / 'once', *train), folder, 34)
+    figures = lambda *outcomes: [line for o in outcomes for line in o.lines if re.match('Iteration|Validation|Accuracy', line)]
+    assert figures(once) == figures(stopped, continued) and len(figures(once)) == 6
+
+
+def test_a_second_signal_stops_at_once(tmp_path, eager, monkeypatch):
+    with monkeypatch.context() as patch:
+        Stop(patch, signal.SIGTERM, 1)
+        Stop(patch, signal.SIGTERM, 1)
+        outcome = run(*SINUSOID, '--metatrain_iterations=3000', f'--logdir={tmp_path}')
+    assert outcome.status == 128 + signal.SIGTERM and not [*tmp_path.rglob('model*')]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_summaries_of_a_process_that_died(tmp_path):
+    """Those of later iterations than the checkpoint, and half a record, go; the others stay, in place."""
+    for steps in ((0, 1, 2), (3, 4), (5,)):
+        writer = tf.summary.create_file_writer(str(tmp_path), filename_suffix=f'.{steps[0]}')
+        with writer.as_default():
+            for step in steps:
+                tf.summary.scalar('x', step, step=step)
+        writer.close()
+    first, second, third = sorted(event_files(tmp_path), key=lambda path: path.suffix)
+    before = first.read_bytes()
+    second.write_bytes(second.read_bytes()[:-3])
+    forget_summaries(tmp_path, 4)
+    assert scalars(tmp_path) == [(i, 'x', float(i)) for i in (0, 1, 2, 3)]
+    assert first.read_bytes() == before and not third.exists() and not [*tmp_path.glob('part.*')]
+
+
+def test_leftovers_of_a_process_that_died(tmp_path, eager):
+    train = [*SINUSOID, '--log=False', f'--logdir={tmp_path}']
+    succeeded(run(*train, '--metatrain_iterations=2'))
+    folder = folder_of(tmp_path, *train)
+    left = ['model9.data-00000-of-00001', 'model1.index.tempstate77', 'best3.data-00000-of-00001.tempstate12']
+    kept = ['notes.data-00000-of-00001', 'my.txt']
+    for name in left + kept:
+        (folder / name).write_text('x')
+    succeeded(run(*train, '--metatrain_iterations=3'))
+    names = {path.name for path in folder.iterdir()}
+    assert not names & set(left) and set(kept) <= names
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('change, words', [
+    (['--seed=1'], ['--seed=0 (now 1)']), (['--meta_lr=.01'], ['--meta_lr=0.001 (now 0.01)']),
+    (['--pretrain_iterations=5'], ['--pretrain_iterations=0 (now 5)']),
+    (['--num_classes=5', '--seed=3'], ['--seed=0 (now 3)'])])
+def test_flags_that_contradict_the_run(tmp_path, eager, change, words):
+    train = [*SINUSOID, '--num_classes=5', '--log=False', f'--logdir={tmp_path}']
+    succeeded(run(*train, '--metatrain_iterations=2'))
+    before = listing(tmp_path)
+    assert_refused(run(*train, '--metatrain_iterations=4', *change), 'was trained with', *words, 'or another --logdir')
+    assert listing(tmp_path) == before
+    succeeded(run(*train, '--train=False', '--seed=1'))   # of no consequence for evaluation
+    succeeded(run(*train, '--metatrain_iterations=4', '--validation_tasks=100'))
+
+
+def test_another_network_in_evaluation(tmp_path, eager, data):
+    """The name of the run tells nothing of the source; the checkpoint does."""
+    train = [*OMNIGLOT, f'--data_dir={data}', '--log=False', f'--logdir={tmp_path}']
+    succeeded(run(*train, '--metatrain_iterations=1'))
+    assert_refused(run(*train, '--train=False', '--conv=True'), '--conv=False (now True)')
+    assert_refused(run(*train, '--train=False', '--datasource=sinusoid'), '--datasource=omniglot (now sinusoid)')
+
+
+def test_two_processes_on_one_folder(tmp_path, eager):
+    """The second may evaluate, not train."""
+    train = [*SINUSOID, '--log=False', f'--logdir={tmp_path}']
+    succeeded(run(*train, '--metatrain_iterations=2'))
+    folder = folder_of(tmp_path, *train)
+    before = listing(tmp_path)
+    with lock(folder):
+        for more in ([], ['--resume=False', '--overwrite']):
+            assert_refused(run(*train, '--metatrain_iterations=4', *more), f'{folder} is in use by another process')
+        assert listing(tmp_path) == before
+        succeeded(run(*train, '--train=False'))
+    succeeded(run(*train, '--metatrain_iterations=4'))
+
+
+MALFORMED = [
+    *[f'--{name}={value}' for name in ('num_classes', 'meta_batch_size', 'update_batch_size', 'num_updates', 'num_filters')
+      for value in ('0', '-1', 'x', '1.5', '', '1e3')],
+    *[f'--{name}={value}' for name in ('meta_lr', 'update_lr') for value in ('nan', 'inf', '-inf', '-1', 'x', '')],
+    *[f'--{name}={value}' for name in ('metatrain_iterations', 'pretrain_iterations', 'seed') for value in ('-1', 'x', '2.5', '')],
+    *[f'--{name}=perhaps' for name in ('train', 'log', 'resume', 'conv', 'max_pool', 'stop_grad', 'test_set', 'overwrite')],
+    *[f'--{name}={value}' for name in ('datasource', 'norm', 'baseline') for value in ('x', '', 'NONE')],
+    *[f'--test_iter={value}' for value in ('-2', 'last', '1.5', '')],
+    *[f'--validation_tasks={value}' for value in ('0', '1', 'x')],
+    '--no_such_flag=1', '-x', 'train', '--metatrain_iterations=0', '--overwrite', '--overwrite --resume=False --train=False',
+    '--test_iter=best', '--test_iter=best --train=False', '--train=False', '--train=False --test_iter=3', '--test_iter=3',
+    '--train_update_lr=1', '--train_update_batch_size=2', '--train=False --train_update_lr=-2',
+    '--datasource=omniglot --baseline=oracle', '--datasource=omniglot --data_dir=/nowhere', '--datasource=miniimagenet --data_dir=',
+    '--datasource=omniglot --data_dir=/dev/null', '--logdir=/dev/null/x', '--logdir=/proc/x']
+
+
+def test_how_many_malformed_command_lines():
+    assert len(set(MALFORMED)) >= 80
+
+
+@pytest.mark.parametrize('line', MALFORMED)
+def test_malformed_command_line(tmp_path, eager, line):
+    """One sentence that names the culprit, and nothing on the disk."""
+    try:
+        outcome = run(*SINUSOID[:1], f'--logdir={tmp_path}/logs', *line.split(' '))
+    except flags.Error as error:   # absl prints it and exits with 1
+        outcome = Outcome(1, '', f'{error}\n')
+    assert_refused(outcome)
+    culprit = re.match(r'-*([a-z_]*)', line.split(' ')[-1])[1]
+    assert culprit in outcome.err.strip().splitlines()[-1] or re.search('holds no checkpoint|nothing to train|there is no folder', outcome.err)
+    assert not [*tmp_path.iterdir()]
+
+
+# Failures -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('source, iteration', [(SINUSOID, 2), (OMNIGLOT, 2)], ids=['sinusoid', 'omniglot'])
+def test_loss_that_is_no_number(tmp_path, eager, data, often, source, iteration):
+    """The run names the iteration and the checkpoint before it, in which all numbers are finite."""
+    train = [*source, f'--data_dir={data}', '--log=False', f'--logdir={tmp_path}', '--metatrain_iterations=50', '--meta_lr=1e30']
+    outcome = run(*train)
+    assert_refused(outcome, 'so training has stopped', 'Try a smaller --update_lr or --meta_lr')
+    told = re.search(r'in iteration (\d+)|after iteration (\d+)', outcome.err)
+    folder = folder_of(tmp_path, *train)
+    saved = max(checkpoints(folder), default=-1)
+    assert told and saved < int(told[1] or told[2])
+    if saved >= 0:
+        assert f'{folder}/model{saved} is the last good checkpoint' in outcome.err
+        for value in contents(folder / f'model{saved}').values():
+            assert np.isfinite(value).all()
+    else:
+        assert 'there is no checkpoint yet' in outcome.err
+
+
+def test_best_checkpoint(tmp_path, eager, data, often):
+    """That of the best validation, the earliest of equals; --test_iter=best evaluates it, beside the results of the last."""
+    train = [*OMNIGLOT, f'--data_dir={data}', f'--logdir={tmp_path}', '--metatrain_iterations=46', '--meta_lr=.01']
+    outcome = succeeded(run(*train))
+    accuracies = dict(zip((15, 30, 45), map(float, re.findall(r'validation tasks: ([\d.]+) \+-', outcome.out)), strict=True))
+    best = max(accuracies, key=accuracies.get)
+    folder = folder_of(tmp_path, *train)
+    assert [*checkpoints(folder, 'best')] == [best]
+    state = read_run_state(str(folder / 'model45'))
+    assert state['best']['iteration'] == best and round(state['best']['accuracy'], 4) == accuracies[best]
+    written = {step: value for step, tag, value in scalars(folder) if tag == 'metaval_Post-update_accuracy__step_1'}
+    assert {step: round(value, 4) for step, value in written.items()} == accuracies
+    evaluated = succeeded(run(*train, '--train=False', '--test_iter=best'))
+    assert f'{folder}/best{best}' in evaluated.lines[0] and (folder / 'test_ubs1_stepsize0.001_best.csv').exists()
+    succeeded(run(*train, '--train=False'))
+    assert (folder / 'test_ubs1_stepsize0.001.csv').exists()
+
+
+def test_no_best_checkpoint_yet(tmp_path, eager):
+    train = [*SINUSOID, '--log=False', f'--logdir={tmp_path}']
+    succeeded(run(*train, '--metatrain_iterations=1'))
+    assert_refused(run(*train, '--train=False', '--test_iter=best'), 'no best checkpoint', 'iteration 500')
+
+
+def test_image_that_becomes_unreadable(tmp_path, eager):
+    data = make_omniglot(tmp_path / 'data')
+    train = [*OMNIGLOT, f'--data_dir={data}', '--log=False', f'--logdir={tmp_path}/logs']
+    succeeded(run(*train, '--metatrain_iterations=1'))
+    image = data / 'omniglot_resized/Alphabet1/character05/0005_01.png'
+    image.write_bytes(image.read_bytes()[:50])
+    assert_refused(run(*train, '--metatrain_iterations=2'), 'character05/0005_01.png cannot be decoded')
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+def spoil(folder: Path, names: list[str], dice: random.Random) -> str:
+    """Damages one file at random: cuts, empties, flips bits of, removes or swaps it. Returns what was done."""
+    path = folder / dice.choice(names)
+    how = dice.choice(['cut', 'flip', 'flips', 'empty', 'remove', 'swap', 'garbage'])
+    content = bytearray(path.read_bytes())
+    if how == 'remove':
+        path.unlink()
+    elif how == 'swap':
+        other = folder / dice.choice([name for name in names if name != path.name])
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    else:
+        for _ in range({'flip': 1, 'flips': 8}.get(how, 0) if content else 0):
+            content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        if how == 'cut':
+            content = content[:dice.randrange(len(content) + 1)]
+        path.write_bytes({'empty': b'', 'garbage': dice.randbytes(len(content))}.get(how, content))
+    return f'{how} {path.name}'
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A run with checkpoints of the iterations 0...3, and its errors in evaluation from each: (logdir, {iteration: values})."""
+    logdir, eagerly = tmp_path_factory.mktemp('trained'), pytest.MonkeyPatch()
+    eagerly.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
+    eagerly.setattr(main, 'SAVE_INTERVAL', 1)
+    for name, value in {'EVALUATION_TASKS': 10, 'EVALUATION_UPDATES': 1}.items():
+        eagerly.setattr(main, name, value)
+    tf.config.run_functions_eagerly(True)
+    train = [*SINUSOID, '--log=False', f'--logdir={logdir}', '--meta_lr=.1']
+    succeeded(run(*train, '--metatrain_iterations=4'))
+    values = {i: evaluated(*train, f'--test_iter={i}')[1] for i in checkpoints(folder_of(logdir, *train))}
+    tf.config.run_functions_eagerly(False)
+    eagerly.undo()
+    assert len(values) == 3 and len(set(values.values())) == 3
+    return logdir, values
+
+
+def evaluated(*arguments: str) -> tuple[Outcome, str]:
+    """An evaluation, and the figures it printed."""
+    outcome = run(*arguments, '--train=False')
+    return outcome, outcome.out.partition('confidence intervals\n')[2]
+
+
+def test_damaged_checkpoints_at_random(tmp_path, eager, trained, seeds=range(140)):
+    """The newest whole checkpoint is used, with a warning if it is not the newest; or one sentence says that there is none."""
+    logdir, values = trained
+    for seed in seeds:
+        dice, copy = random.Random(seed), tmp_path / str(seed)
+        shutil.copytree(logdir, copy)
+        train = [*SINUSOID, '--log=False', f'--logdir={copy}', '--meta_lr=.1']
+        folder = folder_of(copy, *train)
+        files = [path.name for path in folder.glob('model*')]
+        done = [spoil(folder, [name for name in files if (folder / name).exists()], dice) for _ in range(dice.choice([1, 1, 2, 4]))]
+        outcome, figures = evaluated(*train)
+        assert 'Traceback' not in outcome.err, (seed, done)
+        if outcome.status:
+            assert_refused(outcome)
+            continue
+        used = int(re.search(r'model(\d+)\n', outcome.out)[1])
+        assert figures == values[used], (seed, done)
+        newer = [i for i in checkpoints(folder) if i > used]
+        assert len(newer) == outcome.err.count('the one before it is used'), (seed, done, outcome.err)
+        assert not newer or max(newer) <= 3
+
+
+def test_damaged_caches_at_random(tmp_path, eager, data, seeds=range(60)):
+    """Decoded images whose checksums are wrong are decoded again: the tasks are always the same."""
+    source = make_omniglot(tmp_path / 'data')
+    train = [*OMNIGLOT, f'--data_dir={source}', '--log=False', '--metatrain_iterations=1']
+    draw = lambda: main.make_generators(parsed(*train))['train'].batch('train', 0, 4)
+    expected = draw()
+    cache = source / 'omniglot_resized.cache'
+    for seed in seeds:
+        dice = random.Random(seed)
+        spoil(cache, [path.name for path in cache.iterdir()], dice)
+        for one, other in zip(draw(), expected):
+            np.testing.assert_array_equal(one, other)
+
+
+# Killed, and out of space: processes of their own ---------------------------------------------------------------------
+
+class Process:
+    """main.py with short intervals in a process of its own."""
+
+    def __init__(self, *arguments: str, intervals: dict = INTERVALS, **more):
+        code = WITH_INTERVALS.format(root=str(ROOT), intervals=intervals)
+        self.process = subprocess.Popen([sys.executable, '-B', '-c', code, *arguments], stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True, **more)
+
+    def kill_after(self, text: str, seconds: float) -> bool:
+        """Kills it some seconds after it printed a text. Returns whether it was still alive."""
+        for line in self.process.stdout:
+            if text in line:
+                break
+        time.sleep(seconds)
+        alive = self.process.poll() is None
+        self.process.kill()
+        self.process.communicate()
+        return alive
+
+    def finish(self) -> Outcome:
+        out, err = self.process.communicate(timeout=600)
+        return Outcome(self.process.returncode, out, err)
+
+
+def killed_again_and_again(train: list[str], kills: int, seconds: float, intervals: dict) -> int:
+    """Starts a run and kills it at random moments, `kills` times; then lets it finish. Returns how many kills hit it."""
+    dice, hits = random.Random(0), 0
+    for _ in range(kills):
+        text = dice.choice(['starting training', 'The first step', 'The first step', 'The first step'])
+        hits += Process(*train, intervals=intervals).kill_after(text, dice.uniform(0, seconds))
+    succeeded(Process(*train, intervals=intervals).finish())
+    return hits
+
+
+@pytest.mark.slow
+def test_fifty_kills_of_an_omniglot_run(tmp_path, data):
+    """Also while a checkpoint is being written, since one is every iteration."""
+    train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=1500', '--meta_lr=.003']
+    succeeded(Process(*train, f'--logdir={tmp_path}/once').finish())
+    hits = killed_again_and_again([*train, f'--logdir={tmp_path}/often'], 50, .9, INTERVALS)
+    assert hits >= 45
+    assert_same_run(folder_of(tmp_path / 'once', *train), folder_of(tmp_path / 'often', *train), 1499)
+
+
+@pytest.mark.slow
+def test_ten_kills_of_a_sinusoid_run(tmp_path):
+    train = ['--norm=None', '--update_batch_size=10', '--metatrain_iterations=40000']
+    succeeded(Process(*train, f'--logdir={tmp_path}/once', intervals={}).finish())
+    hits = killed_again_and_again([*train, f'--logdir={tmp_path}/often'], 10, 1.2, {})
+    assert hits >= 8
+    assert_same_run(folder_of(tmp_path / 'once', *train), folder_of(tmp_path / 'often', *train), 39999)
+
+
+@pytest.mark.slow
+def test_two_processes_with_one_seed(tmp_path, data):
+    """The same weights to the last bit; another seed gives others."""
+    train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=120']
+    for name, seed in [('a', 7), ('b', 7), ('c', 8)]:
+        succeeded(Process(*train, f'--seed={seed}', f'--logdir={tmp_path}/{name}').finish())
+    a, b, c = (contents(folder_of(tmp_path / name, *train) / 'model119') for name in 'abc')
+    assert_same(a, b)
+    assert any((a[key] != c[key]).any() for key in a)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 20 MB, if this user may mount one; else a limit of the size of files, as arguments for Popen."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=20m', 'tmpfs', folder], capture_output=True).returncode == 0
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+    yield folder, {} if mounted else {'preexec_fn': limit}
+    if mounted:
+        subprocess.run(['umount', folder], check=True)
+
+
+@pytest.mark.slow
+def test_full_disk(tmp_path, data, small_disk):
+    """A sentence; what was saved before can be read, and evaluated."""
+    folder, limits = small_disk
+    train = [*OMNIGLOT[:-2], '--conv=True', '--norm=batch_norm', f'--data_dir={data}', f'--logdir={folder}']
+    outcome = Process(*train, '--metatrain_iterations=2000', **limits).finish()
+    assert_refused(outcome, 'cannot be written')
+    found = checkpoints(folder_of(folder, *train))
+    assert (found or limits) and not [*folder.rglob('*tempstate*')]
+    for path in found.values():
+        contents(path)
