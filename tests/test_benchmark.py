@@ -122,3 +122,34 @@ def test_refusals(tmp_path, monkeypatch, arguments, words):
 def test_as_a_program():
     outcome = command('scripts/benchmark.py', CASES / 'sinusoid_5shot_5steps.npz', '--steps=2')
     assert figures(outcome)['workload'] == 'sinusoid_5shot_5steps'
+
+
+# The plot of the cost -------------------------------------------------------------------------------------------------
+
+def test_variants_of_a_case():
+    """Its tasks again and again, or the first of them, and other flags."""
+    pytest.importorskip('matplotlib')
+    import plot_cost
+    values = case('sinusoid_10shot')
+    tasks = values['input/inputa'].shape[0]
+    for count in (1, 2 * tasks + 1):
+        other = plot_cost.variant(values, count, 3)
+        assert json.loads(str(other['flags']))['num_updates'] == 3
+        np.testing.assert_array_equal(other['input/inputa'][-1], values['input/inputa'][(count - 1) % tasks])
+        assert all(other[name] is values[name] for name in values if name.startswith('init/'))
+
+
+def test_cost_of_a_file_that_is_no_case(tmp_path):
+    pytest.importorskip('matplotlib')
+    (tmp_path / 'x.npz').write_text('text')
+    assert_refused(command('scripts/plot_cost.py', tmp_path / 'x.npz', tmp_path / 'out'), 'plot_cost.py', 'x.npz')
+
+
+@pytest.mark.slow
+def test_cost_is_measured_and_drawn(tmp_path):
+    pytest.importorskip('matplotlib')
+    arguments = [CASES / 'sinusoid_10shot.npz', tmp_path, '--tasks', '2', '4', '--updates', '1', '2', '--steps', '2']
+    outcome = succeeded(command('scripts/plot_cost.py', *arguments))
+    lines = [json.loads(line) for line in (tmp_path / 'cost.jsonl').read_text().splitlines()]
+    assert [(line['tasks'], line['updates']) for line in lines][:2] == [(2, 1), (4, 1)] and len(outcome.lines) == len(lines)
+    assert all(line['median_ms'] > 0 for line in lines) and (tmp_path / 'cost.png').stat().st_size > 10000

@@ -724,6 +724,35 @@ def test_many_steps_at_once_are_those_steps_one_by_one(pretrain):
     np.testing.assert_allclose(values_of(together), values_of(single), rtol=1e-12)
 
 
+# Errors ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('change, words', [
+    (lambda b: b._replace(inputa=b.inputa[..., :-1]), r'inputa is \[2, 6, 35\], but the network takes \[tasks, examples, 36\]'),
+    (lambda b: b._replace(labelb=b.labelb[..., :-1]), r'labelb is \[2, 6, 2\], but the network takes \[tasks, examples, 3\]'),
+    (lambda b: b._replace(inputb=b.inputb[:1]), r'inputb must be .* with the 2 tasks of inputa, but it is \[1, 6, 36\]'),
+    (lambda b: b._replace(labela=b.labela[0]), r'labela must be \[tasks, examples, size\]'),
+    (lambda b: b._replace(inputa=tf.cast(b.inputa, tf.float16)), 'of float16'),
+    (lambda b: b._replace(labela=b.labela[:, 1:]), 'inputa has 6 examples per task, but labela has 5')])
+@pytest.mark.parametrize('method', ['meta_gradient', 'metatrain_step', 'pretrain_step', 'evaluate'])
+def test_meta_batches_that_do_not_fit(method, change, words):
+    """ValueError, with the shapes."""
+    network = FullyConnected(36, (4,), 3)
+    model, arguments = exact_model(network), [1] if method == 'evaluate' else []
+    with pytest.raises(ValueError, match=words):
+        getattr(model, method)(change(random_batch(network)), *arguments)
+
+
+@pytest.mark.parametrize('make, words', [
+    (lambda: MAML(FullyConnected(1, (4,), 1), mean_squared_error, update_lr=-1), 'update_lr is -1'),
+    (lambda: MAML(FullyConnected(1, (4,), 1), mean_squared_error, update_lr=float('nan')), 'update_lr is nan'),
+    (lambda: FullyConnected(1, (0,), 1), r'\[1, 0, 1\]'), (lambda: Convolutional(8, 1, 4, 2, max_pool=True), '8x8x1'),
+    (lambda: make_network('imagenet'), 'imagenet'), (lambda: make_network('sinusoid', norm='batch'), "'batch'"),
+    (lambda: exact_model(FullyConnected(1, (4,), 1)).evaluate(Batch(*[tf.zeros([1, 1, 1], tf.float64)] * 4), 0), 'num_updates')])
+def test_settings_that_make_no_sense(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
 # Compilation -------------------------------------------------------------------------------------------------------
 
 class Counting:

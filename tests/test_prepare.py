@@ -476,6 +476,36 @@ def test_bad_csv(tmp_path, target, text, complaint):
     assert not target.parent.exists()
 
 
+def test_any_damage_to_a_csv_is_a_sentence_or_what_it_says(tmp_path):
+    """Cut, with bits flipped, empty, absent or swapped: never a traceback, and a target that holds what the file lists, or none."""
+    for seed in range(40):
+        dice, target = random.Random(seed), tmp_path / f'target{seed}'
+        source = listed(tmp_path / f'source{seed}', SPLITS, IMAGES)
+        path = source / f'{dice.choice(["train", "val"])}.csv'
+        content = bytearray(path.read_bytes())
+        how = dice.choice(['cut', 'flip', 'empty', 'absent', 'swap'])
+        if how == 'flip':
+            content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        path.write_bytes(content[:dice.randrange(len(content))] if how == 'cut' else b'' if how == 'empty' else content)
+        if how == 'absent':
+            path.unlink()
+        if how == 'swap':
+            (source / 'train.csv').rename(source / 'x')
+            (source / 'val.csv').rename(source / 'train.csv')
+            (source / 'x').rename(source / 'val.csv')
+        try:
+            prepare_miniimagenet.prepare(source, target)
+        except PreparationError as error:
+            assert str(source) in str(error) and '\n' not in str(error) and not target.exists(), (how, error)
+            continue
+        told = set()
+        for split in SPLITS:
+            if (source / f'{split}.csv').exists():
+                with (source / f'{split}.csv').open(newline='') as file:
+                    told |= {f'{split}/{row["label"]}/{row["filename"]}' for row in csv.DictReader(file)}
+        assert files(target) == told, how
+
+
 def test_csv_from_a_spreadsheet(tmp_path, target):
     """A byte order mark, CRLF, other columns and another order."""
     source = listed(tmp_path / 'source', {}, IMAGES)

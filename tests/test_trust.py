@@ -457,3 +457,23 @@ def test_full_disk(tmp_path, data, small_disk):
     assert (found or limits) and not [*folder.rglob('*tempstate*')]
     for path in found.values():
         contents(path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='the system does not tell the memory of a process')
+def test_memory_of_100000_iterations(tmp_path, monkeypatch):
+    """It grows by less than 20 MB after warm-up, and nothing is traced again."""
+    sizes, models, after, make_model = {}, [], main.Run.after, main.make_model
+
+    def watched(run, first, *arguments):
+        sizes[first] = int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2 ** 20
+        return after(run, first, *arguments)
+    monkeypatch.setattr(main.Run, 'after', watched)
+    monkeypatch.setattr(main, 'make_model', lambda **settings: models.append(make_model(**settings)) or models[0])
+    succeeded(run('--norm=None', '--update_batch_size=10', '--metatrain_iterations=100000', f'--logdir={tmp_path}'))
+    growth = max(size for first, size in sizes.items() if first > 5000) - sizes[5000]
+    print(f'memory after 5,000 iterations {sizes[5000]:.1f} MB, growth to the largest later {growth:.1f} MB')
+    assert growth < 20
+    counts = {name: getattr(models[0], name).experimental_get_tracing_count() for name in ('_steps', '_evaluate', 'metatrain_step')}
+    # The step is traced once for a checkpoint's single iteration and once within the program of many.
+    assert counts == {'_steps': 1, '_evaluate': 1, 'metatrain_step': 2} or counts['metatrain_step'] == 1, counts
