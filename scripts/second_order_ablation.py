@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""Trains on the same tasks with the exact meta-gradient, and with those that other software computes without a word.
+
+    python scripts/second_order_ablation.py VARIANT [main.py's flags]     trains, or continues, in LOGDIR/VARIANT
+    python scripts/second_order_ablation.py check CASE.npz                directional derivatives of a case's meta-gradient
+    python scripts/second_order_ablation.py plot FOLDER                   draws FOLDER/VARIANT/*, writes ablation.png and .md
+
+Variants, which differ in nothing but the derivative of batch normalisation's derivative:
+    exact        the paper's meta-gradient
+    held         batch normalisation's backward pass held constant, as the original has it under TensorFlow 1.4 to 1.15
+    moments      the gradient of the mean inside the variance stopped, as tf.nn.moments does, the original under 1.3
+    first_order  all second derivatives left out, as --stop_grad
+"""
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')   # no lines about CPU features and missing GPUs
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from absl import app  # noqa: E402
+
+import main  # noqa: E402
+import maml  # noqa: E402
+from utils import BATCH_NORM_EPSILON, Batch, convolve, convolve_patches, event_files, read_events  # noqa: E402
+
+AXES = [1, 2, 3]   # examples, height, width
+
+
+@tf.custom_gradient
+def held(x: tf.Tensor, beta: tf.Tensor):
+    """Batch normalisation, x [T, examples, H, W, C], whose derivative counts as a constant when it is differentiated."""
+    count = x.shape[1] * x.shape[2] * x.shape[3]
+    mean = tf.reduce_mean(x, AXES, keepdims=True)
+    scale = tf.math.rsqrt(tf.reduce_mean(tf.square(x - mean), AXES, keepdims=True) + BATCH_NORM_EPSILON)
+    standard = (x - mean) * scale
+
+    def derivative(gradient):
+        along = tf.reduce_sum(gradient * standard, AXES, keepdims=True) / count
+        of_x = scale * (gradient - tf.reduce_mean(gradient, AXES, keepdims=True) - standard * along)
+        return tf.stop_gradient(of_x), tf.stop_gradient(tf.reduce_sum(gradient, [0, *AXES]))
+    return standard + beta, derivative
+
+
+def moments(x: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
+    """Batch normalisation by tf.nn.moments."""
+    mean, variance = tf.nn.moments(x, AXES, keepdims=True)
+    return (x - mean) * tf.math.rsqrt(variance + BATCH_NORM_EPSILON) + beta
+
+
+NORMALISATIONS = {'exact': None, 'held': held, 'moments': moments, 'first_order': None}
+
+
+class Variant(maml.Convolutional):
+    """The paper's network for Omniglot with another batch normalisation."""
+
+    def __init__(self, normalisation, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.normalisation = normalisation
+
+    def prepare(self, inputs: tf.Tensor) -> tf.Tensor:
+        self.norm = 'None'   # the plain patches
+        patches = super().prepare(inputs)
+        self.norm = 'batch_norm'
+        return patches
+
+    def _block(self, i: int, x, kernel, bias, norms: dict) -> tf.Tensor:
+        x = convolve_patches(x, kernel) if i == 1 else convolve(x, kernel, self.stride)
+        return tf.nn.relu(self.normalisation(x, norms[f'{i - 1}/beta']))
+
+
+def install(variant: str):
+    """From now on models are made with a variant's network."""
+    normalisation = NORMALISATIONS[variant]
+    if normalisation:
+        def make_network(datasource, num_classes=5, num_filters=64, **_):
+            return Variant(normalisation, *maml.IMAGE_SHAPES[datasource], num_filters, num_classes)
+        maml.make_network = make_network
+
+
+def train(variant: str, arguments: list[str]):
+    """main.py's training of a variant, in a folder of its own."""
+    main.define_flags()
+    logdir = re.findall(r'--logdir=(\S+)', ' '.join(arguments))
+    install(variant)
+    more = ['--stop_grad=True'] if variant == 'first_order' else []
+    app.run(main.program, ['second_order_ablation.py', *arguments, *more, f'--logdir={(logdir or ["logs/ablation"])[-1]}/{variant}'])
+
+
+def check(path: str):
+    """Prints the derivatives of the query loss along one direction in each of two kernels, exactly, and by each variant."""
+    case = np.load(path)
+    flags = json.loads(str(case['flags']))
+    random = np.random.RandomState(0)   # the directions: drawn for conv1, conv2 and conv4, one after another
+    directions = {name: random.randn(*case[f'init/{name}'].shape) for name in ('conv1', 'conv2', 'conv4')}
+    make_network = maml.make_network
+    for variant in NORMALISATIONS:
+        maml.make_network = make_network
+        install(variant)
+        model = maml.make_model(flags['datasource'], int(flags['update_batch_size']), float(flags['update_lr']), int(flags['num_updates']),
+                                stop_grad=variant == 'first_order', dtype=tf.float64, compiled=False, num_classes=int(flags['num_classes']),
+                                num_filters=int(flags.get('num_filters', 64)))
+        variables = model.weights | model.norms
+        for name, variable in variables.items():
+            variable.assign(case[f'init/{name}'])
+        gradients = dict(zip(variables, model.meta_gradient(Batch(*(tf.constant(case[f'input/{k}'], tf.float64) for k in Batch._fields)))[1]))
+        along = {name: float(tf.reduce_sum(gradients[name] * direction) / np.linalg.norm(direction)) for name, direction in directions.items()}
+        print(f'{variant:12} conv1 {along["conv1"]:8.4f}  conv4 {along["conv4"]:8.4f}')
+
+
+def validations(folder: Path) -> np.ndarray:
+    """[n, 3]: iteration, accuracy, half of its 95 % interval, of all validations of a run."""
+    run = next(iter(sorted(folder.glob('cls_*'))), None)
+    if not run:
+        return np.zeros([0, 3])
+    updates, values = re.search(r'numstep(\d+)', run.name)[1], {}
+    for path in event_files(run):
+        for record in read_events(path):
+            event = tf.compat.v1.Event.FromString(record)
+            for value in event.summary.value:
+                values[event.step, value.tag] = float(tf.make_ndarray(value.tensor)) if value.tag != 'flags' else None
+    tag = 'metaval_Post-update_accuracy'
+    steps = sorted({step for step, name in values if name == f'{tag}__step_{updates}'})
+    return np.array([[step, values[step, f'{tag}__step_{updates}'], values[step, f'{tag}_interval']] for step in steps]).reshape(-1, 3)
+
+
+def plot(folder: Path):
+    """The validation accuracy of all variants over iterations, as a figure and a table."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(6, 3.8), layout='constrained')
+    rows = ['| variant | iterations | accuracy at the last validation, % | mean of the last five, % |', '|---|---|---|---|']
+    for variant in NORMALISATIONS:
+        values = validations(folder / variant)
+        if not len(values):
+            rows.append(f'| {variant} | not run | | |')
+            continue
+        axes.errorbar(values[:, 0], 100 * values[:, 1], yerr=100 * values[:, 2], marker='o', markersize=3, capsize=2, label=variant.replace('_', ' '))
+        rows.append(f'| {variant} | {values[-1, 0]:.0f} | {100 * values[-1, 1]:.2f} ± {100 * values[-1, 2]:.2f} | {100 * values[-5:, 1].mean():.2f} |')
+    axes.set(xlabel='iteration', ylabel='validation accuracy [%]')
+    axes.grid(alpha=.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.savefig(folder / 'ablation.png', dpi=150)
+    (folder / 'ablation.md').write_text('\n'.join(rows) + '\n')
+    print(folder / 'ablation.md')
+
+
+def program(arguments: list[str]):
+    if len(arguments) >= 1 and arguments[0] in NORMALISATIONS:
+        train(arguments[0], arguments[1:])
+    elif len(arguments) == 2 and arguments[0] == 'check' and Path(arguments[1]).is_file():
+        check(arguments[1])
+    elif len(arguments) == 2 and arguments[0] == 'plot' and Path(arguments[1]).is_dir():
+        plot(Path(arguments[1]))
+    else:
+        sys.exit(f'second_order_ablation.py: give one of {", ".join(NORMALISATIONS)} and flags of main.py, or `check CASE.npz` or '
+                 f'`plot FOLDER` with a file or folder that is there')
+
+
+if __name__ == '__main__':
+    program(sys.argv[1:])

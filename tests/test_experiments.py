@@ -1,0 +1,130 @@
+"""The scripts of the paper's cells, the report on their runs, and the ablation of second derivatives."""
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command_line import ROOT, assert_refused, command, in_process, make_miniimagenet, make_omniglot, run, succeeded
+from utils import checkpoints
+
+sys.path.insert(0, str(ROOT / 'scripts'))
+pytest.importorskip('matplotlib')
+
+import report  # noqa: E402
+
+CASE = ROOT / 'tests' / 'reference' / 'omniglot_5way_1shot.npz'
+ABLATION = 'scripts/second_order_ablation.py'
+
+
+def test_meta_gradients_of_the_ablation():
+    """Those that were measured with the original under TensorFlow 1.2.1, 1.15.5 and 1.3.0, and with stop_grad."""
+    outcome = succeeded(command(ABLATION, 'check', CASE))
+    found = {line.split()[0]: [float(x) for x in re.findall(r'-?\d\.\d{4}', line)] for line in outcome.lines}
+    assert found == {'exact': [1.2686, 1.5460], 'held': [-.7766, .0039], 'moments': [4.4321, 1.5576], 'first_order': [.0889, -.0234]}
+
+
+@pytest.mark.parametrize('arguments', [[], ['neither'], ['check'], ['check', '/nowhere.npz'], ['plot', '/nowhere']])
+def test_ablation_refuses(arguments):
+    assert_refused(command(ABLATION, *arguments), 'second_order_ablation.py', 'exact, held, moments, first_order')
+
+
+# The report ---------------------------------------------------------------------------------------------------------
+
+def write_table(folder: Path, name: str, means: list[float]):
+    rows = [[f'update{i}' for i in range(len(means))], means, [.1] * len(means), [.01] * len(means)]
+    with open(folder / f'{name}.csv', 'w', newline='') as file:
+        csv.writer(file).writerows(rows)
+
+
+@pytest.fixture
+def logs(tmp_path) -> Path:
+    """Two seeds of the sinusoid, trained for a moment, with made-up results."""
+    for seed, scale in (0, 1.), (1, 3.):
+        logdir = tmp_path / f'logs/sinusoid/seed{seed}'
+        succeeded(run('--norm=None', '--update_batch_size=10', '--update_lr=.01', '--metatrain_iterations=3', f'--seed={seed}', f'--logdir={logdir}'))
+        folder, = logdir.iterdir()
+        write_table(folder, 'test_ubs5_stepsize0.01', [scale * x for x in [3., 2., 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3, 1.2, 1.1]])
+    return tmp_path / 'logs'
+
+
+def test_report(logs):
+    """Means over seeds with Student's interval; cells without runs say so; figures are there."""
+    outcome = succeeded(in_process(report.main, [str(logs)]))
+    assert outcome.lines == [f'{logs}/report/report.md'] and not outcome.err
+    text = (logs / 'report/report.md').read_text()
+    # Means of 2 and 6; the standard error is 2, and 12.706 of them are the 95 % interval of two values.
+    assert '| MAML | 5 | .67 / .38 / .35 | 6 ± 38 | 4 ± 25 | 3.2 ± 20 | 2.2 ± 14 | 3 | 0, 1 |' in text
+    assert '| oracle | |  | not run |' in text and text.count('not run') == 2 + len(report.CELLS)
+    assert {path.name for path in (logs / 'report').iterdir()} == {'report.md', 'fits.png', 'errors.png'}
+
+
+@pytest.mark.parametrize('damage, words', [
+    (lambda folder: (folder / 'test_ubs5_stepsize0.01.csv').write_text('update0\n1\n'), 'is not the table that main.py writes'),
+    (lambda folder: (folder / 'test_ubs5_stepsize0.01.csv').unlink(), 'has not been evaluated'),
+    (lambda folder: [path.unlink() for path in folder.glob('model*')], 'holds no checkpoint'),
+    (lambda folder: (folder / 'model2.data-00000-of-00001').write_bytes(b'x'), 'cannot be read')])
+def test_report_leaves_out_what_is_damaged(logs, damage, words):
+    """With a sentence that names it; the rest is reported."""
+    folder = next((logs / 'sinusoid/seed1').iterdir())
+    damage(folder)
+    outcome = succeeded(in_process(report.main, [str(logs)]))
+    assert outcome.err.startswith(f'report.py: left out: {folder}') and words in outcome.err and len(outcome.err.splitlines()) == 1
+    assert '| MAML | 5 | .67 / .38 / .35 | 3 ± 0.01 |' in (logs / 'report/report.md').read_text()
+
+
+def test_report_without_logs(tmp_path):
+    assert_refused(in_process(report.main, [str(tmp_path / 'none')]), 'there is no folder', 'none')
+
+
+# The cells, as a user calls them ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory) -> Path:
+    """The scripts with this environment as their .venv, and data like Omniglot and miniImagenet."""
+    folder = tmp_path_factory.mktemp('checkout')
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('scripts/*')]:
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+    (folder / 'scripts/environment.sh').write_text(f'set_up() {{ PATH={Path(sys.executable).parent}:$PATH; }}\n')
+    make_omniglot(folder / 'data', characters=220, images=10)
+    make_miniimagenet(folder / 'data', classes=5, images=20)
+    return folder
+
+
+def bash(checkout: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(['bash', f'scripts/{script}.sh', *arguments], cwd=checkout, capture_output=True, text=True, timeout=1200,
+                          env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cell, more', [
+    *[(f'sinusoid_{kind}', []) for kind in ('5shot', '10shot', 'pretrain', 'oracle')],
+    *[(cell.name, ['--num_filters=4'] if 'no_conv' not in cell.name else []) for cell in report.CELLS]])
+def test_cell(checkout, cell, more):
+    """Trains, evaluates, and a second call continues."""
+    first = bash(checkout, cell, '--metatrain_iterations=2', *more)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert 'confidence intervals' in first.stdout
+    second = bash(checkout, cell, '--metatrain_iterations=4', *more)
+    assert second.returncode == 0 and 'Continuing at iteration 2 of 4.' in second.stdout, second.stderr[-2000:]
+    name = 'sinusoid' if cell.endswith(('sinusoid_5shot', 'sinusoid_10shot')) else cell
+    folder = next((checkout / f'logs/{name}/seed0').iterdir())
+    assert 3 in checkpoints(folder) and [*folder.glob('test_ubs*.csv')]
+
+
+@pytest.mark.slow
+def test_ablation(checkout):
+    """All variants, drawn."""
+    first = bash(checkout, 'second_order_ablation', '--metatrain_iterations=2', '--num_filters=4')
+    assert first.returncode == 0, first.stderr[-2000:]
+    for cell in ('omniglot_5way_1shot', 'omniglot_20way_1shot'):
+        assert (checkout / f'logs/ablation/{cell}/ablation.md').read_text().count('not run') == 4   # no validation yet
+        for variant in ('exact', 'held', 'moments', 'first_order'):
+            folder = next((checkout / f'logs/ablation/{cell}/{variant}').iterdir())
+            assert [*checkpoints(folder)] == [1]
