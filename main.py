@@ -31,14 +31,15 @@ import tensorflow as tf
 from absl import app, flags, logging
 
 import data_generator
-from maml import MAML, Results, make_model
-from utils import (Batch, DamagedCheckpoint, checkpoints, event_files, first_line, forget_summaries, lock, read_run_state,
-                   remove_checkpoint, remove_leftovers, write_checkpoint)
+from maml import IMAGE_SHAPES, MAML, Results, make_model
+from utils import (Batch, DamagedCheckpoint, checkpoints, event_files, first_line, fit_picture, forget_summaries, lock,
+                   read_run_state, remove_checkpoint, remove_leftovers, task_picture, write_checkpoint)
 
 SUMMARY_INTERVAL = 100          # iterations between summaries
 PRINT_INTERVAL = 100            # between printed lines; 1000 for the sinusoid
 VALIDATION_INTERVAL = 500       # between validations, image sources only
 SAVE_INTERVAL = 1000            # between checkpoints
+PICTURE_INTERVAL = 20000        # between pictures of a task for TensorBoard
 EVALUATION_TASKS = 600
 EVALUATION_UPDATES = 10
 EVALUATION_SEED = 1             # of validation and test tasks: the same for every run and checkpoint
@@ -323,6 +324,11 @@ class Log:
             text = f'{iteration + 1} of {self.end} iterations, {rate:.3g} per second, {left} left, loss {loss:.4g}'
             print(text, end='\033[K\r' if sys.stdout.isatty() else '\n', flush=True)
 
+    def picture(self, tag: str, picture: np.ndarray, iteration: int):
+        """picture: [height, width, 3] uint8."""
+        with self.writer.as_default():
+            tf.summary.image(tag, picture[np.newaxis], step=iteration)
+
     def flush(self):
         """What was shown so far is in the file. Raises OSError."""
         try:
@@ -393,6 +399,34 @@ class Run:
         best = 'the best so far' if better else f'the best was {self.best["accuracy"]:.4f} at iteration {self.best["iteration"]}'
         self.log.line(f'Accuracy on {tasks} validation tasks: {accuracy:.4f} +- {interval:.4f}, {best}.')
 
+    def show(self, batch: Batch, iteration: int):
+        """A picture for TensorBoard: how a new sinusoid is fitted, or the first task of a meta-batch (arrays)."""
+        if self.f.datasource == 'sinusoid':
+            self.log.picture('fit', self.fit(), iteration)
+        else:
+            size, channels = IMAGE_SHAPES[self.f.datasource]
+            self.log.picture('task', task_picture(batch, (size, size, channels)), iteration)
+
+    def fit(self) -> np.ndarray:
+        """A picture of one sinusoid, fitted after 1 and after all updates.
+
+        Points all over [-5, 5] are the query points of many copies of the task, which makes a meta-batch of the usual
+        shape, for which the evaluation is compiled.
+        """
+        tasks, shots, dim = self.f.meta_batch_size, self.f.update_batch_size, self.model.network.dim_input
+        task = data_generator.SinusoidGenerator(shots, 0, oracle=True, seed=EVALUATION_SEED).batch('val', 0, 1)
+        x = np.linspace(-5, 5, tasks * shots, dtype=np.float32)
+        full = np.stack([x, *(np.full_like(x, task.inputa[0, 0, i]) for i in (1, 2))], axis=1)              # x, A, φ
+        truth = full[:, 1] * np.sin(x - full[:, 2])
+        copies = lambda values: np.repeat(values, tasks, axis=0)
+        points = lambda values: values.reshape(tasks, shots, -1)
+        results = self.model.evaluate(Batch(copies(task.inputa[..., :dim]), copies(task.labela), points(full[:, :dim]), points(truth)),
+                                      self.num_updates)
+        curve = lambda y: np.stack([x, np.reshape(y, -1)], axis=1)
+        curves = {'red truth': curve(truth)} | {f'{colour} after {j} updates': curve(results.outputsb[j - 1])
+                                                for colour, j in [('green', 1), ('blue', self.num_updates)]}
+        return fit_picture(curves, np.stack([task.inputa[0, :, 0], task.labela[0, :, 0]], axis=1))
+
     def train(self, watch: Callable = iter, stopped: Callable = lambda: False) -> int:
         """Pre-training, then meta-training, to the end or until `stopped()`. Returns the number of iterations done.
 
@@ -405,6 +439,8 @@ class Run:
                 if first % SUMMARY_INTERVAL == 0:
                     batch = Batch(*(values.numpy()[first - origin] for values in batches))
                     self.log.train(self.model.evaluate(batch, self.num_updates), first)
+                    if first % PICTURE_INTERVAL == 0 and self.log.writer:
+                        self.show(batch, first)
                 done, loss = self.model.train(batches, first - origin, last - origin, pretrain=first < pretrain)
                 if not np.isfinite(loss):
                     raise Diverged(self.diverged(f'the loss is {loss} in iteration {origin + done - 1}'))

@@ -64,7 +64,7 @@ def summaries(folder: Path) -> dict[str, dict[int, float]]:
     for file in sorted(folder.glob('events.*')):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                if value.tag != 'flags':
+                if value.tag not in ('flags', 'fit', 'task'):
                     assert value.metadata.plugin_data.plugin_name == 'scalars'
                     steps = found.setdefault(value.tag, {})
                     assert event.step not in steps, 'written twice'
@@ -347,6 +347,15 @@ def test_tags_of_images(tmp_path, data, intervals, graphs):
     assert all([*written[tag]] == [0, 100] for tag in training)
     assert all([*written[tag]] == [100] for tag in validation)
     assert all(0 <= value <= 1 for tag in written if 'accuracy' in tag for value in written[tag].values())
+
+
+def test_pictures(tmp_path, data):
+    """One at the start: the fit of a sinusoid, the images of a task."""
+    for name, flags in ('fit', SINUSOID), ('task', [*OMNIGLOT, '--conv=False', f'--data_dir={data}']):
+        succeeded(run(*flags, '--metatrain_iterations=2', f'--logdir={tmp_path}/{name}'))
+        shown = [(event.step, value.tag, value.metadata.plugin_data.plugin_name) for file in only(tmp_path / name).glob('events.*')
+                 for event in EventFileLoader(str(file)).Load() for value in event.summary.value if value.tag in ('fit', 'task')]
+        assert shown == [(0, name, 'images')]
 
 
 def test_updates_shown_of_miniimagenet(tmp_path, data):

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from utils import (accuracy, checkpoints, cross_entropy, initial_value, mean_squared_error, norm_parameters, normalize,
-                   read_checkpoint, write_checkpoint)
+from utils import (Batch, accuracy, checkpoints, cross_entropy, initial_value, mean_squared_error, norm_parameters, normalize,
+                   fit_picture, read_checkpoint, task_picture, write_checkpoint)
 
 LOG = np.log
 
@@ -244,3 +244,30 @@ def test_unreadable_checkpoint(tmp_path, damage):
     damage(tmp_path / 'model7.index')
     with pytest.raises(ValueError, match='model7 cannot be read as a checkpoint'):
         read_checkpoint(path, ['w1'])
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+def test_picture_of_a_task():
+    """Every image of the first two shots stands in its place, unchanged; later ones do not."""
+    random = np.random.default_rng(0)
+    images = lambda shots: random.integers(0, 256, (2, shots * 3, 20 * 30 * 3)) / 255
+    labels = lambda shots: np.tile(np.eye(3)[[2, 0, 1]], (2, shots, 1))
+    batch = Batch(images(1), labels(1), images(4), labels(4))
+    picture = task_picture(batch, (20, 30, 3), task=1)
+    assert picture.shape == (3 * 36 + 28, 3 * 34, 3) and picture.dtype == np.uint8
+    expected = [(14 + 14, batch.inputa[1, :3]), (14 + 36 + 14 + 14, batch.inputb[1, :3]), (14 + 36 + 14 + 36 + 14, batch.inputb[1, 3:6])]
+    for top, row in expected:
+        for i, image in enumerate(row):
+            np.testing.assert_array_equal(picture[top:top + 20, 34 * i:34 * i + 30], np.uint8(255 * image.reshape(20, 30, 3)))
+    assert (picture[14:28] < 128).any()   # the labels
+
+
+def test_picture_of_a_fit():
+    """A curve goes through its points, y upwards."""
+    x = np.linspace(-5, 5, 50)
+    picture = fit_picture({'red line': np.stack([x, x], 1)}, np.array([[0., 5.]]))
+    assert picture.shape == (320, 480, 3)
+    for at, colour in [((-4, -4), (255, 0, 0)), ((4, 4), (255, 0, 0)), ((0, 5), (128, 0, 128)), ((-4, 4), (255, 255, 255))]:
+        column, row = round((at[0] + 5) / 10 * 479), round((6 - at[1]) / 12 * 319)
+        assert (picture[row - 1:row + 2, column - 1:column + 2] == colour).all(-1).any(), at
