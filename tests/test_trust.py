@@ -73,8 +73,9 @@ def folder_of(logdir: Path, *arguments: str) -> Path:
 def scalars(folder: Path) -> list[tuple]:
     """(step, tag, value) of all summaries in a folder, in order of step and tag, repetitions included."""
     events = [tf.compat.v1.Event.FromString(record) for path in event_files(folder) for record in read_events(path)]
-    return sorted((event.step, value.tag, float(tf.make_ndarray(value.tensor)) if value.tensor.dtype == 1 else value.tensor.string_val[:3])
-                  for event in events for value in event.summary.value)
+    content = lambda value: (float(tf.make_ndarray(value.tensor)) if value.tensor.dtype == 1 else   # DT_FLOAT; else a picture
+                             '' if value.tag == 'flags' else list(value.tensor.string_val))
+    return sorted((event.step, value.tag, content(value)) for event in events for value in event.summary.value)
 
 
 def assert_same_run(one: Path, other: Path, last: int):
