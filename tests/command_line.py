@@ -1,13 +1,15 @@
 """main.py from within a test, and the data it needs."""
 import contextlib
+import functools
 import io
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 from absl import flags
 from PIL import Image
 
@@ -55,6 +57,17 @@ def run(*arguments: str) -> Outcome:
     values = flags.FlagValues()
     main.define_flags(values)
     return in_process(main.main, values(['main.py', *arguments]), values)
+
+
+@contextlib.contextmanager
+def running_eagerly(patch) -> Iterator[None]:
+    """main.py without compilation, evaluating few tasks, for tests that run many models for a moment; patch: a MonkeyPatch."""
+    patch.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
+    patch.setattr(main, 'EVALUATION_TASKS', 20)
+    patch.setattr(main, 'EVALUATION_UPDATES', 2)
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 def command(script: str, *arguments) -> Outcome:

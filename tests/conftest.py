@@ -18,3 +18,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """See command_line.running_eagerly."""
+    from command_line import running_eagerly   # imports TensorFlow, which not all tests need
+    with running_eagerly(monkeypatch):
+        yield

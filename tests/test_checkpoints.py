@@ -1,5 +1,4 @@
 """Checkpoints: resuming, keeping ten, refusing others; those of the original (TensorFlow 1), its published model."""
-import functools
 import pickle
 import re
 import shutil
@@ -23,17 +22,6 @@ import prepare_miniimagenet  # noqa: E402
 SINUSOID = ['--meta_batch_size=4', '--log=False']
 OMNIGLOT = ['--datasource=omniglot', '--num_classes=2', '--update_batch_size=1', '--meta_batch_size=2',
             '--num_filters=4', '--log=False']
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    """No compilation, for tests that take a few steps of many models."""
-    monkeypatch.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', 20)
-    monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture(scope='module')

@@ -2,8 +2,6 @@
 
 The fast tests call main.py in this process; the slow ones start it, kill it and look at what is left.
 """
-import functools
-import json
 import os
 import random
 import re
@@ -19,11 +17,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl import flags
-from PIL import Image
 
 import main
-from command_line import ROOT, Outcome, assert_refused, listing, make_omniglot, parsed, run, succeeded
-from test_checkpoints import assert_same, contents, cut, flip
+from command_line import ROOT, Outcome, assert_refused, listing, make_omniglot, parsed, run, running_eagerly, succeeded
+from test_checkpoints import assert_same, contents
 from utils import checkpoints, event_files, forget_summaries, lock, read_events, read_run_state
 
 SINUSOID = ['--norm=None', '--update_batch_size=5', '--meta_batch_size=4']
@@ -41,17 +38,6 @@ for name, value in {intervals!r}.items():
 main.define_flags()
 app.run(main.program)
 '''
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    """No compilation, and an evaluation of few tasks: for tests that run many models for a moment."""
-    monkeypatch.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', 10)
-    monkeypatch.setattr(main, 'EVALUATION_UPDATES', 1)
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture(scope='module')
@@ -312,17 +298,12 @@ def spoil(folder: Path, names: list[str], dice: random.Random) -> str:
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A run with checkpoints of the iterations 0...3, and its errors in evaluation from each: (logdir, {iteration: values})."""
-    logdir, eagerly = tmp_path_factory.mktemp('trained'), pytest.MonkeyPatch()
-    eagerly.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
-    eagerly.setattr(main, 'SAVE_INTERVAL', 1)
-    for name, value in {'EVALUATION_TASKS': 10, 'EVALUATION_UPDATES': 1}.items():
-        eagerly.setattr(main, name, value)
-    tf.config.run_functions_eagerly(True)
-    train = [*SINUSOID, '--log=False', f'--logdir={logdir}', '--meta_lr=.1']
-    succeeded(run(*train, '--metatrain_iterations=4'))
-    values = {i: evaluated(*train, f'--test_iter={i}')[1] for i in checkpoints(folder_of(logdir, *train))}
-    tf.config.run_functions_eagerly(False)
-    eagerly.undo()
+    logdir = tmp_path_factory.mktemp('trained')
+    with pytest.MonkeyPatch.context() as patch, running_eagerly(patch):
+        patch.setattr(main, 'SAVE_INTERVAL', 1)
+        train = [*SINUSOID, '--log=False', f'--logdir={logdir}', '--meta_lr=.1']
+        succeeded(run(*train, '--metatrain_iterations=4'))
+        values = {i: evaluated(*train, f'--test_iter={i}')[1] for i in checkpoints(folder_of(logdir, *train))}
     assert len(values) == 3 and len(set(values.values())) == 3
     return logdir, values
 
