@@ -10,6 +10,7 @@ import argparse
 import csv
 import os
 import platform
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -58,6 +59,7 @@ class Table(NamedTuple):
     """The results of one evaluation of 600 tasks, over 0, 1, ... updates."""
     means: np.ndarray
     interval: np.ndarray   # half of the 95 % interval
+    medians: np.ndarray    # over tasks: a few that diverge say nothing of the others
 
 
 class Run(NamedTuple):
@@ -74,10 +76,11 @@ def read_table(path: Path) -> Table:
         with open(path, newline='') as file:
             header, *rows = csv.reader(file)
         means, _, interval = np.array(rows, float)
-        assert header == [f'update{i}' for i in range(len(means))] and np.isfinite([means, interval]).all()
-    except (ValueError, AssertionError, OSError):
-        raise ValueError(f'{path} is not the table that main.py writes') from None
-    return Table(means, interval)
+        values = pickle.loads(path.with_suffix('.pkl').read_bytes())['mses']   # [600, 1 + updates]
+        assert header == [f'update{i}' for i in range(len(means))] and values.shape[1:] == means.shape
+    except Exception:   # pickle has no error of its own
+        raise ValueError(f'{path} and {path.stem}.pkl are not the tables that main.py writes') from None
+    return Table(means, interval, np.median(values, axis=0))
 
 
 def read_run(folder: Path) -> Run:
@@ -120,7 +123,7 @@ def pooled(tables: list[Table]) -> Table:
     size = min(len(table.means) for table in tables)
     means = np.array([table.means[:size] for table in tables])
     t = scipy.stats.t.ppf(.975, len(means) - 1)
-    return Table(means.mean(0), t * means.std(0, ddof=1) / np.sqrt(len(means)))
+    return Table(means.mean(0), t * means.std(0, ddof=1) / np.sqrt(len(means)), np.mean([table.medians[:size] for table in tables], axis=0))
 
 
 # Text -----------------------------------------------------------------------------------------------------------------
@@ -152,19 +155,22 @@ def accuracies(logs: Path, runs: dict[str, list[Run]]) -> list[str]:
 def errors(runs: dict[str, list[Run]]) -> list[str]:
     lines = ['## Sinusoid: mean squared error on 600 tasks', '',
              'K = 10 in training, α = 0.01. Before any update on the support set, then on the query set; ± is the 95 % interval, over seeds '
-             'where there are several (Student\'s t), else over tasks.', '',
-             '| | K | paper, 1 / 5 / 10 updates | before | 1 | 5 | 10 | iterations | seeds |', '|---|---|---|---|---|---|---|---|---|']
+             'where there are several (Student\'s t), else over tasks. A few tasks that diverge may rule a mean; the median over tasks (mean of the '
+             'seeds\' medians) tells of the others.', '',
+             '| | K | paper, 1 / 5 / 10 updates | before | 1 | 5 | 10 | medians, 1 / 5 / 10 | iterations | seeds |',
+             '|---|---|---|---|---|---|---|---|---|---|']
     for cell in SINUSOIDS:
         if not runs[cell.name]:
-            lines.append(f'| {cell.title} | | {cell.paper} | not run | | | | | |')
+            lines.append(f'| {cell.title} | | {cell.paper} | not run | | | | | | |')
         for shots in sorted({shots for run in runs[cell.name] for shots, _ in run.tables}):
             of = [run for run in runs[cell.name] if (shots, 'last') in run.tables]
             table = pooled([run.tables[shots, 'last'] for run in of])
-            number = lambda i: f'{table.means[i]:.3g} ± {table.interval[i]:.2g}' if i < len(table.means) else '–'
+            number = lambda i: f'{table.means[i]:.3g} ± {table.interval[i]:.2g}' if np.isfinite(table.means[i]) else 'diverged'
             shown = [number(0), *('–' if cell.name == 'sinusoid_oracle' else number(i) for i in (1, 5, 10))]
+            medians = '–' if cell.name == 'sinusoid_oracle' else ' / '.join(f'{table.medians[i]:.3g}' for i in (1, 5, 10) if i < len(table.medians))
             iterations = ', '.join(sorted({f'{run.iterations:,}' for run in of}))
             seeds = ', '.join(str(run.seed) for run in of)
-            lines.append(f'| {cell.title} | {shots} | {cell.paper if shots == 5 else ""} | {" | ".join(shown)} | {iterations} | {seeds} |')
+            lines.append(f'| {cell.title} | {shots} | {cell.paper if shots == 5 else ""} | {" | ".join(shown)} | {medians} | {iterations} | {seeds} |')
     return lines
 
 
@@ -252,13 +258,15 @@ def figure_errors(path: Path, runs: dict[str, list[Run]]) -> str | None:
             else:
                 x = np.arange(1, len(table.means))
                 panel.errorbar(x, table.means[1:], yerr=table.interval[1:], color=f'C{i}', marker='o', markersize=3, capsize=2, label=cell.title)
-        panel.set(title=f'K = {shots}', xlabel='inner updates', ylim=(0, None))
+                panel.plot(x, table.medians[1:], color=f'C{i}', linestyle='--', linewidth=1, label=f'{cell.title}, median')
+        panel.set(title=f'K = {shots}', xlabel='inner updates', ylim=(0, 4))   # untrained, it is 4
         panel.grid(alpha=.3)
     panels[0, 0].set_ylabel('mean squared error (query set)')
     panels[0, 0].legend(fontsize='x-small')
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    return 'Error over inner updates; bars are 95 % intervals, over seeds where there are several.'
+    return ('Error over inner updates: mean with 95 % interval, over seeds where there are several, and median over tasks (dashed). Means above 4 '
+            'are those of tasks that diverged.')
 
 
 def report(logs: Path, output: Path) -> str:

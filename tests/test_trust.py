@@ -25,7 +25,7 @@ from utils import checkpoints, event_files, forget_summaries, lock, read_events,
 
 SINUSOID = ['--norm=None', '--update_batch_size=5', '--meta_batch_size=4']
 OMNIGLOT = ['--datasource=omniglot', '--num_classes=2', '--update_batch_size=1', '--meta_batch_size=2', '--norm=None',
-            '--conv=False', '--validation_tasks=5']
+            '--conv=False', '--validation_tasks=2']
 INTERVALS = {'SAVE_INTERVAL': 1, 'SUMMARY_INTERVAL': 20, 'PRINT_INTERVAL': 40, 'VALIDATION_INTERVAL': 50}
 SHORT_INTERVALS = {'SAVE_INTERVAL': 1, 'SUMMARY_INTERVAL': 6, 'PRINT_INTERVAL': 12, 'VALIDATION_INTERVAL': 15}
 WITH_INTERVALS = '''
@@ -93,7 +93,7 @@ class Stop:
         monkeypatch.setattr(main.MAML, 'train', train)
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(tmp_path, eager, data, often, monkeypatch, number):
     """Status 128 + signal, a checkpoint of that very iteration; printed lines, too, go on as if nothing had happened."""
     monkeypatch.setattr(main, 'SAVE_INTERVAL', 1000)
