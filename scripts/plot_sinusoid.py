@@ -120,7 +120,7 @@ def load_model(run_folder: Path):
     shots, num_updates, update_lr, stop_grad, baseline, norm = name.groups()
     model = make_model('sinusoid', norm={'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}[norm],
                        update_batch_size=int(shots), num_updates=int(num_updates), update_lr=float(update_lr),
-                       stop_grad=bool(stop_grad), baseline=baseline)
+                       stop_grad=bool(stop_grad), baseline=baseline, compiled=False)   # a few steps, once
     found = checkpoints(run_folder)
     if not found:
         raise FileNotFoundError(f'{run_folder} holds no checkpoint; train it first')

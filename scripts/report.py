@@ -80,7 +80,7 @@ def read_table(path: Path) -> Table:
         assert header == [f'update{i}' for i in range(len(means))] and values.shape[1:] == means.shape
     except Exception:   # pickle has no error of its own
         raise ValueError(f'{path} and {path.stem}.pkl are not the tables that main.py writes') from None
-    return Table(means, interval, np.median(values, axis=0))
+    return Table(means, interval, np.median(np.where(np.isnan(values), np.inf, values), axis=0))
 
 
 def read_run(folder: Path) -> Run:
