@@ -314,7 +314,8 @@ def evaluated(*arguments: str) -> tuple[Outcome, str]:
     return outcome, outcome.out.partition('confidence intervals\n')[2]
 
 
-def test_damaged_checkpoints_at_random(tmp_path, eager, trained, seeds=range(140)):
+@pytest.mark.parametrize('seeds', [range(60), pytest.param(range(60, 140), marks=pytest.mark.slow)], ids=['60', '80 more'])
+def test_damaged_checkpoints_at_random(tmp_path, eager, trained, seeds):
     """The newest whole checkpoint is used, with a warning if it is not the newest; or one sentence says that there is none."""
     logdir, values = trained
     for seed in seeds:
