@@ -364,6 +364,17 @@ def read_events(path: Path) -> list[bytes]:
     return records
 
 
+def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
+    """{tag: {iteration: value}} of the numbers among a run's summaries, in order of iteration."""
+    found = {}
+    for path in event_files(folder):
+        for event in map(tf.compat.v1.Event.FromString, read_events(path)):
+            for value in event.summary.value:
+                if value.tensor.dtype == tf.float32.as_datatype_enum:   # others are texts and pictures
+                    found.setdefault(value.tag, {})[event.step] = float(tf.make_ndarray(value.tensor))
+    return {tag: dict(sorted(values.items())) for tag, values in found.items()}
+
+
 # Pictures for TensorBoard: [height, width, 3] uint8 ----------------------------------------------------------------------
 
 MARGIN = 14   # pixels, for a line of text

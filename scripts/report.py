@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from plot_sinusoid import CURVES, fits  # noqa: E402
-from utils import DamagedCheckpoint, checkpoints, event_files, read_events, read_run_state  # noqa: E402
+from utils import DamagedCheckpoint, checkpoints, event_files, read_events, read_run_state, read_scalars  # noqa: E402
 
 
 class Cell(NamedTuple):
@@ -194,13 +194,6 @@ def figure_updates(path: Path, runs: dict[str, list[Run]]) -> str | None:
     return 'Accuracy over inner updates, mean and 95 % interval over 600 tasks.'
 
 
-def scalars(folder: Path, tag: str) -> np.ndarray:
-    """[n, 2]: iteration and value of the summaries of a tag."""
-    events = [tf.compat.v1.Event.FromString(record) for path in event_files(folder) for record in read_events(path)]
-    return np.array(sorted({event.step: float(tf.make_ndarray(value.tensor)) for event in events for value in event.summary.value
-                            if value.tag == tag}.items())).reshape(-1, 2)
-
-
 def figure_learning(path: Path, runs: dict[str, list[Run]]) -> str | None:
     shown = [(cell, run) for cell in CELLS for run in runs[cell.name]]
     if not shown:
@@ -208,8 +201,9 @@ def figure_learning(path: Path, runs: dict[str, list[Run]]) -> str | None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout='constrained')
     for i, (cell, run) in enumerate(shown):
         updates = re.search(r'numstep(\d+)', run.folder.name)[1]
-        training = scalars(run.folder, f'metatrain_Post-update_accuracy__step_{updates}')
-        validation = scalars(run.folder, f'metaval_Post-update_accuracy__step_{updates}')
+        summaries = read_scalars(run.folder)
+        training, validation = (np.array([*summaries.get(f'{kind}_Post-update_accuracy__step_{updates}', {}).items()]).reshape(-1, 2)
+                                for kind in ('metatrain', 'metaval'))   # [n, 2]: iteration, accuracy
         if len(training) >= 10:   # single meta-batches: the mean of ten
             blocks = training[:len(training) // 10 * 10].reshape(-1, 10, 2).mean(1)
             axes.plot(blocks[:, 0], 100 * blocks[:, 1], color=f'C{i % 10}', alpha=.4, linewidth=1)

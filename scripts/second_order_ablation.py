@@ -26,7 +26,8 @@ from absl import app  # noqa: E402
 
 import main  # noqa: E402
 import maml  # noqa: E402
-from utils import BATCH_NORM_EPSILON, Batch, convolve, convolve_patches, event_files, read_events  # noqa: E402
+from special_grads import patches3x3  # noqa: E402
+from utils import BATCH_NORM_EPSILON, Batch, convolve, convolve_patches, read_scalars  # noqa: E402
 
 AXES = [1, 2, 3]   # examples, height, width
 
@@ -63,10 +64,8 @@ class Variant(maml.Convolutional):
         self.normalisation = normalisation
 
     def prepare(self, inputs: tf.Tensor) -> tf.Tensor:
-        self.norm = 'None'   # the plain patches
-        patches = super().prepare(inputs)
-        self.norm = 'batch_norm'
-        return patches
+        """The plain patches."""
+        return patches3x3(tf.reshape(inputs, [*inputs.shape[:2], *self.image_shape]), self.stride)
 
     def _block(self, i: int, x, kernel, bias, norms: dict) -> tf.Tensor:
         x = convolve_patches(x, kernel) if i == 1 else convolve(x, kernel, self.stride)
@@ -117,15 +116,9 @@ def validations(folder: Path) -> np.ndarray:
     run = next(iter(sorted(folder.glob('cls_*'))), None)
     if not run:
         return np.zeros([0, 3])
-    updates, values = re.search(r'numstep(\d+)', run.name)[1], {}
-    for path in event_files(run):
-        for record in read_events(path):
-            event = tf.compat.v1.Event.FromString(record)
-            for value in event.summary.value:
-                values[event.step, value.tag] = float(tf.make_ndarray(value.tensor)) if value.tag != 'flags' else None
-    tag = 'metaval_Post-update_accuracy'
-    steps = sorted({step for step, name in values if name == f'{tag}__step_{updates}'})
-    return np.array([[step, values[step, f'{tag}__step_{updates}'], values[step, f'{tag}_interval']] for step in steps]).reshape(-1, 3)
+    summaries, tag = read_scalars(run), 'metaval_Post-update_accuracy'
+    accuracies = summaries.get(f'{tag}__step_{re.search(r"numstep([0-9]+)", run.name)[1]}', {})
+    return np.array([[step, value, summaries[f'{tag}_interval'][step]] for step, value in accuracies.items()]).reshape(-1, 3)
 
 
 def plot(folder: Path):

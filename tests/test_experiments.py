@@ -36,6 +36,23 @@ def test_ablation_refuses(arguments):
     assert_refused(in_process(second_order_ablation.program, arguments), 'second_order_ablation.py', 'exact, held, moments, first_order')
 
 
+def test_validations_of_the_ablation(tmp_path):
+    """Read from among texts and pictures, which are summaries, too."""
+    import tensorflow as tf
+    run_folder = tmp_path / 'held' / 'cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm'
+    writer = tf.summary.create_file_writer(str(run_folder))
+    with writer.as_default():
+        tf.summary.text('flags', 'x', step=0)
+        tf.summary.image('task', np.zeros([1, 2, 2, 3], np.uint8), step=0)
+        for step, value in (500, .5), (1000, .75):
+            tf.summary.scalar('metaval_Post-update_accuracy__step_1', value, step=step)
+            tf.summary.scalar('metaval_Post-update_accuracy_interval', value / 8, step=step)
+    writer.close()
+    succeeded(in_process(second_order_ablation.program, ['plot', str(tmp_path)]))
+    text = (tmp_path / 'ablation.md').read_text()
+    assert '| held | 1000 | 75.00 ± 9.38 | 62.50 |' in text and text.count('not run') == 3 and (tmp_path / 'ablation.png').exists()
+
+
 # The report ---------------------------------------------------------------------------------------------------------
 
 def write_table(folder: Path, name: str, means: list[float]):
