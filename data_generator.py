@@ -1,4 +1,4 @@
-"""Where tasks come from: random sinusoids, and class folders of images (Omniglot, miniImagenet).
+"""Where tasks come from: random sinusoids, and class folders of images (Omniglot, miniImagenet, your own).
 
 A generator turns (seed, split, iteration) into a meta-batch of tasks and keeps no state:
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from utils import Batch
 
@@ -127,7 +127,7 @@ class ImageGenerator(DataGenerator):
     query images.
 
     Args:
-      folders: the decoded classes of each split, from load_omniglot or load_miniimagenet.
+      folders: the decoded classes of each split, from load_omniglot, load_miniimagenet or load_folder.
       num_classes: N.
       num_support: K, support images per class.
       num_query: Q, query images per class; may be 0.
@@ -161,7 +161,7 @@ class ImageGenerator(DataGenerator):
         classes, images = self.folders[split], self.num_support + self.num_query
         if self.num_classes > len(classes.names):
             raise ValueError(f'--num_classes={self.num_classes} is more than the {len(classes.names)} classes of the '
-                             f'{split} split in {classes.folder}: use a smaller --num_classes')
+                             f'{split} split in {classes.folder}: use a smaller --num_classes, or give the split more classes')
         shortest = int(np.argmin(classes.counts))
         if images > classes.counts[shortest]:
             raise ValueError(
@@ -230,17 +230,38 @@ class ImageLayout(NamedTuple):
     """How a data set lies on disk, and how its images are to be stored."""
     depth: int       # of a class folder below the data set's folder: 1 for <class>/, 2 for <Alphabet>/<character>/
     suffixes: tuple  # of its image files, lower case
-    size: tuple      # (height, width) every image must have
-    mode: str        # Pillow mode it is converted to: 'L' (one channel) or 'RGB' (three)
+    size: tuple      # (height, width) of the stored images
+    mode: str        # Pillow mode they are converted to: 'L' (one channel) or 'RGB' (three)
     invert: bool     # store 255 - pixel
+    resampling: int  # how images of another size are resized, see PIL.Image.Resampling
+    prepared: bool   # whether the files have that size already, so that others are mistakes
 
     def shape(self, total: int) -> tuple:
         """Of the array that holds `total` images."""
         return (total, *self.size, len(Image.new(self.mode, (1, 1)).getbands()))
 
 
-OMNIGLOT = ImageLayout(depth=2, suffixes=('.png',), size=(28, 28), mode='L', invert=True)
-MINIIMAGENET = ImageLayout(depth=1, suffixes=('.jpg', '.jpeg', '.png'), size=(84, 84), mode='RGB', invert=False)
+OMNIGLOT = ImageLayout(depth=2, suffixes=('.png',), size=(28, 28), mode='L', invert=True,
+                       resampling=Image.Resampling.NEAREST, prepared=True)
+MINIIMAGENET = ImageLayout(depth=1, suffixes=('.jpg', '.jpeg', '.png'), size=(84, 84), mode='RGB', invert=False,
+                           resampling=Image.Resampling.LANCZOS, prepared=True)
+
+
+def folder_layout(image_size: int, channels: int) -> ImageLayout:
+    """Of class folders of any images; channels: 1 (grey) or 3 (colour)."""
+    Image.init()   # Pillow knows few of its formats before
+    suffixes = sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    return ImageLayout(depth=1, suffixes=tuple(suffixes), size=(image_size, image_size), mode='L' if channels == 1 else 'RGB',
+                       invert=False, resampling=Image.Resampling.LANCZOS, prepared=False)
+
+
+def run_layout(settings: Mapping) -> ImageLayout:
+    """For images given to a model that was trained with these flags (datasource, image_size, channels): any file, any size."""
+    if settings['datasource'] == 'omniglot':
+        return OMNIGLOT._replace(prepared=False, suffixes=folder_layout(28, 1).suffixes)
+    if settings['datasource'] == 'miniimagenet':
+        return folder_layout(84, 3)
+    return folder_layout(settings['image_size'], settings['channels'])
 
 
 def load_omniglot(data_dir: str) -> dict[str, ClassImages]:
@@ -276,6 +297,35 @@ def load_miniimagenet(data_dir: str, splits: Iterable[str] = SPLITS) -> dict[str
             for split in splits}
 
 
+def load_folder(folder: str, image_size: int = 84, channels: int = 3, shares: Sequence[float] = (.64, .16, .2),
+                splits: Iterable[str] = SPLITS) -> dict[str, ClassImages]:
+    """The classes of `folder/<split>/<class>/*`, or of `folder/<class>/*`, shared out among train, val and test.
+
+    Any format that Pillow reads; images become image_size x image_size whatever their shape was, grey (channels 1) or
+    colour (3), transparency white. The pixels are kept beside the folder.
+
+    Args:
+      shares: of the classes that train, val and test get, in proportion; at least one class each. Which class goes
+        where depends on the classes' names alone. Without effect if there are folders for the splits.
+      splits: those that are needed; other folders need not exist.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: it is empty or has fewer than three classes, or an image cannot be read.
+    """
+    folder, layout = Path(folder), folder_layout(image_size, channels)
+    kind = f'{image_size}x{image_size}x{channels}'
+    if any((folder / split).is_dir() and _class_folders(folder / split, 1) for split in SPLITS):
+        return {split: load_class_folders(folder / split, layout, _cache_of(folder, split, kind)) for split in splits}
+    classes = load_class_folders(folder, layout, _cache_of(folder, kind))
+    if len(classes.names) < len(SPLITS):
+        raise ValueError(f'{folder} has only {len(classes.names)} class folders, but training, validation and test need at '
+                         'least one each')
+    total = sum(shares)
+    val, test = (max(1, round(len(classes.names) * share / total)) for share in shares[1:])
+    return {split: classes.select(chosen) for split, chosen in _share_out(len(classes.names), val, test).items()}
+
+
 def _target(folder: Path) -> str:
     return f'--target={shlex.quote(str(folder))}'
 
@@ -292,23 +342,29 @@ def split_classes(num_classes: int) -> dict[str, list[int]]:
     and 100, and the rest for test. A smaller set (of at least 3 classes) is shared out in the proportions
     1100 : 100 : 423, at least one class each.
     """
-    order = list(range(num_classes))
-    random.Random(1).shuffle(order)
-    train, val = 1100, 100
+    val, test = 100, num_classes - 1200
     if num_classes < 1201:
         val, test = (max(1, round(num_classes * share / 1623)) for share in (100, 423))
-        train = num_classes - val - test
+    return _share_out(num_classes, val, test)
+
+
+def _share_out(num_classes: int, val: int, test: int) -> dict[str, list[int]]:
+    """A shuffle with a fixed seed, cut into train, val and test, of which train gets what is left, and at least one."""
+    order = list(range(num_classes))
+    random.Random(1).shuffle(order)
+    train = max(1, num_classes - val - test)
+    val = min(val, num_classes - train - 1)
     return {'train': order[:train], 'val': order[train:train + val], 'test': order[train + val:]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Class folders, decoded once
 # ---------------------------------------------------------------------------------------------------------------------
-CACHE_FORMAT = 1  # raise it when what the cache holds changes
+CACHE_FORMAT = 2  # raise it when what the cache holds changes
 CHUNK = 256       # images decoded, written and checksummed together
 
 
-def load_class_folders(folder: Path, layout: ImageLayout, cache: Path, command: str) -> ClassImages:
+def load_class_folders(folder: Path, layout: ImageLayout, cache: Path, command: str | None = None) -> ClassImages:
     """All images of a folder of class folders, sorted by class and file name; hidden and stray files are ignored.
 
     They come from the cache if that matches the files (names, sizes, times of change) and its own checksums. Otherwise
@@ -318,21 +374,24 @@ def load_class_folders(folder: Path, layout: ImageLayout, cache: Path, command: 
       folder: the data set, or one split of it.
       layout: how it lies on disk.
       cache: the folder for the decoded images.
-      command: what makes the data, for the error messages.
+      command: what makes the data, for the error messages; None if it is the user's own.
 
     Raises:
       FileNotFoundError: there is no such folder.
       ValueError: it holds no classes, a class holds no images, or an image is damaged or has another size.
     """
+    again = f'move {folder} away and make it again with {command}'
     if not folder.is_dir():
-        raise FileNotFoundError(f'there is no folder {folder}; make it with {command}')
+        remedy = f'make it with {command}' if command else 'give --data_dir the folder that holds a folder of images for each class'
+        raise FileNotFoundError(f'there is no folder {folder}; {remedy}')
     classes = {name: _image_files(path, layout) for name, path in _class_folders(folder, layout.depth)}
     if not classes:
-        raise ValueError(f'{folder} holds no class folders; move it away and make it again with {command}')
+        raise ValueError(f'{folder} holds no class folders; {again if command else "it needs a folder of images for each class"}')
     for name, files in classes.items():
+        if not files and command:
+            raise ValueError(f'{folder / name} holds no images ({", ".join(layout.suffixes)}); remove it if it is no class, or {again}')
         if not files:
-            raise ValueError(f'{folder / name} holds no images ({", ".join(layout.suffixes)}); remove it if it is no '
-                             f'class, or move {folder} away and make it again with {command}')
+            raise ValueError(f'{folder / name} holds no images of a format that Pillow reads; add some, or remove it if it is no class')
     counts = np.array([len(files) for files in classes.values()])
     images = _cached_images(folder, layout, cache, [file for files in classes.values() for file in files], command)
     return ClassImages(str(folder), list(classes), np.cumsum(counts) - counts, counts, images)
@@ -353,16 +412,21 @@ def _class_folders(folder: Path, depth: int) -> list[tuple[str, str]]:
     return found
 
 
+def image_files(folder: str | Path, layout: ImageLayout) -> list[str]:
+    """The paths of a folder's images, sorted by name."""
+    return [file.path for file in _image_files(str(folder), layout)]
+
+
 def _image_files(folder: str, layout: ImageLayout) -> list[os.DirEntry]:
     return [entry for entry in _visible(folder) if entry.name.lower().endswith(layout.suffixes) and entry.is_file()]
 
 
 def _cached_images(folder: Path, layout: ImageLayout, cache: Path, files: list[os.DirEntry],
-                   command: str) -> np.ndarray:
+                   command: str | None) -> np.ndarray:
     """The images of `files` in order, [total, height, width, channels] uint8: mapped from the cache, else decoded."""
     def blocks() -> Iterator[np.ndarray]:
         print(f'Decoding the {len(files)} images of {folder}.', file=sys.stderr, flush=True)
-        return _decode_all(files, lambda file: _decode(file.path, layout, command))
+        return _decode_all(files, lambda file: read_image(file.path, layout, command))
 
     key, shape = _fingerprint(folder, layout, files), layout.shape(len(files))
     images = _read_cache(cache, key, shape)
@@ -382,7 +446,7 @@ def _cached_images(folder: Path, layout: ImageLayout, cache: Path, files: list[o
 
 def _fingerprint(folder: Path, layout: ImageLayout, files: list[os.DirEntry]) -> str:
     """Changes when the layout or any file's name, size or time of change does."""
-    digest = hashlib.sha256(repr((CACHE_FORMAT, layout)).encode())
+    digest = hashlib.sha256(repr((CACHE_FORMAT, layout._replace(suffixes=()))).encode())
     for file in files:
         status = file.stat()
         path = os.fsencode(file.path.removeprefix(str(folder)))  # the folder itself may move
@@ -445,21 +509,39 @@ def _decode_all(files: list[os.DirEntry], decode: Callable[[os.DirEntry], np.nda
                     print(f'{done} of {len(files)}', end='\n' if done == len(files) else '\r', file=sys.stderr)
 
 
-def _decode(path: str, layout: ImageLayout, command: str) -> np.ndarray:
-    """One image, [height, width, channels] uint8."""
+def read_image(path: str, layout: ImageLayout, command: str | None = None) -> np.ndarray:
+    """One image, [height, width, channels] uint8; `command` as for load_class_folders.
+
+    Raises:
+      ValueError: it cannot be decoded, or is not of the layout's size if that is for prepared images.
+    """
+    again = f', or move the data away and make it again with {command}' if command else ''
     try:
         with Image.open(path) as image:
             size, mode = image.size[::-1], image.mode
-            if size == layout.size:
-                pixels = np.asarray(image.convert(layout.mode)).reshape(layout.shape(1)[1:])
+            fits = mode not in ('I', 'F') and not (layout.prepared and (size != layout.size or mode.startswith('I;')))
+            pixels = _pixels(image, layout) if fits else None
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others on damaged files
-        raise ValueError(f'{path} cannot be decoded ({error}); replace it, or move the data away and make it again '
-                         f'with {command}') from error
-    if size != layout.size or mode in ('I', 'F') or mode.startswith('I;'):  # those have more than 8 bits
-        expected = '{}x{}'.format(*layout.size)
-        raise ValueError(f'{path} is {size[0]}x{size[1]} of mode {mode}, but images of {expected} with at most 8 bits '
-                         f'per channel are expected; move the data away and make it again with {command}')
+        raise ValueError(f'{path} cannot be decoded ({error}); replace it{again or " or remove it"}') from error
+    if not fits:  # the modes have more than 8 bits
+        expected = '{}x{} with at most 8'.format(*layout.size) if layout.prepared else 'at most 16'
+        raise ValueError(f'{path} is {size[0]}x{size[1]} of mode {mode}, but images of {expected} bits per channel are '
+                         f'expected; replace it{again or " or remove it"}')
     return ~pixels if layout.invert else pixels
+
+
+def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:
+    """The way up that a camera noted, on white where it is transparent, [height, width, channels] uint8."""
+    if not layout.prepared:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I;'):                   # 16 bits, which Pillow's conversion would cut off at 255
+        image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
+    if image.has_transparency_data and not layout.prepared:
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+    image = image.convert(layout.mode)
+    if image.size[::-1] != layout.size:
+        image = image.resize(layout.size[::-1], layout.resampling)
+    return np.asarray(image).reshape(layout.shape(1)[1:])
 
 
 def _chunks(items: Sequence) -> list[Sequence]:

@@ -1,4 +1,4 @@
-"""Trains and evaluates MAML on sinusoids, Omniglot and miniImagenet.
+"""Trains and evaluates MAML on sinusoids, Omniglot, miniImagenet and any folder of class folders of images.
 
     python main.py --datasource=sinusoid --logdir=logs/sine/ --metatrain_iterations=70000 --norm=None --update_batch_size=10
     python main.py --datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=32 --update_batch_size=1 \
@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import numpy as np
+import scipy.stats
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')   # no lines about CPU features and missing GPUs
 import tensorflow as tf
 from absl import app, flags, logging
 
 import data_generator
-from maml import IMAGE_SHAPES, MAML, Results, make_model
+from maml import IMAGE_SHAPES, MAML, MODEL_SETTINGS, Results, make_model
 from utils import (Batch, DamagedCheckpoint, checkpoints, event_files, first_line, fit_picture, forget_summaries, lock,
                    read_run_state, remove_checkpoint, remove_leftovers, task_picture, write_checkpoint)
 
@@ -70,10 +71,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
         getattr(flags, f'DEFINE_{kind}')(name=name, default=default, help=meaning, flag_values=values, **kwargs)
 
     natural = {'lower_bound': 0}
-    define('enum', 'datasource', 'sinusoid', 'where tasks come from', enum_values=['sinusoid', 'omniglot', 'miniimagenet'])
+    define('enum', 'datasource', 'sinusoid', 'where tasks come from', enum_values=['sinusoid', 'omniglot', 'miniimagenet', 'folder'])
     define('integer', 'num_classes', 5, 'N, ways: classes of a task (images only)')
     define('enum', 'baseline', None, 'oracle: amplitude and phase are inputs (sinusoid only)', enum_values=['oracle', 'None'])
-    define('string', 'data_dir', 'data', 'folder of the prepared data')
+    define('string', 'data_dir', 'data', 'folder of the prepared data, or of your own class folders')
+    define('string', 'split', '0.64,0.16,0.2', 'shares of the classes that train, val and test get (folder only)')
+    define('integer', 'image_size', 84, 'height and width that images are resized to (folder only)')
+    define('integer', 'channels', 3, '3: colour, 1: grey (folder only)')
     define('integer', 'seed', 0, 'of the initial weights and the training tasks', **natural)
     # Training
     define('integer', 'pretrain_iterations', 0, 'iterations of joint training on all tasks, before meta-training', **natural)
@@ -99,6 +103,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     flags.DEFINE(CheckpointParser(), 'test_iter', -1, 'iteration of the checkpoint to load; -1: the newest; best: that of the best '
                  'validation', flag_values=values)
     define('boolean', 'test_set', False, 'evaluate on the test classes, else on the validation classes')
+    define('integer', 'test_query', -1, 'query images per class in evaluation (-1: as many as shots; images only)')
+    define('boolean', 'transductive', True, "evaluate with batch normalisation by the queries' own statistics, else by the support set's")
     define('integer', 'train_update_batch_size', -1, 'K used in training, when evaluating with another K (-1: the same)')
     define('float', 'train_update_lr', -1, 'α used in training, when evaluating with another α (-1: the same)')
 
@@ -114,7 +120,7 @@ def settings(f: flags.FlagValues) -> dict:
 
 def check_flags(f: flags.FlagValues):
     """Raises ValueError with one sentence for flags that make no sense, alone or together."""
-    for name in ('num_classes', 'meta_batch_size', 'update_batch_size', 'num_updates', 'num_filters'):
+    for name in ('num_classes', 'meta_batch_size', 'update_batch_size', 'num_updates', 'num_filters', 'image_size'):
         if f[name].value < 1:
             raise ValueError(f'--{name} must be at least 1, but it is {f[name].value}')
     for name in ('meta_lr', 'update_lr'):
@@ -126,7 +132,23 @@ def check_flags(f: flags.FlagValues):
     if f.train_update_lr != -1 and not 0 <= f.train_update_lr < float('inf'):
         raise ValueError('--train_update_lr must be a step size of 0 or more, or -1 for that of --update_lr, but it is '
                          f'{f.train_update_lr}')
+    if f.channels not in (1, 3):
+        raise ValueError(f'--channels must be 1 (grey) or 3 (colour), but it is {f.channels}')
+    if f.test_query != -1 and f.test_query < 1:
+        raise ValueError(f'--test_query must be at least 1, or -1 for as many as shots, but it is {f.test_query}')
+    split_shares(f)
     check_combinations(f)
+
+
+def split_shares(f: flags.FlagValues) -> tuple[float, ...]:
+    """The value of --split. Raises ValueError."""
+    try:
+        values = tuple(map(float, f.split.split(',')))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or not all(0 < value < float('inf') for value in values):
+        raise ValueError(f'--split must be three numbers above 0, for train, val and test, as 0.64,0.16,0.2, but it is {f.split}')
+    return values
 
 
 def check_combinations(f: flags.FlagValues):
@@ -135,6 +157,9 @@ def check_combinations(f: flags.FlagValues):
         raise ValueError(f'--baseline=oracle knows amplitude and phase, so it needs --datasource=sinusoid, not {f.datasource}')
     if f.overwrite and (f.resume or not f.train):
         raise ValueError('--overwrite removes an earlier run of the same name, so it needs --resume=False and --train=True')
+    evaluation_only = [name for name, wanted in [('test_query', f.test_query != -1), ('transductive', not f.transductive)] if wanted]
+    if f.train and evaluation_only:
+        raise ValueError(f'--{evaluation_only[0]}={f[evaluation_only[0]].value} is for evaluation, so it needs --train=False')
     if f.train and f.test_iter == 'best':
         raise ValueError('--test_iter=best is for evaluation, so it needs --train=False')
     if f.train and sum(iterations(f)) == 0:
@@ -167,8 +192,7 @@ def run_name(f: flags.FlagValues) -> str:
 
 def model_settings(f: flags.FlagValues) -> dict:
     """The flags that `make_model` takes."""
-    return {name: f[name].value for name in ('datasource', 'num_classes', 'norm', 'num_filters', 'conv', 'max_pool', 'baseline',
-                                             'update_batch_size', 'update_lr', 'num_updates', 'meta_lr', 'stop_grad', 'seed')}
+    return {name: f[name].value for name in MODEL_SETTINGS}
 
 
 def iterations(f: flags.FlagValues) -> tuple[int, int]:
@@ -186,12 +210,22 @@ def make_generators(f: flags.FlagValues) -> dict[str, data_generator.DataGenerat
         return {split: data_generator.SinusoidGenerator(shots, shots, f.baseline == 'oracle', seed)
                 for split, seed in splits.items()}
     if f.datasource == 'omniglot':
-        queries, folders = shots, data_generator.load_omniglot(data_dir)
-    else:
+        folders = data_generator.load_omniglot(data_dir)
+    elif f.datasource == 'miniimagenet':
         folders = data_generator.load_miniimagenet(data_dir, splits)
-        queries = 0 if f.metatrain_iterations == 0 else MINIIMAGENET_QUERY_IMAGES if f.train else shots
-    return {split: data_generator.ImageGenerator(folders, f.num_classes, shots, queries, f.datasource == 'omniglot', seed,
+    else:
+        folders = data_generator.load_folder(data_dir, f.image_size, f.channels, split_shares(f), splits)
+    return {split: data_generator.ImageGenerator(folders, f.num_classes, shots, query_images(f), f.datasource == 'omniglot', seed,
                                                  splits=[split]) for split, seed in splits.items()}
+
+
+def query_images(f: flags.FlagValues) -> int:
+    """Q, per class: the original's, if --test_query does not say otherwise."""
+    if not f.train and f.test_query != -1:
+        return f.test_query
+    if f.datasource == 'miniimagenet' and f.metatrain_iterations == 0:
+        return 0
+    return MINIIMAGENET_QUERY_IMAGES if f.datasource == 'miniimagenet' and f.train else f.update_batch_size
 
 
 def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
@@ -234,11 +268,13 @@ def load(model: MAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[
 def check_contradictions(path: str, stored: dict, f: flags.FlagValues):
     """Raises ValueError with the list of flags that are not what the run was trained with, and matter."""
     free = {'log', 'logdir', 'data_dir', 'resume', 'overwrite', 'train', 'test_iter', 'test_set', 'metatrain_iterations',
-            'train_update_batch_size', 'train_update_lr'}
-    network = {'datasource', 'num_classes', 'norm', 'num_filters', 'conv', 'max_pool', 'baseline'}
+            'train_update_batch_size', 'train_update_lr', 'test_query', 'transductive'}
+    network = {'datasource', 'num_classes', 'norm', 'num_filters', 'conv', 'max_pool', 'baseline', 'image_size', 'channels',
+               'split'}   # the last decides which classes were not trained on
     names = [name for name in settings(f) if (name not in free if f.train else name in network)]
+    alike = {'miniimagenet', 'folder'}   # to evaluate the model of the one on the other is no mistake
     wrong = [f'--{name}={stored[name]} (now {f[name].value})' for name in names
-             if name in stored and stored[name] != f[name].value]
+             if name in stored and stored[name] != f[name].value and (f.train or not {stored[name], f[name].value} <= alike)]
     if wrong:
         raise ValueError(f'{path} was trained with {", ".join(wrong)}: give the same flags, or another --logdir')
 
@@ -303,7 +339,7 @@ class Log:
         """Takes validation tasks in and prints their means. Returns mean and 95 % interval of the accuracy after training's
         number of updates."""
         pre, post = self.summaries('metaval', results, iteration)
-        interval = 1.96 * np.std(results.accuracies2[self.update]) / np.sqrt(results.accuracies2.shape[1])
+        interval = confidence(results.accuracies2[self.update])
         self.line(f'Validation results: {pre}, {post}')
         if self.writer:
             self._scalars(('metaval_Post-update_accuracy_interval',), tf.constant([interval]), tf.constant(iteration, tf.int64))
@@ -351,6 +387,11 @@ def means(results: Results, kind: str) -> tuple[float, np.ndarray]:
     return np.mean(before), np.mean(after, axis=1)
 
 
+def confidence(values: np.ndarray) -> float:
+    """Half of the 95 % interval of the mean of a small sample, [tasks], by Student's t."""
+    return float(scipy.stats.sem(values) * scipy.stats.t.ppf(.975, len(values) - 1))
+
+
 class Diverged(Exception):
     """The loss, or a weight, is no longer a number; the text is one sentence for the user."""
 
@@ -363,7 +404,7 @@ class Run:
         self.model, self.generators, self.f, self.folder, self.start = model, generators, f, folder, start
         self.saved = start - 1                          # iteration of the newest checkpoint
         self.best = (state or {}).get('best')           # {'iteration', 'accuracy', 'interval'} of the best validation
-        self.num_updates = max(f.num_updates, {'sinusoid': 5, 'omniglot': 10, 'miniimagenet': 1}[f.datasource])
+        self.num_updates = max(f.num_updates, {'sinusoid': 5, 'omniglot': 10}.get(f.datasource, 1))
         self.log = Log(folder, f, start)
         self.log.before, self.log.after = ([*map(np.float32, values)] for values in (state or {}).get('printing', ([], [])))
 
@@ -404,7 +445,7 @@ class Run:
         if self.f.datasource == 'sinusoid':
             self.log.picture('fit', self.fit(), iteration)
         else:
-            size, channels = IMAGE_SHAPES[self.f.datasource]
+            size, channels = IMAGE_SHAPES.get(self.f.datasource, (self.f.image_size, self.f.channels))
             self.log.picture('task', task_picture(batch, (size, size, channels)), iteration)
 
     def fit(self) -> np.ndarray:
@@ -546,11 +587,11 @@ def ahead(draw: Callable, arguments: Iterable) -> Iterator:
 def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path):
     """600 tasks: prints means, standard deviations and 95 % intervals over 0...10 updates and writes them as csv and pkl."""
     (split, generator), = generators.items()
-    chunk = {'sinusoid': 600, 'omniglot': 20, 'miniimagenet': 4}[f.datasource]   # tasks at once: bounds the memory
+    chunk = {'sinusoid': 600, 'omniglot': 20}.get(f.datasource, 4)   # tasks at once: bounds the memory
     rows = []
     draw = lambda i: generator.batch(split, 0, EVALUATION_TASKS, slice(i, i + chunk))
     for batch in ahead(draw, range(0, EVALUATION_TASKS, chunk)):
-        results = model.evaluate(batch, max(f.num_updates, EVALUATION_UPDATES))
+        results = model.evaluate(batch, max(f.num_updates, EVALUATION_UPDATES), f.transductive)
         before, after = results[:2] if f.datasource == 'sinusoid' else results[2:4]
         rows.append(np.concatenate([[before], after]).T)   # [chunk, 1 + updates]
         if sys.stdout.isatty():
@@ -560,7 +601,8 @@ def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path):
     interval = 1.96 * stddev / np.sqrt(len(values))
     print('Mean validation accuracy/loss, stddev, and confidence intervals')
     print((mean, stddev, interval))
-    name = f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}' + ('_best' if f.test_iter == 'best' else '')
+    name = (f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}' + (f'_query{f.test_query}' if f.test_query != -1 else '')
+            + ('' if f.transductive else '_inductive') + ('_best' if f.test_iter == 'best' else ''))
     write_whole(folder / f'{name}.pkl', pickle.dumps({'mses': values}))
     text = io.StringIO()
     csv.writer(text).writerows([[f'update{j}' for j in range(len(mean))], mean, stddev, interval])

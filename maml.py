@@ -4,17 +4,22 @@ The task axis is explicit. After the first inner step each task has weights of i
 the data, and every layer acts on all T tasks of a meta-batch at once. "a" is the support set (inner gradient), "b" the
 query set (outer gradient).
 """
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from special_grads import Shared, max_pool2x2, patches3x3, per_task
-from utils import (Batch, accuracy, convolve, convolve_normalized, convolve_patches, cross_entropy, dense, initial_value,
-                   mean_squared_error, norm_parameters, normalize, normalize_patches, read_checkpoint)
+from special_grads import Shared, max_pool2x2, patches3x3, per_task, sizes
+from utils import (Batch, accuracy, checkpoints, convolve, convolve_normalized, convolve_patches, cross_entropy,
+                   dense, initial_value, mean_squared_error, norm_parameters, normalize, normalize_patches, read_checkpoint,
+                   read_run_state)
 
 SHARE_SIZE = 2 ** 15   # input values of the tasks that run together, see `shares`
 IMAGE_SHAPES = {'omniglot': (28, 1), 'miniimagenet': (84, 3)}   # height = width, channels
+MODEL_SETTINGS = ('datasource', 'num_classes', 'norm', 'num_filters', 'conv', 'max_pool', 'baseline', 'image_size', 'channels',
+                  'update_batch_size', 'update_lr', 'num_updates', 'meta_lr', 'stop_grad', 'seed')   # that `make_model` takes
+Weights = dict[str, np.ndarray]   # of a task: {name: [...]}; of several: {name: [T, ...]}
 
 
 class Results(NamedTuple):
@@ -51,15 +56,15 @@ class FullyConnected:
         for scope, size in zip(self.scopes, dim_hidden):
             self.norm_parameters |= norm_parameters(norm, scope, size)
 
-    def prepare(self, inputs: tf.Tensor) -> tf.Tensor:
+    def prepare(self, inputs: tf.Tensor, leading: int | tf.Tensor | None = None) -> tf.Tensor:
         """The part of the forward pass that no weight enters: none here."""
         return inputs
 
-    def __call__(self, x: tf.Tensor, weights: dict, norms: dict) -> tf.Tensor:
-        """x: [T, examples, D]; weights: [T, ...] each. Returns [T, examples, out]."""
+    def __call__(self, x: tf.Tensor, weights: dict, norms: dict, leading: int | tf.Tensor | None = None) -> tf.Tensor:
+        """x: [T, examples, D]; weights: [T, ...] each; leading: see utils.batch_norm. Returns [T, examples, out]."""
         for i, scope in enumerate(self.scopes, start=1):
             x = dense(x, weights[f'w{i}'], weights[f'b{i}'])
-            x = tf.nn.relu(normalize(x, self.norm, scope, norms))
+            x = tf.nn.relu(normalize(x, self.norm, scope, norms, leading=leading))
         last = len(self.scopes) + 1
         return dense(x, weights[f'w{last}'], weights[f'b{last}'])
 
@@ -90,19 +95,20 @@ class Convolutional:
         features = filters * image_size ** 2 if flatten else filters
         self.parameters |= {'w5': ('glorot' if flatten else 'normal', (features, classes)), 'b5': ('zeros', (classes,))}
 
-    def prepare(self, inputs: tf.Tensor):
+    def prepare(self, inputs: tf.Tensor, leading: int | tf.Tensor | None = None):
         """The part of the forward pass that no weight enters: patches of the images [T, examples, H*W*C]."""
-        patches = patches3x3(tf.reshape(inputs, [*inputs.shape[:2], *self.image_shape]), self.stride)
-        return normalize_patches(patches) if self.norm == 'batch_norm' else patches   # [T, examples, H', W', 9*C]
+        patches = patches3x3(tf.reshape(inputs, [*sizes(inputs)[:2], *self.image_shape]), self.stride)
+        return normalize_patches(patches, leading) if self.norm == 'batch_norm' else patches   # [T, examples, H', W', 9*C]
 
-    def __call__(self, x, weights: dict, norms: dict) -> tf.Tensor:
-        """x: from `prepare`; weights: [T, ...] each. Returns logits [T, examples, classes]."""
+    def __call__(self, x, weights: dict, norms: dict, leading: int | tf.Tensor | None = None) -> tf.Tensor:
+        """x: from `prepare`; weights: [T, ...] each; leading: see utils.batch_norm. Returns logits [T, examples, classes]."""
         for i in range(1, 5):
-            x = self._block(i, x, weights[f'conv{i}'], weights[f'b{i}'], norms)
-        features = tf.reshape(x, [*x.shape[:2], -1]) if self.flatten else tf.reduce_mean(x, [2, 3])  # [T, examples, F']
+            x = self._block(i, x, weights[f'conv{i}'], weights[f'b{i}'], norms, leading)
+        flat = [*sizes(x)[:2], int(np.prod(x.shape[2:]))]
+        features = tf.reshape(x, flat) if self.flatten else tf.reduce_mean(x, [2, 3])   # [T, examples, F']
         return dense(features, weights['w5'], weights['b5'])
 
-    def _block(self, i: int, x, kernel: tf.Tensor, bias: tf.Tensor, norms: dict) -> tf.Tensor:
+    def _block(self, i: int, x, kernel: tf.Tensor, bias: tf.Tensor, norms: dict, leading: int | tf.Tensor | None) -> tf.Tensor:
         """Convolution, normalisation, ReLU and pooling, which commutes with the ReLU and comes first.
 
         Batch normalisation takes any bias away again, so adding it would change nothing but the rounding.
@@ -113,7 +119,7 @@ class Convolutional:
         else:
             x = convolve_patches(x, kernel) if i == 1 else convolve(x, kernel, self.stride)
             x = x if self.norm == 'batch_norm' else x + per_task(bias)[:, tf.newaxis, tf.newaxis, tf.newaxis]
-            x = normalize(x, self.norm, str(i - 1), norms, self.max_pool)
+            x = normalize(x, self.norm, str(i - 1), norms, self.max_pool, leading)
         return tf.nn.relu(x)
 
 
@@ -160,7 +166,8 @@ class MAML(tf.Module):
         Piece by piece, XLA compiles one inner update, however many there are, instead of all of them unrolled.
         """
         piece = lambda function: tf.function(function, jit_compile=compiled, autograph=False)
-        self._prepare, self._update, self._outcome = map(piece, (self.network.prepare, self.update, self.outcome))
+        self._prepare, self._update, self._outcome, self._output = map(
+            piece, (self.network.prepare, self.update, self.outcome, self.output))
         self._apply = {optimizer: piece(optimizer.apply) for optimizer in (self.metatrain_optimizer, self.pretrain_optimizer)}
         self._steps = piece(self._steps)
         self.metatrain_step, self.pretrain_step, self._evaluate = (
@@ -174,11 +181,14 @@ class MAML(tf.Module):
 
     # Algorithm 1 (and 2, for regression), line by line. Line 3, sampling the tasks, is data_generator.py's.
 
-    def update(self, weights: dict, norms: dict, x: tf.Tensor, label: tf.Tensor) -> dict[str, tf.Tensor]:
+    def update(self, weights: dict, norms: dict, x: tf.Tensor, label: tf.Tensor, lr: float | tf.Tensor | None = None
+               ) -> dict[str, tf.Tensor]:
         """One inner update of every task: θ' = θ − α ∇_θ L_Ti(f_θ), lines 5 to 7 (6) and equation 1.
 
-        weights: {name: [T, ...] or Shared}; x: prepared support inputs; label: [T, examples, out]. Returns {name: [T, ...]}.
+        weights: {name: [T, ...] or Shared}; x: prepared support inputs; label: [T, examples, out]; lr: α, if not
+        `update_lr`. Returns {name: [T, ...]}.
         """
+        alpha = self.update_lr if lr is None else lr
         own = {name: w.perturbation if isinstance(w, Shared) else w for name, w in weights.items()}
         with tf.GradientTape() as inner:
             inner.watch(own)
@@ -186,18 +196,27 @@ class MAML(tf.Module):
         gradients = inner.gradient(losses, own, unconnected_gradients='zero')    # of one task each, [T, ...]
         if self.stop_grad:                                                       # first order: they count as constants
             gradients = tf.nest.map_structure(tf.stop_gradient, gradients)
-        return {name: per_task(theta) - self.update_lr * gradients[name] for name, theta in weights.items()}
+        return {name: per_task(theta) - alpha * gradients[name] for name, theta in weights.items()}
 
-    def outcome(self, weights: dict, norms: dict, x: tf.Tensor, label: tf.Tensor) -> tuple:
-        """Loss [T], accuracy [T] and output [T, examples, out] of tasks with the weights {name: [T, ...]}."""
-        output = self.network(x, weights, norms)
+    def outcome(self, weights: dict, norms: dict, x: tf.Tensor, label: tf.Tensor, leading: int | None = None) -> tuple:
+        """Loss [T], accuracy [T] and output [T, examples, out] of tasks with the weights {name: [T, ...]}.
+
+        leading: so many examples at the beginning have no label; they give batch normalisation its statistics.
+        """
+        output = self.output(weights, norms, x, leading)
         return self.loss(output, label), accuracy(output, label), output
 
-    def initial_weights(self, tasks: int) -> dict[str, tf.Tensor]:
+    def output(self, weights: dict, norms: dict, x: tf.Tensor, leading: int | tf.Tensor | None = None) -> tf.Tensor:
+        """What the network makes of prepared inputs, [T, examples, out]; without the leading ones, see `outcome`."""
+        if leading is None:
+            return self.network(x, weights, norms)
+        return self.network(x, weights, norms, leading)[:, leading:]
+
+    def initial_weights(self, tasks: int | tf.Tensor) -> dict[str, tf.Tensor]:
         """θ, once per task: {name: [T, ...]}."""
         return {name: per_task(theta) for name, theta in self.shared_weights(tasks).items()}
 
-    def shared_weights(self, tasks: int) -> dict[str, Shared]:
+    def shared_weights(self, tasks: int | tf.Tensor) -> dict[str, Shared]:
         """θ, which the tasks have in common until the first update."""
         return {name: Shared(tf.convert_to_tensor(theta), tf.zeros([tasks, *theta.shape], self.dtype))
                 for name, theta in self.weights.items()}
@@ -278,29 +297,34 @@ class MAML(tf.Module):
         self._apply[self.pretrain_optimizer](gradients, self.parameters)
         return loss
 
-    def evaluate(self, batch: Batch, num_updates: int) -> Results:
+    def evaluate(self, batch: Batch, num_updates: int, transductive: bool = True) -> Results:
         """Losses, accuracies and outputs of each task before and after each of `num_updates` inner updates.
 
+        transductive: batch normalisation takes the queries' own statistics, as in training and in the paper, so that an
+        answer depends on the other queries; else the statistics of the support set with the same weights.
         Raises ValueError for a meta-batch of wrong shape or type, or fewer than one update.
         """
         if num_updates < 1:
             raise ValueError(f'num_updates must be at least 1, but it is {num_updates}')
-        return self._evaluate(Batch(*map(tf.convert_to_tensor, batch)), num_updates)
+        return self._evaluate(Batch(*map(tf.convert_to_tensor, batch)), num_updates, transductive)
 
-    def _evaluate(self, batch: Batch, num_updates: int) -> Results:
+    def _evaluate(self, batch: Batch, num_updates: int, transductive: bool) -> Results:
         check_batch(batch, self.network, self.dtype)
-        parts = [self._evaluate_share(share, num_updates) for share in shares(batch)]
+        parts = [self._evaluate_share(share, num_updates, transductive) for share in shares(batch)]
         task_axis = Results(loss1=0, losses2=1, accuracy1=0, accuracies2=1, outputa=0, outputsb=1)
         return Results(*(tf.concat(values, axis) for values, axis in zip(zip(*parts), task_axis)))
 
-    def _evaluate_share(self, batch: Batch, num_updates: int) -> Results:
-        support, query = self._prepare(batch.inputa), self._prepare(batch.inputb)
+    def _evaluate_share(self, batch: Batch, num_updates: int, transductive: bool) -> Results:
+        support, query, leading = self._prepare(batch.inputa), batch.inputb, None
+        if not transductive:
+            leading, query = batch.inputa.shape[1], tf.concat([batch.inputa, query], axis=1)   # the support set leads
+        query = self._prepare(query, *([] if transductive else [leading]))
         weights = self.initial_weights(batch.inputa.shape[0])
         loss1, accuracy1, outputa = self._outcome(weights, self.norms, support, batch.labela)
         outcomes = []
         for _ in range(num_updates):
             weights = self._update(weights, self.norms, support, batch.labela)
-            outcomes.append(self._outcome(weights, self.norms, query, batch.labelb))
+            outcomes.append(self._outcome(weights, self.norms, query, batch.labelb, leading))
         losses2, accuracies2, outputsb = map(tf.stack, zip(*outcomes))
         return Results(loss1, losses2, accuracy1, accuracies2, outputa, outputsb)
 
@@ -324,6 +348,133 @@ class MAML(tf.Module):
             for name, variable in variables.items():
                 variable.assign(tf.cast(values[name], variable.dtype))
         return complete
+
+
+    # One's own tasks, as NumPy arrays. Of one task, x [examples, ...], y [examples] and weights [...]; of several, with an axis
+    # of tasks before: x [T, examples, ...], y [T, examples], weights [T, ...]. An example is an array of any shape of the
+    # network's size, such as an image [height, width, channels] with values from 0 to 1, or uint8 from 0 to 255. y are
+    # the classes' numbers, 0 to N-1; of regression, [(T,) examples, out].
+
+    @classmethod
+    def load(cls, run_folder: str | Path, checkpoint: int | str = -1, compiled: bool = False) -> 'MAML':
+        """The model of a training run, with the flags it was trained with, which are in the attribute `settings`.
+
+        checkpoint: an iteration, -1 for the newest, or 'best' for that of the best validation. compiled: see MAML; it
+        takes seconds for each new number of tasks or examples, and pays for many tasks.
+        Raises ValueError if there is no such checkpoint, or it is damaged or does not tell its flags.
+        """
+        found = checkpoints(run_folder, 'best' if checkpoint == 'best' else 'model')
+        if not found or checkpoint not in (-1, 'best', *found):
+            there = ', '.join(map(str, checkpoints(run_folder))) or 'none'
+            raise ValueError(f'{run_folder} has no checkpoint {"" if checkpoint == -1 else checkpoint!r}; it should be a folder that '
+                             f'main.py trained in, LOGDIR/cls_...; iterations that are there: {there}')
+        path = found[checkpoint if checkpoint in found else max(found)]
+        settings = read_run_state(path).get('flags')
+        if not settings:
+            raise ValueError(f'{path} does not tell the flags it was trained with; if it is the TensorFlow 1 original\'s, '
+                             'scripts/import_tf1_checkpoint.py makes one that does')
+        model = make_model(**{name: settings[name] for name in MODEL_SETTINGS if name in settings}, compiled=compiled)
+        model.restore(path)
+        model.settings = settings
+        return model
+
+    def adapt(self, support_x: np.ndarray, support_y: np.ndarray, steps: int | None = None, lr: float | None = None,
+              weights: Weights | None = None) -> Weights:
+        """The weights after `steps` inner updates on the support set of a task, or of several; equation 1.
+
+        steps: `num_updates` if None. lr: α, `update_lr` if None; for a classifier it is scaled so that it means the same
+        for any number of examples. weights: where to start, θ if None. Raises ValueError for arrays that do not fit.
+        """
+        steps, lr = (self.num_updates if steps is None else steps), (self.update_lr if lr is None else lr)
+        if steps < 0 or not 0 <= lr < float('inf'):
+            raise ValueError(f'steps and lr must not be negative or infinite, but they are {steps} and {lr}')
+        label, single = self._labels(support_y)                                  # [T, examples, out]
+        x = self._prepare(self._examples(support_x, 'support_x', single, label.shape[:2]))
+        adapted = self.initial_weights(label.shape[0]) if weights is None else self._given(weights, label.shape[0], single)
+        lr = tf.constant(lr * self.example_scale(label.shape[1]), self.dtype)
+        for _ in range(steps):
+            adapted = self._update(adapted, self.norms, x, label, lr)
+        return {name: value.numpy()[0] if single else value.numpy() for name, value in adapted.items()}
+
+    def predict(self, query_x: np.ndarray, weights: Weights, support_x: np.ndarray | None = None) -> np.ndarray:
+        """Class probabilities of the queries, [(T,) queries, N]; of regression, the outputs.
+
+        weights: from `adapt`. support_x: if given, batch normalisation takes its statistics of this support set alone, so
+        that an answer does not depend on the other queries; else of the queries, as in training and in the paper.
+        Raises ValueError for arrays that do not fit.
+        """
+        single = self._is_single(weights)
+        x, leading = self._examples(query_x, 'query_x', single), None
+        if support_x is not None:
+            support = self._examples(support_x, 'support_x', single)
+            x, leading = tf.concat([support, x], axis=1), support.shape[1]
+        given = self._given(weights, x.shape[0], single)
+        output = self._output(given, self.norms, self._prepare(x, *([] if leading is None else [leading])), leading)
+        output = (tf.nn.softmax(output) if self.is_classifier else output).numpy()
+        return output[0] if single else output
+
+    def task_loss(self, x: np.ndarray, y: np.ndarray, weights: Weights) -> np.ndarray:
+        """The mean loss of a task's examples, a number; of several tasks, [T]. Arguments and errors as of `adapt`."""
+        label, single = self._labels(y)
+        inputs = self._prepare(self._examples(x, 'x', single, label.shape[:2]))
+        loss = self._outcome(self._given(weights, label.shape[0], single), self.norms, inputs, label)[0].numpy()
+        loss *= self.loss.shots / label.shape[1] if self.is_classifier else 1
+        return loss[0] if single else loss
+
+    def example_scale(self, examples: float | tf.Tensor) -> float | tf.Tensor:
+        """What α is to be multiplied by for a support set of so many examples: the loss of a classifier is a sum over them
+        divided by training's K, and α is meant for N times their mean, whatever their number."""
+        return self.loss.shots * self.network.dim_output / examples if self.is_classifier else 1
+
+    @property
+    def is_classifier(self) -> bool:
+        return hasattr(self.loss, 'shots')
+
+    def _labels(self, y: np.ndarray) -> tuple[tf.Tensor, bool]:
+        """Labels [T, examples, out] of what `adapt` takes, and whether they are of one task without an axis for it."""
+        y, out = np.asarray(y), self.network.dim_output
+        single = y.ndim == (1 if self.is_classifier else 2)
+        if y.ndim != 2 - single + (not self.is_classifier) or not y.size:
+            raise ValueError(f'labels must be [examples{"" if self.is_classifier else f", {out}"}], or that with an axis of tasks before, '
+                             f'but they are {list(y.shape)}')
+        if self.is_classifier and (not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= out):
+            raise ValueError(f'labels must be integers from 0 to {out - 1}, but they are {y.dtype} from {y.min()} to {y.max()}')
+        if not self.is_classifier and y.shape[-1] != out:
+            raise ValueError(f'labels must have {out} values per example, but they are {list(y.shape)}')
+        label = np.eye(out)[y] if self.is_classifier else y
+        return tf.constant(label[np.newaxis] if single else label, self.dtype), single
+
+    def _examples(self, x: np.ndarray, name: str, single: bool, axes: tuple | None = None) -> tf.Tensor:
+        """Inputs [T, examples, D] of what `adapt` takes; axes: (T, examples), if known."""
+        x, size = np.asarray(x), self.network.dim_input
+        x = x[np.newaxis] if single else x
+        if x.ndim < 3 or not x.size or int(np.prod(x.shape[2:])) != size or axes and x.shape[:2] != tuple(axes):
+            shape = list(getattr(self.network, 'image_shape', [size]))
+            tasks, examples = axes or ('T', 'examples')
+            raise ValueError(f'{name} must be {[*([] if single else [tasks]), examples, *shape]}, but it is {list(x.shape[single:])}')
+        if np.issubdtype(x.dtype, np.integer) and self.is_classifier:
+            x = x / 255
+        if self.is_classifier and not (x.min() >= 0 and x.max() <= 1):
+            raise ValueError(f'{name} must have values from 0 to 1, or integers up to 255, but they are from {x.min()} to {x.max()}')
+        return tf.constant(x.reshape(*x.shape[:2], size), self.dtype)
+
+    def _is_single(self, weights: Weights) -> bool:
+        """Whether weights are of one task, without an axis for it. Raises ValueError if they are not of this network."""
+        wrong = [name for name in {**self.weights, **weights} if name not in weights or name not in self.weights]
+        ranks = set() if wrong else {np.ndim(weights[name]) - theta.shape.rank for name, theta in self.weights.items()}
+        if wrong or ranks not in ({0}, {1}):
+            raise ValueError(f'weights must be what adapt() returns, with {", ".join(self.weights)}, but they have {", ".join(weights)}'
+                             + (f' of other shapes than one task or one axis of tasks gives' if not wrong else ''))
+        return ranks == {0}
+
+    def _given(self, weights: Weights, tasks: int, single: bool) -> dict[str, tf.Tensor]:
+        """Weights [T, ...] from what `adapt` returns."""
+        if self._is_single(weights) != single:
+            raise ValueError(f'weights are of {"several tasks" if single else "one task"}, examples of {"one" if single else "several"}')
+        for name, theta in self.weights.items():
+            if tuple(np.shape(weights[name])[not single:]) != tuple(theta.shape) or not single and len(weights[name]) != tasks:
+                raise ValueError(f'the weight {name} is {list(np.shape(weights[name]))}, but {tasks} tasks of {theta.shape.as_list()} are needed')
+        return {name: tf.constant(weights[name][np.newaxis] if single else weights[name], self.dtype) for name in self.weights}
 
 
 def check_batch(batch: Batch, network, dtype: tf.DType):
@@ -358,16 +509,16 @@ def shares(batch: Batch) -> list[Batch]:
 # From the command line's settings to a model ------------------------------------------------------------------------
 
 def make_network(datasource: str, num_classes: int = 5, norm: str = 'batch_norm', num_filters: int = 64,
-                 conv: bool = True, max_pool: bool = False, baseline: str | None = None):
-    """The paper's network for a data source; arguments as the flags of the same names."""
+                 conv: bool = True, max_pool: bool = False, baseline: str | None = None, image_size: int = 84, channels: int = 3):
+    """The paper's network for a data source, miniImagenet's for folders; arguments as the flags of the same names."""
     if datasource == 'sinusoid':
         return FullyConnected(3 if baseline == 'oracle' else 1, (40, 40), 1, norm)
-    if datasource not in IMAGE_SHAPES:
-        raise ValueError(f'there is no datasource {datasource!r}, but sinusoid, {", ".join(IMAGE_SHAPES)}')
-    size, channels = IMAGE_SHAPES[datasource]
+    if datasource not in (*IMAGE_SHAPES, 'folder'):
+        raise ValueError(f'there is no datasource {datasource!r}, but sinusoid, {", ".join(IMAGE_SHAPES)} and folder')
+    size, channels = IMAGE_SHAPES.get(datasource, (image_size, channels))
     if not conv:
         return FullyConnected(size * size * channels, (256, 128, 64, 64), num_classes, norm)
-    return Convolutional(size, channels, num_filters, num_classes, norm, max_pool, flatten=datasource == 'miniimagenet')
+    return Convolutional(size, channels, num_filters, num_classes, norm, max_pool, flatten=datasource != 'omniglot')
 
 
 def make_model(datasource: str, update_batch_size: int = 5, update_lr: float = 1e-3, num_updates: int = 1,
@@ -375,6 +526,6 @@ def make_model(datasource: str, update_batch_size: int = 5, update_lr: float = 1
                **network) -> MAML:
     """A model with the paper's network, loss and clipping; arguments as the flags, `network` as for `make_network`."""
     loss = mean_squared_error if datasource == 'sinusoid' else cross_entropy(update_batch_size)
-    clip = 10. if datasource == 'miniimagenet' else None
+    clip = 10. if datasource in ('miniimagenet', 'folder') else None
     return MAML(make_network(datasource, **network), loss, update_lr, num_updates, meta_lr, stop_grad, clip, seed,
                 dtype, compiled)

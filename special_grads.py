@@ -3,13 +3,26 @@
 After the first inner step every task of a meta-batch has weights of its own. TensorFlow has no convolution with a
 batch of kernels, and `tf.map_fn` and `tf.vectorized_map` fall back to a loop over tasks there. Here a convolution is
 a gather of patches followed by one batched matrix product, which has exact derivatives of every order, and pooling is
-a maximum of four slices. Every tensor has a leading task axis T.
+a maximum of four slices. Every tensor has a leading task axis T. Numbers of tasks and examples may be unknown when a
+function is traced, then some sums are taken in plainer ways; sizes of images and layers may not.
 """
 from typing import NamedTuple
 
 import tensorflow as tf
 
 FEW_ROWS = 16   # up to so many, sums of products of numbers beat products of matrices on CPUs
+
+
+def sizes(x: tf.Tensor) -> list:
+    """The lengths of its axes: numbers where they are known when a function is traced, else scalar tensors."""
+    if x.shape.is_fully_defined():
+        return x.shape.as_list()
+    return [known if known is not None else length for known, length in zip(x.shape, tf.unstack(tf.shape(x), x.shape.rank))]
+
+
+def number(n: int | tf.Tensor, like: tf.Tensor) -> int | tf.Tensor:
+    """A length as something that tensors like `like` may be divided by."""
+    return n if isinstance(n, int) else tf.cast(n, like.dtype)
 
 
 def same_padding(size: int, stride: int) -> tuple[int, int]:
@@ -41,7 +54,7 @@ def product_outer(left: tf.Tensor, right: tf.Tensor):
 
     With few rows each entry is a short sum, which XLA makes one loop over all tasks.
     """
-    if left.shape[1] <= FEW_ROWS:
+    if left.shape[1] is not None and left.shape[1] <= FEW_ROWS:
         outer = tf.reduce_sum(left[:, :, :, tf.newaxis] * right[:, :, tf.newaxis], axis=1)
     else:
         outer = tf.linalg.matrix_transpose(tf.matmul(right, left, transpose_a=True))
@@ -62,9 +75,9 @@ def per_task(weight: tf.Tensor | Shared) -> tf.Tensor:
     """A weight of each task's own, [T, ...], equal to the shared one where it is shared."""
     if not isinstance(weight, Shared):
         return weight
-    tasks = weight.perturbation.shape[0]
-    rows = spread(tf.reshape(weight.value, [1, 1, -1]), tasks)                              # [1, T, size]
-    return tf.reshape(rows, weight.perturbation.shape) + weight.perturbation
+    shape = sizes(weight.perturbation)
+    rows = spread(tf.reshape(weight.value, [1, 1, -1]), shape[0])                           # [1, T, size]
+    return tf.reshape(rows, shape) + weight.perturbation
 
 
 @tf.custom_gradient
@@ -184,7 +197,7 @@ def _interleave(phases: list[tf.Tensor], size: tuple[int, int]) -> tf.Tensor:
 
     What is beyond `size` is cut off; pixels that no phase reaches are zero.
     """
-    tasks, examples, height, width, channels = phases[0].shape
+    tasks, examples, height, width, channels = sizes(phases[0])
     if (stride := int(len(phases) ** .5)) > 1:
         x = tf.reshape(tf.stack(phases, axis=-2), [tasks, examples, height, width, stride, stride, channels])
         x = tf.transpose(x, [0, 1, 2, 4, 3, 5, 6])
@@ -207,7 +220,9 @@ def sum_rows(x: tf.Tensor):
     products; two of them, over about the square root of the rows each, because a product adds up one by one, and the
     rounding errors of thousands of additions show. Its gradient is `spread`, whose gradient is this again, to any order.
     """
-    tasks, rows, columns = x.shape
+    tasks, rows, columns = sizes(x)
+    if None in x.shape:
+        return tf.reduce_sum(x, axis=1, keepdims=True), lambda gradient: spread(gradient, rows)
     parts = divisor_near_root(rows)
     blocks = tf.reshape(x, [tasks, parts, rows // parts, columns])
     sums = tf.reshape(tf.ones([tasks, parts, 1, rows // parts], x.dtype) @ blocks, [tasks, parts, columns])
@@ -221,7 +236,8 @@ def spread(x: tf.Tensor, rows: int) -> tf.Tensor:
     """
     @tf.custom_gradient
     def repeat(x):
-        return tf.broadcast_to(x, [x.shape[0], rows, x.shape[2]]), sum_rows
+        tasks, _, columns = sizes(x)
+        return tf.broadcast_to(x, [tasks, rows, columns]), sum_rows
     return repeat(x)
 
 
@@ -231,25 +247,26 @@ def moments(rows: tf.Tensor):
 
     `tf.nn.moments` stops the gradient of the mean inside the variance: right at first order, silently wrong at second.
     """
-    n = rows.shape[1]
-    mean = sum_rows(rows) / n
-    variance = sum_rows(tf.square(rows - spread(mean, n))) / n
+    n = sizes(rows)[1]
+    count = number(n, rows)
+    mean = sum_rows(rows) / count
+    variance = sum_rows(tf.square(rows - spread(mean, n))) / count
 
     @tf.custom_gradient
     def pull_back(rows, of_mean, of_variance):   # gradients of [T, 1, columns] back to the rows
         def derivative(gradient):
-            centred = gradient - spread(sum_rows(gradient) / n, n)
+            centred = gradient - spread(sum_rows(gradient) / count, n)
             # Any constant may be taken from the rows here, and with their mean the least is lost to rounding.
             product = sum_rows((rows - spread(tf.stop_gradient(mean), n)) * centred)
-            return 2 / n * spread(of_variance, n) * centred, sum_rows(gradient) / n, 2 / n * product
-        return spread(of_mean / n, n) + spread(2 / n * of_variance, n) * (rows - spread(mean, n)), derivative
+            return 2 / count * spread(of_variance, n) * centred, sum_rows(gradient) / count, 2 / count * product
+        return spread(of_mean / count, n) + spread(2 / count * of_variance, n) * (rows - spread(mean, n)), derivative
     return (mean, variance), lambda of_mean, of_variance: pull_back(rows, of_mean, of_variance)
 
 
 @tf.custom_gradient
 def standardize(rows: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor):
     """(rows - mean) * scale + offset; rows [T, n, columns], the others [T, 1, columns]."""
-    n, constant = rows.shape[1], tf.stop_gradient(mean)
+    n, constant = sizes(rows)[1], tf.stop_gradient(mean)
 
     def derivative(gradient):
         total = sum_rows(gradient)

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageDraw
 
-from special_grads import (Shared, divisor_near_root, max_pool2x2, moments, patches3x3, per_task, product, product_shared,
-                           spread, standardize, sum_rows)
+from special_grads import (Shared, divisor_near_root, max_pool2x2, moments, number, patches3x3, per_task, product, product_shared,
+                           sizes, spread, standardize, sum_rows)
 
 BATCH_NORM_EPSILON = 1e-3    # of tf.contrib.layers.batch_norm, which the original used
 LAYER_NORM_EPSILON = 1e-12   # of tf.contrib.layers.layer_norm
@@ -44,10 +44,11 @@ def cross_entropy(shots: int):
 
     The support loss is thereby N times the mean over examples, a query loss with Q images per class N*Q/K times it;
     α and the gradient clip refer to this scale. Returns a function of logits and one-hot labels,
-    [T, examples, N] each, to [T].
+    [T, examples, N] each, to [T]; its attribute `shots` tells K.
     """
     def loss(output, label):
         return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(label, output), axis=1) / shots
+    loss.shots = shots
     return loss
 
 
@@ -59,38 +60,40 @@ def accuracy(output: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
 
 # Normalisation -----------------------------------------------------------------------------------------------------
 
-def batch_norm(x: tf.Tensor, beta: tf.Tensor, max_pool: bool = False) -> tf.Tensor:
+def batch_norm(x: tf.Tensor, beta: tf.Tensor, max_pool: bool = False, leading: int | tf.Tensor | None = None) -> tf.Tensor:
     """Per channel over examples and space, statistics always of the batch at hand; offset but no gain; then pooling.
 
-    x: [T, examples, ..., channels]; beta: [channels], shared by tasks and inner steps. The variance is the biased one.
-    Not with `tf.nn.moments`, whose second derivatives are silently wrong, see special_grads.moments.
+    x: [T, examples, ..., channels]; beta: [channels], shared by tasks and inner steps; leading: how many of the examples,
+    from the first on, give the statistics (None: all). The variance is the biased one. Not with `tf.nn.moments`, whose
+    second derivatives are silently wrong, see special_grads.moments.
     """
-    tasks, channels = x.shape[0], x.shape[-1]
-    mean, variance = moments(tf.reshape(x, [tasks, -1, channels]))                          # [T, 1, channels]
+    tasks, channels = sizes(x)[0], x.shape[-1]
+    mean, variance = moments(tf.reshape(x[:, :leading], [tasks, -1, channels]))             # [T, 1, channels]
     # Without a gain, larger stays larger: pooling first gives the same, for less work, and equal inputs stay equal.
     x = max_pool2x2(x) if max_pool else x
     rows = standardize(tf.reshape(x, [tasks, -1, channels]), mean, tf.math.rsqrt(variance + BATCH_NORM_EPSILON),
                        tf.broadcast_to(beta, [tasks, 1, channels]))
-    return tf.reshape(rows, x.shape)
+    return tf.reshape(rows, sizes(x))
 
 
 def layer_norm(x: tf.Tensor, beta: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
     """Per example over all its axes, then gain and offset over the last axis. x: [T, examples, ..., channels]."""
-    examples, size = x.shape[0] * x.shape[1], int(np.prod(x.shape[2:]))
-    values = tf.reshape(x, [examples, size, 1])
+    size = int(np.prod(x.shape[2:]))
+    values = tf.reshape(x, [-1, size, 1])                                                   # [T*examples, size, 1]
     centred = values - spread(sum_rows(values) / size, size)
     variance = sum_rows(tf.square(centred)) / size                                          # [T*examples, 1, 1]
     standard = centred * spread(tf.math.rsqrt(variance + LAYER_NORM_EPSILON), size)
-    return tf.reshape(standard, x.shape) * gamma + beta
+    return tf.reshape(standard, sizes(x)) * gamma + beta
 
 
-def normalize(x: tf.Tensor, norm: str, scope: str, norms: dict, max_pool: bool = False) -> tf.Tensor:
+def normalize(x: tf.Tensor, norm: str, scope: str, norms: dict, max_pool: bool = False,
+              leading: int | tf.Tensor | None = None) -> tf.Tensor:
     """`norm` ('batch_norm', 'layer_norm' or 'None') with the parameters that `norms` holds for `scope`, then pooling.
 
-    x: [T, examples, ..., channels], or [T, examples, height, width, channels] for max_pool.
+    x: [T, examples, ..., channels], or [T, examples, height, width, channels] for max_pool; leading: see `batch_norm`.
     """
     if norm == 'batch_norm':
-        return batch_norm(x, norms[f'{scope}/beta'], max_pool)
+        return batch_norm(x, norms[f'{scope}/beta'], max_pool, leading)
     if norm == 'layer_norm':
         x = layer_norm(x, norms[f'{scope}/beta'], norms[f'{scope}/gamma'])
     return max_pool2x2(x) if max_pool else x
@@ -132,7 +135,7 @@ def convolve(x: tf.Tensor, kernel: tf.Tensor | Shared, stride: int) -> tf.Tensor
 
 def convolve_patches(patches: tf.Tensor, kernel: tf.Tensor | Shared) -> tf.Tensor:
     """Each task's patches [T, examples, H, W, 9*C] by its kernel [T, 3, 3, C, F] -> [T, examples, H, W, F]."""
-    tasks, examples, height, width, size = patches.shape
+    tasks, examples, height, width, size = sizes(patches)
     rows = tf.reshape(patches, [tasks, examples * height * width, size])                    # [T, rows, 9C]
     if isinstance(kernel, Shared):
         matrix = Shared(*(tf.reshape(part, [*part.shape[:-4], size, part.shape[-1]]) for part in kernel))
@@ -149,17 +152,23 @@ class NormalizedPatches(NamedTuple):
     covariance: tf.Tensor  # [T, 9*C, 9*C], float64: neighbouring pixels are so alike that it is nearly singular
 
 
-def normalize_patches(patches: tf.Tensor) -> NormalizedPatches:
-    """patches: [T, examples, H, W, 9*C]. Products within blocks of rows, and a sum of blocks in float64."""
-    tasks, size = patches.shape[0], patches.shape[-1]
-    rows = tf.reshape(patches, [tasks, -1, size])                                           # [T, rows, 9C]
-    count = rows.shape[1]
-    rows -= spread(sum_rows(rows) / count, count)
-    blocks = tf.reshape(rows, [tasks, divisor_near_root(count), -1, size])
+def normalize_patches(patches: tf.Tensor, leading: int | tf.Tensor | None = None) -> NormalizedPatches:
+    """patches: [T, examples, H, W, 9*C]; leading: see `batch_norm`.
+
+    Products within blocks of rows, and a sum of blocks in float64.
+    """
+    tasks, examples, height, width, size = sizes(patches)
+    rows = tf.reshape(patches, [tasks, examples * height * width, size])                    # [T, rows, 9C]
+    count = (examples if leading is None else leading) * height * width                     # of rows with a say
+    divisor = number(count, rows)
+    rows -= spread(sum_rows(rows[:, :count]) / divisor, examples * height * width)
+    relevant = rows[:, :count]
+    blocks = divisor_near_root(count) if isinstance(count, int) else count // width
+    blocks = tf.reshape(relevant, [tasks, blocks, -1, size])
     products = tf.cast(tf.matmul(blocks, blocks, transpose_a=True), tf.float64)             # [T, blocks, 9C, 9C]
     with_ones = tf.concat([rows, tf.ones_like(rows[..., :1])], axis=-1)
-    return NormalizedPatches(tf.reshape(with_ones, [*patches.shape[:-1], size + 1]), sum_rows(rows) / count,
-                             tf.reduce_sum(products, axis=1) / count)
+    return NormalizedPatches(tf.reshape(with_ones, [tasks, examples, height, width, size + 1]), sum_rows(relevant) / divisor,
+                             tf.reduce_sum(products, axis=1) / tf.cast(count, tf.float64))
 
 
 def convolve_normalized(x: NormalizedPatches, kernel: tf.Tensor | Shared, beta: tf.Tensor) -> tf.Tensor:
@@ -169,7 +178,7 @@ def convolve_normalized(x: NormalizedPatches, kernel: tf.Tensor | Shared, beta: 
     k^T cov(P) k, and cov(P) does not change while the weights do: no statistics of the large output are needed.
     """
     kernel = per_task(kernel)
-    tasks, filters = kernel.shape[0], kernel.shape[-1]
+    tasks, filters = sizes(kernel)[0], kernel.shape[-1]
     matrix = tf.reshape(kernel, [tasks, -1, filters])                                       # [T, 9C, F]
     exact = tf.cast(matrix, tf.float64)
     variance = tf.reduce_sum(exact * (x.covariance @ exact), axis=1, keepdims=True)         # [T, 1, F]

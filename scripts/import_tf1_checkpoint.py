@@ -117,7 +117,7 @@ def convert(source: Path, target: Path | None) -> str:
     model = make_model(**{flag: value for flag, value in flags.items() if flag != 'meta_batch_size'} | numbers)
     model.restore(path)
     target.mkdir(parents=True, exist_ok=True)
-    written = write_checkpoint(model.checkpoint, target, iteration)
+    written = write_checkpoint(model.checkpoint, target, iteration, {'flags': flags | numbers})
     line = ' '.join(f'--{flag}={value}' for flag, value in flags.items() if value is not None)
     return f'{written}\nTo evaluate it: python main.py {line} --logdir={shlex.quote(str(target.parent))} --train=False'
 

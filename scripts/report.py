@@ -94,8 +94,8 @@ def read_run(folder: Path) -> Run:
         raise ValueError(str(error)) from None
     tables = {}
     for path in sorted(folder.glob('test_ubs*_stepsize*.csv')):
-        shots, best = re.fullmatch(r'test_ubs(\d+)_stepsize.+?(_best)?\.csv', path.name).groups()
-        tables[int(shots), 'best' if best else 'last'] = read_table(path)
+        if match := re.fullmatch(r'test_ubs(\d+)_stepsize[^_]+(_best)?\.csv', path.name):   # others are of --test_query and the like
+            tables[int(match[1]), 'best' if match[2] else 'last'] = read_table(path)
     if not tables:
         raise ValueError(f'{folder} has not been evaluated')
     seconds = 0.

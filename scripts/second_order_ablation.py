@@ -63,11 +63,11 @@ class Variant(maml.Convolutional):
         super().__init__(*arguments, **named)
         self.normalisation = normalisation
 
-    def prepare(self, inputs: tf.Tensor) -> tf.Tensor:
+    def prepare(self, inputs: tf.Tensor, leading: int | None = None) -> tf.Tensor:
         """The plain patches."""
         return patches3x3(tf.reshape(inputs, [*inputs.shape[:2], *self.image_shape]), self.stride)
 
-    def _block(self, i: int, x, kernel, bias, norms: dict) -> tf.Tensor:
+    def _block(self, i: int, x, kernel, bias, norms: dict, leading: int | None) -> tf.Tensor:
         x = convolve_patches(x, kernel) if i == 1 else convolve(x, kernel, self.stride)
         return tf.nn.relu(self.normalisation(x, norms[f'{i - 1}/beta']))
 

@@ -90,7 +90,8 @@ DEFAULTS = dict(
 def test_flags_and_defaults():
     values = main.settings(parsed())
     assert {name: values[name] for name in DEFAULTS} == DEFAULTS
-    assert values.keys() - DEFAULTS.keys() == {'data_dir', 'seed', 'overwrite', 'validation_tasks'}
+    assert values.keys() - DEFAULTS.keys() == {
+        'data_dir', 'seed', 'overwrite', 'validation_tasks', 'split', 'image_size', 'channels', 'test_query', 'transductive'}
 
 
 @pytest.mark.parametrize('line, name', [
