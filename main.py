@@ -289,7 +289,7 @@ def restore(model: MAML, path: str, f: flags.FlagValues):
         raise ValueError(f'{error}; give the flags of the run that wrote it, or another --logdir') from error
     print(f'Restoring model weights from {path}')
     if f.train and not complete:
-        print("The checkpoint is TensorFlow 1's: it holds the weights only, so Adam starts afresh.")
+        print('The checkpoint holds the weights only, so Adam starts afresh.')
 
 
 # Training -------------------------------------------------------------------------------------------------------------

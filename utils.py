@@ -294,15 +294,15 @@ def first_line(error: Exception) -> str:
 
 
 def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray], bool]:
-    """Parameters by name from a checkpoint, and whether it is of this program, hence holds Adam's state too.
+    """Parameters by name from a checkpoint, and whether it holds Adam's state too, as all of this program that are not
+    published without.
 
     names: of the network's parameters, in the order in which it creates them. The TensorFlow 1 original left its
     biases, and all weights of the fully connected network, without names; TensorFlow called them Variable,
     Variable_1, ... in that order. Raises DamagedCheckpoint, and ValueError if parameters have names not in `names`.
     """
     stored = stored_values(path)
-    complete = OBJECT_GRAPH in stored
-    if complete:
+    if OBJECT_GRAPH in stored:
         found = (re.fullmatch(r'(?:weights|norms)/(.+)/\.ATTRIBUTES/VARIABLE_VALUE', key) for key in stored)
         values = {match[1].replace('.S', '/'): stored[match[0]] for match in found if match}
     else:
@@ -313,7 +313,7 @@ def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray],
     if unknown := [name for name in values if name not in names]:
         raise ValueError(f'{path} is of another architecture: it has {", ".join(unknown)}, and the network that the '
                          'flags describe has not')
-    return values, complete
+    return values, any(key.startswith('metatrain_optimizer/') for key in stored)
 
 
 # Run folders ---------------------------------------------------------------------------------------------------------

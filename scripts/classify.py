@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None):
         print(json.dumps(found, indent=1))
         return
     for step, loss in enumerate(found['losses']):
-        print(f'after {step} steps the loss on the labelled images is {loss:.4f}')
+        print(f'step {step}: loss {loss:.4f} on the labelled images')
     width = max(len(image['image']) for image in found['images'])
     for image in found['images']:
         print(f'{image["image"]:{width}}  {image["label"]}  {image["probability"]:.3f}')
