@@ -69,11 +69,11 @@ class DataGenerator:
         """
         return self._tasks(split, self._draw(split, iteration, num_tasks)[tasks])
 
-    def batches(self, split: str, first_iteration: int, count: int, num_tasks: int) -> Batch:
+    def batches(self, split: str, first_iteration: int, count: int, num_tasks: int, tasks: slice = slice(None)) -> Batch:
         """The meta-batches of `count` successive iterations, stacked: [count, T, ...]; equal to batch() of each."""
-        draws = [self._draw(split, i, num_tasks) for i in range(first_iteration, first_iteration + count)]
+        draws = [self._draw(split, i, num_tasks)[tasks] for i in range(first_iteration, first_iteration + count)]
         batch = self._tasks(split, np.concatenate(draws))  # [count*T, ...]
-        return Batch(*(array.reshape(count, num_tasks, *array.shape[1:]) for array in batch))
+        return Batch(*(array.reshape(count, len(draws[0]), *array.shape[1:]) for array in batch))
 
     def _draw(self, split: str, iteration: int, num_tasks: int) -> np.ndarray:
         """Uniform numbers in [0, 1), a row for each task: [T, num_draws]."""

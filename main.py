@@ -12,6 +12,7 @@ import csv
 import datetime
 import importlib.util
 import io
+import json
 import os
 import pickle
 import signal
@@ -33,7 +34,7 @@ from absl import app, flags, logging
 
 import data_generator
 from maml import IMAGE_SHAPES, MAML, MODEL_SETTINGS, Results, make_model
-from utils import (Batch, DamagedCheckpoint, checkpoints, event_files, first_line, fit_picture, forget_summaries, lock,
+from utils import (Batch, DamagedCheckpoint, Replicas, checkpoints, event_files, first_line, fit_picture, forget_summaries, lock,
                    read_run_state, remove_checkpoint, remove_leftovers, task_picture, write_checkpoint)
 
 SUMMARY_INTERVAL = 100          # iterations between summaries
@@ -78,6 +79,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     define('string', 'split', '0.64,0.16,0.2', 'shares of the classes that train, val and test get (folder only)')
     define('integer', 'image_size', 84, 'height and width that images are resized to (folder only)')
     define('integer', 'channels', 3, '3: colour, 1: grey (folder only)')
+    define('enum', 'strategy', 'none', 'devices that share the tasks: mirrored: all of this machine; multi_worker: of several '
+           'processes, by TF_CONFIG', enum_values=['none', 'mirrored', 'multi_worker'])
     define('integer', 'seed', 0, 'of the initial weights and the training tasks', **natural)
     # Training
     define('integer', 'pretrain_iterations', 0, 'iterations of joint training on all tasks, before meta-training', **natural)
@@ -268,7 +271,7 @@ def load(model: MAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[
 def check_contradictions(path: str, stored: dict, f: flags.FlagValues):
     """Raises ValueError with the list of flags that are not what the run was trained with, and matter."""
     free = {'log', 'logdir', 'data_dir', 'resume', 'overwrite', 'train', 'test_iter', 'test_set', 'metatrain_iterations',
-            'train_update_batch_size', 'train_update_lr', 'test_query', 'transductive'}
+            'train_update_batch_size', 'train_update_lr', 'test_query', 'transductive', 'strategy'}
     network = {'datasource', 'num_classes', 'norm', 'num_filters', 'conv', 'max_pool', 'baseline', 'image_size', 'channels',
                'split'}   # the last decides which classes were not trained on
     names = [name for name in settings(f) if (name not in free if f.train else name in network)]
@@ -297,14 +300,14 @@ def restore(model: MAML, path: str, f: flags.FlagValues):
 class Log:
     """What a run shows: summaries for TensorBoard, the original's printed lines, and a line of progress."""
 
-    def __init__(self, folder: Path, f: flags.FlagValues, start: int):
+    def __init__(self, folder: Path, f: flags.FlagValues, start: int, is_chief: bool = True):
         self.kinds = ['loss'] if f.datasource == 'sinusoid' else ['loss', 'accuracy']   # the last one is printed
         self.pretrain, self.update = iterations(f)[0], f.num_updates - 1
         self.interval = PRINT_INTERVAL * (10 if f.datasource == 'sinusoid' else 1)
         self.before, self.after = [], []   # what the next printed line is the mean of
         self.start, self.end = start, sum(iterations(f))
         self.clock = self.shown = time.perf_counter()
-        self.writer = tf.summary.create_file_writer(str(folder)) if f.log else None
+        self.writer = tf.summary.create_file_writer(str(folder)) if f.log and is_chief else None
         if self.writer and start == 0:
             table = [f'`--{name}` | {value}' for name, value in settings(f).items()]
             with self.writer.as_default():
@@ -405,7 +408,9 @@ class Run:
         self.saved = start - 1                          # iteration of the newest checkpoint
         self.best = (state or {}).get('best')           # {'iteration', 'accuracy', 'interval'} of the best validation
         self.num_updates = max(f.num_updates, {'sinusoid': 5, 'omniglot': 10}.get(f.datasource, 1))
-        self.log = Log(folder, f, start)
+        self.replicas = model.replicas
+        self.share = self.replicas.share(f.meta_batch_size)   # of the tasks, which this process draws
+        self.log = Log(folder, f, start, self.replicas.is_chief)
         self.log.before, self.log.after = ([*map(np.float32, values)] for values in (state or {}).get('printing', ([], [])))
 
     def save(self, iteration: int, kind: str = 'model'):
@@ -415,6 +420,8 @@ class Run:
         """
         if not self.model.is_finite():
             raise Diverged(self.diverged(f'a weight is not a number after iteration {iteration}'))
+        if not self.replicas.is_chief:
+            return
         self.log.flush()
         printing = [[*map(float, values)] for values in (self.log.before, self.log.after)]
         write_checkpoint(self.model.checkpoint, self.folder, iteration,
@@ -429,8 +436,9 @@ class Run:
     def validate(self, iteration: int):
         """Validation tasks, the same every time; keeps the checkpoint with the best accuracy."""
         tasks, chunk = self.f.validation_tasks, self.f.meta_batch_size   # chunks of a size that is compiled already
-        parts = [self.model.evaluate(self.generators['val'].batch('val', 0, -(-tasks // chunk) * chunk, slice(i, i + chunk)),
-                                     self.num_updates) for i in range(0, tasks, chunk)]
+        whole = -(-tasks // chunk) * chunk
+        parts = [self.model.evaluate_shared(self.generators['val'].batch('val', 0, whole, slice(i + self.share.start, i + self.share.stop)),
+                                            self.num_updates) for i in range(0, whole, chunk)]
         results = concatenate(parts, tasks)
         accuracy, interval = self.log.validation(results, iteration)
         better = self.best is None or accuracy > self.best['accuracy']
@@ -475,11 +483,11 @@ class Run:
         """
         pretrain, end = iterations(self.f)[0], sum(iterations(self.f))
         block = SUMMARY_INTERVAL if self.f.datasource == 'sinusoid' else 1
-        for origin, batches in watch(prefetch(self.generators['train'], self.f.meta_batch_size, block, self.start, end)):
+        for origin, batches in watch(prefetch(self.generators['train'], self.f.meta_batch_size, self.share, block, self.start, end)):
             for first, last in stretches(max(origin, self.start), min(origin + block, end), pretrain):
                 if first % SUMMARY_INTERVAL == 0:
                     batch = Batch(*(values.numpy()[first - origin] for values in batches))
-                    self.log.train(self.model.evaluate(batch, self.num_updates), first)
+                    self.log.train(self.model.evaluate_shared(batch, self.num_updates), first)
                     if first % PICTURE_INTERVAL == 0 and self.log.writer:
                         self.show(batch, first)
                 done, loss = self.model.train(batches, first - origin, last - origin, pretrain=first < pretrain)
@@ -535,12 +543,12 @@ def train(run: Run, watch: Callable = iter):
     """Trains to the end, or until a signal; exits with 128 + its number then."""
     with Signals() as signals:
         try:
-            done = run.train(watch, lambda: signals.received)
+            done = run.train(watch, lambda: run.replicas.any(bool(signals.received)))
         finally:
             run.log.close()
-    if signals.received and done < run.log.end:
+    if done < run.log.end:
         print(f'Saved {run.folder}/model{done - 1}; the same command continues at iteration {done} of {run.log.end}.')
-        sys.exit(128 + signals.received)
+        sys.exit(128 + (signals.received or signal.SIGTERM))   # another worker's signal stops all
 
 
 def stretches(start: int, end: int, pretrain: int) -> Iterator[tuple[int, int]]:
@@ -553,9 +561,9 @@ def stretches(start: int, end: int, pretrain: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def prefetch(generator: data_generator.DataGenerator, tasks: int, block: int, start: int, end: int
+def prefetch(generator: data_generator.DataGenerator, tasks: int, share: slice, block: int, start: int, end: int
              ) -> Iterator[tuple[int, Batch]]:
-    """Training meta-batches [block, T, ...] with the iteration of the first, drawn while those before are in use.
+    """Shares of training meta-batches [block, T, ...] with the iteration of the first, drawn while those before are in use.
 
     Blocks begin at multiples of `block`, wherever a run is continued: then all is as if it had not been interrupted.
     Small ones are drawn ten at a time, since Python's lock makes the loop wait for the drawing at either's start.
@@ -563,7 +571,7 @@ def prefetch(generator: data_generator.DataGenerator, tasks: int, block: int, st
     group = 10 * block if block > 1 else 1
 
     def draw(origin):
-        drawn = generator.batches('train', origin, group, tasks)
+        drawn = generator.batches('train', origin, group, tasks, share)
         return [(origin + i, Batch(*(tf.constant(values[i:i + block]) for values in drawn))) for i in range(0, group, block)]
 
     for blocks in ahead(draw, range(start // group * group, end, group)):
@@ -587,20 +595,22 @@ def ahead(draw: Callable, arguments: Iterable) -> Iterator:
 def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path):
     """600 tasks: prints means, standard deviations and 95 % intervals over 0...10 updates and writes them as csv and pkl."""
     (split, generator), = generators.items()
-    chunk = {'sinusoid': 600, 'omniglot': 20}.get(f.datasource, 4)   # tasks at once: bounds the memory
-    rows = []
-    draw = lambda i: generator.batch(split, 0, EVALUATION_TASKS, slice(i, i + chunk))
-    for batch in ahead(draw, range(0, EVALUATION_TASKS, chunk)):
-        results = model.evaluate(batch, max(f.num_updates, EVALUATION_UPDATES), f.transductive)
+    chunk = {'sinusoid': 600, 'omniglot': 20}.get(f.datasource, 4) * model.replicas.count   # tasks at once: bounds the memory
+    share, rows, whole = model.replicas.share(chunk), [], -(-EVALUATION_TASKS // chunk) * chunk
+    draw = lambda i: generator.batch(split, 0, whole, slice(i + share.start, i + share.stop))
+    for batch in ahead(draw, range(0, whole, chunk)):
+        results = model.evaluate_shared(batch, max(f.num_updates, EVALUATION_UPDATES), f.transductive)
         before, after = results[:2] if f.datasource == 'sinusoid' else results[2:4]
         rows.append(np.concatenate([[before], after]).T)   # [chunk, 1 + updates]
         if sys.stdout.isatty():
-            print(f'{chunk * len(rows)} of {EVALUATION_TASKS} tasks', end='\033[K\r', flush=True)
-    values = np.concatenate(rows)                          # [600, 1 + updates]
+            print(f'{chunk * len(rows)} of {whole} tasks', end='\033[K\r', flush=True)
+    values = np.concatenate(rows)[:EVALUATION_TASKS]       # [600, 1 + updates]
     mean, stddev = values.mean(0), values.std(0)
     interval = 1.96 * stddev / np.sqrt(len(values))
     print('Mean validation accuracy/loss, stddev, and confidence intervals')
     print((mean, stddev, interval))
+    if not model.replicas.is_chief:
+        return
     name = (f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}' + (f'_query{f.test_query}' if f.test_query != -1 else '')
             + ('' if f.transductive else '_inductive') + ('_best' if f.test_iter == 'best' else ''))
     write_whole(folder / f'{name}.pkl', pickle.dumps({'mses': values}))
@@ -621,6 +631,22 @@ def write_whole(path: Path, content: bytes):
 
 # The program ----------------------------------------------------------------------------------------------------------
 
+def make_replicas(f: flags.FlagValues) -> Replicas:
+    """The devices of --strategy; to be called before TensorFlow's first operation. Raises ValueError."""
+    if f.strategy == 'multi_worker' and not os.environ.get('TF_CONFIG'):
+        raise ValueError('--strategy=multi_worker needs TF_CONFIG, which tells each worker the addresses of all; '
+                         '`python scripts/launch_workers.py N -- FLAGS` starts N workers on this machine')
+    if f.strategy == 'multi_worker':
+        try:
+            return Replicas(tf.distribute.MultiWorkerMirroredStrategy())
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, tf.errors.OpError) as error:
+            raise ValueError(f'TF_CONFIG={os.environ["TF_CONFIG"]} gives no cluster ({first_line(error)})') from error
+    if f.strategy == 'mirrored':
+        kind = 'GPU' if tf.config.list_logical_devices('GPU') else 'CPU'
+        return Replicas(tf.distribute.MirroredStrategy([device.name for device in tf.config.list_logical_devices(kind)]))
+    return Replicas()
+
+
 def prepare(f: flags.FlagValues, held: ExitStack) -> tuple[MAML, dict, Path, int, dict]:
     """Everything that can fail for the user's reasons, before anything is written.
 
@@ -628,23 +654,35 @@ def prepare(f: flags.FlagValues, held: ExitStack) -> tuple[MAML, dict, Path, int
     complete. Raises ValueError and OSError.
     """
     check_flags(f)
-    folder, total = Path(os.path.expanduser(f.logdir)) / run_name(f), sum(iterations(f))
+    folder, total, replicas = Path(os.path.expanduser(f.logdir)) / run_name(f), sum(iterations(f)), make_replicas(f)
+    replicas.share(f.meta_batch_size)
+    model = make_model(**model_settings(f), replicas=replicas)
+    iteration, state = restore_run(model, folder, f, held) if replicas.is_chief else (-1, {})
+    iteration = int(replicas.agree([np.int64(iteration)])[0])
+    model.agree()
+    if f.train and iteration + 1 >= total:
+        print(f'The run is complete: {iteration + 1} of {total} iterations; raise --metatrain_iterations for more.')
+        return model, {}, folder, iteration + 1, state
+    generators = make_generators(f)
+    if replicas.is_chief:
+        open_folder(folder, f, iteration + 1, held)
+    if f.train and iteration >= 0:
+        print(f'Continuing at iteration {iteration + 1} of {total}.')
+    return model, generators, folder, iteration + 1, state
+
+
+def restore_run(model: MAML, folder: Path, f: flags.FlagValues, held: ExitStack) -> tuple[int, dict]:
+    """Locks a run's folder for training, and loads its checkpoint: iteration and state, -1 and {} if there is none.
+
+    Raises ValueError and OSError.
+    """
     if f.train and folder.is_dir():
         lock_folder(folder, held)
     candidates = find_checkpoints(folder, f)
     if f.train and not f.resume and checkpoints(folder) and not f.overwrite:
         raise ValueError(f'{folder} holds a run: leave --resume=False away to continue it, add --overwrite to remove it, or '
                          'give another --logdir')
-    model = make_model(**model_settings(f))
-    iteration, state = load(model, candidates, f)
-    if f.train and iteration + 1 >= total:
-        print(f'The run is complete: {iteration + 1} of {total} iterations; raise --metatrain_iterations for more.')
-        return model, {}, folder, iteration + 1, state
-    generators = make_generators(f)
-    open_folder(folder, f, iteration + 1, held)
-    if f.train and candidates:
-        print(f'Continuing at iteration {iteration + 1} of {total}.')
-    return model, generators, folder, iteration + 1, state
+    return load(model, candidates, f)
 
 
 def lock_folder(folder: Path, held: ExitStack):
@@ -689,6 +727,8 @@ def remove_run(folder: Path):
 def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS):
     """Trains or evaluates. arguments: the program and what is left of the command line after the flags."""
     logging.set_verbosity(logging.ERROR)
+    if (index := worker_index(f)) > 0:
+        sys.stdout = open(os.devnull, 'w')   # the first one prints
     with ExitStack() as held:
         try:
             if len(arguments) > 1:
@@ -703,6 +743,20 @@ def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS):
             train(Run(model, generators, f, folder, start, state)) if f.train else test(model, generators, f, folder)
         except (OSError, Diverged) as error:   # the disk is full, the folder is gone
             sys.exit(f'main.py: {error}')
+        except tf.errors.OpError as error:
+            if f.strategy != 'multi_worker':
+                raise
+            print(f'main.py: worker {index} lost another one ({first_line(error)}); start all of them again: the run continues from '
+                  f'its newest checkpoint in {folder}', file=sys.stderr, flush=True)
+            os._exit(1)   # leaving the cluster in order would wait for the one that is gone
+
+
+def worker_index(f: flags.FlagValues) -> int:
+    """Of this process among the workers of --strategy=multi_worker; 0 is the chief."""
+    try:
+        return int(json.loads(os.environ['TF_CONFIG'])['task']['index']) if f.strategy == 'multi_worker' else 0
+    except (KeyError, ValueError, TypeError):
+        return 0   # a TF_CONFIG that cannot be read is refused later
 
 
 def tune(f: flags.FlagValues):

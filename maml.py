@@ -5,13 +5,13 @@ the data, and every layer acts on all T tasks of a meta-batch at once. "a" is th
 query set (outer gradient).
 """
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from special_grads import Shared, max_pool2x2, patches3x3, per_task, sizes
-from utils import (Batch, accuracy, checkpoints, convolve, convolve_normalized, convolve_patches, cross_entropy,
+from utils import (Batch, Replicas, accuracy, checkpoints, convolve, convolve_normalized, convolve_patches, cross_entropy,
                    dense, initial_value, mean_squared_error, norm_parameters, normalize, normalize_patches, read_checkpoint,
                    read_run_state)
 
@@ -134,16 +134,17 @@ class MAML(tf.Module):
         update_lr: α, inner step size. meta_lr: β, outer step size (Adam). num_updates: inner updates in training.
         stop_grad: first-order approximation. clip: bound on each element of the meta-gradient, or None.
         seed: of the initial weights. dtype: of everything. compiled: by XLA, else plain TensorFlow.
+        replicas: the devices that share the tasks of a meta-batch.
     """
 
     def __init__(self, network, loss: Callable, update_lr: float, num_updates: int = 1, meta_lr: float = 1e-3,
                  stop_grad: bool = False, clip: float | None = None, seed: int = 0, dtype=tf.float32,
-                 compiled: bool = True):
+                 compiled: bool = True, replicas: Replicas | None = None):
         super().__init__()
         if num_updates < 0 or not 0 <= update_lr < float('inf') or not 0 <= meta_lr < float('inf'):
             raise ValueError(f'step sizes and the number of updates must not be negative or infinite, but update_lr is {update_lr}, '
                              f'meta_lr {meta_lr} and num_updates {num_updates}')
-        self.network, self.loss, self.dtype = network, loss, tf.as_dtype(dtype)
+        self.network, self.loss, self.dtype, self.replicas = network, loss, tf.as_dtype(dtype), replicas or Replicas()
         self.update_lr, self.num_updates, self.stop_grad, self.clip = update_lr, num_updates, stop_grad, clip
         kinds = network.parameters | network.norm_parameters
         variables = {name: tf.Variable(tf.cast(initial_value(kind, shape, [seed, i]), dtype))
@@ -170,9 +171,9 @@ class MAML(tf.Module):
             piece, (self.network.prepare, self.update, self.outcome, self.output))
         self._apply = {optimizer: piece(optimizer.apply) for optimizer in (self.metatrain_optimizer, self.pretrain_optimizer)}
         self._steps = piece(self._steps)
-        self.metatrain_step, self.pretrain_step, self._evaluate = (
+        self.metatrain_step, self.pretrain_step, self._evaluate, self._evaluate_replicas = (
             tf.function(function, autograph=False)
-            for function in (self._metatrain_step, self._pretrain_step, self._evaluate))
+            for function in (self._metatrain_step, self._pretrain_step, self._evaluate, self._evaluate_replicas))
 
     @property
     def parameters(self) -> list[tf.Variable]:
@@ -221,6 +222,10 @@ class MAML(tf.Module):
         return {name: Shared(tf.convert_to_tensor(theta), tf.zeros([tasks, *theta.shape], self.dtype))
                 for name, theta in self.weights.items()}
 
+    def shared_norms(self) -> dict[str, tf.Tensor]:
+        """The normalisation parameters, read where the variables are: a compiled piece may run on another device."""
+        return {name: tf.convert_to_tensor(value) for name, value in self.norms.items()}
+
     def first_weights(self, tasks: int) -> dict:
         """θ as `shared_weights` where that is faster, as `initial_weights` elsewhere.
 
@@ -231,11 +236,11 @@ class MAML(tf.Module):
 
     def outer_loss(self, batch: Batch) -> tf.Tensor:
         """Σ_Ti L_Ti(f_θ'i), a scalar: the query losses after `num_updates` updates; the sum in line 10 (8)."""
-        weights = self.first_weights(batch.inputa.shape[0])                      # θ'i ← θ
+        weights, norms = self.first_weights(batch.inputa.shape[0]), self.shared_norms()   # θ'i ← θ
         support, query = self._prepare(batch.inputa), self._prepare(batch.inputb)
         for _ in range(self.num_updates):
-            weights = self._update(weights, self.norms, support, batch.labela)   # θ'i ← θ'i − α ∇ L_Ti(f_θ'i)
-        losses, _, _ = self._outcome(weights, self.norms, query, batch.labelb)
+            weights = self._update(weights, norms, support, batch.labela)        # θ'i ← θ'i − α ∇ L_Ti(f_θ'i)
+        losses, _, _ = self._outcome(weights, norms, query, batch.labelb)
         return tf.reduce_sum(losses)
 
     def meta_gradient(self, batch: Batch) -> tuple[tf.Tensor, list[tf.Tensor]]:
@@ -251,11 +256,11 @@ class MAML(tf.Module):
             with tf.GradientTape() as outer:
                 losses.append(self.outer_loss(share))
             gradients.append(outer.gradient(losses[-1], self.parameters, unconnected_gradients='zero'))
-        return tf.add_n(losses) / tasks, [tf.add_n(parts) / tasks for parts in zip(*gradients)]
+        return pairwise_sum(losses) / tasks, [pairwise_sum(parts) / tasks for parts in zip(*gradients)]
 
     def _metatrain_step(self, batch: Batch) -> tf.Tensor:
         """θ ← θ − β ∇_θ Σ_Ti L_Ti(f_θ'i) / T, line 10 (8), by Adam. Returns the outer loss before the step."""
-        loss, gradients = self.meta_gradient(batch)
+        loss, *gradients = self.replicas.mean(lambda share: tf.nest.flatten(self.meta_gradient(share)), batch)
         if self.clip is not None:
             gradients = [tf.clip_by_value(gradient, -self.clip, self.clip) for gradient in gradients]
         self._apply[self.metatrain_optimizer](gradients, self.parameters)
@@ -269,6 +274,8 @@ class MAML(tf.Module):
         step; its length is an argument, so it is the same program for all.
         """
         step = self.pretrain_step if pretrain else self.metatrain_step
+        if self.replicas.strategy:
+            return self._distributed_steps(step, batches, first, last)
         if batches.inputa.shape[0] > 1:
             end, loss = self._steps(step, batches, tf.constant(first), tf.constant(last))
             return int(end), float(loss)
@@ -280,6 +287,20 @@ class MAML(tf.Module):
         unfinished = lambda i, loss: (i < last) & tf.math.is_finite(loss)
         return tf.while_loop(unfinished, body, [first, tf.zeros([], self.dtype)])
 
+    def _distributed_steps(self, step: Callable, batches: Batch, first: int, last: int) -> tuple[int, float]:
+        """One by one; batches: this process's tasks."""
+        for i in range(first, last):
+            loss = float(step(self.replicas.place(Batch(*(values[i] for values in batches)))))
+            if not np.isfinite(loss):
+                break
+        return i + 1, loss
+
+    def agree(self):
+        """Gives the model of every process the variables of the first one's."""
+        variables = [*self.parameters, *self.metatrain_optimizer.variables, *self.pretrain_optimizer.variables]
+        for variable, value in zip(variables, self.replicas.agree([variable.numpy() for variable in variables])):
+            variable.assign(value)
+
     def is_finite(self) -> bool:
         """Whether all parameters are numbers."""
         return all(np.isfinite(parameter.numpy()).all() for parameter in self.parameters)
@@ -288,14 +309,18 @@ class MAML(tf.Module):
 
     def _pretrain_step(self, batch: Batch) -> tf.Tensor:
         """One Adam step on the mean support loss *before* any update. Returns that loss."""
+        loss, *gradients = self.replicas.mean(self._pretrain_gradient, batch)
+        self._apply[self.pretrain_optimizer](gradients, self.parameters)
+        return loss
+
+    def _pretrain_gradient(self, batch: Batch) -> list[tf.Tensor]:
+        """The loss, and its gradient for `parameters`."""
         check_batch(batch, self.network, self.dtype)
         with tf.GradientTape() as tape:
             weights, x = self.initial_weights(batch.inputa.shape[0]), self._prepare(batch.inputa)
-            losses, _, _ = self._outcome(weights, self.norms, x, batch.labela)
+            losses, _, _ = self._outcome(weights, self.shared_norms(), x, batch.labela)
             loss = tf.reduce_mean(losses)
-        gradients = tape.gradient(loss, self.parameters, unconnected_gradients='zero')
-        self._apply[self.pretrain_optimizer](gradients, self.parameters)
-        return loss
+        return [loss, *tape.gradient(loss, self.parameters, unconnected_gradients='zero')]
 
     def evaluate(self, batch: Batch, num_updates: int, transductive: bool = True) -> Results:
         """Losses, accuracies and outputs of each task before and after each of `num_updates` inner updates.
@@ -308,6 +333,24 @@ class MAML(tf.Module):
             raise ValueError(f'num_updates must be at least 1, but it is {num_updates}')
         return self._evaluate(Batch(*map(tf.convert_to_tensor, batch)), num_updates, transductive)
 
+    def evaluate_shared(self, batch: Batch, num_updates: int, transductive: bool = True) -> Results:
+        """As `evaluate`, each replica its share of the tasks, without outputs if there are several.
+
+        batch: this process's tasks; returns the results of all. Raises ValueError as `evaluate`.
+        """
+        if not self.replicas.strategy:
+            return self.evaluate(batch, num_updates, transductive)
+        table = self._evaluate_replicas(self.replicas.place(batch), num_updates, transductive)   # [2 + 2J, T]
+        loss1, losses2, accuracy1, accuracies2 = tf.split(table, [1, num_updates, 1, num_updates])
+        none = tf.zeros([table.shape[1], 0, 0], self.dtype)
+        return Results(loss1[0], losses2, accuracy1[0], accuracies2, none, tf.stack([none] * num_updates))
+
+    def _evaluate_replicas(self, batch: Batch, num_updates: int, transductive: bool) -> tf.Tensor:
+        def table(share):
+            results = self._evaluate(share, num_updates, transductive)
+            return tf.concat([results.loss1[tf.newaxis], results.losses2, results.accuracy1[tf.newaxis], results.accuracies2], axis=0)
+        return self.replicas.gather(table, batch)
+
     def _evaluate(self, batch: Batch, num_updates: int, transductive: bool) -> Results:
         check_batch(batch, self.network, self.dtype)
         parts = [self._evaluate_share(share, num_updates, transductive) for share in shares(batch)]
@@ -319,12 +362,12 @@ class MAML(tf.Module):
         if not transductive:
             leading, query = batch.inputa.shape[1], tf.concat([batch.inputa, query], axis=1)   # the support set leads
         query = self._prepare(query, *([] if transductive else [leading]))
-        weights = self.initial_weights(batch.inputa.shape[0])
-        loss1, accuracy1, outputa = self._outcome(weights, self.norms, support, batch.labela)
+        weights, norms = self.initial_weights(batch.inputa.shape[0]), self.shared_norms()
+        loss1, accuracy1, outputa = self._outcome(weights, norms, support, batch.labela)
         outcomes = []
         for _ in range(num_updates):
-            weights = self._update(weights, self.norms, support, batch.labela)
-            outcomes.append(self._outcome(weights, self.norms, query, batch.labelb, leading))
+            weights = self._update(weights, norms, support, batch.labela)
+            outcomes.append(self._outcome(weights, norms, query, batch.labelb, leading))
         losses2, accuracies2, outputsb = map(tf.stack, zip(*outcomes))
         return Results(loss1, losses2, accuracy1, accuracies2, outputa, outputsb)
 
@@ -491,6 +534,14 @@ def check_batch(batch: Batch, network, dtype: tf.DType):
             raise ValueError(f'input{name} has {inputs.shape[1]} examples per task, but label{name} has {labels.shape[1]}')
 
 
+def pairwise_sum(values: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Of neighbours, then of their sums, and so on: the same numbers are added, whether one device has all of the values or two, or
+    four, have equal parts. Rounding otherwise grows to percents of the weights within 20 iterations."""
+    while len(values) > 1:
+        values = [tf.add_n(values[i:i + 2]) for i in range(0, len(values), 2)]
+    return values[0]
+
+
 def shares(batch: Batch) -> list[Batch]:
     """A meta-batch in parts: enough of them for all cores, each small enough for their caches.
 
@@ -523,9 +574,9 @@ def make_network(datasource: str, num_classes: int = 5, norm: str = 'batch_norm'
 
 def make_model(datasource: str, update_batch_size: int = 5, update_lr: float = 1e-3, num_updates: int = 1,
                meta_lr: float = 1e-3, stop_grad: bool = False, seed: int = 0, dtype=tf.float32, compiled: bool = True,
-               **network) -> MAML:
+               replicas: Replicas | None = None, **network) -> MAML:
     """A model with the paper's network, loss and clipping; arguments as the flags, `network` as for `make_network`."""
     loss = mean_squared_error if datasource == 'sinusoid' else cross_entropy(update_batch_size)
     clip = 10. if datasource in ('miniimagenet', 'folder') else None
     return MAML(make_network(datasource, **network), loss, update_lr, num_updates, meta_lr, stop_grad, clip, seed,
-                dtype, compiled)
+                dtype, compiled, replicas)

@@ -7,7 +7,7 @@ import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -314,6 +314,95 @@ def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray],
         raise ValueError(f'{path} is of another architecture: it has {", ".join(unknown)}, and the network that the '
                          'flags describe has not')
     return values, any(key.startswith('metatrain_optimizer/') for key in stored)
+
+
+# Devices that share the work ------------------------------------------------------------------------------------------
+
+class Replicas:
+    """The devices, of this process and of others, that have equal shares of the tasks of every meta-batch.
+
+    strategy: of tf.distribute, mirrored or multi-worker mirrored, or None for one device. Variables are each process's
+    own, and equal: all start from the first one's, see `agree`, and take the same steps.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy | None = None):
+        self.strategy = strategy
+        self.count = strategy.num_replicas_in_sync if strategy else 1
+        self.local = len(strategy.extended.worker_devices) if strategy else 1
+        cluster = strategy.cluster_resolver if strategy else None
+        self.process = (cluster.task_id if cluster and cluster.cluster_spec() else None) or 0
+        self.is_chief = self.process == 0   # the one that prints and writes
+
+    def share(self, tasks: int) -> slice:
+        """Which of a meta-batch's tasks are this process's. Raises ValueError if they cannot be shared equally."""
+        if tasks % self.count:
+            raise ValueError(f'--meta_batch_size={tasks} tasks cannot be shared equally by {self.count} replicas: make it a multiple of '
+                             f'{self.count}')
+        each = tasks // self.count * self.local
+        return slice(self.process * each, (self.process + 1) * each)
+
+    def place(self, batch: Batch) -> Batch:
+        """This process's tasks on its devices, for `run`."""
+        if self.strategy is None:
+            return batch
+        each, first = batch.inputa.shape[0] // self.local, self.process * self.local
+        part = lambda i: Batch(*(tf.convert_to_tensor(values[i * each:(i + 1) * each]) for values in batch))
+        return self.strategy.experimental_distribute_values_from_function(lambda context: part(context.replica_id_in_sync_group - first))
+
+    def mean(self, function: Callable, batch: Batch) -> list[tf.Tensor]:
+        """The mean over replicas of the tensors that function(share of the batch) returns; batch: from `place`."""
+        if self.strategy is None:
+            return function(batch)
+        shapes = []
+
+        def replica(share):
+            values = function(share)
+            shapes[:] = [value.shape for value in values]
+            flat = tf.concat([tf.reshape(value, [-1]) for value in values], axis=0)   # one message instead of many
+            return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, flat)
+        flat = self._first(self.strategy.run(replica, (batch,)))
+        parts = tf.split(flat, [shape.num_elements() for shape in shapes])
+        return [tf.reshape(part, shape) for part, shape in zip(parts, shapes)]
+
+    def gather(self, function: Callable, batch: Batch) -> tf.Tensor:
+        """What function(share of the batch) returns, [n, tasks of the share], for all tasks, [n, T]; batch: from `place`."""
+        if self.strategy is None:
+            return function(batch)
+        # As a sum: each replica fills its own columns.
+        def replica(share):
+            values, context = function(share), tf.distribute.get_replica_context()
+            mine = tf.one_hot(context.replica_id_in_sync_group, self.count, dtype=values.dtype)            # [replicas]
+            columns = tf.where(mine[:, tf.newaxis] > 0, values[:, tf.newaxis], tf.zeros_like(values)[:, tf.newaxis])
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, columns)                                 # [n, replicas, t]
+        total = self._first(self.strategy.run(replica, (batch,)))
+        return tf.reshape(total, [total.shape[0], -1])
+
+    def agree(self, values: list[np.ndarray]) -> list[np.ndarray]:
+        """The first process's values, in all of them."""
+        if self.strategy is None or self.count == self.local:
+            return values
+        return [self._sum(value if self.is_chief else np.zeros_like(value)) for value in values]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in one of the processes."""
+        if self.strategy is None or self.count == self.local:
+            return flag
+        return bool(self._sum(np.float32(flag)) > 0)
+
+    def _sum(self, value: np.ndarray) -> np.ndarray:
+        """Over processes of one replica each, or of equally many, whose values are counted once."""
+        return self._sum_replicas(tf.convert_to_tensor(value)).numpy()
+
+    @tf.function(autograph=False, reduce_retracing=False)
+    def _sum_replicas(self, value: tf.Tensor) -> tf.Tensor:
+        def replica():
+            context = tf.distribute.get_replica_context()
+            first = context.replica_id_in_sync_group % self.local == 0   # of its process
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.where(first, value, tf.zeros_like(value)))
+        return self._first(self.strategy.run(replica))
+
+    def _first(self, values) -> tf.Tensor:
+        return self.strategy.experimental_local_results(values)[0]
 
 
 # Run folders ---------------------------------------------------------------------------------------------------------

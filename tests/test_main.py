@@ -91,7 +91,8 @@ def test_flags_and_defaults():
     values = main.settings(parsed())
     assert {name: values[name] for name in DEFAULTS} == DEFAULTS
     assert values.keys() - DEFAULTS.keys() == {
-        'data_dir', 'seed', 'overwrite', 'validation_tasks', 'split', 'image_size', 'channels', 'test_query', 'transductive'}
+        'data_dir', 'seed', 'overwrite', 'validation_tasks', 'split', 'image_size', 'channels', 'test_query', 'transductive',
+        'strategy'}
 
 
 @pytest.mark.parametrize('line, name', [
