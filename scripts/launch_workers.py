@@ -61,15 +61,18 @@ def wait(workers: list[subprocess.Popen]) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage='launch_workers.py N [--pin] -- FLAGS')
     parser.add_argument('count', type=int, metavar='N')
     parser.add_argument('--pin', action='store_true', help='a core of its own for each worker')
-    parser.add_argument('flags', nargs='*', metavar='FLAGS', help="main.py's, after --")
-    values = parser.parse_args()
+    own, flags = sys.argv[1:], []
+    if '--' in own:   # argparse would not have options before it and flags after
+        own, flags = own[:own.index('--')], own[own.index('--') + 1:]
+    values = parser.parse_args(own)
     if values.count < 1:
         sys.exit(f'launch_workers.py: N must be at least 1, but it is {values.count}')
     ports = free_ports(values.count)
-    workers = [start(index, ports, values.flags, values.pin) for index in range(values.count)]
+    workers = [start(index, ports, flags, values.pin) for index in range(values.count)]
 
     def forward(number, _):
         for worker in workers:
