@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Copies what is worth keeping of a training run: results, summaries, and the newest and the best checkpoint without Adam's state.
+"""Copies what is worth keeping of a training run: results, summaries of every 500th iteration, and the newest and the best checkpoint
+without Adam's state.
 
     python scripts/publish.py RUN_FOLDER TARGET
 
@@ -18,7 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tensorflow as tf  # noqa: E402
 
 from maml import MAML  # noqa: E402
-from utils import checkpoints, event_files, read_run_state, write_checkpoint  # noqa: E402
+from utils import checkpoints, event_files, read_events, read_run_state, write_checkpoint  # noqa: E402
+
+
+def thin(source: Path, target: Path):
+    """Copies the summaries of every 500th iteration, and the last of all, by which the time that a run took is known."""
+    records = read_events(source)
+    with tf.io.TFRecordWriter(str(target)) as writer:
+        for i, record in enumerate(records):
+            if tf.compat.v1.Event.FromString(record).step % 500 == 0 or i == len(records) - 1:
+                writer.write(record)
 
 
 def publish(run_folder: Path, target: Path) -> Path:
@@ -36,8 +46,10 @@ def publish(run_folder: Path, target: Path) -> Path:
             beside.mkdir(parents=True, exist_ok=True)
             weights = tf.train.Checkpoint(weights=model.weights, norms=model.norms)
             write_checkpoint(weights, beside, max(found), read_run_state(found[max(found)]), kind)
-        for path in [*event_files(run_folder), *run_folder.glob('test_ubs*.csv'), *run_folder.glob('test_ubs*.pkl')]:
+        for path in [*run_folder.glob('test_ubs*.csv'), *run_folder.glob('test_ubs*.pkl')]:
             shutil.copy(path, beside)
+        for path in event_files(run_folder):
+            thin(path, beside / path.name)
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
