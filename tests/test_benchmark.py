@@ -56,6 +56,7 @@ def test_operations_of_the_paper_s_experiments(settings, giga):
     assert benchmark.operations(model, batch) / 1e9 == pytest.approx(expected, rel=.01)
 
 
+@pytest.mark.slow
 def test_training_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 4)
     data = make_omniglot(tmp_path / 'data')

@@ -1,7 +1,7 @@
 """--strategy: the same weights from one device, from two of a process, and from two processes; what happens when one is lost."""
-import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,8 +60,10 @@ def result(logdir: Path) -> str:
     return path.read_text()
 
 
-def test_one_device_two_devices_two_workers(flags, tmp_path):
-    """Training and evaluation; then a run that goes on with another strategy each time."""
+@pytest.mark.parametrize('conv', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_device_two_devices_two_workers(flags, tmp_path, conv):
+    """They end with the same weights; one of them prints and writes."""
+    flags = [*flags, f'--conv={conv}']
     succeeded(command('main.py', *flags, f'--logdir={tmp_path}/one'))
     mirrored = two_devices(*flags, f'--logdir={tmp_path}/mirrored')
     assert mirrored.returncode == 0, mirrored.stderr[-2000:]
@@ -71,9 +73,13 @@ def test_one_device_two_devices_two_workers(flags, tmp_path):
         assert_close(tmp_path / 'one', tmp_path / other)
     assert len([*tmp_path.glob('workers/*/events*')]) == 1
 
-    evaluation = [*flags, '--train=False']
-    succeeded(command('main.py', *evaluation, f'--logdir={tmp_path}/one'))
-    evaluated = two_devices(*evaluation, f'--logdir={tmp_path}/mirrored')
+
+@pytest.mark.slow
+def test_evaluation_is_shared(flags, tmp_path):
+    succeeded(command('main.py', *flags, f'--logdir={tmp_path}/one'))
+    shutil.copytree(tmp_path / 'one', tmp_path / 'mirrored')
+    succeeded(command('main.py', *flags, '--train=False', f'--logdir={tmp_path}/one'))
+    evaluated = two_devices(*flags, '--train=False', f'--logdir={tmp_path}/mirrored')
     assert evaluated.returncode == 0, evaluated.stderr[-2000:]
     np.testing.assert_allclose(*(np.array(result(tmp_path / name).splitlines()[1].split(','), float) for name in ('one', 'mirrored')), rtol=1e-5)
 

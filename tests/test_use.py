@@ -172,7 +172,7 @@ def some_tasks(tasks: int = 2, shots: int = 2, queries: int = 4, size: int = 28)
     return random.random((tasks, 3 * shots, size, size, 1)), np.tile(np.arange(3), (tasks, shots)), random.random((tasks, queries, size, size, 1))
 
 
-@pytest.mark.parametrize('settings', [{}, {'conv': False}, {'max_pool': True}, {'norm': 'layer_norm'}])
+@pytest.mark.parametrize('settings', [{}, {'conv': False}, pytest.param({'max_pool': True}, marks=pytest.mark.slow), {'norm': 'layer_norm'}])
 @pytest.mark.parametrize('transductive', [True, False])
 def test_api_is_what_evaluation_computes(settings, transductive):
     """Probabilities after two updates are the softmax of evaluation's outputs, for several tasks and for one."""
@@ -364,7 +364,7 @@ np.savez(sys.argv[3], **found)
 '''
 
 
-@pytest.mark.parametrize('transductive', [True, False])
+@pytest.mark.parametrize('transductive', [pytest.param(True, marks=pytest.mark.slow), False])
 def test_saved_model(run_folder, tmp_path, transductive):
     """In a process of its own that knows nothing of this project, with 1, 3 and 5 shots of two tasks: as MAML.predict."""
     random = np.random.default_rng(1)

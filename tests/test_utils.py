@@ -206,12 +206,15 @@ def test_ten_newest_checkpoints_are_kept(tmp_path):
     assert checkpoints(tmp_path / 'absent') == {}
 
 
-def test_checkpoint_is_read_back_by_parameter_name(tmp_path):
+@pytest.mark.parametrize('adam', [True, False])
+def test_checkpoint_is_read_back_by_parameter_name(tmp_path, adam):
+    """It is complete with Adam's state only."""
     values = {'w1': np.float32([[1, 2]]), '0/beta': np.float32([3]), '2/gamma': np.float32([4])}
     variables = {name: tf.Variable(value) for name, value in values.items()}
-    checkpoint = tf.train.Checkpoint(weights={'w1': variables.pop('w1')}, norms=variables)
+    more = {'metatrain_optimizer': tf.train.Checkpoint(step=tf.Variable(1))} if adam else {}
+    checkpoint = tf.train.Checkpoint(weights={'w1': variables.pop('w1')}, norms=variables, **more)
     read, complete = read_checkpoint(write_checkpoint(checkpoint, tmp_path, 7), [*values])
-    assert complete and read.keys() == values.keys()
+    assert complete == adam and read.keys() == values.keys()
     for name, value in values.items():
         np.testing.assert_array_equal(read[name], value)
 
