@@ -70,6 +70,7 @@ def assert_continued(outcome: Outcome, folder: Path, first: int, iterations: int
     assert [*checkpoints(folder)] == [first - 1, iterations - 1]
 
 
+@pytest.mark.slow
 def test_omniglot_fully_connected(tmp_path, omniglot):
     flags = [*omniglot, '--conv=False', '--norm=None', '--update_lr=0.4', '--meta_lr=0.003']
     folder = tmp_path / 'logs' / 'cls_2.mbs_4.ubs_1.numstep1.updatelr0.4hidden8nonorm'

@@ -24,6 +24,7 @@ CASE = ROOT / 'tests' / 'reference' / 'omniglot_5way_1shot.npz'
 ABLATION = 'scripts/second_order_ablation.py'
 
 
+@pytest.mark.slow
 def test_meta_gradients_of_the_ablation():
     """Those that were measured with the original under TensorFlow 1.2.1, 1.15.5 and 1.3.0, and with stop_grad."""
     outcome = succeeded(command(ABLATION, 'check', CASE))
