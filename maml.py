@@ -507,7 +507,7 @@ class MAML(tf.Module):
         ranks = set() if wrong else {np.ndim(weights[name]) - theta.shape.rank for name, theta in self.weights.items()}
         if wrong or ranks not in ({0}, {1}):
             raise ValueError(f'weights must be what adapt() returns, with {", ".join(self.weights)}, but they have {", ".join(weights)}'
-                             + (f' of other shapes than one task or one axis of tasks gives' if not wrong else ''))
+                             + (' of other shapes than one task or one axis of tasks gives' if not wrong else ''))
         return ranks == {0}
 
     def _given(self, weights: Weights, tasks: int, single: bool) -> dict[str, tf.Tensor]:

@@ -12,8 +12,8 @@ import scipy.stats
 import tensorflow as tf
 from PIL import Image
 
-from command_line import DATA, ROOT, assert_refused, draw, in_process, listing, make_miniimagenet, make_omniglot, run, succeeded
-from data_generator import ImageGenerator, folder_layout, load_folder, load_miniimagenet, read_image, run_layout
+from command_line import ROOT, assert_refused, draw, in_process, listing, make_miniimagenet, make_omniglot, run, succeeded
+from data_generator import folder_layout, load_folder, load_miniimagenet, read_image, run_layout
 from maml import MAML, make_model
 from utils import Batch, write_checkpoint
 
@@ -71,7 +71,7 @@ def test_every_split_gets_a_class(tmp_path, classes, shares, sizes):
 
 def test_what_pillow_reads(tmp_path):
     """Transparency is white, 16 bits are scaled, a camera's orientation is kept, other modes are converted."""
-    def read(name, channels=3, **options):
+    def read(name, channels=3):
         return read_image(str(tmp_path / name), folder_layout(2, channels))
 
     Image.new('RGBA', (5, 5), (0, 0, 0, 0)).save(tmp_path / 'clear.png')
@@ -276,7 +276,7 @@ def test_load(tmp_path):
             MAML.load(path, checkpoint)
 
 
-def test_readme_example(capsys):
+def test_readme_example():
     """Every Python block of the README, as it stands there."""
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
     assert len(blocks) >= 2
