@@ -477,7 +477,7 @@ class Run:
         return fit_picture(curves, np.stack([task.inputa[0, :, 0], task.labela[0, :, 0]], axis=1))
 
     def train(self, watch: Callable = iter, stopped: Callable = lambda: False) -> int:
-        """Pre-training, then meta-training, to the end or until `stopped()`. Returns the number of iterations done.
+        """Pre-training, then meta-training, to the end or until `stopped()` in a process. Returns the number of iterations done.
 
         watch: wraps the iterator of the data. Raises Diverged, and OSError if something cannot be written.
         """
@@ -494,7 +494,7 @@ class Run:
                 if not np.isfinite(loss):
                     raise Diverged(self.diverged(f'the loss is {loss} in iteration {origin + done - 1}'))
                 self.after(first, last, loss)
-                if last < end and stopped():
+                if last < end and self.replicas.any(stopped(), last):
                     if self.saved != last - 1:
                         self.save(last - 1)
                     return last
@@ -543,7 +543,7 @@ def train(run: Run, watch: Callable = iter):
     """Trains to the end, or until a signal; exits with 128 + its number then."""
     with Signals() as signals:
         try:
-            done = run.train(watch, lambda: run.replicas.any(bool(signals.received)))
+            done = run.train(watch, lambda: bool(signals.received))
         finally:
             run.log.close()
     if done < run.log.end:

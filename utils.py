@@ -318,6 +318,9 @@ def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray],
 
 # Devices that share the work ------------------------------------------------------------------------------------------
 
+ASKING_INTERVAL = 5   # iterations between the workers' questions whether one of them is to stop
+
+
 class Replicas:
     """The devices, of this process and of others, that have equal shares of the tasks of every meta-batch.
 
@@ -346,7 +349,7 @@ class Replicas:
         if self.strategy is None:
             return batch
         each, first = batch.inputa.shape[0] // self.local, self.process * self.local
-        part = lambda i: Batch(*(tf.convert_to_tensor(values[i * each:(i + 1) * each]) for values in batch))
+        part = lambda i: Batch(*(tf.convert_to_tensor(values if self.local == 1 else values[i * each:(i + 1) * each]) for values in batch))
         return self.strategy.experimental_distribute_values_from_function(lambda context: part(context.replica_id_in_sync_group - first))
 
     def mean(self, function: Callable, batch: Batch) -> list[tf.Tensor]:
@@ -383,11 +386,11 @@ class Replicas:
             return values
         return [self._sum(value if self.is_chief else np.zeros_like(value)) for value in values]
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in one of the processes."""
+    def any(self, flag: bool, iteration: int) -> bool:
+        """Whether the flag is set in one of the processes; they ask each other every few iterations, as that takes time."""
         if self.strategy is None or self.count == self.local:
             return flag
-        return bool(self._sum(np.float32(flag)) > 0)
+        return iteration % ASKING_INTERVAL == 0 and bool(self._sum(np.float32(flag)) > 0)
 
     def _sum(self, value: np.ndarray) -> np.ndarray:
         """Over processes of one replica each, or of equally many, whose values are counted once."""

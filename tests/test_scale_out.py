@@ -156,7 +156,7 @@ def test_a_signal_stops_all_workers(flags, tmp_path):
 
 def test_one_device_is_no_strategy():
     replicas, batch = Replicas(), Batch(*np.ones([4, 2, 3, 1]))
-    assert replicas.place(batch) is batch and replicas.is_chief and replicas.share(6) == slice(0, 6) and replicas.any(True) and not replicas.any(False)
+    assert replicas.place(batch) is batch and replicas.is_chief and replicas.share(6) == slice(0, 6) and replicas.any(True, 1) and not replicas.any(False, 1)
     assert replicas.agree([1, 2]) == [1, 2] and replicas.mean(lambda share: share, batch) is batch and replicas.gather(len, batch) == 4
 
 
