@@ -349,7 +349,7 @@ class Replicas:
         if self.strategy is None:
             return batch
         each, first = batch.inputa.shape[0] // self.local, self.process * self.local
-        part = lambda i: Batch(*(tf.convert_to_tensor(values if self.local == 1 else values[i * each:(i + 1) * each]) for values in batch))
+        part = lambda i: Batch(*(tf.convert_to_tensor(values[i * each:(i + 1) * each]) for values in batch))
         return self.strategy.experimental_distribute_values_from_function(lambda context: part(context.replica_id_in_sync_group - first))
 
     def mean(self, function: Callable, batch: Batch) -> list[tf.Tensor]:
