@@ -4,7 +4,7 @@
     python scripts/report.py [LOGS] [--output=LOGS/report]
 
 LOGS (default: logs) is where scripts/omniglot_5way_1shot.sh and its like keep their runs, LOGS/CELL/seedN/RUN. Cells that were
-not run say so; a run folder that is incomplete is named and left out.
+not run say so; a run folder that is incomplete is named and left out. What LOGS/CELL/note.txt says, if it is there, is quoted.
 """
 import argparse
 import csv
@@ -52,7 +52,11 @@ CELLS = [
     Cell('miniimagenet_5way_5shot_first_order', MINIIMAGENET.format(5) + ', first order', '63.15 ± 0.91', 10),
     Cell('miniimagenet_5way_5shot', MINIIMAGENET.format(5), '63.11 ± 0.92', 10)]
 SINUSOIDS = [Cell('sinusoid', 'MAML', '.67 / .38 / .35', 10), Cell('sinusoid_pretrain', 'pre-trained on all tasks', '2.41 / 2.23 / 2.19', 10),
-             Cell('sinusoid_oracle', 'oracle', '', 0)]
+             Cell('sinusoid_oracle', 'oracle', '', 0),
+             Cell('sinusoid_published_command', 'MAML, α = 0.001', '.67 / .38 / .35', 10)]
+
+
+DIVERGED = 100.   # mean squared error; the largest amplitude is 5, so that predicting 0 has 25 at most
 
 
 class Table(NamedTuple):
@@ -123,7 +127,9 @@ def pooled(tables: list[Table]) -> Table:
     size = min(len(table.means) for table in tables)
     means = np.array([table.means[:size] for table in tables])
     t = scipy.stats.t.ppf(.975, len(means) - 1)
-    return Table(means.mean(0), t * means.std(0, ddof=1) / np.sqrt(len(means)), np.mean([table.medians[:size] for table in tables], axis=0))
+    with np.errstate(invalid='ignore'):   # inf - inf, where tasks diverged
+        deviations = means.std(0, ddof=1)
+    return Table(means.mean(0), t * deviations / np.sqrt(len(means)), np.mean([table.medians[:size] for table in tables], axis=0))
 
 
 # Text -----------------------------------------------------------------------------------------------------------------
@@ -149,12 +155,14 @@ def accuracies(logs: Path, runs: dict[str, list[Run]]) -> list[str]:
              'After the number of updates at which the paper evaluates (Omniglot 5-way 3, 20-way 5, miniImagenet 10); ± is the 95 % interval over '
              'tasks of one run. The last checkpoint, and the one that was best on validation tasks.', '',
              '| | paper | last | best of validation | iterations | seed | training |', '|---|---|---|---|---|---|---|']
-    return lines + [row for cell in CELLS for row in accuracy_rows(cell, runs[cell.name])]
+    lines += [row for cell in CELLS for row in accuracy_rows(cell, runs[cell.name])]
+    notes = [f'{cell.title}: {path.read_text().strip()}' for cell in CELLS if (path := logs / cell.name / 'note.txt').is_file()]
+    return lines + ['', *notes] if notes else lines
 
 
 def errors(runs: dict[str, list[Run]]) -> list[str]:
     lines = ['## Sinusoid: mean squared error on 600 tasks', '',
-             'K = 10 in training, α = 0.01. Before any update on the support set, then on the query set; ± is the 95 % interval, over seeds '
+             'K = 10 in training, α = 0.01 where nothing else is said. Before any update on the support set, then on the query set; ± is the 95 % interval, over seeds '
              'where there are several (Student\'s t), else over tasks. A few tasks that diverge may rule a mean; the median over tasks (mean of the '
              'seeds\' medians) tells of the others.', '',
              '| | K | paper, 1 / 5 / 10 updates | before | 1 | 5 | 10 | medians, 1 / 5 / 10 | iterations | seeds |',
@@ -165,7 +173,7 @@ def errors(runs: dict[str, list[Run]]) -> list[str]:
         for shots in sorted({shots for run in runs[cell.name] for shots, _ in run.tables}):
             of = [run for run in runs[cell.name] if (shots, 'last') in run.tables]
             table = pooled([run.tables[shots, 'last'] for run in of])
-            number = lambda i: f'{table.means[i]:.3g} ± {table.interval[i]:.2g}' if np.isfinite(table.means[i]) else 'diverged'
+            number = lambda i: f'{table.means[i]:.3g} ± {table.interval[i]:.2g}' if table.means[i] < DIVERGED else 'diverged'
             shown = [number(0), *('–' if cell.name == 'sinusoid_oracle' else number(i) for i in (1, 5, 10))]
             medians = '–' if cell.name == 'sinusoid_oracle' else ' / '.join(f'{table.medians[i]:.3g}' for i in (1, 5, 10) if i < len(table.medians))
             iterations = ', '.join(sorted({f'{run.iterations:,}' for run in of}))

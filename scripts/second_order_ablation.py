@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Trains on the same tasks with the exact meta-gradient, and with those that other software computes without a word.
 
-    python scripts/second_order_ablation.py VARIANT [main.py's flags]     trains, or continues, in LOGDIR/VARIANT
+    python scripts/second_order_ablation.py VARIANT [main.py's flags]     trains, continues, or evaluates in LOGDIR/VARIANT
     python scripts/second_order_ablation.py check CASE.npz                directional derivatives of a case's meta-gradient
-    python scripts/second_order_ablation.py plot FOLDER                   draws FOLDER/VARIANT/*, writes ablation.png and .md
+    python scripts/second_order_ablation.py plot FOLDER                   draws FOLDER/CELL/VARIANT/*, writes ablation.png and .md
 
 Variants, which differ in nothing but the derivative of batch normalisation's derivative:
     exact        the paper's meta-gradient
@@ -11,11 +11,13 @@ Variants, which differ in nothing but the derivative of batch normalisation's de
     moments      the gradient of the mean inside the variance stopped, as tf.nn.moments does, the original under 1.3
     first_order  all second derivatives left out, as --stop_grad
 """
+import csv
 import json
 import os
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')   # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -111,34 +113,57 @@ def check(path: str):
         print(f'{variant:12} conv1 {along["conv1"]:8.4f}  conv4 {along["conv4"]:8.4f}')
 
 
-def validations(folder: Path) -> np.ndarray:
-    """[n, 3]: iteration, accuracy, half of its 95 % interval, of all validations of a run."""
+class Result(NamedTuple):
+    """What a variant came to; accuracies in percent, after as many updates as in training."""
+    validations: np.ndarray                 # [n, 3]: iteration, accuracy, half of its 95 % interval
+    test: tuple[float, float] | None        # accuracy of the last checkpoint on the test classes, half of its 95 % interval
+    updates: int
+
+
+def read_result(folder: Path) -> Result | None:
+    """The results in the one run of a variant's folder; None if there is no validation in it."""
     run = next(iter(sorted(folder.glob('cls_*'))), None)
     if not run:
-        return np.zeros([0, 3])
-    summaries, tag = read_scalars(run), 'metaval_Post-update_accuracy'
-    accuracies = summaries.get(f'{tag}__step_{re.search(r"numstep([0-9]+)", run.name)[1]}', {})
-    return np.array([[step, value, summaries[f'{tag}_interval'][step]] for step, value in accuracies.items()]).reshape(-1, 3)
+        return None
+    summaries, tag, updates = read_scalars(run), 'metaval_Post-update_accuracy', int(re.search(r'numstep([0-9]+)', run.name)[1])
+    accuracies = summaries.get(f'{tag}__step_{updates}', {})
+    values = [[step, 100 * value, 100 * summaries[f'{tag}_interval'][step]] for step, value in accuracies.items()]
+    test = next(iter(sorted(run.glob('test_ubs?_stepsize*.csv'))), None)
+    if test:
+        means, _, intervals = list(csv.reader(test.open(newline='')))[1:]
+        test = 100 * float(means[updates]), 100 * float(intervals[updates])
+    return Result(np.array(sorted(values)), test, updates) if values else None
+
+
+def draw(axes, cell: str, variant: str, result: Result | None) -> str:
+    """A variant's curve with its band; returns its row of the table."""
+    title = re.sub(r'omniglot_(\d+)way_(\d+)shot', r'Omniglot, \1-way \2-shot', cell)
+    if not result:
+        return f'| {title} | {variant} | not run | | |'
+    steps, accuracies, halves = result.validations.T
+    line, = axes.plot(steps, accuracies, marker='o', markersize=3, label=variant.replace('_', ' '))
+    axes.fill_between(steps, accuracies - halves, accuracies + halves, color=line.get_color(), alpha=.12, linewidth=0)
+    axes.set(title=f'{title}, after {result.updates} update{"s" * (result.updates > 1)}', xlabel='iteration', ylabel='validation accuracy [%]')
+    test = '{:.1f} ± {:.1f}'.format(*result.test) if result.test else 'not evaluated'
+    return f'| {title} | {variant} | {steps[-1]:.0f} | {accuracies[-1]:.1f} ± {halves[-1]:.1f} | {test} |'
 
 
 def plot(folder: Path):
-    """The validation accuracy of all variants over iterations, as a figure and a table."""
+    """Accuracy of all variants over iterations, a panel for each cell of FOLDER, and the table of their ends."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 3.8), layout='constrained')
-    rows = ['| variant | iterations | accuracy at the last validation, % | mean of the last five, % |', '|---|---|---|---|']
-    for variant in NORMALISATIONS:
-        values = validations(folder / variant)
-        if not len(values):
-            rows.append(f'| {variant} | not run | | |')
-            continue
-        axes.errorbar(values[:, 0], 100 * values[:, 1], yerr=100 * values[:, 2], marker='o', markersize=3, capsize=2, label=variant.replace('_', ' '))
-        rows.append(f'| {variant} | {values[-1, 0]:.0f} | {100 * values[-1, 1]:.2f} ± {100 * values[-1, 2]:.2f} | {100 * values[-5:, 1].mean():.2f} |')
-    axes.set(xlabel='iteration', ylabel='validation accuracy [%]')
-    axes.grid(alpha=.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+    cells = sorted({path.parent.name for path in folder.glob('*/*') if path.name in NORMALISATIONS}, key=lambda name: (len(name), name))
+    if not cells:
+        sys.exit(f'second_order_ablation.py: {folder} holds no CELL/VARIANT: give the folder that scripts/second_order_ablation.sh wrote')
+    figure, panels = plt.subplots(1, len(cells), figsize=(4.2 * len(cells) + .4, 3.6), layout='constrained', squeeze=False)
+    rows = ['| | meta-gradient | iterations | last validation, % | test classes, 600 tasks, % |', '|---|---|---|---|---|']
+    for axes, cell in zip(panels[0], cells):
+        rows += [draw(axes, cell, variant, read_result(folder / cell / variant)) for variant in NORMALISATIONS]
+        axes.grid(alpha=.3)
+    curves = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels())}
+    if curves:
+        figure.legend(curves.values(), curves.keys(), loc='outside upper center', ncols=len(curves), frameon=False)
     figure.savefig(folder / 'ablation.png', dpi=150)
     (folder / 'ablation.md').write_text('\n'.join(rows) + '\n')
     print(folder / 'ablation.md')

@@ -7,10 +7,11 @@ ablation() {
     local cell=$1 variant
     shift
     for variant in exact held moments first_order; do
-        python scripts/second_order_ablation.py $variant --datasource=omniglot --update_batch_size=1 "$@" \
-            ${given[@]+"${given[@]}"} --logdir="$(option logdir logs/ablation)/$cell"
+        flags=(--datasource=omniglot --update_batch_size=1 "$@" ${given[@]+"${given[@]}"} --logdir="$(option logdir logs/ablation)/$cell")
+        python scripts/second_order_ablation.py $variant "${flags[@]}"
+        python scripts/second_order_ablation.py $variant "${flags[@]}" --train=False --test_set=True
     done
-    python scripts/second_order_ablation.py plot "$(option logdir logs/ablation)/$cell"
 }
 ablation omniglot_5way_1shot --num_classes=5 --update_lr=0.4 --num_updates=1 --meta_batch_size=32 --metatrain_iterations=5000
 ablation omniglot_20way_1shot --num_classes=20 --update_lr=0.1 --num_updates=5 --meta_batch_size=16 --metatrain_iterations=2000
+python scripts/second_order_ablation.py plot "$(option logdir logs/ablation)"

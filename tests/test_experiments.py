@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from command_line import ROOT, assert_refused, command, in_process, make_miniimagenet, make_omniglot, run, succeeded
+from data_generator import SinusoidGenerator
+from maml import MAML
 from utils import checkpoints
 
 sys.path.insert(0, str(ROOT / 'scripts'))
@@ -19,6 +21,7 @@ pytest.importorskip('matplotlib')
 
 import report  # noqa: E402
 import second_order_ablation  # noqa: E402
+import sinusoid_step_sizes  # noqa: E402
 
 CASE = ROOT / 'tests' / 'reference' / 'omniglot_5way_1shot.npz'
 ABLATION = 'scripts/second_order_ablation.py'
@@ -40,7 +43,7 @@ def test_ablation_refuses(arguments):
 def test_validations_of_the_ablation(tmp_path):
     """Read from among texts and pictures, which are summaries, too."""
     import tensorflow as tf
-    run_folder = tmp_path / 'held' / 'cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm'
+    run_folder = tmp_path / 'omniglot_5way_1shot/held/cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm'
     writer = tf.summary.create_file_writer(str(run_folder))
     with writer.as_default():
         tf.summary.text('flags', 'x', step=0)
@@ -49,9 +52,10 @@ def test_validations_of_the_ablation(tmp_path):
             tf.summary.scalar('metaval_Post-update_accuracy__step_1', value, step=step)
             tf.summary.scalar('metaval_Post-update_accuracy_interval', value / 8, step=step)
     writer.close()
+    write_table(run_folder, 'test_ubs1_stepsize0.4', [.2, .625, .65])
     succeeded(in_process(second_order_ablation.program, ['plot', str(tmp_path)]))
     text = (tmp_path / 'ablation.md').read_text()
-    assert '| held | 1000 | 75.00 ± 9.38 | 62.50 |' in text and text.count('not run') == 3 and (tmp_path / 'ablation.png').exists()
+    assert '| Omniglot, 5-way 1-shot | held | 1000 | 75.0 ± 9.4 | 62.5 ± 1.0 |' in text and text.count('not run') == 3 and (tmp_path / 'ablation.png').exists()
 
 
 # The report ---------------------------------------------------------------------------------------------------------
@@ -87,7 +91,7 @@ def test_report(logs):
     text = (logs / 'report/report.md').read_text()
     # Means of 2 and 6; the standard error is 2, and 12.706 of them are the 95 % interval of two values.
     assert '| MAML | 5 | .67 / .38 / .35 | 6 ± 38 | 4 ± 25 | 3.2 ± 20 | 2.2 ± 14 | 2 / 1.6 / 1.1 | 3 | 0, 1 |' in text
-    assert '| oracle | |  | not run |' in text and text.count('not run') == 2 + len(report.CELLS)
+    assert '| oracle | |  | not run |' in text and text.count('not run') == 3 + len(report.CELLS)
     assert {path.name for path in (logs / 'report').iterdir()} == {'report.md', 'fits.png', 'errors.png'}
 
 
@@ -103,6 +107,30 @@ def test_report_leaves_out_what_is_damaged(logs, damage, words):
     outcome = succeeded(in_process(report.main, [str(logs)]))
     assert outcome.err.startswith(f'report.py: left out: {folder}') and words in outcome.err and len(outcome.err.splitlines()) == 1
     assert '| MAML | 5 | .67 / .38 / .35 | 3 ± 0.01 |' in (logs / 'report/report.md').read_text()
+
+
+def test_report_quotes_notes(logs):
+    (logs / 'omniglot_5way_1shot').mkdir()
+    (logs / 'omniglot_5way_1shot/note.txt').write_text('not this year.\n')
+    succeeded(in_process(report.main, [str(logs)]))
+    assert 'Omniglot, 5-way 1-shot: not this year.' in (logs / 'report/report.md').read_text().splitlines()
+
+
+@pytest.mark.parametrize('shots', [1, 3])
+def test_sinusoid_step_sizes(trained, shots):
+    """Two seeds, and the same with α halved after the first update: that one is the same in both lines."""
+    folders = [str(folder) for folder in sorted(trained.glob('sinusoid/seed*/cls_*'))]
+    outcome = succeeded(in_process(sinusoid_step_sizes.main, [*folders, f'--shots={shots}', '--tasks=50']))
+    _, _, whole, halved = ([cell.strip() for cell in line.split('|')[1:-1]] for line in outcome.lines)
+    assert (whole[0], halved[0]) == ('0.01', '0.01, then 0.005') and whole[1] == halved[1] and whole[2:] != halved[2:]
+    model = MAML.load(folders[0])
+    values = sinusoid_step_sizes.errors(model, shots, 50, halved=False)
+    batch = SinusoidGenerator(shots, shots, seed=sinusoid_step_sizes.SEED).batch('test', 0, 50)
+    np.testing.assert_allclose(values[1:], model.evaluate(batch, 10).losses2, rtol=1e-4)
+
+
+def test_sinusoid_step_sizes_refuses(tmp_path):
+    assert_refused(in_process(sinusoid_step_sizes.main, [str(tmp_path)]), 'sinusoid_step_sizes.py', str(tmp_path), 'no checkpoint')
 
 
 def test_report_without_logs(tmp_path):
@@ -132,7 +160,7 @@ def bash(checkout: Path, script: str, *arguments: str) -> subprocess.CompletedPr
 
 @pytest.mark.slow
 @pytest.mark.parametrize('cell, more', [
-    *[(f'sinusoid_{kind}', []) for kind in ('5shot', '10shot', 'pretrain', 'oracle')],
+    *[(f'sinusoid_{kind}', []) for kind in ('5shot', '10shot', 'pretrain', 'oracle', 'published_command')],
     *[(cell.name, ['--num_filters=4'] if 'no_conv' not in cell.name else []) for cell in report.CELLS]])
 def test_cell(checkout, cell, more):
     """Trains, evaluates, and a second call continues."""
@@ -151,8 +179,8 @@ def test_ablation(checkout):
     """All variants, drawn."""
     first = bash(checkout, 'second_order_ablation', '--metatrain_iterations=2', '--num_filters=4')
     assert first.returncode == 0, first.stderr[-2000:]
+    assert (checkout / 'logs/ablation/ablation.md').read_text().count('not run') == 8   # no validation yet
     for cell in ('omniglot_5way_1shot', 'omniglot_20way_1shot'):
-        assert (checkout / f'logs/ablation/{cell}/ablation.md').read_text().count('not run') == 4   # no validation yet
         for variant in ('exact', 'held', 'moments', 'first_order'):
             folder = next((checkout / f'logs/ablation/{cell}/{variant}').iterdir())
-            assert [*checkpoints(folder)] == [1]
+            assert [*checkpoints(folder)] == [1] and [*folder.glob('test_ubs1_stepsize*.csv')]
