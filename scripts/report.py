@@ -259,16 +259,17 @@ def figure_errors(path: Path, runs: dict[str, list[Run]]) -> str | None:
                 panel.axhline(table.means[0], color=f'C{i}', linestyle=':', label=cell.title)
             else:
                 x = np.arange(1, len(table.means))
-                panel.errorbar(x, table.means[1:], yerr=table.interval[1:], color=f'C{i}', marker='o', markersize=3, capsize=2, label=cell.title)
+                panel.errorbar(x, np.where(table.means < DIVERGED, table.means, np.nan)[1:], yerr=table.interval[1:], color=f'C{i}', marker='o', markersize=3, capsize=2, label=cell.title)
                 panel.plot(x, table.medians[1:], color=f'C{i}', linestyle='--', linewidth=1, label=f'{cell.title}, median')
         panel.set(title=f'K = {shots}', xlabel='inner updates', ylim=(0, 4))   # untrained, it is 4
         panel.grid(alpha=.3)
     panels[0, 0].set_ylabel('mean squared error (query set)')
-    panels[0, 0].legend(fontsize='x-small')
+    curves = {label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(curves.values(), curves.keys(), loc='outside lower center', ncols=4, fontsize='small', frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    return ('Error over inner updates: mean with 95 % interval, over seeds where there are several, and median over tasks (dashed). Means above 4 '
-            'are those of tasks that diverged.')
+    return ('Error over inner updates: mean with 95 % interval, over seeds where there are several, and median over tasks (dashed). A curve of '
+            'means ends where they exceed 100, because single tasks diverge.')
 
 
 def report(logs: Path, output: Path) -> str:
