@@ -21,7 +21,7 @@ pytest.importorskip('matplotlib')
 
 import report  # noqa: E402
 import second_order_ablation  # noqa: E402
-import sinusoid_step_sizes  # noqa: E402
+import step_sizes  # noqa: E402
 
 CASE = ROOT / 'tests' / 'reference' / 'omniglot_5way_1shot.npz'
 ABLATION = 'scripts/second_order_ablation.py'
@@ -116,21 +116,34 @@ def test_report_quotes_notes(logs):
     assert 'Omniglot, 5-way 1-shot: not this year.' in (logs / 'report/report.md').read_text().splitlines()
 
 
-@pytest.mark.parametrize('shots', [1, 3])
-def test_sinusoid_step_sizes(trained, shots):
-    """Two seeds, and the same with α halved after the first update: that one is the same in both lines."""
+def test_step_sizes_of_errors(trained):
+    """Two seeds: main.py's evaluation, and α halved after the first update, so that this one is the same."""
     folders = [str(folder) for folder in sorted(trained.glob('sinusoid/seed*/cls_*'))]
-    outcome = succeeded(in_process(sinusoid_step_sizes.main, [*folders, f'--shots={shots}', '--tasks=50']))
+    outcome = succeeded(in_process(step_sizes.main, [*folders, '--shots=3', '--tasks=700']))
     _, _, whole, halved = ([cell.strip() for cell in line.split('|')[1:-1]] for line in outcome.lines)
-    assert (whole[0], halved[0]) == ('0.01', '0.01, then 0.005') and whole[1] == halved[1] and whole[2:] != halved[2:]
+    assert (whole[0], halved[0]) == ('0.01', '0.01, then 0.005') and whole[1] == halved[1] and whole[2:5] != halved[2:5]
     model = MAML.load(folders[0])
-    values = sinusoid_step_sizes.errors(model, shots, 50, halved=False)
-    batch = SinusoidGenerator(shots, shots, seed=sinusoid_step_sizes.SEED).batch('test', 0, 50)
-    np.testing.assert_allclose(values[1:], model.evaluate(batch, 10).losses2, rtol=1e-4)
+    batch = SinusoidGenerator(3, 3).batch('test', 1, 50)
+    np.testing.assert_allclose(step_sizes.outcomes(model, batch, halved=False)[1:], model.evaluate(batch, 10).losses2, rtol=1e-4)
 
 
-def test_sinusoid_step_sizes_refuses(tmp_path):
-    assert_refused(in_process(sinusoid_step_sizes.main, [str(tmp_path)]), 'sinusoid_step_sizes.py', str(tmp_path), 'no checkpoint')
+def test_step_sizes_of_accuracies(tmp_path):
+    make_omniglot(tmp_path / 'data')
+    succeeded(run('--datasource=omniglot', '--num_classes=2', '--num_filters=4', '--update_batch_size=2', '--update_lr=.4', '--metatrain_iterations=1',
+                  f'--data_dir={tmp_path}/data', f'--logdir={tmp_path}/logs'))
+    folder, = (tmp_path / 'logs').iterdir()
+    outcome = succeeded(in_process(step_sizes.main, [str(folder), '--tasks=20', f'--data_dir={tmp_path}/data']))
+    model = MAML.load(folder)
+    batch = step_sizes.test_tasks(model.settings, 2, f'{tmp_path}/data').batch('test', 0, 20)
+    accuracies = 100 * np.array(model.evaluate(batch, 10).accuracies2).mean(1)   # [10]
+    found = [float(cell.split('±')[0]) for cell in outcome.lines[2].split('|')[2:-1]]
+    np.testing.assert_allclose(found, accuracies[[i - 1 for i in step_sizes.SHOWN]], atol=.006)
+
+
+def test_step_sizes_refuses(tmp_path, trained):
+    folder = str(next(trained.glob('sinusoid/seed0/cls_*')))
+    assert_refused(in_process(step_sizes.main, [str(tmp_path)]), 'step_sizes.py', str(tmp_path), 'no checkpoint')
+    assert_refused(in_process(step_sizes.main, [folder, '--tasks=0']), 'step_sizes.py', '--tasks')
 
 
 def test_report_without_logs(tmp_path):
@@ -164,6 +177,7 @@ def bash(checkout: Path, script: str, *arguments: str) -> subprocess.CompletedPr
     *[(cell.name, ['--num_filters=4'] if 'no_conv' not in cell.name else []) for cell in report.CELLS]])
 def test_cell(checkout, cell, more):
     """Trains, evaluates, and a second call continues."""
+    shutil.rmtree(checkout / 'logs', ignore_errors=True)   # two of the cells share a run
     first = bash(checkout, cell, '--metatrain_iterations=2', *more)
     assert first.returncode == 0, first.stderr[-2000:]
     assert 'confidence intervals' in first.stdout
