@@ -258,7 +258,7 @@ def load(model: MAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[
     for number, (iteration, path) in enumerate(candidates.items(), start=1):
         try:
             state = read_run_state(path)
-            check_contradictions(path, state.get('flags', {}), f)
+            check_contradictions(path, iteration, state.get('flags', {}), f)
             restore(model, path, f)
             return iteration, state
         except DamagedCheckpoint as error:
@@ -268,10 +268,12 @@ def load(model: MAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[
     return -1, {}
 
 
-def check_contradictions(path: str, stored: dict, f: flags.FlagValues):
-    """Raises ValueError with the list of flags that are not what the run was trained with, and matter."""
+def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagValues):
+    """Raises ValueError with the list of flags that are not what the run was trained with up to this iteration, and matter."""
     free = {'log', 'logdir', 'data_dir', 'resume', 'overwrite', 'train', 'test_iter', 'test_set', 'metatrain_iterations',
             'train_update_batch_size', 'train_update_lr', 'test_query', 'transductive', 'strategy'}
+    if f.baseline == 'oracle' or iteration < min(stored.get('pretrain_iterations', 0), f.pretrain_iterations):
+        free.add('pretrain_iterations')   # so far it has trained jointly, and so it would have with the other number
     network = {'datasource', 'num_classes', 'norm', 'num_filters', 'conv', 'max_pool', 'baseline', 'image_size', 'channels',
                'split'}   # the last decides which classes were not trained on
     names = [name for name in settings(f) if (name not in free if f.train else name in network)]

@@ -161,7 +161,7 @@ def checkout(tmp_path_factory) -> Path:
         target.parent.mkdir(exist_ok=True)
         shutil.copy(path, target)
     (folder / 'scripts/environment.sh').write_text(f'set_up() {{ PATH={Path(sys.executable).parent}:$PATH; }}\n')
-    make_omniglot(folder / 'data', characters=220, images=10)
+    make_omniglot(folder / 'data', characters=340, images=10)   # 20 validation classes
     make_miniimagenet(folder / 'data', classes=5, images=20)
     return folder
 

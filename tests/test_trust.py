@@ -21,6 +21,7 @@ from absl import flags
 import main
 from command_line import ROOT, Outcome, assert_refused, listing, make_omniglot, parsed, run, running_eagerly, succeeded
 from test_checkpoints import assert_same, contents
+from maml import MAML
 from utils import checkpoints, event_files, forget_summaries, lock, read_events, read_run_state
 
 SINUSOID = ['--norm=None', '--update_batch_size=5', '--meta_batch_size=4']
@@ -163,6 +164,20 @@ def test_flags_that_contradict_the_run(tmp_path, eager, change, words):
     assert listing(tmp_path) == before
     succeeded(run(*train, '--train=False', '--seed=1'))   # of no consequence for evaluation
     succeeded(run(*train, '--metatrain_iterations=4', '--validation_tasks=100'))
+
+
+def test_longer_joint_training(tmp_path, eager):
+    """While it lasts, it may be made longer: the same weights as in one go; not once meta-training has begun."""
+    joint = [*SINUSOID, '--log=False', '--metatrain_iterations=0']
+    for logdir, lengths in ('whole', [4]), ('parts', [2, 4]):
+        for length in lengths:
+            outcome = succeeded(run(*joint, f'--pretrain_iterations={length}', f'--logdir={tmp_path}/{logdir}'))
+    assert 'Continuing at iteration 2 of 4.' in outcome.lines
+    whole, parts = (MAML.load(folder_of(tmp_path / logdir, *joint)) for logdir in ('whole', 'parts'))
+    assert all((whole.weights[name].numpy() == parts.weights[name].numpy()).all() for name in whole.weights)
+    more = ['--metatrain_iterations=2', f'--logdir={tmp_path}/parts', *SINUSOID, '--log=False']
+    succeeded(run(*more, '--pretrain_iterations=4'))
+    assert_refused(run(*more, '--pretrain_iterations=6'), '--pretrain_iterations=4 (now 6)')
 
 
 def test_another_network_in_evaluation(tmp_path, eager, data):
