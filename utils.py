@@ -290,7 +290,10 @@ def stored_values(path: str) -> dict[str, np.ndarray]:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line that says something: TensorFlow puts headings and places in the program before it."""
+    headings = ('Graph execution error', 'Detected at node', 'File ', '<stack traces', ' ', '\t')
+    said = [line for line in str(error).splitlines() if line and not line.startswith(headings)]
+    return (said or [type(error).__name__])[0]
 
 
 def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray], bool]:

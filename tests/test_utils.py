@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from utils import (Batch, accuracy, checkpoints, cross_entropy, initial_value, mean_squared_error, norm_parameters, normalize,
-                   fit_picture, read_checkpoint, task_picture, write_checkpoint)
+from utils import (Batch, accuracy, checkpoints, cross_entropy, first_line, fit_picture, initial_value,
+                   mean_squared_error, norm_parameters, normalize, read_checkpoint, task_picture, write_checkpoint)
 
 LOG = np.log
 
@@ -274,3 +274,10 @@ def test_picture_of_a_fit():
     for at, colour in [((-4, -4), (255, 0, 0)), ((4, 4), (255, 0, 0)), ((0, 5), (128, 0, 128)), ((-4, 4), (255, 255, 255))]:
         column, row = round((at[0] + 5) / 10 * 479), round((6 - at[1]) / 12 * 319)
         assert (picture[row - 1:row + 2, column - 1:column + 2] == colour).all(-1).any(), at
+
+
+@pytest.mark.parametrize('text, line', [
+    ('Graph execution error:\n\nDetected at node A defined at (most recent call last):\n<stack traces unavailable>\nConnection reset\nmore',
+     'Connection reset'), ('disk full', 'disk full'), ('', 'ValueError')])
+def test_first_line(text, line):
+    assert first_line(ValueError(text)) == line
