@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Copies what is worth keeping of a training run: results, summaries of every 500th iteration, and the newest and the best checkpoint
-without Adam's state.
+"""Copies what is worth keeping of a training run: results, summaries of every 500th iteration, the command, and the newest and the best
+checkpoint without Adam's state.
 
     python scripts/publish.py RUN_FOLDER TARGET
 
@@ -9,6 +9,7 @@ scripts/classify.py and scripts/export.py use it, as the run itself; training th
 """
 import argparse
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')   # no lines about CPU featur
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tensorflow as tf  # noqa: E402
+from absl import flags  # noqa: E402
 
+from main import define_flags  # noqa: E402
 from maml import MAML  # noqa: E402
 from utils import checkpoints, event_files, read_events, read_run_state, write_checkpoint  # noqa: E402
 
@@ -29,6 +32,15 @@ def thin(source: Path, target: Path):
         for i, record in enumerate(records):
             if tf.compat.v1.Event.FromString(record).step % 500 == 0 or i == len(records) - 1:
                 writer.write(record)
+
+
+def training_command(settings: dict) -> str:
+    """The call of main.py that trained with these flags; those that have their defaults, or name places, are left out."""
+    defaults = flags.FlagValues()
+    define_flags(defaults)
+    given = [f'--{name}={value}' for name, value in settings.items()
+             if name in defaults and name not in ('logdir', 'data_dir') and value != defaults[name].value]
+    return shlex.join(['python', 'main.py', *given])
 
 
 def publish(run_folder: Path, target: Path) -> Path:
@@ -45,6 +57,7 @@ def publish(run_folder: Path, target: Path) -> Path:
             model = MAML.load(run_folder, which)
             beside.mkdir(parents=True, exist_ok=True)
             weights = tf.train.Checkpoint(weights=model.weights, norms=model.norms)
+            (beside / 'command.txt').write_text(training_command(model.settings) + '\n')
             write_checkpoint(weights, beside, max(found), read_run_state(found[max(found)]), kind)
         for path in [*run_folder.glob('test_ubs*.csv'), *run_folder.glob('test_ubs*.pkl')]:
             shutil.copy(path, beside)

@@ -1,6 +1,7 @@
 """A user's own images and tasks: --datasource=folder, the API of MAML, scripts/classify.py and scripts/export.py."""
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import scipy.stats
 import tensorflow as tf
 from PIL import Image
 
-from command_line import ROOT, assert_refused, draw, in_process, listing, make_miniimagenet, make_omniglot, run, succeeded
+from command_line import ROOT, assert_refused, draw, in_process, listing, make_miniimagenet, make_omniglot, parsed, run, succeeded
 from data_generator import folder_layout, load_folder, load_miniimagenet, read_image, run_layout
 from maml import MAML, make_model
 from utils import Batch, write_checkpoint
@@ -408,7 +409,10 @@ def test_publish(tmp_path, eager):
     outcome = succeeded(in_process(publish.main, [str(folder), str(tmp_path / 'kept')]))
     kept = tmp_path / 'kept' / folder.name
     assert outcome.lines == [str(kept)]
-    assert listing(kept).keys() == {name for name in listing(folder) if not name.startswith('model0')}
+    assert listing(kept).keys() == {name for name in listing(folder) if not name.startswith('model0')} | {'command.txt'}
+    command_line = shlex.split((kept / 'command.txt').read_text())
+    assert command_line[:2] == ['python', 'main.py'] and main.settings(parsed(*command_line[2:])) | {'data_dir': '', 'logdir': ''} == (
+        MAML.load(folder).settings | {'data_dir': '', 'logdir': ''})
     assert (kept / 'model1.data-00000-of-00001').stat().st_size < .4 * (folder / 'model1.data-00000-of-00001').stat().st_size
     expected = (kept / 'test_ubs1_stepsize0.001.csv').read_text()
     succeeded(run(*flags, '--train=False', f'--logdir={tmp_path}/kept'))
