@@ -54,8 +54,6 @@ CELLS = [
 SINUSOIDS = [Cell('sinusoid', 'MAML', '.67 / .38 / .35', 10), Cell('sinusoid_pretrain', 'pre-trained on all tasks', '2.41 / 2.23 / 2.19', 10),
              Cell('sinusoid_oracle', 'oracle', '', 0),
              Cell('sinusoid_published_command', 'MAML, α = 0.001', '.67 / .38 / .35', 10)]
-
-
 DIVERGED = 100.   # mean squared error; the largest amplitude is 5, so that predicting 0 has 25 at most
 
 
@@ -162,8 +160,8 @@ def accuracies(logs: Path, runs: dict[str, list[Run]]) -> list[str]:
 
 def errors(runs: dict[str, list[Run]]) -> list[str]:
     lines = ['## Sinusoid: mean squared error on 600 tasks', '',
-             'K = 10 in training, α = 0.01 where nothing else is said. Before any update on the support set, then on the query set; ± is the 95 % interval, over seeds '
-             'where there are several (Student\'s t), else over tasks. A few tasks that diverge may rule a mean; the median over tasks (mean of the '
+             'K = 10 in training, α = 0.01 where nothing else is said. Before any update on the support set, then on the query set; ± is the 95 % '
+             'interval, over seeds where there are several (Student\'s t), else over tasks. A few tasks that diverge may rule a mean; the median over tasks (mean of the '
              'seeds\' medians) tells of the others.', '',
              '| | K | paper, 1 / 5 / 10 updates | before | 1 | 5 | 10 | medians, 1 / 5 / 10 | iterations | seeds |',
              '|---|---|---|---|---|---|---|---|---|---|']
@@ -259,7 +257,8 @@ def figure_errors(path: Path, runs: dict[str, list[Run]]) -> str | None:
                 panel.axhline(table.means[0], color=f'C{i}', linestyle=':', label=cell.title)
             else:
                 x = np.arange(1, len(table.means))
-                panel.errorbar(x, np.where(table.means < DIVERGED, table.means, np.nan)[1:], yerr=table.interval[1:], color=f'C{i}', marker='o', markersize=3, capsize=2, label=cell.title)
+                shown = np.where(table.means < DIVERGED, table.means, np.nan)[1:]
+                panel.errorbar(x, shown, yerr=table.interval[1:], color=f'C{i}', marker='o', markersize=3, capsize=2, label=cell.title)
                 panel.plot(x, table.medians[1:], color=f'C{i}', linestyle='--', linewidth=1, label=f'{cell.title}, median')
         panel.set(title=f'K = {shots}', xlabel='inner updates', ylim=(0, 4))   # untrained, it is 4
         panel.grid(alpha=.3)

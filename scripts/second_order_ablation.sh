@@ -12,6 +12,6 @@ ablation() {
         python scripts/second_order_ablation.py $variant "${flags[@]}" --train=False --test_set=True
     done
 }
-ablation omniglot_5way_1shot --num_classes=5 --update_lr=0.4 --num_updates=1 --meta_batch_size=32 --metatrain_iterations=5000
-ablation omniglot_20way_1shot --num_classes=20 --update_lr=0.1 --num_updates=5 --meta_batch_size=16 --metatrain_iterations=2000
+ablation omniglot_5way_1shot --num_classes=5 --update_lr=0.4 --num_updates=1 --meta_batch_size=32 --metatrain_iterations=5001   # the last is validated
+ablation omniglot_20way_1shot --num_classes=20 --update_lr=0.1 --num_updates=5 --meta_batch_size=16 --metatrain_iterations=2001
 python scripts/second_order_ablation.py plot "$(option logdir logs/ablation)"
