@@ -344,7 +344,7 @@ class Log:
         """Takes validation tasks in and prints their means. Returns mean and 95 % interval of the accuracy after training's
         number of updates."""
         pre, post = self.summaries('metaval', results, iteration)
-        interval = confidence(results.accuracies2[self.update])
+        interval = float(confidence(results.accuracies2[self.update]))
         self.line(f'Validation results: {pre}, {post}')
         if self.writer:
             self._scalars(('metaval_Post-update_accuracy_interval',), tf.constant([interval]), tf.constant(iteration, tf.int64))
@@ -392,9 +392,10 @@ def means(results: Results, kind: str) -> tuple[float, np.ndarray]:
     return np.mean(before), np.mean(after, axis=1)
 
 
-def confidence(values: np.ndarray) -> float:
-    """Half of the 95 % interval of the mean of a small sample, [tasks], by Student's t."""
-    return float(scipy.stats.sem(values) * scipy.stats.t.ppf(.975, len(values) - 1))
+def confidence(values: np.ndarray) -> np.ndarray:
+    """Half of the 95 % interval of the mean of a small sample, [tasks or seeds, ...], by Student's t: [...]; nan if one is infinite."""
+    with np.errstate(invalid='ignore'):   # inf - inf
+        return scipy.stats.sem(values) * scipy.stats.t.ppf(.975, len(values) - 1)
 
 
 class Diverged(Exception):
@@ -597,7 +598,7 @@ def ahead(draw: Callable, arguments: Iterable) -> Iterator:
 def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path):
     """600 tasks: prints means, standard deviations and 95 % intervals over 0...10 updates and writes them as csv and pkl."""
     (split, generator), = generators.items()
-    chunk = {'sinusoid': 600, 'omniglot': 20}.get(f.datasource, 4) * model.replicas.count   # tasks at once: bounds the memory
+    chunk = tasks_at_once(f.datasource) * model.replicas.count
     share, rows, whole = model.replicas.share(chunk), [], -(-EVALUATION_TASKS // chunk) * chunk
     draw = lambda i: generator.batch(split, 0, whole, slice(i + share.start, i + share.stop))
     for batch in ahead(draw, range(0, whole, chunk)):
@@ -619,6 +620,11 @@ def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path):
     text = io.StringIO()
     csv.writer(text).writerows([[f'update{j}' for j in range(len(mean))], mean, stddev, interval])
     write_whole(folder / f'{name}.csv', text.getvalue().encode())
+
+
+def tasks_at_once(datasource: str) -> int:
+    """So many tasks that an evaluation's memory is bounded, and whose number divides 600."""
+    return {'sinusoid': 600, 'omniglot': 20}.get(datasource, 4)
 
 
 def write_whole(path: Path, content: bytes):

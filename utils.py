@@ -2,6 +2,7 @@
 
 Every tensor has a leading task axis T; "examples" is the number of examples of one task (N*K, or K points).
 """
+import csv
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from special_grads import (Shared, divisor_near_root, max_pool2x2, moments, numb
 
 BATCH_NORM_EPSILON = 1e-3    # of tf.contrib.layers.batch_norm, which the original used
 LAYER_NORM_EPSILON = 1e-12   # of tf.contrib.layers.layer_norm
+DIVERGED = 100.              # mean squared error of a sinusoid; its largest amplitude is 5, so that predicting 0 has 25 at most
 
 
 class Batch(NamedTuple):
@@ -466,6 +468,20 @@ def read_events(path: Path) -> list[bytes]:
     except (tf.errors.DataLossError, tf.errors.OutOfRangeError):
         pass
     return records
+
+
+def read_evaluation(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means, standard deviations and halves of the 95 % intervals, each [1 + updates], of a test_*.csv. Raises ValueError if it is none."""
+    try:
+        with open(path, newline='') as file:
+            header, *rows = csv.reader(file)
+        means, deviations, intervals = np.array(rows, float)
+        if header != [f'update{i}' for i in range(len(means))]:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f'{path} is not the table main.py writes (a header, then means, standard deviations and '
+                         'confidence intervals); evaluate the run again with --train=False') from None
+    return means, deviations, intervals
 
 
 def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:

@@ -6,7 +6,6 @@
 The errors are those that `main.py --train=False` wrote into the run's folder.
 """
 import argparse
-import csv
 import io
 import re
 import sys
@@ -48,15 +47,11 @@ def read_errors(run_folder: Path) -> list[Errors]:
       FileNotFoundError: the run has not been evaluated.
       ValueError: a file does not hold the three rows of numbers (means, standard deviations, confidence intervals).
     """
+    from utils import read_evaluation
     found = []
     for path in sorted(run_folder.glob('test_ubs*_stepsize*.csv')):
         shots, step_size = re.fullmatch(r'test_ubs(.+)_stepsize(.+)\.csv', path.name).groups()
-        try:
-            with open(path, newline='') as file:
-                means, _, ci95 = np.array([*csv.reader(file)][1:], float)
-        except ValueError:
-            raise ValueError(f'{path} is not the table main.py writes (a header, then means, standard deviations and '
-                             'confidence intervals); evaluate the run again with --train=False') from None
+        means, _, ci95 = read_evaluation(path)
         found.append(Errors(f'{shots}-shot, α = {step_size}', means, ci95))
     if not found:
         raise FileNotFoundError(f'{run_folder} holds no test_ubs*_stepsize*.csv; evaluate the run first, with the '

@@ -57,12 +57,12 @@ def publish(run_folder: Path, target: Path) -> Path:
             model = MAML.load(run_folder, which)
             beside.mkdir(parents=True, exist_ok=True)
             weights = tf.train.Checkpoint(weights=model.weights, norms=model.norms)
-            (beside / 'command.txt').write_text(training_command(model.settings) + '\n')
             write_checkpoint(weights, beside, max(found), read_run_state(found[max(found)]), kind)
         for path in [*run_folder.glob('test_ubs*.csv'), *run_folder.glob('test_ubs*.pkl')]:
             shutil.copy(path, beside)
         for path in event_files(run_folder):
             thin(path, beside / path.name)
+        (beside / 'command.txt').write_text(training_command(MAML.load(run_folder).settings) + '\n')
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -7,7 +7,6 @@ LOGS (default: logs) is where scripts/omniglot_5way_1shot.sh and its like keep t
 not run say so; a run folder that is incomplete is named and left out. What LOGS/CELL/note.txt says, if it is there, is quoted.
 """
 import argparse
-import csv
 import os
 import platform
 import pickle
@@ -21,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
-import scipy.stats  # noqa: E402
 
 matplotlib.use('Agg')  # pictures in files, on machines without a display too
 import matplotlib.pyplot as plt  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
+from main import confidence  # noqa: E402
 from plot_sinusoid import CURVES, fits  # noqa: E402
-from utils import DamagedCheckpoint, checkpoints, event_files, read_events, read_run_state, read_scalars  # noqa: E402
+from utils import DIVERGED, DamagedCheckpoint, checkpoints, event_files, read_evaluation, read_events, read_run_state, read_scalars  # noqa: E402
 
 
 class Cell(NamedTuple):
@@ -54,7 +53,6 @@ CELLS = [
 SINUSOIDS = [Cell('sinusoid', 'MAML', '.67 / .38 / .35', 10), Cell('sinusoid_pretrain', 'pre-trained on all tasks', '2.41 / 2.23 / 2.19', 10),
              Cell('sinusoid_oracle', 'oracle', '', 0),
              Cell('sinusoid_published_command', 'MAML, α = 0.001', '.67 / .38 / .35', 10)]
-DIVERGED = 100.   # mean squared error; the largest amplitude is 5, so that predicting 0 has 25 at most
 
 
 class Table(NamedTuple):
@@ -75,11 +73,9 @@ class Run(NamedTuple):
 def read_table(path: Path) -> Table:
     """Raises ValueError if a file is not what main.py writes."""
     try:
-        with open(path, newline='') as file:
-            header, *rows = csv.reader(file)
-        means, _, interval = np.array(rows, float)
+        means, _, interval = read_evaluation(path)
         values = pickle.loads(path.with_suffix('.pkl').read_bytes())['mses']   # [600, 1 + updates]
-        assert header == [f'update{i}' for i in range(len(means))] and values.shape[1:] == means.shape
+        assert values.shape[1:] == means.shape
     except Exception:   # pickle has no error of its own
         raise ValueError(f'{path} and {path.stem}.pkl are not the tables that main.py writes') from None
     return Table(means, interval, np.median(np.where(np.isnan(values), np.inf, values), axis=0))
@@ -124,10 +120,7 @@ def pooled(tables: list[Table]) -> Table:
         return tables[0]
     size = min(len(table.means) for table in tables)
     means = np.array([table.means[:size] for table in tables])
-    t = scipy.stats.t.ppf(.975, len(means) - 1)
-    with np.errstate(invalid='ignore'):   # inf - inf, where tasks diverged
-        deviations = means.std(0, ddof=1)
-    return Table(means.mean(0), t * deviations / np.sqrt(len(means)), np.mean([table.medians[:size] for table in tables], axis=0))
+    return Table(means.mean(0), confidence(means), np.mean([table.medians[:size] for table in tables], axis=0))
 
 
 # Text -----------------------------------------------------------------------------------------------------------------
@@ -161,8 +154,8 @@ def accuracies(logs: Path, runs: dict[str, list[Run]]) -> list[str]:
 def errors(runs: dict[str, list[Run]]) -> list[str]:
     lines = ['## Sinusoid: mean squared error on 600 tasks', '',
              'K = 10 in training, α = 0.01 where nothing else is said. Before any update on the support set, then on the query set; ± is the 95 % '
-             'interval, over seeds where there are several (Student\'s t), else over tasks. A few tasks that diverge may rule a mean; the median over tasks (mean of the '
-             'seeds\' medians) tells of the others.', '',
+             'interval, over seeds where there are several (Student\'s t), else over tasks. A few tasks that diverge may rule a mean; the median '
+             'over tasks (mean of the seeds\' medians) tells of the others.', '',
              '| | K | paper, 1 / 5 / 10 updates | before | 1 | 5 | 10 | medians, 1 / 5 / 10 | iterations | seeds |',
              '|---|---|---|---|---|---|---|---|---|---|']
     for cell in SINUSOIDS:

@@ -11,7 +11,6 @@ Variants, which differ in nothing but the derivative of batch normalisation's de
     moments      the gradient of the mean inside the variance stopped, as tf.nn.moments does, the original under 1.3
     first_order  all second derivatives left out, as --stop_grad
 """
-import csv
 import json
 import os
 import re
@@ -29,7 +28,7 @@ from absl import app  # noqa: E402
 import main  # noqa: E402
 import maml  # noqa: E402
 from special_grads import patches3x3  # noqa: E402
-from utils import BATCH_NORM_EPSILON, Batch, convolve, convolve_patches, read_scalars  # noqa: E402
+from utils import BATCH_NORM_EPSILON, Batch, convolve, convolve_patches, read_evaluation, read_scalars  # noqa: E402
 
 AXES = [1, 2, 3]   # examples, height, width
 
@@ -130,8 +129,8 @@ def read_result(folder: Path) -> Result | None:
     values = [[step, 100 * value, 100 * summaries[f'{tag}_interval'][step]] for step, value in accuracies.items()]
     test = next(iter(sorted(run.glob('test_ubs?_stepsize*.csv'))), None)
     if test:
-        means, _, intervals = list(csv.reader(test.open(newline='')))[1:]
-        test = 100 * float(means[updates]), 100 * float(intervals[updates])
+        means, _, intervals = read_evaluation(test)
+        test = 100 * means[updates], 100 * intervals[updates]
     return Result(np.array(sorted(values)), test, updates) if values else None
 
 

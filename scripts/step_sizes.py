@@ -3,8 +3,8 @@
 
     python scripts/step_sizes.py RUN_FOLDER... [--shots=K] [--tasks=600] [--data_dir=data]
 
-RUN_FOLDERs are seeds of the same training. They meet the same tasks of the test classes (the sinusoid: of its one distribution), others than
-main.py's 600 unless --tasks=600. Prints a Markdown table: accuracy in percent, or mean squared error, over updates. ± is the 95 %
+RUN_FOLDERs are seeds of the same training. They meet the same tasks of the test classes (the sinusoid: of its one distribution), of which
+main.py's 600 are the first. Prints a Markdown table: accuracy in percent, or mean squared error, over updates. ± is the 95 %
 interval, over seeds if there are several, else over tasks.
 """
 import argparse
@@ -16,18 +16,15 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')   # no lines about CPU featur
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
-import scipy.stats  # noqa: E402
 from absl import flags  # noqa: E402
 
 import main as program  # noqa: E402
 from data_generator import DataGenerator  # noqa: E402
 from maml import MAML  # noqa: E402
-from utils import Batch  # noqa: E402
+from utils import DIVERGED, Batch  # noqa: E402
 
-UPDATES = 10
-SHOWN = (1, 3, 5, 10)
-CHUNK = 100       # tasks at once
-DIVERGED = 100.   # mean squared error; the largest amplitude is 5, so that predicting 0 has 25 at most
+SHOWN = (1, 3, 5, 10)   # updates
+UPDATES = SHOWN[-1]
 
 
 def test_tasks(settings: dict, shots: int, data_dir: str) -> DataGenerator:
@@ -58,12 +55,8 @@ def outcomes(model: MAML, batch: Batch, halved: bool) -> np.ndarray:
 def row(name: str, values: np.ndarray, is_error: bool) -> str:
     """A line of the table; values: [seeds, 1 + UPDATES, tasks]."""
     values = values[:, list(SHOWN)] * (1 if is_error else 100)
-    means, seeds, tasks = values.mean(-1), *values.shape[::2]
-    with np.errstate(invalid='ignore'):   # inf - inf, where tasks diverged
-        if seeds > 1:
-            halves = scipy.stats.t.ppf(.975, seeds - 1) * means.std(0, ddof=1) / seeds ** .5
-        else:
-            halves = 1.96 * values[0].std(-1) / tasks ** .5
+    means = values.mean(-1)
+    halves = program.confidence(means if len(means) > 1 else values[0].T)
     cells = ['diverges' if is_error and not mean < DIVERGED else f'{mean:.2f} ± {half:.2f}' for mean, half in zip(means.mean(0), halves)]
     if is_error:
         cells += [' / '.join(f'{value:.2f}' for value in np.median(values, -1).mean(0)), f'{100 * (values[:, -1] > DIVERGED).mean():.2f} %']
@@ -82,8 +75,8 @@ def table(models: list[MAML], shots: int | None, tasks: int, data_dir: str):
     more = ['medians', f'above {DIVERGED:.0f} after {UPDATES}'] if is_error else []
     print(f'| {" | ".join(["step size", *(f"after {i}" for i in SHOWN), *more])} |')
     print('|---' * (1 + len(SHOWN) + len(more)) + '|')
-    number = 0 if tasks <= program.EVALUATION_TASKS else 1   # task i of a meta-batch does not depend on how many there are
-    batches = [generator.batch('test', number, tasks, slice(i, i + CHUNK)) for i in range(0, tasks, CHUNK)]
+    chunk = program.tasks_at_once(first.settings['datasource'])
+    batches = [generator.batch('test', 0, tasks, slice(i, i + chunk)) for i in range(0, tasks, chunk)]
     for halved in (False, True):
         values = np.array([np.concatenate([outcomes(model, batch, halved) for batch in batches], -1) for model in models])
         print(row(f'{first.update_lr:g}' + (f', then {first.update_lr / 2:g}' if halved else ''), values, is_error), flush=True)

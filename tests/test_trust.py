@@ -20,8 +20,8 @@ from absl import flags
 
 import main
 from command_line import ROOT, Outcome, assert_refused, listing, make_omniglot, parsed, run, running_eagerly, succeeded
-from test_checkpoints import assert_same, contents
 from maml import MAML
+from test_checkpoints import assert_same, contents
 from utils import checkpoints, event_files, forget_summaries, lock, read_events, read_run_state
 
 SINUSOID = ['--norm=None', '--update_batch_size=5', '--meta_batch_size=4']
