@@ -35,7 +35,7 @@ from absl import app, flags, logging
 import data_generator
 from maml import IMAGE_SHAPES, MAML, MODEL_SETTINGS, Results, make_model
 from utils import (Batch, DamagedCheckpoint, Replicas, checkpoints, event_files, first_line, fit_picture, forget_summaries, lock,
-                   read_run_state, remove_checkpoint, remove_leftovers, task_picture, write_checkpoint)
+                   machine, read_run_state, remove_checkpoint, remove_leftovers, task_picture, write_checkpoint)
 
 SUMMARY_INTERVAL = 100          # iterations between summaries
 PRINT_INTERVAL = 100            # between printed lines; 1000 for the sinusoid
@@ -428,7 +428,7 @@ class Run:
         self.log.flush()
         printing = [[*map(float, values)] for values in (self.log.before, self.log.after)]
         write_checkpoint(self.model.checkpoint, self.folder, iteration,
-                         {'flags': settings(self.f), 'best': self.best, 'printing': printing}, kind)
+                         {'flags': settings(self.f), 'best': self.best, 'printing': printing, 'machine': machine()}, kind)
         if kind == 'model':
             self.saved = iteration
 
@@ -595,8 +595,11 @@ def ahead(draw: Callable, arguments: Iterable) -> Iterator:
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
-def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path):
-    """600 tasks: prints means, standard deviations and 95 % intervals over 0...10 updates and writes them as csv and pkl."""
+def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path, iteration: int = -1):
+    """600 tasks: prints means, standard deviations and 95 % intervals over 0...10 updates and writes them as csv and pkl.
+
+    iteration: of the checkpoint that was loaded (-1: none), which the pkl tells besides the original's `mses`.
+    """
     (split, generator), = generators.items()
     chunk = tasks_at_once(f.datasource) * model.replicas.count
     share, rows, whole = model.replicas.share(chunk), [], -(-EVALUATION_TASKS // chunk) * chunk
@@ -616,7 +619,7 @@ def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path):
         return
     name = (f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}' + (f'_query{f.test_query}' if f.test_query != -1 else '')
             + ('' if f.transductive else '_inductive') + ('_best' if f.test_iter == 'best' else ''))
-    write_whole(folder / f'{name}.pkl', pickle.dumps({'mses': values}))
+    write_whole(folder / f'{name}.pkl', pickle.dumps({'mses': values, 'iteration': iteration}))
     text = io.StringIO()
     csv.writer(text).writerows([[f'update{j}' for j in range(len(mean))], mean, stddev, interval])
     write_whole(folder / f'{name}.csv', text.getvalue().encode())
@@ -748,7 +751,7 @@ def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS):
             return
         print('Done initializing, starting training.' if f.train else 'Done initializing, starting evaluation.', flush=True)
         try:
-            train(Run(model, generators, f, folder, start, state)) if f.train else test(model, generators, f, folder)
+            train(Run(model, generators, f, folder, start, state)) if f.train else test(model, generators, f, folder, start - 1)
         except (OSError, Diverged) as error:   # the disk is full, the folder is gone
             sys.exit(f'main.py: {error}')
         except tf.errors.OpError as error:

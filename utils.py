@@ -5,6 +5,7 @@ Every tensor has a leading task axis T; "examples" is the number of examples of 
 import csv
 import json
 import os
+import platform
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -436,6 +437,14 @@ def lock(folder: str | Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def machine() -> str:
+    """What this process computes with, in a few words."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    gpus = len(tf.config.list_physical_devices('GPU'))
+    return (f'{cores} core{"s" * (cores != 1)}, ' + f'{gpus} GPU{"s" * (gpus != 1)}, ' * (gpus > 0)
+            + f'{platform.machine()}, Python {platform.python_version()}, TensorFlow {tf.__version__}')
 
 
 def event_files(folder: str | Path) -> list[Path]:

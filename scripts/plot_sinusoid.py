@@ -123,11 +123,10 @@ def load_model(run_folder: Path):
     return model, int(shots), bool(baseline)
 
 
-def fits(run_folder: Path, tasks: int = 2, seed: int = 0, points: int = 201) -> list[Fit]:
-    """The model of a run before and after 1 and 10 updates on random tasks, at points all over [-5, 5]."""
+def fits(model, shots: int, oracle: bool, tasks: int = 2, seed: int = 0, points: int = 201) -> list[Fit]:
+    """A sinusoid model before and after 1 and 10 updates on random tasks, at points all over [-5, 5]."""
     from data_generator import SinusoidGenerator
     from maml import Batch
-    model, shots, oracle = load_model(run_folder)
     batch = SinusoidGenerator(shots, 0, oracle=True, seed=seed).batch('test', 0, tasks)
     dim = 3 if oracle else 1                                                        # inputs: (x, A, φ) or x
     a, phi = batch.inputa[:, :1, 1], batch.inputa[:, :1, 2]                         # [T, 1]
@@ -154,7 +153,7 @@ def main() -> None:
         if not args.run_folder.is_dir():
             raise FileNotFoundError(f'there is no folder {args.run_folder}; train a sinusoid run first')
         errors = read_errors(args.run_folder)
-        draw(fits(args.run_folder, seed=args.seed), errors, output)
+        draw(fits(*load_model(args.run_folder), seed=args.seed), errors, output)
     except (OSError, ValueError) as error:
         sys.exit(f'{parser.prog}: {error}')
     print(f'Wrote {output}')

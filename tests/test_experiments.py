@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from command_line import ROOT, assert_refused, command, in_process, make_miniimagenet, make_omniglot, run, succeeded
+import main
+from command_line import ROOT, assert_refused, command, in_process, make_miniimagenet, make_omniglot, parsed, run, succeeded
 from data_generator import SinusoidGenerator
 from maml import MAML
 from utils import checkpoints
@@ -19,6 +21,7 @@ from utils import checkpoints
 sys.path.insert(0, str(ROOT / 'scripts'))
 pytest.importorskip('matplotlib')
 
+import cells  # noqa: E402
 import report  # noqa: E402
 import second_order_ablation  # noqa: E402
 import step_sizes  # noqa: E402
@@ -42,7 +45,6 @@ def test_ablation_refuses(arguments):
 
 def test_validations_of_the_ablation(tmp_path):
     """Read from among texts and pictures, which are summaries, too."""
-    import tensorflow as tf
     run_folder = tmp_path / 'omniglot_5way_1shot/held/cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm'
     writer = tf.summary.create_file_writer(str(run_folder))
     with writer.as_default():
@@ -92,21 +94,33 @@ def test_report(logs):
     text = (logs / 'report/report.md').read_text()
     # Means of 2 and 6; the standard error is 2, and 12.706 of them are the 95 % interval of two values.
     assert '| MAML | 5 | .67 / .38 / .35 | 6 ± 38 | 4 ± 25 | 3.2 ± 20 | 2.2 ± 14 | 2 / 1.6 / 1.1 | 3 | 0, 1 |' in text
-    assert '| oracle | |  | not run |' in text and text.count('not run') == 3 + len(report.CELLS)
+    assert '| oracle | |  | not run |' in text and text.count('not run') == 3 + len(cells.CELLS)
     assert {path.name for path in (logs / 'report').iterdir()} == {'report.md', 'fits.png', 'errors.png'}
+
+
+def put_another(folder: Path, *arguments: str):
+    """A run that was trained with these flags for a moment, in the place of one of the cell."""
+    shutil.rmtree(folder)
+    succeeded(run('--norm=None', '--update_lr=.01', *arguments, f'--logdir={folder.parent}'))
 
 
 @pytest.mark.parametrize('damage, words', [
     (lambda folder: (folder / 'test_ubs5_stepsize0.01.csv').write_text('update0\n1\n'), 'are not the tables that main.py writes'),
+    (lambda folder: (folder / 'test_ubs5_stepsize0.01.pkl').unlink(), 'are not the tables that main.py writes'),
+    (lambda folder: (folder / 'test_ubs5_stepsize0.01.pkl').write_bytes(pickle.dumps([1])), 'are not the tables that main.py writes'),
+    (lambda folder: write_table(folder, 'test_ubs5_stepsize0.01', [3., 2.]) or (folder / 'test_ubs5_stepsize0.01.csv').write_text(
+        'update0,update1\n3,1\n1,1\n1,1\n'), 'not of one evaluation'),
+    (lambda folder: put_another(folder, '--update_batch_size=7', '--metatrain_iterations=2'), 'it was trained with --update_batch_size=7, not 10'),
+    (lambda folder: put_another(folder, '--update_batch_size=10', '--metatrain_iterations=0', '--pretrain_iterations=2'), 'it was jointly trained'),
     (lambda folder: (folder / 'test_ubs5_stepsize0.01.csv').unlink(), 'has not been evaluated'),
     (lambda folder: [path.unlink() for path in folder.glob('model*')], 'holds no checkpoint'),
     (lambda folder: (folder / 'model2.data-00000-of-00001').write_bytes(b'x'), 'cannot be read')])
-def test_report_leaves_out_what_is_damaged(logs, damage, words):
+def test_report_leaves_out_what_is_damaged(logs, eager, damage, words):
     """With a sentence that names it; the rest is reported."""
     folder = next((logs / 'sinusoid/seed1').iterdir())
     damage(folder)
     outcome = succeeded(in_process(report.main, [str(logs)]))
-    assert outcome.err.startswith(f'report.py: left out: {folder}') and words in outcome.err and len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith(f'report.py: left out: {folder.parent}') and words in outcome.err and len(outcome.err.splitlines()) == 1
     assert '| MAML | 5 | .67 / .38 / .35 | 3 ± 0.01 |' in (logs / 'report/report.md').read_text()
 
 
@@ -128,7 +142,7 @@ def test_step_sizes_of_errors(trained):
     np.testing.assert_allclose(step_sizes.outcomes(model, batch, halved=False)[1:], model.evaluate(batch, 10).losses2, rtol=1e-4)
 
 
-def test_step_sizes_of_accuracies(tmp_path):
+def test_step_sizes_of_accuracies(tmp_path, eager):
     make_omniglot(tmp_path / 'data')
     succeeded(run('--datasource=omniglot', '--num_classes=2', '--num_filters=4', '--update_batch_size=2', '--update_lr=.4', '--metatrain_iterations=1',
                   f'--data_dir={tmp_path}/data', f'--logdir={tmp_path}/logs'))
@@ -149,6 +163,40 @@ def test_step_sizes_refuses(tmp_path, trained):
 
 def test_report_without_logs(tmp_path):
     assert_refused(in_process(report.main, [str(tmp_path / 'none')]), 'there is no folder', 'none')
+
+
+def test_report_tells_other_settings_and_late_training(logs, eager):
+    """And on what a run was trained."""
+    folder, = (logs / 'sinusoid/seed1').iterdir()
+    shutil.rmtree(folder)
+    flags = ['--norm=None', '--update_batch_size=10', '--update_lr=.01', '--meta_batch_size=3', '--seed=1', f'--logdir={logs}/sinusoid/seed1']
+    succeeded(run(*flags, '--metatrain_iterations=2'))
+    succeeded(run(*flags, '--train=False'))
+    succeeded(run(*flags, '--metatrain_iterations=3'))
+    outcome = succeeded(in_process(report.main, [str(logs)]))
+    text = (logs / 'report/report.md').read_text()
+    assert not outcome.err
+    assert 'MAML, seed 1: trained with --meta_batch_size=3 (the cell has 25).' in text
+    assert 'MAML, seed 1: trained on to iteration 3, which has not been evaluated.' in text
+    row, = (line for line in text.splitlines() if line.startswith('| MAML | 10 |'))
+    assert [cell.strip() for cell in row.split('|')][9:11] == ['2', '1'] and f'TensorFlow {tf.__version__}' in row
+
+
+def test_report_of_damaged_summaries(logs):
+    """What can be read of them is used."""
+    for i, path in enumerate(sorted(logs.glob('sinusoid/seed*/cls_*/events*'))):
+        path.write_bytes(path.read_bytes()[:40] if i else b'none')
+    outcome = succeeded(in_process(report.main, [str(logs)]))
+    assert not outcome.err and '| MAML | 5 |' in (logs / 'report/report.md').read_text()
+
+
+def test_cells_are_what_the_scripts_train():
+    """The settings by which the report knows a cell's runs are the flags in the cell's script."""
+    for cell in cells.CELLS + cells.SINUSOIDS:
+        script = ROOT / 'scripts' / ('sinusoid_10shot.sh' if cell.name == 'sinusoid' else f'{cell.name}.sh')
+        call = re.search(rf'^train {cell.name} ((?:.*\\\n)*.*)', script.read_text(), re.MULTILINE)[1].replace('\\\n', ' ')
+        flags = parsed(*(word for word in call.split() if 'iterations' not in word), '--metatrain_iterations=1')
+        assert cells.deviations(Path(cell.name), {**main.settings(flags), 'metatrain_iterations': int('pretrain' not in cell.name)}, cell) == {}
 
 
 # The cells, as a user calls them ---------------------------------------------------------------------------------------
@@ -175,7 +223,7 @@ def bash(checkout: Path, script: str, *arguments: str) -> subprocess.CompletedPr
 @pytest.mark.slow
 @pytest.mark.parametrize('cell, more', [
     *[(f'sinusoid_{kind}', []) for kind in ('5shot', '10shot', 'pretrain', 'oracle', 'published_command')],
-    *[(cell.name, ['--num_filters=4'] if 'no_conv' not in cell.name else []) for cell in report.CELLS]])
+    *[(cell.name, ['--num_filters=4'] if 'no_conv' not in cell.name else []) for cell in cells.CELLS]])
 def test_cell(checkout, cell, more):
     """Trains, evaluates, and a second call continues."""
     shutil.rmtree(checkout / 'logs', ignore_errors=True)   # two of the cells share a run
