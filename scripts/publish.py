@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Copies what is worth keeping of a training run: results, summaries of every 500th iteration, the command, and the newest and the best
-checkpoint without Adam's state.
+"""Copies what is worth keeping of a training run: results, summaries of every 500th iteration, a few pictures, the command, and
+the newest and the best checkpoint without Adam's state.
 
     python scripts/publish.py RUN_FOLDER TARGET
 
@@ -25,12 +25,17 @@ from maml import MAML  # noqa: E402
 from utils import checkpoints, event_files, read_events, read_run_state, write_checkpoint  # noqa: E402
 
 
+SUMMARIES, PICTURES = 500, 20000   # the iterations between those that are kept
+
+
 def thin(source: Path, target: Path):
-    """Copies the summaries of every 500th iteration, and the last of all, by which the time that a run took is known."""
+    """Copies some of the summaries, and the last of all, by which the time that a run took is known."""
     records = read_events(source)
     with tf.io.TFRecordWriter(str(target)) as writer:
         for i, record in enumerate(records):
-            if tf.compat.v1.Event.FromString(record).step % 500 == 0 or i == len(records) - 1:
+            event = tf.compat.v1.Event.FromString(record)
+            picture = any(value.metadata.plugin_data.plugin_name == 'images' for value in event.summary.value)
+            if event.step % (PICTURES if picture else SUMMARIES) == 0 or i == len(records) - 1:
                 writer.write(record)
 
 

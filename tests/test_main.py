@@ -351,13 +351,15 @@ def test_tags_of_images(tmp_path, data, intervals, graphs):
     assert all(0 <= value <= 1 for tag in written if 'accuracy' in tag for value in written[tag].values())
 
 
-def test_pictures(tmp_path, data):
-    """One at the start: the fit of a sinusoid, the images of a task."""
+def test_pictures(tmp_path, data, eager, monkeypatch):
+    """At the start and at intervals: the fit of a sinusoid, the images of a task."""
+    monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 1)
+    monkeypatch.setattr(main, 'PICTURE_INTERVAL', 2)
     for name, flags in ('fit', SINUSOID), ('task', [*OMNIGLOT, '--conv=False', f'--data_dir={data}']):
-        succeeded(run(*flags, '--metatrain_iterations=2', f'--logdir={tmp_path}/{name}'))
+        succeeded(run(*flags, '--metatrain_iterations=4', f'--logdir={tmp_path}/{name}'))
         shown = [(event.step, value.tag, value.metadata.plugin_data.plugin_name) for file in only(tmp_path / name).glob('events.*')
                  for event in EventFileLoader(str(file)).Load() for value in event.summary.value if value.tag in ('fit', 'task')]
-        assert shown == [(0, name, 'images')]
+        assert shown == [(0, name, 'images'), (2, name, 'images')]
 
 
 def test_updates_shown_of_miniimagenet(tmp_path, data):
@@ -411,6 +413,7 @@ def test_evaluation_of_a_sinusoid(tmp_path):
     succeeded(run(*train))
     outcome = succeeded(run(*train, '--train=False'))
     values = results(only(tmp_path), 'test_ubs5_stepsize0.001')
+    assert pickle.loads((only(tmp_path) / 'test_ubs5_stepsize0.001.pkl').read_bytes())['iteration'] == 19   # of the checkpoint
     assert values.shape == (600, 11) and np.isfinite(values).all()
     assert outcome.lines[1] == 'Done initializing, starting evaluation.'
     expected = [values.mean(0), values.std(0), 1.96 * values.std(0) / 600 ** .5]

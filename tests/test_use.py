@@ -16,7 +16,7 @@ from PIL import Image
 from command_line import ROOT, assert_refused, draw, in_process, listing, make_miniimagenet, make_omniglot, parsed, run, succeeded
 from data_generator import folder_layout, load_folder, load_miniimagenet, read_image, run_layout
 from maml import MAML, make_model
-from utils import Batch, write_checkpoint
+from utils import Batch, event_files, read_events, read_scalars, write_checkpoint
 
 sys.path.insert(0, str(ROOT / 'scripts'))
 
@@ -422,3 +422,20 @@ def test_publish(tmp_path, eager):
     assert_refused(in_process(publish.main, [str(folder), str(tmp_path / 'kept')]), 'publish.py: ', 'is there already')
     assert_refused(in_process(publish.main, [str(tmp_path), str(tmp_path / 'other')]), 'publish.py: ', 'has no checkpoint')
     assert not (tmp_path / 'other').exists()
+
+
+def test_published_summaries(tmp_path):
+    """Numbers of every 500th iteration and the last of all; pictures, which are large, of fewer."""
+    writer = tf.summary.create_file_writer(str(tmp_path))
+    with writer.as_default():
+        for step in (0, 100, 500, 5000, 20000, 20100, 20200):
+            tf.summary.scalar('loss', 1., step=step)
+            if step != 20200:
+                tf.summary.image('task', np.zeros([1, 2, 2, 3], np.uint8), step=step)
+    writer.close()
+    source, = event_files(tmp_path)
+    (tmp_path / 'thin').mkdir()
+    publish.thin(source, tmp_path / 'thin' / source.name)
+    assert [*read_scalars(tmp_path / 'thin')['loss']] == [0, 500, 5000, 20000, 20200]
+    events = map(tf.compat.v1.Event.FromString, read_events(tmp_path / 'thin' / source.name))
+    assert [event.step for event in events for value in event.summary.value if value.tag == 'task'] == [0, 20000]
