@@ -10,20 +10,26 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 set_up plots
 given=("$@")
 
-# The value of --NAME=... among the arguments, the last one counts; else the default.
+# The value of --NAME=VALUE or --NAME VALUE among the arguments, the last one counts; else the default.
 option() {
-    local name=$1 value=$2 argument
+    local name=$1 value=$2 argument before=
     for argument in ${given[@]+"${given[@]}"}; do
-        case $argument in --$name=*) value=${argument#*=};; esac
+        case $argument in --$name=*|-$name=*) value=${argument#*=};; esac
+        case $before in --$name|-$name) value=$argument;; esac
+        before=$argument
     done
     echo "$value"
 }
 
-# Takes --NAME=... out of the arguments.
+# Takes --NAME=VALUE and --NAME VALUE out of the arguments.
 drop() {
-    local kept=() argument
+    local name=$1 kept=() argument before=
     for argument in ${given[@]+"${given[@]}"}; do
-        [[ $argument == --$1=* ]] || kept+=("$argument")
+        case $argument in
+        --$name=*|-$name=*|--$name|-$name) ;;
+        *) case $before in --$name|-$name) ;; *) kept+=("$argument");; esac;;
+        esac
+        before=$argument
     done
     given=(${kept[@]+"${kept[@]}"})
 }

@@ -1,9 +1,11 @@
 """The scripts of the paper's cells, the report on their runs, and the ablation of second derivatives."""
 import csv
+import itertools
 import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -235,6 +237,38 @@ def test_cell(checkout, cell, more):
     name = 'sinusoid' if cell.endswith(('sinusoid_5shot', 'sinusoid_10shot')) else cell
     folder = next((checkout / f'logs/{name}/seed0').iterdir())
     assert 3 in checkpoints(folder) and [*folder.glob('test_ubs*.csv')]
+
+
+@pytest.mark.parametrize('arguments', [['--seed=3', '--metatrain_iterations=4'], ['--seed', '3', '-metatrain_iterations', '4'],
+                                       ['--seed=1', '-seed=3', '--metatrain_iterations=9', '--metatrain_iterations=4']])
+def test_arguments_of_the_scripts(tmp_path, arguments):
+    """As main.py takes them: the last one counts. Here with a main.py that prints its arguments."""
+    shutil.copytree(ROOT / 'scripts', tmp_path / 'scripts')
+    (tmp_path / 'scripts/environment.sh').write_text(f'set_up() {{ PATH={Path(sys.executable).parent}:$PATH; }}\n')
+    (tmp_path / 'main.py').write_text('import sys\nprint(*sys.argv[1:])\n')
+    training, *evaluations = bash(tmp_path, 'sinusoid_pretrain', *arguments).stdout.splitlines()
+    flags = parsed(*training.split())
+    assert (flags.pretrain_iterations, flags.metatrain_iterations, flags.seed, flags.logdir) == (4, 0, 3, 'logs/sinusoid_pretrain/seed3')
+    assert [parsed(*line.split()).update_batch_size for line in evaluations] == [5, 10, 20]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize('cell, name, iterations, seen', [
+    ('sinusoid_5shot', 'sinusoid', 20000, 'Iteration 2000:'), ('omniglot_5way_1shot_no_conv', 'omniglot_5way_1shot_no_conv', 1300, 'Iteration 1100:')])
+def test_interrupted_cell(checkout, cell, name, iterations, seen, number, status):
+    """As by Ctrl-C, by a batch system or by force, all of which reach main.py too: the same command goes on, and evaluates."""
+    shutil.rmtree(checkout / 'logs', ignore_errors=True)
+    line = ['bash', f'scripts/{cell}.sh', f'--metatrain_iterations={iterations}']
+    with subprocess.Popen(line, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True) as process:
+        before = list(itertools.takewhile(lambda line: not line.startswith(seen), process.stdout))
+        os.killpg(process.pid, number)
+        after = process.stdout.read()
+    assert process.returncode in (status, -number) and 'confidence intervals' not in ''.join(before) + after
+    last = max(checkpoints(next((checkout / f'logs/{name}/seed0').iterdir())))
+    again = bash(checkout, cell, f'--metatrain_iterations={iterations}')
+    assert f'Continuing at iteration {last + 1} of {iterations}.' in again.stdout and 'confidence intervals' in again.stdout, again.stderr[-2000:]
+    assert last >= 1000
 
 
 @pytest.mark.slow
