@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from main import confidence
-from utils import DamagedCheckpoint, checkpoints, event_files, read_evaluation, read_events, read_run_state
+from utils import DamagedCheckpoint, checkpoints, event_files, first_line, read_evaluation, read_events, read_run_state
 
 
 class Cell(NamedTuple):
@@ -155,6 +155,8 @@ def read_runs(logs: Path, cell: Cell) -> Iterator[Run]:
             yield read_run(folder, cell)
         except (ValueError, OSError) as error:
             print(f'report.py: left out: {error}.', file=sys.stderr)
+        except tf.errors.OpError as error:
+            print(f'report.py: left out: {folder} has summaries that cannot be read ({first_line(error)}).', file=sys.stderr)
 
 
 def pooled(tables: list[Table]) -> Table:

@@ -114,7 +114,10 @@ def main(arguments: list[str]):
     try:
         if not values.logs.is_dir():
             raise FileNotFoundError(f'there is no folder {values.logs}: run a script such as scripts/sinusoid_10shot.sh first')
-        print(report(values.logs, values.output or values.logs / 'report'))
+        output = values.output or values.logs / 'report'
+        if output.exists() and not output.is_dir():
+            raise FileExistsError(f'{output} is a file: give a folder with --output')
+        print(report(values.logs, output))
     except OSError as error:
         sys.exit(f'report.py: {error}')
 

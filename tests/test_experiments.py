@@ -115,6 +115,7 @@ def put_another(folder: Path, *arguments: str):
     (lambda folder: put_another(folder, '--update_batch_size=7', '--metatrain_iterations=2'), 'it was trained with --update_batch_size=7, not 10'),
     (lambda folder: put_another(folder, '--update_batch_size=10', '--metatrain_iterations=0', '--pretrain_iterations=2'), 'it was jointly trained'),
     (lambda folder: (folder / 'test_ubs5_stepsize0.01.csv').unlink(), 'has not been evaluated'),
+    (lambda folder: (folder / 'events.out.tfevents.1').mkdir(), 'summaries'),
     (lambda folder: [path.unlink() for path in folder.glob('model*')], 'holds no checkpoint'),
     (lambda folder: (folder / 'model2.data-00000-of-00001').write_bytes(b'x'), 'cannot be read')])
 def test_report_leaves_out_what_is_damaged(logs, eager, damage, words):
@@ -165,6 +166,8 @@ def test_step_sizes_refuses(tmp_path, trained):
 
 def test_report_without_logs(tmp_path):
     assert_refused(in_process(report.main, [str(tmp_path / 'none')]), 'there is no folder', 'none')
+    (tmp_path / 'file').touch()
+    assert_refused(in_process(report.main, [str(tmp_path), f'--output={tmp_path}/file']), 'file is a file', '--output')
 
 
 def test_report_tells_other_settings_and_late_training(logs, eager):
