@@ -1,7 +1,6 @@
 """scripts/benchmark.py: what it measures, and what it refuses."""
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -355,8 +355,8 @@ def test_pictures(tmp_path, data, eager, monkeypatch):
     """At the start and at intervals: the fit of a sinusoid, the images of a task."""
     monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 1)
     monkeypatch.setattr(main, 'PICTURE_INTERVAL', 2)
-    for name, flags in ('fit', SINUSOID), ('task', [*OMNIGLOT, '--conv=False', f'--data_dir={data}']):
-        succeeded(run(*flags, '--metatrain_iterations=4', f'--logdir={tmp_path}/{name}'))
+    for name, given in ('fit', SINUSOID), ('task', [*OMNIGLOT, '--conv=False', f'--data_dir={data}']):
+        succeeded(run(*given, '--metatrain_iterations=4', f'--logdir={tmp_path}/{name}'))
         shown = [(event.step, value.tag, value.metadata.plugin_data.plugin_name) for file in only(tmp_path / name).glob('events.*')
                  for event in EventFileLoader(str(file)).Load() for value in event.summary.value if value.tag in ('fit', 'task')]
         assert shown == [(0, name, 'images'), (2, name, 'images')]
