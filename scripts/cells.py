@@ -85,6 +85,11 @@ class Run(NamedTuple):
     def seed(self) -> int:
         return self.flags.get('seed', 0)
 
+    @property
+    def variant(self) -> str:
+        """What is to be added to the cell's title: settings that are not the cell's."""
+        return ''.join(f', --{name}={value}' for name, (value, _) in self.deviations.items())
+
     def evaluated(self, shots: int) -> int:
         """The iterations after which the last checkpoint was evaluated: fewer than all if it was trained further since."""
         iteration = self.tables[shots, 'last'].iteration if (shots, 'last') in self.tables else -1

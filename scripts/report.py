@@ -32,7 +32,7 @@ def accuracy_rows(cell: Cell, runs: list[Run]) -> list[str]:
     rows, shots = [], cell.settings['update_batch_size']
     for run in runs:
         shown = [percent(run.tables[shots, kind], cell.updates) if (shots, kind) in run.tables else '–' for kind in ('last', 'best')]
-        rows.append(f'| {cell.title} | {cell.paper} | {" | ".join(shown)} | {run.evaluated(shots):,} | {run.seed} | {run.hours:.1f} h | '
+        rows.append(f'| {cell.title}{run.variant} | {cell.paper} | {" | ".join(shown)} | {run.evaluated(shots):,} | {run.seed} | {run.hours:.1f} h | '
                     f'{run.machine or "–"} |')
     return rows
 
@@ -47,17 +47,18 @@ def accuracies(runs: Runs) -> list[str]:
 
 
 def error_rows(cell: Cell, runs: list[Run]) -> list[str]:
+    """A row for each K and, if some seeds were trained with other settings than the others, for each of those."""
     if not runs:
         return [f'| {cell.title} | | {cell.paper} | not run | | | | | | | | |']
     rows, oracle = [], cell.name == 'sinusoid_oracle'
-    for shots in sorted({shots for run in runs for shots, _ in run.tables}):
-        of = [run for run in runs if (shots, 'last') in run.tables]
+    for variant, shots in sorted({(run.variant, shots) for run in runs for shots, _ in run.tables}):
+        of = [run for run in runs if run.variant == variant and (shots, 'last') in run.tables]
         table = pooled([run.tables[shots, 'last'] for run in of])
         number = lambda i: f'{table.means[i]:.3g} ± {table.interval[i]:.2g}' if table.means[i] < DIVERGED else 'diverged'
         shown = [number(0), *('–' if oracle or i >= len(table.means) else number(i) for i in (1, 5, 10))]
         medians = '–' if oracle else ' / '.join(f'{table.medians[i]:.3g}' for i in (1, 5, 10) if i < len(table.medians))
         joined = lambda values, separator: separator.join(dict.fromkeys(values))   # each once
-        rows.append(f'| {cell.title} | {shots} | {cell.paper if shots == 5 else ""} | {" | ".join(shown)} | {medians} | '
+        rows.append(f'| {cell.title}{variant} | {shots} | {cell.paper if shots == 5 else ""} | {" | ".join(shown)} | {medians} | '
                     f'{joined((f"{run.evaluated(shots):,}" for run in of), ", ")} | {joined((str(run.seed) for run in of), ", ")} | '
                     f'{joined((f"{60 * run.hours:.1f}" for run in of if run.hours), " / ") or "–"} | {joined((run.machine for run in of if run.machine), "; ") or "–"} |')
     return rows
@@ -78,10 +79,10 @@ def remarks(logs: Path, runs: Runs) -> list[str]:
     lines = []
     for cell in CELLS + SINUSOIDS:
         for run in runs[cell.name]:
-            where = f'{cell.title}, seed {run.seed}'
+            where = f'{cell.title}{run.variant}, seed {run.seed}'
             if run.deviations:
-                text = ', '.join(f'--{name}={value} (the cell has {wanted})' for name, (value, wanted) in run.deviations.items())
-                lines += [f'{where}: trained with {text}.', '']
+                wanted = ', '.join(f'--{name}={wanted}' for name, (_, wanted) in run.deviations.items())
+                lines += [f'{where}: the cell has {wanted}.', '']
             late = sorted({run.evaluated(shots) for shots, kind in run.tables if kind == 'last'} - {run.iterations})
             lines += [f'{where}: trained on to iteration {run.iterations:,}, which has not been evaluated.', ''] * bool(late)
         lines += note(logs / cell.name, f'{cell.title}: ')

@@ -27,7 +27,7 @@ def grouped(runs: Runs) -> dict[str, list[tuple[Cell, list[Run]]]]:
 
 
 def label(cell: Cell, of: list[Run], run: Run) -> str:
-    return cell.kind + (f', seed {run.seed}' if len(of) > 1 else '')
+    return cell.kind + run.variant + (f', seed {run.seed}' if len({other.seed for other in of}) > 1 else '')
 
 
 def save(figure, path: Path):
@@ -116,7 +116,7 @@ def figure_fits(path: Path, runs: Runs) -> str | None:
                 if updates == 0 or cell.name != 'sinusoid_oracle':
                     axes.plot(fit.x, prediction, **CURVES[updates])
             axes.plot(*fit.support.T, '^', color='tab:purple', label='support', zorder=3)
-            axes.set(title=cell.title, xlabel='x' if cell == shown[-1][0] else '')
+            axes.set(title=cell.title + run.variant, xlabel='x' if cell == shown[-1][0] else '')
             axes.grid(alpha=.3)
         row[0].set_ylabel('y')
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize='small', frameon=False)
@@ -125,9 +125,10 @@ def figure_fits(path: Path, runs: Runs) -> str | None:
 
 
 def figure_errors(path: Path, runs: Runs) -> str | None:
-    tables = {cell.name: {shots: pooled([run.tables[shots, 'last'] for run in runs[cell.name] if (shots, 'last') in run.tables])
-                          for shots in sorted({shots for run in runs[cell.name] for shots, kind in run.tables if kind == 'last'})}
-              for cell in SINUSOIDS}   # {cell: {K: Table}}
+    plain = {cell.name: [run for run in runs[cell.name] if not run.deviations] for cell in SINUSOIDS}
+    tables = {name: {shots: pooled([run.tables[shots, 'last'] for run in of if (shots, 'last') in run.tables])
+                     for shots in sorted({shots for run in of for shots, kind in run.tables if kind == 'last'})}
+              for name, of in plain.items()}   # {cell: {K: Table}}
     all_shots = sorted({shots for of in tables.values() for shots in of})
     if not all_shots:
         return None

@@ -181,9 +181,10 @@ def test_report_tells_other_settings_and_late_training(logs, eager):
     outcome = succeeded(in_process(report.main, [str(logs)]))
     text = (logs / 'report/report.md').read_text()
     assert not outcome.err
-    assert 'MAML, seed 1: trained with --meta_batch_size=3 (the cell has 25).' in text
-    assert 'MAML, seed 1: trained on to iteration 3, which has not been evaluated.' in text
-    row, = (line for line in text.splitlines() if line.startswith('| MAML | 10 |'))
+    assert 'MAML, --meta_batch_size=3, seed 1: the cell has --meta_batch_size=25.' in text
+    assert 'MAML, --meta_batch_size=3, seed 1: trained on to iteration 3, which has not been evaluated.' in text
+    assert '| MAML | 5 | .67 / .38 / .35 | 3 ± 0.01 |' in text   # the other seed, alone
+    row, = (line for line in text.splitlines() if line.startswith('| MAML, --meta_batch_size=3 | 10 |'))
     assert [cell.strip() for cell in row.split('|')][9:11] == ['2', '1'] and f'TensorFlow {tf.__version__}' in row
 
 
