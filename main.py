@@ -598,7 +598,7 @@ def ahead(draw: Callable, arguments: Iterable) -> Iterator:
 def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path, iteration: int = -1):
     """600 tasks: prints means, standard deviations and 95 % intervals over 0...10 updates and writes them as csv and pkl.
 
-    iteration: of the checkpoint that was loaded (-1: none), which the pkl tells besides the original's `mses`.
+    iteration: of the checkpoint that was loaded (-1: none); the pkl tells it, and the split, besides the original's `mses`.
     """
     (split, generator), = generators.items()
     chunk = tasks_at_once(f.datasource) * model.replicas.count
@@ -619,7 +619,7 @@ def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path, itera
         return
     name = (f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}' + (f'_query{f.test_query}' if f.test_query != -1 else '')
             + ('' if f.transductive else '_inductive') + ('_best' if f.test_iter == 'best' else ''))
-    write_whole(folder / f'{name}.pkl', pickle.dumps({'mses': values, 'iteration': iteration}))
+    write_whole(folder / f'{name}.pkl', pickle.dumps({'mses': values, 'iteration': iteration, 'split': split}))
     text = io.StringIO()
     csv.writer(text).writerows([[f'update{j}' for j in range(len(mean))], mean, stddev, interval])
     write_whole(folder / f'{name}.csv', text.getvalue().encode())

@@ -69,7 +69,8 @@ class Table(NamedTuple):
     means: np.ndarray
     interval: np.ndarray   # half of the 95 % interval
     medians: np.ndarray    # over tasks: a few that diverge say nothing of the others
-    iteration: int         # of the checkpoint; -1: not told
+    iteration: int = -1    # of the checkpoint; -1: not told
+    split: str = ''        # 'test' or 'val'; '': not told
 
 
 class Run(NamedTuple):
@@ -103,7 +104,8 @@ def read_table(path: Path) -> Table:
         stored = pickle.loads(path.with_suffix('.pkl').read_bytes())
         values = stored['mses']   # [600, 1 + updates]
         assert values.shape[1:] == means.shape and np.allclose(values.mean(0), means, rtol=1e-4, equal_nan=True)
-        return Table(means, interval, np.median(np.where(np.isnan(values), np.inf, values), axis=0), int(stored.get('iteration', -1)))
+        medians = np.median(np.where(np.isnan(values), np.inf, values), axis=0)
+        return Table(means, interval, medians, int(stored.get('iteration', -1)), str(stored.get('split', '')))
     except Exception:   # pickle has no error of its own
         raise ValueError(f'{path} and {path.stem}.pkl are not the tables that main.py writes, or not of one evaluation') from None
 
@@ -146,7 +148,7 @@ def read_run(folder: Path, cell: Cell) -> Run:
     differing = deviations(folder, flags, cell)
     for path in sorted(folder.glob('test_ubs*_stepsize*.csv')):
         if match := re.fullmatch(r'test_ubs(\d+)_stepsize([^_]+)(_best)?\.csv', path.name):   # others are of --test_query and the like
-            if float(match[2]) == flags.get('update_lr', float(match[2])):
+            if match[2] == str(flags.get('update_lr', match[2])):
                 tables[int(match[1]), 'best' if match[3] else 'last'] = read_table(path)
     if not tables:
         raise ValueError(f'{folder} has not been evaluated')
@@ -170,4 +172,4 @@ def pooled(tables: list[Table]) -> Table:
         return tables[0]
     size = min(len(table.means) for table in tables)
     means = np.array([table.means[:size] for table in tables])
-    return Table(means.mean(0), confidence(means), np.mean([table.medians[:size] for table in tables], axis=0), -1)
+    return Table(means.mean(0), confidence(means), np.mean([table.medians[:size] for table in tables], axis=0))

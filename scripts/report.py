@@ -83,6 +83,8 @@ def remarks(logs: Path, runs: Runs) -> list[str]:
             if run.deviations:
                 wanted = ', '.join(f'--{name}={wanted}' for name, (_, wanted) in run.deviations.items())
                 lines += [f'{where}: the cell has {wanted}.', '']
+            if cell in CELLS and any(table.split == 'val' for table in run.tables.values()):
+                lines += [f'{where}: evaluated on the validation classes.', '']
             late = sorted({run.evaluated(shots) for shots, kind in run.tables if kind == 'last'} - {run.iterations})
             lines += [f'{where}: trained on to iteration {run.iterations:,}, which has not been evaluated.', ''] * bool(late)
         lines += note(logs / cell.name, f'{cell.title}: ')

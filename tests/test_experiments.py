@@ -188,6 +188,23 @@ def test_report_tells_other_settings_and_late_training(logs, eager):
     assert [cell.strip() for cell in row.split('|')][9:11] == ['2', '1'] and f'TensorFlow {tf.__version__}' in row
 
 
+def test_report_tells_validation_classes(tmp_path, eager):
+    """Where the images of the test classes were not at hand."""
+    make_omniglot(tmp_path)
+    flags = ['--datasource=omniglot', '--conv=False', '--num_classes=2', '--update_batch_size=1', '--update_lr=.4', '--metatrain_iterations=1',
+             '--meta_batch_size=32', f'--data_dir={tmp_path}', f'--logdir={tmp_path}/omniglot_5way_1shot_no_conv/seed0']
+    cell = next(cell for cell in cells.CELLS if cell.name == 'omniglot_5way_1shot_no_conv')
+    succeeded(run(*flags))
+    for more, told in ([], True), (['--test_set=True'], False):
+        succeeded(run(*flags, '--train=False', *more))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(cell.settings, 'num_classes', 2)   # so few classes are enough
+            succeeded(in_process(report.main, [str(tmp_path)]))
+        text = (tmp_path / 'report/report.md').read_text()
+        assert (f'{cell.title}, seed 0: evaluated on the validation classes.' in text) == told and 'seed 0: the cell' not in text
+        assert {path.name for path in (tmp_path / 'report').iterdir()} == {'report.md', 'updates.png', 'learning.png'}
+
+
 def test_report_of_damaged_summaries(logs):
     """What can be read of them is used."""
     for i, path in enumerate(sorted(logs.glob('sinusoid/seed*/cls_*/events*'))):

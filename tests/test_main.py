@@ -413,7 +413,8 @@ def test_evaluation_of_a_sinusoid(tmp_path):
     succeeded(run(*train))
     outcome = succeeded(run(*train, '--train=False'))
     values = results(only(tmp_path), 'test_ubs5_stepsize0.001')
-    assert pickle.loads((only(tmp_path) / 'test_ubs5_stepsize0.001.pkl').read_bytes())['iteration'] == 19   # of the checkpoint
+    stored = pickle.loads((only(tmp_path) / 'test_ubs5_stepsize0.001.pkl').read_bytes())
+    assert (stored['iteration'], stored['split']) == (19, 'val')   # what was evaluated on what
     assert values.shape == (600, 11) and np.isfinite(values).all()
     assert outcome.lines[1] == 'Done initializing, starting evaluation.'
     expected = [values.mean(0), values.std(0), 1.96 * values.std(0) / 600 ** .5]
