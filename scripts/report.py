@@ -99,7 +99,8 @@ def note(folder: Path, title: str = '') -> list[str]:
 
 def report(logs: Path, output: Path) -> Path:
     """Writes OUTPUT/report.md and its figures. Returns the path of the former."""
-    runs = {cell.name: [*read_runs(logs, cell)] for cell in CELLS + SINUSOIDS}
+    plain_first = lambda run: (len(run.deviations), run.seed)
+    runs = {cell.name: sorted(read_runs(logs, cell), key=plain_first) for cell in CELLS + SINUSOIDS}
     output.mkdir(parents=True, exist_ok=True)
     lines = ['# Results', '', 'Made by `scripts/report.py`.', '', *note(logs), *accuracies(runs), '', *errors(runs), '', *remarks(logs, runs)]
     for name, draw in FIGURES.items():
