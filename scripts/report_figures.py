@@ -46,7 +46,8 @@ def figure_updates(path: Path, runs: Runs) -> str | None:
         column[0].set_title(group, fontsize='medium')
         column[0].set_ylim(0, 103)
         column[1].set_xlabel('inner updates')
-        column[1].legend(fontsize='x-small', loc='upper center', bbox_to_anchor=(.5, -.2), frameon=False)
+        if column[1].get_legend_handles_labels()[0]:
+            column[1].legend(fontsize='x-small', loc='upper center', bbox_to_anchor=(.5, -.2), frameon=False)
         for axes in column:
             axes.grid(alpha=.3)
             axes.set_xticks(range(0, 11, 2))
@@ -55,14 +56,16 @@ def figure_updates(path: Path, runs: Runs) -> str | None:
     save(figure, path)
     return ('Accuracy over inner updates, mean and 95 % interval over 600 test tasks, above with the accuracy before the first update (of the '
             'support set, by chance), below without it. Stars: the paper\'s figures, after the number of updates for which it gives them. The '
-            'checkpoints are those of the best validation.')
+            'checkpoints are those of the best validation, or else the last.')
 
 
 def draw_updates(column: np.ndarray, cell: Cell, of: list[Run], color: str, shift: float):
     """A cell's curves in a column's upper and lower panel; shift: to the right, so that intervals stand side by side."""
     for style, run in zip(STYLES * len(of), of):
-        shots, kind = min(run.tables, key=lambda key: (key[1] != 'best', key[0]))
-        table = run.tables[shots, kind]
+        shots = cell.settings['update_batch_size']   # a run may have been evaluated with other K too
+        table = run.tables.get((shots, 'best')) or run.tables.get((shots, 'last'))
+        if not table:
+            continue
         x = np.arange(len(table.means)) + shift
         for axes, first in zip(column, (0, 1)):
             axes.errorbar(x[first:], 100 * table.means[first:], yerr=100 * table.interval[first:], color=color, linestyle=style, marker='o',

@@ -25,6 +25,7 @@ pytest.importorskip('matplotlib')
 
 import cells  # noqa: E402
 import report  # noqa: E402
+import report_figures  # noqa: E402
 import second_order_ablation  # noqa: E402
 import step_sizes  # noqa: E402
 
@@ -203,6 +204,17 @@ def test_report_tells_validation_classes(tmp_path, eager):
         text = (tmp_path / 'report/report.md').read_text()
         assert (f'{cell.title}, seed 0: evaluated on the validation classes.' in text) == told and 'seed 0: the cell' not in text
         assert {path.name for path in (tmp_path / 'report').iterdir()} == {'report.md', 'updates.png', 'learning.png'}
+    # Evaluated with another K alone: neither the row nor the figure takes that for the cell's.
+    folder, = (tmp_path / 'omniglot_5way_1shot_no_conv/seed0').iterdir()
+    for path in folder.glob('test_ubs1_*'):
+        path.rename(path.with_name(path.name.replace('ubs1', 'ubs2')))
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cell.settings, 'num_classes', 2)
+        patch.setattr(report_figures, 'label', lambda *arguments: drawn.append(arguments) or 'a run')
+        patch.setattr(report_figures, 'draw_learning', lambda *arguments: None)
+        succeeded(in_process(report.main, [str(tmp_path)]))
+    assert f'| {cell.title} | {cell.paper} | – | – |' in (tmp_path / 'report/report.md').read_text() and len(drawn) == 1   # for learning
 
 
 def test_report_of_damaged_summaries(logs):
