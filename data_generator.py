@@ -9,6 +9,7 @@ A generator turns (seed, split, iteration) into a meta-batch of tasks and keeps 
 Images are decoded once. The pixels are kept beside the data (`omniglot_resized.cache`, `miniImagenet.train.cache`, ...)
 in folders that are made again when the files change and may be deleted at any time.
 """
+
 import hashlib
 import json
 import math
@@ -18,10 +19,11 @@ import shlex
 import sys
 import time
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -33,11 +35,14 @@ SPLITS = ('train', 'val', 'test')
 
 class ClassImages(NamedTuple):
     """The decoded images of some classes: class c owns images[starts[c]:starts[c] + counts[c]]."""
-    folder: str         # where they come from, for messages
-    names: list         # of the classes, e.g. 'Greek/character01'
+
+    folder: str  # where they come from, for messages
+    names: list  # of the classes, e.g. 'Greek/character01'
     starts: np.ndarray  # [classes] int64
     counts: np.ndarray  # [classes] int64
-    images: np.ndarray  # [total, height, width, channels] uint8, usually memory-mapped; value = stored / 255
+    images: (
+        np.ndarray
+    )  # [total, height, width, channels] uint8, usually memory-mapped; value = stored / 255
 
     def select(self, classes: Sequence[int]) -> 'ClassImages':
         """Some of the classes, in the order given, on the same images."""
@@ -57,7 +62,9 @@ class DataGenerator:
         self.dim_input, self.dim_output = dim_input, dim_output  # per example
         self.num_draws, self.seed = num_draws, seed
 
-    def batch(self, split: str, iteration: int, num_tasks: int, tasks: slice = slice(None)) -> Batch:
+    def batch(
+        self, split: str, iteration: int, num_tasks: int, tasks: slice = slice(None)
+    ) -> Batch:
         """The meta-batch of an iteration, a pure function of (seed, split, iteration).
 
         Args:
@@ -69,9 +76,19 @@ class DataGenerator:
         """
         return self._tasks(split, self._draw(split, iteration, num_tasks)[tasks])
 
-    def batches(self, split: str, first_iteration: int, count: int, num_tasks: int, tasks: slice = slice(None)) -> Batch:
+    def batches(
+        self,
+        split: str,
+        first_iteration: int,
+        count: int,
+        num_tasks: int,
+        tasks: slice = slice(None),
+    ) -> Batch:
         """The meta-batches of `count` successive iterations, stacked: [count, T, ...]; equal to batch() of each."""
-        draws = [self._draw(split, i, num_tasks)[tasks] for i in range(first_iteration, first_iteration + count)]
+        draws = [
+            self._draw(split, i, num_tasks)[tasks]
+            for i in range(first_iteration, first_iteration + count)
+        ]
         batch = self._tasks(split, np.concatenate(draws))  # [count*T, ...]
         return Batch(*(array.reshape(count, len(draws[0]), *array.shape[1:]) for array in batch))
 
@@ -81,7 +98,9 @@ class DataGenerator:
             raise ValueError(f'there is no split {split!r}; the splits are {", ".join(SPLITS)}')
         if num_tasks < 1:
             raise ValueError(f'--meta_batch_size must be at least 1, but it is {num_tasks}')
-        return np.random.default_rng([self.seed, SPLITS.index(split), iteration]).random((num_tasks, self.num_draws))
+        return np.random.default_rng([self.seed, SPLITS.index(split), iteration]).random(
+            (num_tasks, self.num_draws)
+        )
 
     def _tasks(self, split: str, uniform: np.ndarray) -> Batch:
         raise NotImplementedError
@@ -99,21 +118,30 @@ class SinusoidGenerator(DataGenerator):
 
     def __init__(self, num_support: int, num_query: int, oracle: bool = False, seed: int = 0):
         _check_shots(num_support, num_query)
-        super().__init__(dim_input=3 if oracle else 1, dim_output=1, num_draws=2 + num_support + num_query, seed=seed)
+        super().__init__(
+            dim_input=3 if oracle else 1,
+            dim_output=1,
+            num_draws=2 + num_support + num_query,
+            seed=seed,
+        )
         self.num_support, self.num_query, self.oracle = num_support, num_query, oracle
 
     def _tasks(self, split: str, uniform: np.ndarray) -> Batch:
         amplitude = 0.1 + 4.9 * uniform[:, :1]  # [T, 1]
-        phase = np.pi * uniform[:, 1:2]         # [T, 1]
-        x = 10 * uniform[:, 2:] - 5             # [T, K+Q]
+        phase = np.pi * uniform[:, 1:2]  # [T, 1]
+        x = 10 * uniform[:, 2:] - 5  # [T, K+Q]
         inputs = np.empty((*x.shape, self.dim_input), np.float32)
         inputs[..., 0] = x
         if self.oracle:
             inputs[..., 1], inputs[..., 2] = amplitude, phase
         labels = (amplitude * np.sin(x - phase)).astype(np.float32)[..., None]
-        support, query = np.s_[:, :self.num_support], np.s_[:, self.num_support:]
-        return Batch(*(np.ascontiguousarray(part) for part in
-                       (inputs[support], labels[support], inputs[query], labels[query])))
+        support, query = np.s_[:, : self.num_support], np.s_[:, self.num_support :]
+        return Batch(
+            *(
+                np.ascontiguousarray(part)
+                for part in (inputs[support], labels[support], inputs[query], labels[query])
+            )
+        )
 
 
 class ImageGenerator(DataGenerator):
@@ -139,8 +167,16 @@ class ImageGenerator(DataGenerator):
       ValueError: a size is out of range, or a split has too few classes or too few images in a class.
     """
 
-    def __init__(self, folders: Mapping[str, ClassImages], num_classes: int, num_support: int, num_query: int,
-                 rotate: bool = False, seed: int = 0, splits: Iterable[str] | None = None):
+    def __init__(
+        self,
+        folders: Mapping[str, ClassImages],
+        num_classes: int,
+        num_support: int,
+        num_query: int,
+        rotate: bool = False,
+        seed: int = 0,
+        splits: Iterable[str] | None = None,
+    ):
         _check_shots(num_support, num_query)
         if num_classes < 1:
             raise ValueError(f'--num_classes must be at least 1, but it is {num_classes}')
@@ -149,43 +185,64 @@ class ImageGenerator(DataGenerator):
         self.rotate = rotate
         for split in self.folders:
             self._check(split)
-        self.image_shape = next(iter(self.folders.values())).images.shape[1:]  # (height, width, channels)
+        self.image_shape = next(iter(self.folders.values())).images.shape[
+            1:
+        ]  # (height, width, channels)
         if rotate and self.image_shape[0] != self.image_shape[1]:
-            raise ValueError(f'only square images can be rotated, not {self.image_shape[0]}x{self.image_shape[1]}')
+            raise ValueError(
+                f'only square images can be rotated, not {self.image_shape[0]}x{self.image_shape[1]}'
+            )
         # A task draws N classes, N rotations, K + Q images of each class, and an order of the classes for each shot.
-        super().__init__(math.prod(self.image_shape), num_classes,
-                         num_draws=2 * num_classes * (1 + num_support + num_query), seed=seed)
+        super().__init__(
+            math.prod(self.image_shape),
+            num_classes,
+            num_draws=2 * num_classes * (1 + num_support + num_query),
+            seed=seed,
+        )
 
     def _check(self, split: str):
         """Raise ValueError if the split cannot fill a task."""
         classes, images = self.folders[split], self.num_support + self.num_query
         if self.num_classes > len(classes.names):
-            raise ValueError(f'--num_classes={self.num_classes} is more than the {len(classes.names)} classes of the '
-                             f'{split} split in {classes.folder}: use a smaller --num_classes, or give the split more classes')
+            raise ValueError(
+                f'--num_classes={self.num_classes} is more than the {len(classes.names)} classes of the '
+                f'{split} split in {classes.folder}: use a smaller --num_classes, or give the split more classes'
+            )
         shortest = int(np.argmin(classes.counts))
         if images > classes.counts[shortest]:
             raise ValueError(
                 f'the class {classes.names[shortest]} of the {split} split in {classes.folder} has '
                 f'{classes.counts[shortest]} images, but a task takes {images} of each class ({self.num_support} for '
-                f'support, {self.num_query} for query): use a smaller --update_batch_size')
+                f'support, {self.num_query} for query): use a smaller --update_batch_size'
+            )
 
     def _tasks(self, split: str, uniform: np.ndarray) -> Batch:
         if split not in self.folders:
-            raise ValueError(f'this generator was made for the splits {", ".join(self.folders)}, not for {split}')
+            raise ValueError(
+                f'this generator was made for the splits {", ".join(self.folders)}, not for {split}'
+            )
         source = self.folders[split]
         ways, shots = self.num_classes, self.num_support + self.num_query
         ends = np.cumsum([ways, ways, ways * shots])
         classes, turns, chosen, order = np.split(uniform, ends, axis=1)
-        classes = _distinct(classes, len(source.names))                                      # [T, N]
-        turns = (4 * turns).astype(np.int64)                                                 # [T, N]
-        chosen = _distinct(chosen.reshape(-1, ways, shots), source.counts[classes][..., None])  # [T, N, K+Q]
-        order = _distinct(order.reshape(-1, shots, ways), ways)                              # [T, K+Q, N]: labels
-        images = (source.starts[classes][..., None] + chosen).transpose(0, 2, 1)             # [T, K+Q, N] by class
+        classes = _distinct(classes, len(source.names))  # [T, N]
+        turns = (4 * turns).astype(np.int64)  # [T, N]
+        chosen = _distinct(
+            chosen.reshape(-1, ways, shots), source.counts[classes][..., None]
+        )  # [T, N, K+Q]
+        order = _distinct(order.reshape(-1, shots, ways), ways)  # [T, K+Q, N]: labels
+        images = (source.starts[classes][..., None] + chosen).transpose(
+            0, 2, 1
+        )  # [T, K+Q, N] by class
         images = np.take_along_axis(images, order, axis=2)
         turns = np.take_along_axis(turns[:, None], order, axis=2)
-        support, query = np.s_[:, :self.num_support], np.s_[:, self.num_support:]
-        return Batch(self._pixels(source, images[support], turns[support]), self._one_hot(order[support]),
-                     self._pixels(source, images[query], turns[query]), self._one_hot(order[query]))
+        support, query = np.s_[:, : self.num_support], np.s_[:, self.num_support :]
+        return Batch(
+            self._pixels(source, images[support], turns[support]),
+            self._one_hot(order[support]),
+            self._pixels(source, images[query], turns[query]),
+            self._one_hot(order[query]),
+        )
 
     def _pixels(self, source: ClassImages, index: np.ndarray, turns: np.ndarray) -> np.ndarray:
         """Images [T, shots, N] by their index, turned and flattened row by row: [T, shots*N, D] float32."""
@@ -206,7 +263,9 @@ def _check_shots(num_support: int, num_query: int):
     if num_support < 1:
         raise ValueError(f'--update_batch_size must be at least 1, but it is {num_support}')
     if num_query < 0:
-        raise ValueError(f'the number of query examples must not be negative, but it is {num_query}')
+        raise ValueError(
+            f'the number of query examples must not be negative, but it is {num_query}'
+        )
 
 
 def _distinct(uniform: np.ndarray, counts) -> np.ndarray:
@@ -218,8 +277,8 @@ def _distinct(uniform: np.ndarray, counts) -> np.ndarray:
     size = uniform.shape[-1]
     draws = (uniform * (counts - np.arange(size))).astype(np.int64)
     for i in reversed(range(size - 1)):
-        later = draws[..., i + 1:]
-        later += later >= draws[..., i:i + 1]
+        later = draws[..., i + 1 :]
+        later += later >= draws[..., i : i + 1]
     return draws
 
 
@@ -228,31 +287,55 @@ def _distinct(uniform: np.ndarray, counts) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 class ImageLayout(NamedTuple):
     """How a data set lies on disk, and how its images are to be stored."""
-    depth: int       # of a class folder below the data set's folder: 1 for <class>/, 2 for <Alphabet>/<character>/
+
+    depth: int  # of a class folder below the data set's folder: 1 for <class>/, 2 for <Alphabet>/<character>/
     suffixes: tuple  # of its image files, lower case
-    size: tuple      # (height, width) of the stored images
-    mode: str        # Pillow mode they are converted to: 'L' (one channel) or 'RGB' (three)
-    invert: bool     # store 255 - pixel
+    size: tuple  # (height, width) of the stored images
+    mode: str  # Pillow mode they are converted to: 'L' (one channel) or 'RGB' (three)
+    invert: bool  # store 255 - pixel
     resampling: int  # how images of another size are resized, see PIL.Image.Resampling
-    prepared: bool   # whether the files have that size already, so that others are mistakes
+    prepared: bool  # whether the files have that size already, so that others are mistakes
 
     def shape(self, total: int) -> tuple:
         """Of the array that holds `total` images."""
         return (total, *self.size, len(Image.new(self.mode, (1, 1)).getbands()))
 
 
-OMNIGLOT = ImageLayout(depth=2, suffixes=('.png',), size=(28, 28), mode='L', invert=True,
-                       resampling=Image.Resampling.NEAREST, prepared=True)
-MINIIMAGENET = ImageLayout(depth=1, suffixes=('.jpg', '.jpeg', '.png'), size=(84, 84), mode='RGB', invert=False,
-                           resampling=Image.Resampling.LANCZOS, prepared=True)
+OMNIGLOT = ImageLayout(
+    depth=2,
+    suffixes=('.png',),
+    size=(28, 28),
+    mode='L',
+    invert=True,
+    resampling=Image.Resampling.NEAREST,
+    prepared=True,
+)
+MINIIMAGENET = ImageLayout(
+    depth=1,
+    suffixes=('.jpg', '.jpeg', '.png'),
+    size=(84, 84),
+    mode='RGB',
+    invert=False,
+    resampling=Image.Resampling.LANCZOS,
+    prepared=True,
+)
 
 
 def folder_layout(image_size: int, channels: int) -> ImageLayout:
     """Of class folders of any images; channels: 1 (grey) or 3 (colour)."""
-    Image.init()   # Pillow knows few of its formats before
-    suffixes = sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-    return ImageLayout(depth=1, suffixes=tuple(suffixes), size=(image_size, image_size), mode='L' if channels == 1 else 'RGB',
-                       invert=False, resampling=Image.Resampling.LANCZOS, prepared=False)
+    Image.init()  # Pillow knows few of its formats before
+    suffixes = sorted(
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    )
+    return ImageLayout(
+        depth=1,
+        suffixes=tuple(suffixes),
+        size=(image_size, image_size),
+        mode='L' if channels == 1 else 'RGB',
+        invert=False,
+        resampling=Image.Resampling.LANCZOS,
+        prepared=False,
+    )
 
 
 def run_layout(settings: Mapping) -> ImageLayout:
@@ -274,13 +357,20 @@ def load_omniglot(data_dir: str) -> dict[str, ClassImages]:
       ValueError: it is empty or has fewer than three classes, or an image is damaged or not 28x28.
     """
     folder = Path(data_dir) / 'omniglot_resized'
-    command = (f'`python scripts/prepare_omniglot.py {_target(folder)}`, which downloads the archives unless it is '
-               'given a folder that has them by --source=FOLDER')
+    command = (
+        f'`python scripts/prepare_omniglot.py {_target(folder)}`, which downloads the archives unless it is '
+        'given a folder that has them by --source=FOLDER'
+    )
     characters = load_class_folders(folder, OMNIGLOT, _cache_of(folder), command)
     if len(characters.names) < len(SPLITS):
-        raise ValueError(f'{folder} has only {len(characters.names)} character folders, but training, validation and '
-                         f'test need at least one each; move it away and make it again with {command}')
-    return {split: characters.select(classes) for split, classes in split_classes(len(characters.names)).items()}
+        raise ValueError(
+            f'{folder} has only {len(characters.names)} character folders, but training, validation and '
+            f'test need at least one each; move it away and make it again with {command}'
+        )
+    return {
+        split: characters.select(classes)
+        for split, classes in split_classes(len(characters.names)).items()
+    }
 
 
 def load_miniimagenet(data_dir: str, splits: Iterable[str] = SPLITS) -> dict[str, ClassImages]:
@@ -291,14 +381,23 @@ def load_miniimagenet(data_dir: str, splits: Iterable[str] = SPLITS) -> dict[str
       ValueError: it is empty, or an image is damaged or not 84x84.
     """
     folder = Path(data_dir) / 'miniImagenet'
-    command = (f'`python scripts/prepare_miniimagenet.py --source=FOLDER {_target(folder)}`, where FOLDER holds the '
-               'images and the csv files of the splits')
-    return {split: load_class_folders(folder / split, MINIIMAGENET, _cache_of(folder, split), command)
-            for split in splits}
+    command = (
+        f'`python scripts/prepare_miniimagenet.py --source=FOLDER {_target(folder)}`, where FOLDER holds the '
+        'images and the csv files of the splits'
+    )
+    return {
+        split: load_class_folders(folder / split, MINIIMAGENET, _cache_of(folder, split), command)
+        for split in splits
+    }
 
 
-def load_folder(folder: str, image_size: int = 84, channels: int = 3, shares: Sequence[float] = (.64, .16, .2),
-                splits: Iterable[str] = SPLITS) -> dict[str, ClassImages]:
+def load_folder(
+    folder: str,
+    image_size: int = 84,
+    channels: int = 3,
+    shares: Sequence[float] = (0.64, 0.16, 0.2),
+    splits: Iterable[str] = SPLITS,
+) -> dict[str, ClassImages]:
     """The classes of `folder/<split>/<class>/*`, or of `folder/<class>/*`, shared out among train, val and test.
 
     Any format that Pillow reads; images become image_size x image_size whatever their shape was, grey (channels 1) or
@@ -316,14 +415,22 @@ def load_folder(folder: str, image_size: int = 84, channels: int = 3, shares: Se
     folder, layout = Path(folder), folder_layout(image_size, channels)
     kind = f'{image_size}x{image_size}x{channels}'
     if any((folder / split).is_dir() and _class_folders(folder / split, 1) for split in SPLITS):
-        return {split: load_class_folders(folder / split, layout, _cache_of(folder, split, kind)) for split in splits}
+        return {
+            split: load_class_folders(folder / split, layout, _cache_of(folder, split, kind))
+            for split in splits
+        }
     classes = load_class_folders(folder, layout, _cache_of(folder, kind))
     if len(classes.names) < len(SPLITS):
-        raise ValueError(f'{folder} has only {len(classes.names)} class folders, but training, validation and test need at '
-                         'least one each')
+        raise ValueError(
+            f'{folder} has only {len(classes.names)} class folders, but training, validation and test need at '
+            'least one each'
+        )
     total = sum(shares)
     val, test = (max(1, round(len(classes.names) * share / total)) for share in shares[1:])
-    return {split: classes.select(chosen) for split, chosen in _share_out(len(classes.names), val, test).items()}
+    return {
+        split: classes.select(chosen)
+        for split, chosen in _share_out(len(classes.names), val, test).items()
+    }
 
 
 def _target(folder: Path) -> str:
@@ -354,17 +461,19 @@ def _share_out(num_classes: int, val: int, test: int) -> dict[str, list[int]]:
     random.Random(1).shuffle(order)
     train = max(1, num_classes - val - test)
     val = min(val, num_classes - train - 1)
-    return {'train': order[:train], 'val': order[train:train + val], 'test': order[train + val:]}
+    return {'train': order[:train], 'val': order[train : train + val], 'test': order[train + val :]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Class folders, decoded once
 # ---------------------------------------------------------------------------------------------------------------------
 CACHE_FORMAT = 2  # raise it when what the cache holds changes
-CHUNK = 256       # images decoded, written and checksummed together
+CHUNK = 256  # images decoded, written and checksummed together
 
 
-def load_class_folders(folder: Path, layout: ImageLayout, cache: Path, command: str | None = None) -> ClassImages:
+def load_class_folders(
+    folder: Path, layout: ImageLayout, cache: Path, command: str | None = None
+) -> ClassImages:
     """All images of a folder of class folders, sorted by class and file name; hidden and stray files are ignored.
 
     They come from the cache if that matches the files (names, sizes, times of change) and its own checksums. Otherwise
@@ -382,33 +491,54 @@ def load_class_folders(folder: Path, layout: ImageLayout, cache: Path, command: 
     """
     again = f'move {folder} away and make it again with {command}'
     if not folder.is_dir():
-        remedy = f'make it with {command}' if command else 'give --data_dir the folder that holds a folder of images for each class'
+        remedy = (
+            f'make it with {command}'
+            if command
+            else 'give --data_dir the folder that holds a folder of images for each class'
+        )
         raise FileNotFoundError(f'there is no folder {folder}; {remedy}')
-    classes = {name: _image_files(path, layout) for name, path in _class_folders(folder, layout.depth)}
+    classes = {
+        name: _image_files(path, layout) for name, path in _class_folders(folder, layout.depth)
+    }
     if not classes:
-        raise ValueError(f'{folder} holds no class folders; {again if command else "it needs a folder of images for each class"}')
+        raise ValueError(
+            f'{folder} holds no class folders; {again if command else "it needs a folder of images for each class"}'
+        )
     for name, files in classes.items():
         if not files and command:
-            raise ValueError(f'{folder / name} holds no images ({", ".join(layout.suffixes)}); remove it if it is no class, or {again}')
+            raise ValueError(
+                f'{folder / name} holds no images ({", ".join(layout.suffixes)}); remove it if it is no class, or {again}'
+            )
         if not files:
-            raise ValueError(f'{folder / name} holds no images of a format that Pillow reads; add some, or remove it if it is no class')
+            raise ValueError(
+                f'{folder / name} holds no images of a format that Pillow reads; add some, or remove it if it is no class'
+            )
     counts = np.array([len(files) for files in classes.values()])
-    images = _cached_images(folder, layout, cache, [file for files in classes.values() for file in files], command)
+    images = _cached_images(
+        folder, layout, cache, [file for files in classes.values() for file in files], command
+    )
     return ClassImages(str(folder), list(classes), np.cumsum(counts) - counts, counts, images)
 
 
 def _visible(folder: str) -> list[os.DirEntry]:
     """The entries of a folder, without the hidden ones, sorted by name."""
     with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith('.')), key=lambda entry: entry.name)
+        return sorted(
+            (entry for entry in entries if not entry.name.startswith('.')),
+            key=lambda entry: entry.name,
+        )
 
 
 def _class_folders(folder: Path, depth: int) -> list[tuple[str, str]]:
     """(name relative to folder, path) of the folders `depth` levels below, sorted level by level."""
     found = [('', str(folder))]
     for _ in range(depth):
-        found = [(f'{name}/{entry.name}'.lstrip('/'), entry.path)
-                 for name, path in found for entry in _visible(path) if entry.is_dir()]
+        found = [
+            (f'{name}/{entry.name}'.lstrip('/'), entry.path)
+            for name, path in found
+            for entry in _visible(path)
+            if entry.is_dir()
+        ]
     return found
 
 
@@ -418,12 +548,18 @@ def image_files(folder: str | Path, layout: ImageLayout) -> list[str]:
 
 
 def _image_files(folder: str, layout: ImageLayout) -> list[os.DirEntry]:
-    return [entry for entry in _visible(folder) if entry.name.lower().endswith(layout.suffixes) and entry.is_file()]
+    return [
+        entry
+        for entry in _visible(folder)
+        if entry.name.lower().endswith(layout.suffixes) and entry.is_file()
+    ]
 
 
-def _cached_images(folder: Path, layout: ImageLayout, cache: Path, files: list[os.DirEntry],
-                   command: str | None) -> np.ndarray:
+def _cached_images(
+    folder: Path, layout: ImageLayout, cache: Path, files: list[os.DirEntry], command: str | None
+) -> np.ndarray:
     """The images of `files` in order, [total, height, width, channels] uint8: mapped from the cache, else decoded."""
+
     def blocks() -> Iterator[np.ndarray]:
         print(f'Decoding the {len(files)} images of {folder}.', file=sys.stderr, flush=True)
         return _decode_all(files, lambda file: read_image(file.path, layout, command))
@@ -435,8 +571,11 @@ def _cached_images(folder: Path, layout: ImageLayout, cache: Path, files: list[o
             _write_cache(cache, key, blocks())
             images = _read_cache(cache, key, shape)
         except OSError as error:
-            print(f'The decoded images cannot be kept in {cache} ({error.strerror or error}); they will be decoded at '
-                  'every start.', file=sys.stderr)
+            print(
+                f'The decoded images cannot be kept in {cache} ({error.strerror or error}); they will be decoded at '
+                'every start.',
+                file=sys.stderr,
+            )
     if images is None:
         images = np.empty(shape, np.uint8)
         for part, block in zip(_chunks(images), blocks()):
@@ -482,7 +621,9 @@ def _write_cache(cache: Path, key: str, blocks: Iterator[np.ndarray]):
     images, index = (cache / f'{name}.{os.getpid()}.tmp' for name in ('images.raw', 'index.json'))
     try:
         cache.mkdir(exist_ok=True)
-        for leftover in cache.glob('*.tmp'):  # of a process that was killed; a live one writes all the time
+        for leftover in cache.glob(
+            '*.tmp'
+        ):  # of a process that was killed; a live one writes all the time
             if time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink()
         with open(images, 'wb') as file:
@@ -497,16 +638,26 @@ def _write_cache(cache: Path, key: str, blocks: Iterator[np.ndarray]):
             cache.rmdir()  # only if nothing is in it
 
 
-def _decode_all(files: list[os.DirEntry], decode: Callable[[os.DirEntry], np.ndarray]) -> Iterator[np.ndarray]:
+def _decode_all(
+    files: list[os.DirEntry], decode: Callable[[os.DirEntry], np.ndarray]
+) -> Iterator[np.ndarray]:
     """Yield the decoded files in blocks [CHUNK, height, width, channels] uint8, by all cores, showing the progress."""
     chunks, cores, done = _chunks(files), _cores(), 0
     with ThreadPoolExecutor(cores) as pool:
-        for first in range(0, len(chunks), 8 * cores):  # not all at once: the blocks that wait would fill the memory
-            for block in pool.map(lambda chunk: np.stack([*map(decode, chunk)]), chunks[first:first + 8 * cores]):
+        for first in range(
+            0, len(chunks), 8 * cores
+        ):  # not all at once: the blocks that wait would fill the memory
+            for block in pool.map(
+                lambda chunk: np.stack([*map(decode, chunk)]), chunks[first : first + 8 * cores]
+            ):
                 yield block
                 done += len(block)
                 if sys.stderr.isatty():
-                    print(f'{done} of {len(files)}', end='\n' if done == len(files) else '\r', file=sys.stderr)
+                    print(
+                        f'{done} of {len(files)}',
+                        end='\n' if done == len(files) else '\r',
+                        file=sys.stderr,
+                    )
 
 
 def read_image(path: str, layout: ImageLayout, command: str | None = None) -> np.ndarray:
@@ -519,14 +670,22 @@ def read_image(path: str, layout: ImageLayout, command: str | None = None) -> np
     try:
         with Image.open(path) as image:
             size, mode = image.size[::-1], image.mode
-            fits = mode not in ('I', 'F') and not (layout.prepared and (size != layout.size or mode.startswith('I;')))
+            fits = mode not in ('I', 'F') and not (
+                layout.prepared and (size != layout.size or mode.startswith('I;'))
+            )
             pixels = _pixels(image, layout) if fits else None
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others on damaged files
-        raise ValueError(f'{path} cannot be decoded ({error}); replace it{again or " or remove it"}') from error
+    except (
+        Exception
+    ) as error:  # Pillow raises OSError, SyntaxError, struct.error and others on damaged files
+        raise ValueError(
+            f'{path} cannot be decoded ({error}); replace it{again or " or remove it"}'
+        ) from error
     if not fits:  # the modes have more than 8 bits
         expected = '{}x{} with at most 8'.format(*layout.size) if layout.prepared else 'at most 16'
-        raise ValueError(f'{path} is {size[0]}x{size[1]} of mode {mode}, but images of {expected} bits per channel are '
-                         f'expected; replace it{again or " or remove it"}')
+        raise ValueError(
+            f'{path} is {size[0]}x{size[1]} of mode {mode}, but images of {expected} bits per channel are '
+            f'expected; replace it{again or " or remove it"}'
+        )
     return ~pixels if layout.invert else pixels
 
 
@@ -534,7 +693,7 @@ def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:
     """The way up that a camera noted, on white where it is transparent, [height, width, channels] uint8."""
     if not layout.prepared:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I;'):                   # 16 bits, which Pillow's conversion would cut off at 255
+    if image.mode.startswith('I;'):  # 16 bits, which Pillow's conversion would cut off at 255
         image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
     if image.has_transparency_data and not layout.prepared:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
@@ -545,7 +704,7 @@ def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:
 
 
 def _chunks(items: Sequence) -> list[Sequence]:
-    return [items[first:first + CHUNK] for first in range(0, len(items), CHUNK)]
+    return [items[first : first + CHUNK] for first in range(0, len(items), CHUNK)]
 
 
 def _cores() -> int:

@@ -1,4 +1,5 @@
 """`pip install -e .` for training and evaluation, `'.[plots]'` for the pictures too, `'.[test]'` for the tests."""
+
 from setuptools import setup
 
 PLOTS = ['matplotlib>=3.7']
@@ -11,6 +12,13 @@ setup(
     py_modules=['main', 'maml', 'data_generator', 'utils', 'special_grads'],
     python_requires='>=3.10,<3.14',
     # TensorFlow no longer brings TensorBoard (since 2.21), but tf.summary.scalar does not work without it.
-    install_requires=['tensorflow>=2.16', 'tensorboard>=2.16', 'absl-py', 'numpy', 'pillow>=10.1', 'scipy'],
+    install_requires=[
+        'tensorflow>=2.16',
+        'tensorboard>=2.16',
+        'absl-py',
+        'numpy',
+        'pillow>=10.1',
+        'scipy',
+    ],
     extras_require={'plots': PLOTS, 'test': PLOTS + ['pytest>=7']},
 )

@@ -6,18 +6,22 @@ a gather of patches followed by one batched matrix product, which has exact deri
 a maximum of four slices. Every tensor has a leading task axis T. Numbers of tasks and examples may be unknown when a
 function is traced, then some sums are taken in plainer ways; sizes of images and layers may not.
 """
+
 from typing import NamedTuple
 
 import tensorflow as tf
 
-FEW_ROWS = 16   # up to so many, sums of products of numbers beat products of matrices on CPUs
+FEW_ROWS = 16  # up to so many, sums of products of numbers beat products of matrices on CPUs
 
 
 def sizes(x: tf.Tensor) -> list:
     """The lengths of its axes: numbers where they are known when a function is traced, else scalar tensors."""
     if x.shape.is_fully_defined():
         return x.shape.as_list()
-    return [known if known is not None else length for known, length in zip(x.shape, tf.unstack(tf.shape(x), x.shape.rank))]
+    return [
+        known if known is not None else length
+        for known, length in zip(x.shape, tf.unstack(tf.shape(x), x.shape.rank))
+    ]
 
 
 def number(n: int | tf.Tensor, like: tf.Tensor) -> int | tf.Tensor:
@@ -38,14 +42,19 @@ def product(rows: tf.Tensor, matrix: tf.Tensor):
     `product`, `product_transposed` and `product_outer` are the derivatives of one another, so they are exact at any
     order. TensorFlow's own derivative of a product takes rows^T @ gradient, the slowest form on CPUs by far.
     """
-    return rows @ matrix, lambda gradient: (product_transposed(gradient, matrix), product_outer(rows, gradient))
+    return rows @ matrix, lambda gradient: (
+        product_transposed(gradient, matrix),
+        product_outer(rows, gradient),
+    )
 
 
 @tf.custom_gradient
 def product_transposed(rows: tf.Tensor, matrix: tf.Tensor):
     """rows [T, n, out] times the transpose of matrix [T, in, out]: [T, n, in]."""
-    return (tf.matmul(rows, matrix, transpose_b=True),
-            lambda gradient: (product(gradient, matrix), product_outer(gradient, rows)))
+    return (
+        tf.matmul(rows, matrix, transpose_b=True),
+        lambda gradient: (product(gradient, matrix), product_outer(gradient, rows)),
+    )
 
 
 @tf.custom_gradient
@@ -67,8 +76,9 @@ class Shared(NamedTuple):
     The tasks then make up one product of matrices, and the gradient of the weight is at once the sum over tasks that
     the outer loop needs. The inner loop, which needs them one by one, finds them at `perturbation`, which is zero.
     """
-    value: tf.Tensor          # [...]
-    perturbation: tf.Tensor   # [T, ...]
+
+    value: tf.Tensor  # [...]
+    perturbation: tf.Tensor  # [T, ...]
 
 
 def per_task(weight: tf.Tensor | Shared) -> tf.Tensor:
@@ -76,7 +86,7 @@ def per_task(weight: tf.Tensor | Shared) -> tf.Tensor:
     if not isinstance(weight, Shared):
         return weight
     shape = sizes(weight.perturbation)
-    rows = spread(tf.reshape(weight.value, [1, 1, -1]), shape[0])                           # [1, T, size]
+    rows = spread(tf.reshape(weight.value, [1, 1, -1]), shape[0])  # [1, T, size]
     return tf.reshape(rows, shape) + weight.perturbation
 
 
@@ -87,12 +97,19 @@ def product_shared(rows: tf.Tensor, matrix: tf.Tensor, perturbation: tf.Tensor):
     Differentiable by `perturbation` once, and any number of times by the others.
     """
     tasks, n, size = rows.shape
-    together, shared = tf.reshape(rows, [1, tasks * n, size]), tf.expand_dims(matrix, 0)    # as one task
+    together, shared = (
+        tf.reshape(rows, [1, tasks * n, size]),
+        tf.expand_dims(matrix, 0),
+    )  # as one task
 
     def derivative(gradient):
         flat = tf.reshape(gradient, [1, tasks * n, matrix.shape[-1]])
-        return (tf.reshape(product_transposed(flat, shared), rows.shape), product_outer(together, flat)[0],
-                product_outer(rows, gradient))
+        return (
+            tf.reshape(product_transposed(flat, shared), rows.shape),
+            product_outer(together, flat)[0],
+            product_outer(rows, gradient),
+        )
+
     return tf.reshape(product(together, shared), [tasks, n, matrix.shape[-1]]), derivative
 
 
@@ -112,15 +129,25 @@ def patches3x3(x: tf.Tensor, stride: int) -> tf.Tensor:
     @tf.custom_gradient
     def scatter(patches):
         return _unpatch(patches, size, stride), lambda gradient: gather(gradient)
+
     return gather(x)
 
 
 def _patches(x: tf.Tensor, stride: int) -> tf.Tensor:
     height, width = x.shape[2:4]
     rows, columns = -(-height // stride), -(-width // stride)
-    x = tf.pad(x, [[0, 0], [0, 0], same_padding(height, stride), same_padding(width, stride), [0, 0]])
+    x = tf.pad(
+        x, [[0, 0], [0, 0], same_padding(height, stride), same_padding(width, stride), [0, 0]]
+    )
     bottom, right = stride * (rows - 1) + 1, stride * (columns - 1) + 1
-    return tf.concat([x[:, :, i:i + bottom:stride, j:j + right:stride] for i in range(3) for j in range(3)], axis=-1)
+    return tf.concat(
+        [
+            x[:, :, i : i + bottom : stride, j : j + right : stride]
+            for i in range(3)
+            for j in range(3)
+        ],
+        axis=-1,
+    )
 
 
 def _unpatch(patches: tf.Tensor, size: tuple[int, int], stride: int) -> tf.Tensor:
@@ -133,23 +160,37 @@ def _unpatch(patches: tf.Tensor, size: tuple[int, int], stride: int) -> tf.Tenso
     phases = []
     for p in range(stride):
         for q in range(stride):
-            phases.append(tf.add_n([
-                _shifted(patches[..., (3 * i + j) * channels:(3 * i + j + 1) * channels], down, right)
-                for down, i in _taps(p, size[0], stride) for right, j in _taps(q, size[1], stride)]))
+            phases.append(
+                tf.add_n(
+                    [
+                        _shifted(
+                            patches[..., (3 * i + j) * channels : (3 * i + j + 1) * channels],
+                            down,
+                            right,
+                        )
+                        for down, i in _taps(p, size[0], stride)
+                        for right, j in _taps(q, size[1], stride)
+                    ]
+                )
+            )
     return _interleave(phases, size)
 
 
 def _taps(phase: int, size: int, stride: int) -> list[tuple[int, int]]:
     """(k' - k, place in the patch) for each patch k' that holds pixel stride*k + phase of an axis of `size` pixels."""
     before = same_padding(size, stride)[0]
-    return [((phase + before - i) // stride, i) for i in range(3) if (phase + before - i) % stride == 0]
+    return [
+        ((phase + before - i) // stride, i) for i in range(3) if (phase + before - i) % stride == 0
+    ]
 
 
 def _shifted(x: tf.Tensor, down: int, right: int) -> tf.Tensor:
     """x[:, :, i + down, j + right] at [:, :, i, j], zero where there is none; down and right are -1, 0 or 1."""
     height, width = x.shape[2:4]
-    x = tf.pad(x, [[0, 0], [0, 0], [max(-down, 0), max(down, 0)], [max(-right, 0), max(right, 0)], [0, 0]])
-    return x[:, :, max(down, 0):max(down, 0) + height, max(right, 0):max(right, 0) + width]
+    x = tf.pad(
+        x, [[0, 0], [0, 0], [max(-down, 0), max(down, 0)], [max(-right, 0), max(right, 0)], [0, 0]]
+    )
+    return x[:, :, max(down, 0) : max(down, 0) + height, max(right, 0) : max(right, 0) + width]
 
 
 def max_pool2x2(x: tf.Tensor) -> tf.Tensor:
@@ -163,26 +204,37 @@ def max_pool2x2(x: tf.Tensor) -> tf.Tensor:
     @tf.custom_gradient
     def pool(x):
         a, b, c, d = _quarters(x)
-        return tf.maximum(tf.maximum(a, b), tf.maximum(c, d)), lambda gradient: scatter(gradient, *_first_maxima(a, b, c, d))
+        return tf.maximum(tf.maximum(a, b), tf.maximum(c, d)), lambda gradient: scatter(
+            gradient, *_first_maxima(a, b, c, d)
+        )
 
     @tf.custom_gradient
-    def scatter(values, *places):   # to where the maxima are, zeros elsewhere
+    def scatter(values, *places):  # to where the maxima are, zeros elsewhere
         zeros = tf.zeros_like(values)
-        return (_interleave([tf.where(place, values, zeros) for place in places], size),
-                lambda gradient: (pick(gradient, *places), *[None] * 4))
+        return (
+            _interleave([tf.where(place, values, zeros) for place in places], size),
+            lambda gradient: (pick(gradient, *places), *[None] * 4),
+        )
 
     @tf.custom_gradient
-    def pick(x, *places):           # what is there
+    def pick(x, *places):  # what is there
         quarters = _quarters(x)
         zeros = tf.zeros_like(quarters[0])
-        return (tf.add_n([tf.where(place, values, zeros) for place, values in zip(places, quarters)]),
-                lambda gradient: (scatter(gradient, *places), *[None] * 4))
+        return (
+            tf.add_n([tf.where(place, values, zeros) for place, values in zip(places, quarters)]),
+            lambda gradient: (scatter(gradient, *places), *[None] * 4),
+        )
+
     return pool(x)
 
 
 def _first_maxima(a, b, c, d) -> list[tf.Tensor]:
     """Where each of four tensors is the first that is as large as any."""
-    where = [(a >= b) & (a >= c) & (a >= d), (b > a) & (b >= c) & (b >= d), (c > a) & (c > b) & (c >= d)]
+    where = [
+        (a >= b) & (a >= c) & (a >= d),
+        (b > a) & (b >= c) & (b >= d),
+        (c > a) & (c > b) & (c >= d),
+    ]
     return [*where, ~(where[0] | where[1] | where[2])]
 
 
@@ -198,18 +250,22 @@ def _interleave(phases: list[tf.Tensor], size: tuple[int, int]) -> tf.Tensor:
     What is beyond `size` is cut off; pixels that no phase reaches are zero.
     """
     tasks, examples, height, width, channels = sizes(phases[0])
-    if (stride := int(len(phases) ** .5)) > 1:
-        x = tf.reshape(tf.stack(phases, axis=-2), [tasks, examples, height, width, stride, stride, channels])
+    if (stride := int(len(phases) ** 0.5)) > 1:
+        x = tf.reshape(
+            tf.stack(phases, axis=-2), [tasks, examples, height, width, stride, stride, channels]
+        )
         x = tf.transpose(x, [0, 1, 2, 4, 3, 5, 6])
     else:
         x = phases[0]
-    x = tf.reshape(x, [tasks, examples, height * stride, width * stride, channels])[:, :, :size[0], :size[1]]
+    x = tf.reshape(x, [tasks, examples, height * stride, width * stride, channels])[
+        :, :, : size[0], : size[1]
+    ]
     return tf.pad(x, [[0, 0], [0, 0], [0, size[0] - x.shape[2]], [0, size[1] - x.shape[3]], [0, 0]])
 
 
 def divisor_near_root(n: int) -> int:
     """The largest divisor of n that is not above its square root; 1 for 0."""
-    return max((i for i in range(1, int(n ** 0.5) + 1) if n % i == 0), default=1)
+    return max((i for i in range(1, int(n**0.5) + 1) if n % i == 0), default=1)
 
 
 @tf.custom_gradient
@@ -225,7 +281,9 @@ def sum_rows(x: tf.Tensor):
         return tf.reduce_sum(x, axis=1, keepdims=True), lambda gradient: spread(gradient, rows)
     parts = divisor_near_root(rows)
     blocks = tf.reshape(x, [tasks, parts, rows // parts, columns])
-    sums = tf.reshape(tf.ones([tasks, parts, 1, rows // parts], x.dtype) @ blocks, [tasks, parts, columns])
+    sums = tf.reshape(
+        tf.ones([tasks, parts, 1, rows // parts], x.dtype) @ blocks, [tasks, parts, columns]
+    )
     return tf.ones([tasks, 1, parts], x.dtype) @ sums, lambda gradient: spread(gradient, rows)
 
 
@@ -234,10 +292,12 @@ def spread(x: tf.Tensor, rows: int) -> tf.Tensor:
 
     What broadcasting does, but with `sum_rows` as its gradient.
     """
+
     @tf.custom_gradient
     def repeat(x):
         tasks, _, columns = sizes(x)
         return tf.broadcast_to(x, [tasks, rows, columns]), sum_rows
+
     return repeat(x)
 
 
@@ -253,13 +313,21 @@ def moments(rows: tf.Tensor):
     variance = sum_rows(tf.square(rows - spread(mean, n))) / count
 
     @tf.custom_gradient
-    def pull_back(rows, of_mean, of_variance):   # gradients of [T, 1, columns] back to the rows
+    def pull_back(rows, of_mean, of_variance):  # gradients of [T, 1, columns] back to the rows
         def derivative(gradient):
             centred = gradient - spread(sum_rows(gradient) / count, n)
             # Any constant may be taken from the rows here, and with their mean the least is lost to rounding.
             product = sum_rows((rows - spread(tf.stop_gradient(mean), n)) * centred)
-            return 2 / count * spread(of_variance, n) * centred, sum_rows(gradient) / count, 2 / count * product
-        return spread(of_mean / count, n) + spread(2 / count * of_variance, n) * (rows - spread(mean, n)), derivative
+            return (
+                2 / count * spread(of_variance, n) * centred,
+                sum_rows(gradient) / count,
+                2 / count * product,
+            )
+
+        return spread(of_mean / count, n) + spread(2 / count * of_variance, n) * (
+            rows - spread(mean, n)
+        ), derivative
+
     return (mean, variance), lambda of_mean, of_variance: pull_back(rows, of_mean, of_variance)
 
 
@@ -273,4 +341,5 @@ def standardize(rows: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, offset: tf.T
         # The second term is zero, and so spares the derivative of the first a sum over the rows.
         by_scale = sum_rows(gradient * (rows - spread(constant, n))) - (mean - constant) * total
         return gradient * spread(scale, n), -scale * total, by_scale, total
+
     return (rows - spread(mean, n)) * spread(scale, n) + spread(offset, n), derivative

@@ -7,6 +7,7 @@ is N processes `python main.py FLAGS --strategy=multi_worker` that talk to each 
 of its own. What the first one prints is shown, and what any of them has to say of errors. If one ends with an error the others are
 ended too. SIGINT and SIGTERM are passed on: the run is saved and can be continued.
 """
+
 import argparse
 import json
 import os
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 MAIN = Path(__file__).resolve().parents[1] / 'main.py'
-GRACE = 20   # seconds that the others have to end by themselves
+GRACE = 20  # seconds that the others have to end by themselves
 
 
 def free_ports(count: int) -> list[int]:
@@ -34,22 +35,29 @@ def free_ports(count: int) -> list[int]:
 
 def start(index: int, ports: list[int], flags: list[str], pin: bool) -> subprocess.Popen:
     """One worker, in a group of its own, so that a terminal's Ctrl-C reaches it from here only."""
-    cluster = {'cluster': {'worker': [f'127.0.0.1:{port}' for port in ports]}, 'task': {'type': 'worker', 'index': index}}
+    cluster = {
+        'cluster': {'worker': [f'127.0.0.1:{port}' for port in ports]},
+        'task': {'type': 'worker', 'index': index},
+    }
     cores = sorted(os.sched_getaffinity(0)) if pin else []
 
     def settle():
         os.setpgrp()
         if pin:
             os.sched_setaffinity(0, {cores[index % len(cores)]})
-    return subprocess.Popen([sys.executable, MAIN, *flags, '--strategy=multi_worker'], env={**os.environ, 'TF_CONFIG': json.dumps(cluster)},
-                            preexec_fn=settle)
+
+    return subprocess.Popen(
+        [sys.executable, MAIN, *flags, '--strategy=multi_worker'],
+        env={**os.environ, 'TF_CONFIG': json.dumps(cluster)},
+        preexec_fn=settle,
+    )
 
 
 def wait(workers: list[subprocess.Popen]) -> int:
     """Until all have ended; the first status that is not zero, and -9 of a process that was killed becomes 137."""
     status = 0
     while any(worker.poll() is None for worker in workers):
-        time.sleep(.1)
+        time.sleep(0.1)
         failed = [worker.returncode for worker in workers if worker.returncode]
         if failed and not status:
             status, deadline = failed[0], time.monotonic() + GRACE
@@ -61,13 +69,16 @@ def wait(workers: list[subprocess.Popen]) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage='launch_workers.py N [--pin] -- FLAGS')
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage='launch_workers.py N [--pin] -- FLAGS',
+    )
     parser.add_argument('count', type=int, metavar='N')
     parser.add_argument('--pin', action='store_true', help='a core of its own for each worker')
     own, flags = sys.argv[1:], []
-    if '--' in own:   # argparse would not have options before it and flags after
-        own, flags = own[:own.index('--')], own[own.index('--') + 1:]
+    if '--' in own:  # argparse would not have options before it and flags after
+        own, flags = own[: own.index('--')], own[own.index('--') + 1 :]
     values = parser.parse_args(own)
     if values.count < 1:
         sys.exit(f'launch_workers.py: N must be at least 1, but it is {values.count}')
@@ -77,6 +88,7 @@ def main():
     def forward(number, _):
         for worker in workers:
             worker.poll() is None and worker.send_signal(number)
+
     signal.signal(signal.SIGINT, forward)
     signal.signal(signal.SIGTERM, forward)
     sys.exit(wait(workers))

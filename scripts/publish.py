@@ -7,6 +7,7 @@ the newest and the best checkpoint without Adam's state.
 TARGET/NAME, where NAME is the run folder's, is a fifth of the size. main.py evaluates it, and MAML.load,
 scripts/classify.py and scripts/export.py use it, as the run itself; training that continues from it starts with a fresh Adam.
 """
+
 import argparse
 import os
 import shlex
@@ -14,18 +15,17 @@ import shutil
 import sys
 from pathlib import Path
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')   # no lines about CPU features and missing GPUs
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tensorflow as tf  # noqa: E402
-from absl import flags  # noqa: E402
+import tensorflow as tf
+from absl import flags
 
-from main import define_flags  # noqa: E402
-from maml import MAML  # noqa: E402
-from utils import checkpoints, event_files, read_events, read_run_state, write_checkpoint  # noqa: E402
+from main import define_flags
+from maml import MAML
+from utils import checkpoints, event_files, read_events, read_run_state, write_checkpoint
 
-
-SUMMARIES, PICTURES = 500, 20000   # the iterations between those that are kept
+SUMMARIES, PICTURES = 500, 20000  # the iterations between those that are kept
 
 
 def thin(source: Path, target: Path):
@@ -34,7 +34,9 @@ def thin(source: Path, target: Path):
     with tf.io.TFRecordWriter(str(target)) as writer:
         for i, record in enumerate(records):
             event = tf.compat.v1.Event.FromString(record)
-            picture = any(value.metadata.plugin_data.plugin_name == 'images' for value in event.summary.value)
+            picture = any(
+                value.metadata.plugin_data.plugin_name == 'images' for value in event.summary.value
+            )
             if event.step % (PICTURES if picture else SUMMARIES) == 0 or i == len(records) - 1:
                 writer.write(record)
 
@@ -43,8 +45,11 @@ def training_command(settings: dict) -> str:
     """The call of main.py that trained with these flags; those that have their defaults, or name places, are left out."""
     defaults = flags.FlagValues()
     define_flags(defaults)
-    given = [f'--{name}={value}' for name, value in settings.items()
-             if name in defaults and name not in ('logdir', 'data_dir') and value != defaults[name].value]
+    given = [
+        f'--{name}={value}'
+        for name, value in settings.items()
+        if name in defaults and name not in ('logdir', 'data_dir') and value != defaults[name].value
+    ]
     return shlex.join(['python', 'main.py', *given])
 
 
@@ -52,12 +57,14 @@ def publish(run_folder: Path, target: Path) -> Path:
     """Returns the new folder. Raises ValueError and OSError; nothing is left then."""
     folder = target / run_folder.resolve().name
     if folder.exists():
-        raise ValueError(f'{folder} is there already, and is not replaced: remove it, or give another TARGET')
+        raise ValueError(
+            f'{folder} is there already, and is not replaced: remove it, or give another TARGET'
+        )
     beside = folder.with_name(folder.name + '.part')
     shutil.rmtree(beside, ignore_errors=True)
     try:
         for kind, which in ('model', -1), ('best', 'best'):
-            if not (found := checkpoints(run_folder, kind)) and kind == 'best':   # as of sinusoids
+            if not (found := checkpoints(run_folder, kind)) and kind == 'best':  # as of sinusoids
                 continue
             model = MAML.load(run_folder, which)
             beside.mkdir(parents=True, exist_ok=True)
@@ -75,7 +82,9 @@ def publish(run_folder: Path, target: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('run_folder', type=Path, metavar='RUN_FOLDER')
     parser.add_argument('target', type=Path, metavar='TARGET')
     values = parser.parse_args(arguments)

@@ -1,12 +1,14 @@
 """main.py from within a test, and the data it needs."""
+
 import contextlib
 import functools
 import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -22,6 +24,7 @@ ORIGINAL = Path(os.environ.get('MAML_TEST_ORIGINAL', ROOT.parent / 'shared' / 'o
 
 class Outcome(NamedTuple):
     """Of one run of a program."""
+
     status: int
     out: str
     err: str
@@ -45,7 +48,7 @@ def in_process(program, *arguments) -> Outcome:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             program(*arguments)
-        except SystemExit as end:   # as Python itself treats it
+        except SystemExit as end:  # as Python itself treats it
             status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
             if isinstance(end.code, str):
                 print(end.code, file=err)
@@ -98,7 +101,9 @@ def listing(folder: Path) -> dict[str, tuple]:
 def draw(path: Path, size: tuple[int, int], mode: str, seed: int, noise: int):
     """An image of a class: `seed` sets its shape, `noise` what differs between images of the class."""
     shape, other = (np.random.default_rng(s).random((7, 7, 3)) for s in (seed, [seed, noise]))
-    image = Image.fromarray(np.uint8(255 * (.8 * shape + .2 * other))).resize(size, Image.Resampling.NEAREST)
+    image = Image.fromarray(np.uint8(255 * (0.8 * shape + 0.2 * other))).resize(
+        size, Image.Resampling.NEAREST
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     image.convert(mode, dither=Image.Dither.NONE).save(path)
 
@@ -112,10 +117,18 @@ def make_omniglot(data: Path, characters: int = 26, images: int = 4, size: int =
     return data
 
 
-def make_miniimagenet(data: Path, splits=('train', 'val', 'test'), classes: int = 2, images: int = 16) -> Path:
+def make_miniimagenet(
+    data: Path, splits=('train', 'val', 'test'), classes: int = 2, images: int = 16
+) -> Path:
     """Prepared miniImagenet-like data."""
     for s, split in enumerate(splits):
         for c in range(classes):
             for i in range(images):
-                draw(data / f'miniImagenet/{split}/n{s}{c:07d}/image{i:03d}.jpg', (84, 84), 'RGB', 100 * s + c, i)
+                draw(
+                    data / f'miniImagenet/{split}/n{s}{c:07d}/image{i:03d}.jpg',
+                    (84, 84),
+                    'RGB',
+                    100 * s + c,
+                    i,
+                )
     return data

@@ -1,4 +1,5 @@
 """What all tests share: quiet TensorFlow, and `--slow`."""
+
 import os
 
 import pytest
@@ -12,8 +13,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption('--slow') or config.getoption('-m') or any('::' in argument for argument in config.args):
-        return   # asked for, the last by its own name
+    if (
+        config.getoption('--slow')
+        or config.getoption('-m')
+        or any('::' in argument for argument in config.args)
+    ):
+        return  # asked for, the last by its own name
     slow = [item for item in items if item.get_closest_marker('slow')]
     if slow:
         config.hook.pytest_deselected(items=slow)
@@ -23,6 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def eager(monkeypatch):
     """See command_line.running_eagerly."""
-    from command_line import running_eagerly   # imports TensorFlow, which not all tests need
+    from command_line import running_eagerly  # imports TensorFlow, which not all tests need
+
     with running_eagerly(monkeypatch):
         yield

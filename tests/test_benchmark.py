@@ -1,20 +1,35 @@
 """scripts/benchmark.py: what it measures, and what it refuses."""
+
 import json
 import sys
 
 import numpy as np
 import pytest
 from absl import flags
+from command_line import (
+    ROOT,
+    assert_refused,
+    command,
+    in_process,
+    listing,
+    make_omniglot,
+    succeeded,
+)
 
 import main
-from command_line import ROOT, assert_refused, command, in_process, listing, make_omniglot, succeeded
 
 sys.path.insert(0, str(ROOT / 'scripts'))
 
-import benchmark  # noqa: E402
+import benchmark
 
 CASES = ROOT / 'tests' / 'reference'
-TINY = ['--datasource=omniglot', '--num_classes=2', '--update_batch_size=1', '--num_filters=2', '--meta_batch_size=2']
+TINY = [
+    '--datasource=omniglot',
+    '--num_classes=2',
+    '--update_batch_size=1',
+    '--num_filters=2',
+    '--meta_batch_size=2',
+]
 
 
 def run(*arguments):
@@ -24,7 +39,7 @@ def run(*arguments):
 
 
 def figures(outcome) -> dict:
-    line, = succeeded(outcome).lines
+    (line,) = succeeded(outcome).lines
     return json.loads(line)
 
 
@@ -35,24 +50,46 @@ def case(name: str) -> dict[str, np.ndarray]:
 def test_step():
     """The first loss is the original's; the figures hang together."""
     got = figures(run(CASES / 'sinusoid_10shot.npz', '--steps=5'))
-    assert {'workload', 'first_loss', 'compile_s', 'median_ms', 'min_ms', 'peak_rss_mb', 'gflops_per_s', 'versions'} <= {*got}
+    assert {
+        'workload',
+        'first_loss',
+        'compile_s',
+        'median_ms',
+        'min_ms',
+        'peak_rss_mb',
+        'gflops_per_s',
+        'versions',
+    } <= {*got}
     assert got['workload'] == 'sinusoid_10shot' and got['steps'] == 5
-    assert got['first_loss'] == pytest.approx(float(case('sinusoid_10shot')['total_losses2'][0]), rel=1e-4)
-    assert 0 < got['min_ms'] <= got['median_ms'] < 1e3 * got['compile_s'] and got['peak_rss_mb'] > 100
+    assert got['first_loss'] == pytest.approx(
+        float(case('sinusoid_10shot')['total_losses2'][0]), rel=1e-4
+    )
+    assert (
+        0 < got['min_ms'] <= got['median_ms'] < 1e3 * got['compile_s'] and got['peak_rss_mb'] > 100
+    )
     # 25 tasks of 10 + 10 points; 2 operations per weight, point and pass: w1 takes 4 + 2 passes, w2 and w3 9 + 3.
     count = 25 * 10 * 2 * (40 * (4 + 2) + (1600 + 40) * (9 + 3))
-    assert got['gflops_per_s'] == pytest.approx(count / got['median_ms'] / 1e6, abs=.011)
+    assert got['gflops_per_s'] == pytest.approx(count / got['median_ms'] / 1e6, abs=0.011)
 
 
-@pytest.mark.parametrize('settings, giga', [
-    (dict(datasource='omniglot', num_updates=1), (32, 5, 5, 10.0)),
-    (dict(datasource='omniglot', num_updates=5), (16, 20, 20, 79.6)),
-    (dict(datasource='miniimagenet', num_updates=5, num_filters=32, max_pool=True), (4, 5, 75, 88.6))])
+@pytest.mark.parametrize(
+    'settings, giga',
+    [
+        (dict(datasource='omniglot', num_updates=1), (32, 5, 5, 10.0)),
+        (dict(datasource='omniglot', num_updates=5), (16, 20, 20, 79.6)),
+        (
+            dict(datasource='miniimagenet', num_updates=5, num_filters=32, max_pool=True),
+            (4, 5, 75, 88.6),
+        ),
+    ],
+)
 def test_operations_of_the_paper_s_experiments(settings, giga):
     tasks, support, query, expected = giga
-    batch = benchmark.Batch(*(np.zeros((tasks, examples, 1)) for examples in (support, support, query, query)))
+    batch = benchmark.Batch(
+        *(np.zeros((tasks, examples, 1)) for examples in (support, support, query, query))
+    )
     model = benchmark.make_model(**settings, num_classes=20 if support == 20 else 5)
-    assert benchmark.operations(model, batch) / 1e9 == pytest.approx(expected, rel=.01)
+    assert benchmark.operations(model, batch) / 1e9 == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.slow
@@ -60,7 +97,9 @@ def test_training_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 4)
     data = make_omniglot(tmp_path / 'data')
     monkeypatch.chdir(tmp_path)
-    got = figures(run('--train', *TINY, f'--data_dir={data}', '--metatrain_iterations=12', '--seconds=100'))
+    got = figures(
+        run('--train', *TINY, f'--data_dir={data}', '--metatrain_iterations=12', '--seconds=100')
+    )
     assert got['iterations'] == 11 and got['iterations_per_s'] > 0 and 0 <= got['input_share'] < 1
     assert got['first_step_s'] > 0 and got['flags']['num_filters'] == 2
     assert {path.name for path in tmp_path.iterdir()} == {'data'}, 'the run is not kept'
@@ -73,46 +112,81 @@ def test_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(main, 'EVALUATION_TASKS', 40)
     got = figures(run('--evaluate', *TINY, f'--data_dir={make_omniglot(tmp_path)}'))
     assert (got['tasks'], got['updates']) == (40, 10)
-    assert got['tasks_per_s'] == pytest.approx(40 / got['evaluation_s'], rel=.05)
+    assert got['tasks_per_s'] == pytest.approx(40 / got['evaluation_s'], rel=0.05)
 
 
 def changed(**arrays):
     """A case with arrays in place of its own, or without those that are None."""
-    return {name: value for name, value in (case('sinusoid_10shot') | arrays).items() if value is not None}
+    return {
+        name: value
+        for name, value in (case('sinusoid_10shot') | arrays).items()
+        if value is not None
+    }
 
 
-@pytest.mark.parametrize('values, words', [
-    (changed(flags=None), ['no array "flags"']),
-    (changed(flags=np.array('{')), ['"flags" does not hold flags']),
-    (changed(flags=np.array('[1]')), ['"flags" does not hold flags']),
-    (changed(flags=np.array('{"no_such": 1}')), ['"flags" does not hold flags', 'no_such']),
-    (changed(flags=np.array('{"num_updates": 0}')), ['--num_updates must be at least 1']),
-    (changed(**{'input/inputb': None}), ['no array "input/inputb"']),
-    (changed(**{'input/inputa': np.zeros((25, 10, 2))}), ['"input/inputa" is [25, 10, 2]', '[25, ?, 1]']),
-    (changed(**{'input/labelb': np.zeros((25, 9, 1))}), ['"input/labelb" is [25, 9, 1]', '[25, 10, 1]']),
-    (changed(**{'input/inputb': np.zeros(3)}), ['"input/inputb" is [3]']),
-    (changed(**{'init/w2': None}), ['no array "init/w2"']),
-    (changed(**{'init/w2': np.zeros((40, 41))}), ['"init/w2" is [40, 41]', '[40, 40]'])],
-    ids=lambda value: '' if isinstance(value, dict) else value[0])
+@pytest.mark.parametrize(
+    'values, words',
+    [
+        (changed(flags=None), ['no array "flags"']),
+        (changed(flags=np.array('{')), ['"flags" does not hold flags']),
+        (changed(flags=np.array('[1]')), ['"flags" does not hold flags']),
+        (changed(flags=np.array('{"no_such": 1}')), ['"flags" does not hold flags', 'no_such']),
+        (changed(flags=np.array('{"num_updates": 0}')), ['--num_updates must be at least 1']),
+        (changed(**{'input/inputb': None}), ['no array "input/inputb"']),
+        (
+            changed(**{'input/inputa': np.zeros((25, 10, 2))}),
+            ['"input/inputa" is [25, 10, 2]', '[25, ?, 1]'],
+        ),
+        (
+            changed(**{'input/labelb': np.zeros((25, 9, 1))}),
+            ['"input/labelb" is [25, 9, 1]', '[25, 10, 1]'],
+        ),
+        (changed(**{'input/inputb': np.zeros(3)}), ['"input/inputb" is [3]']),
+        (changed(**{'init/w2': None}), ['no array "init/w2"']),
+        (changed(**{'init/w2': np.zeros((40, 41))}), ['"init/w2" is [40, 41]', '[40, 40]']),
+    ],
+    ids=lambda value: '' if isinstance(value, dict) else value[0],
+)
 def test_bad_cases(tmp_path, values, words):
     np.savez(tmp_path / 'case.npz', **values)
     assert_refused(run(tmp_path / 'case.npz'), 'case.npz' if '--' not in words[0] else '', *words)
 
 
-@pytest.mark.parametrize('content', [b'', b'text', (CASES / 'sinusoid_10shot.npz').read_bytes()[:5000]], ids=['empty', 'text', 'half'])
+@pytest.mark.parametrize(
+    'content',
+    [b'', b'text', (CASES / 'sinusoid_10shot.npz').read_bytes()[:5000]],
+    ids=['empty', 'text', 'half'],
+)
 def test_files_that_are_no_cases(tmp_path, content):
     (tmp_path / 'case.npz').write_bytes(content)
     assert_refused(run(tmp_path / 'case.npz'), 'case.npz is no case file')
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['absent.npz'], ['there is no file absent.npz']), (['.'], ['. is no case file']),
-    ([], ['give either a case file, or --train, or --evaluate']), (['a.npz', 'b.npz'], ['give either']),
-    (['a.npz', '--train'], ['give either']), (['--train', '--evaluate'], ['give either']),
-    (['--train', '--num_classes=0'], ['--num_classes must be at least 1']),
-    (['--train', '--datasource=omniglot', '--data_dir=absent'], ['there is no folder absent/omniglot_resized']),
-    (['--evaluate', '--datasource=omniglot', '--data_dir=absent'], ['there is no folder absent/omniglot_resized']),
-    (['--train', '--norm=None', '--metatrain_iterations=1'], ['there was time for one step only'])], ids=str)
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (['absent.npz'], ['there is no file absent.npz']),
+        (['.'], ['. is no case file']),
+        ([], ['give either a case file, or --train, or --evaluate']),
+        (['a.npz', 'b.npz'], ['give either']),
+        (['a.npz', '--train'], ['give either']),
+        (['--train', '--evaluate'], ['give either']),
+        (['--train', '--num_classes=0'], ['--num_classes must be at least 1']),
+        (
+            ['--train', '--datasource=omniglot', '--data_dir=absent'],
+            ['there is no folder absent/omniglot_resized'],
+        ),
+        (
+            ['--evaluate', '--datasource=omniglot', '--data_dir=absent'],
+            ['there is no folder absent/omniglot_resized'],
+        ),
+        (
+            ['--train', '--norm=None', '--metatrain_iterations=1'],
+            ['there was time for one step only'],
+        ),
+    ],
+    ids=str,
+)
 def test_refusals(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert_refused(run(*arguments), *words)
@@ -126,30 +200,54 @@ def test_as_a_program():
 
 # The plot of the cost -------------------------------------------------------------------------------------------------
 
+
 def test_variants_of_a_case():
     """Its tasks again and again, or the first of them, and other flags."""
     pytest.importorskip('matplotlib')
     import plot_cost
+
     values = case('sinusoid_10shot')
     tasks = values['input/inputa'].shape[0]
     for count in (1, 2 * tasks + 1):
         other = plot_cost.variant(values, count, 3)
         assert json.loads(str(other['flags']))['num_updates'] == 3
-        np.testing.assert_array_equal(other['input/inputa'][-1], values['input/inputa'][(count - 1) % tasks])
+        np.testing.assert_array_equal(
+            other['input/inputa'][-1], values['input/inputa'][(count - 1) % tasks]
+        )
         assert all(other[name] is values[name] for name in values if name.startswith('init/'))
 
 
 def test_cost_of_a_file_that_is_no_case(tmp_path):
     pytest.importorskip('matplotlib')
     (tmp_path / 'x.npz').write_text('text')
-    assert_refused(command('scripts/plot_cost.py', tmp_path / 'x.npz', tmp_path / 'out'), 'plot_cost.py', 'x.npz')
+    assert_refused(
+        command('scripts/plot_cost.py', tmp_path / 'x.npz', tmp_path / 'out'),
+        'plot_cost.py',
+        'x.npz',
+    )
 
 
 @pytest.mark.slow
 def test_cost_is_measured_and_drawn(tmp_path):
     pytest.importorskip('matplotlib')
-    arguments = [CASES / 'sinusoid_10shot.npz', tmp_path, '--tasks', '2', '4', '--updates', '1', '2', '--steps', '2']
+    arguments = [
+        CASES / 'sinusoid_10shot.npz',
+        tmp_path,
+        '--tasks',
+        '2',
+        '4',
+        '--updates',
+        '1',
+        '2',
+        '--steps',
+        '2',
+    ]
     outcome = succeeded(command('scripts/plot_cost.py', *arguments))
     lines = [json.loads(line) for line in (tmp_path / 'cost.jsonl').read_text().splitlines()]
-    assert [(line['tasks'], line['updates']) for line in lines][:2] == [(2, 1), (4, 1)] and len(outcome.lines) == len(lines)
-    assert all(line['median_ms'] > 0 for line in lines) and (tmp_path / 'cost.png').stat().st_size > 10000
+    assert [(line['tasks'], line['updates']) for line in lines][:2] == [(2, 1), (4, 1)] and len(
+        outcome.lines
+    ) == len(lines)
+    assert (
+        all(line['median_ms'] > 0 for line in lines)
+        and (tmp_path / 'cost.png').stat().st_size > 10000
+    )

@@ -1,4 +1,5 @@
 """Checkpoints: resuming, keeping ten, refusing others; those of the original (TensorFlow 1), its published model."""
+
 import pickle
 import re
 import shutil
@@ -8,20 +9,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from command_line import (
+    DATA,
+    ORIGINAL,
+    ROOT,
+    assert_refused,
+    in_process,
+    listing,
+    make_omniglot,
+    parsed,
+    run,
+    succeeded,
+)
 
 import main
-from command_line import (DATA, ORIGINAL, ROOT, assert_refused, in_process, listing, make_omniglot, parsed, run,
-                          succeeded)
 from utils import checkpoints, read_checkpoint, write_checkpoint
 
 sys.path.insert(0, str(ROOT / 'scripts'))
 
-import import_tf1_checkpoint  # noqa: E402
-import prepare_miniimagenet  # noqa: E402
+import import_tf1_checkpoint
+import prepare_miniimagenet
 
 SINUSOID = ['--meta_batch_size=4', '--log=False']
-OMNIGLOT = ['--datasource=omniglot', '--num_classes=2', '--update_batch_size=1', '--meta_batch_size=2',
-            '--num_filters=4', '--log=False']
+OMNIGLOT = [
+    '--datasource=omniglot',
+    '--num_classes=2',
+    '--update_batch_size=1',
+    '--meta_batch_size=2',
+    '--num_filters=4',
+    '--log=False',
+]
 
 
 @pytest.fixture(scope='module')
@@ -32,8 +49,11 @@ def omniglot(tmp_path_factory) -> str:
 def contents(path) -> dict[str, np.ndarray]:
     """Every variable in a checkpoint by TensorFlow's own keys: parameters, Adam's moments and step counts."""
     reader = tf.train.load_checkpoint(str(path))
-    return {key: reader.get_tensor(key) for key, kind in reader.get_variable_to_dtype_map().items()
-            if kind != tf.string and key != 'save_counter/.ATTRIBUTES/VARIABLE_VALUE'}
+    return {
+        key: reader.get_tensor(key)
+        for key, kind in reader.get_variable_to_dtype_map().items()
+        if kind != tf.string and key != 'save_counter/.ATTRIBUTES/VARIABLE_VALUE'
+    }
 
 
 def values_of(model) -> dict[str, np.ndarray]:
@@ -56,19 +76,32 @@ def folder_of(logdir: Path, *flags: str) -> Path:
 
 # Resuming -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('flags, iterations', [
-    (SINUSOID, (2, 3, 6)),
-    ([*SINUSOID, '--pretrain_iterations=4'], (0, 1, 3)),   # on top of the 4, after which the first part ends
-    ([*OMNIGLOT, '--conv=False'], (2, 4))], ids=['meta-training', 'from pre-training', 'images'])
+
+@pytest.mark.parametrize(
+    'flags, iterations',
+    [
+        (SINUSOID, (2, 3, 6)),
+        (
+            [*SINUSOID, '--pretrain_iterations=4'],
+            (0, 1, 3),
+        ),  # on top of the 4, after which the first part ends
+        ([*OMNIGLOT, '--conv=False'], (2, 4)),
+    ],
+    ids=['meta-training', 'from pre-training', 'images'],
+)
 def test_resumed_run_is_exact(tmp_path, eager, omniglot, flags, iterations):
     """Interrupted or not, the weights and Adam's state are the same to the last bit."""
     train = [*flags, omniglot, '--meta_lr=.01']
     succeeded(run(*train, f'--metatrain_iterations={iterations[-1]}', f'--logdir={tmp_path}/once'))
     for i in iterations:
-        outcome = succeeded(run(*train, f'--metatrain_iterations={i}', f'--logdir={tmp_path}/often'))
+        outcome = succeeded(
+            run(*train, f'--metatrain_iterations={i}', f'--logdir={tmp_path}/often')
+        )
     total = sum(main.iterations(parsed(*train, f'--metatrain_iterations={i}')))
     assert f'Continuing at iteration {total - i + iterations[-2]} of {total}' in outcome.out
-    once, often = (folder_of(tmp_path / name, *train) / f'model{total - 1}' for name in ('once', 'often'))
+    once, often = (
+        folder_of(tmp_path / name, *train) / f'model{total - 1}' for name in ('once', 'often')
+    )
     assert_same(contents(once), contents(often))
 
 
@@ -87,7 +120,7 @@ def test_resuming_from_an_earlier_checkpoint(tmp_path, eager):
 def test_ten_are_kept(tmp_path, eager, monkeypatch):
     """One every so often and one at the end, not at 0; the newest ten stay, whichever run wrote them."""
     monkeypatch.setattr(main, 'SAVE_INTERVAL', 2)
-    monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 2)   # of which the others are multiples
+    monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 2)  # of which the others are multiples
     train = [*SINUSOID, '--norm=None', f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=6'))
     folder = folder_of(tmp_path, *train)
@@ -95,11 +128,13 @@ def test_ten_are_kept(tmp_path, eager, monkeypatch):
     succeeded(run(*train, '--metatrain_iterations=24'))
     assert [*checkpoints(folder)] == [5, *range(6, 23, 2), 23][-10:]
     assert {path.name for path in folder.iterdir()} == {
-        f'model{i}.{end}' for i in checkpoints(folder) for end in ('index', 'data-00000-of-00001')}
-    assert f'model{23}' in succeeded(run(*train, '--train=False')).lines[0]   # the newest
+        f'model{i}.{end}' for i in checkpoints(folder) for end in ('index', 'data-00000-of-00001')
+    }
+    assert f'model{23}' in succeeded(run(*train, '--train=False')).lines[0]  # the newest
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
+
 
 def write_run(logdir: Path, *flags: str, iterations=(0,)) -> Path:
     """The folder of a run with checkpoints of initial weights: quicker than training them."""
@@ -116,18 +151,27 @@ def test_test_iter_that_does_not_exist(tmp_path, eager):
     write_run(tmp_path, *train, iterations=(0, 2))
     before = listing(tmp_path)
     for more in (['--train=False'], ['--metatrain_iterations=9']):
-        assert_refused(run(*train, '--test_iter=1', *more), '--test_iter=1', 'those of the iterations 0, 2')
+        assert_refused(
+            run(*train, '--test_iter=1', *more), '--test_iter=1', 'those of the iterations 0, 2'
+        )
     assert listing(tmp_path) == before
     for iteration in (0, 2):
-        assert f'model{iteration}' in succeeded(run(*train, '--train=False', f'--test_iter={iteration}')).lines[0]
+        assert (
+            f'model{iteration}'
+            in succeeded(run(*train, '--train=False', f'--test_iter={iteration}')).lines[0]
+        )
 
 
-@pytest.mark.parametrize('written, read, words', [
-    (['--conv=True'], ['--conv=False'], 'conv1'),
-    (['--conv=False'], ['--conv=True'], 'w1'),
-    (['--datasource=sinusoid'], ['--conv=True'], 'w1'),
-    (['--conv=False'], ['--datasource=sinusoid'], 'w4'),
-    (['--datasource=miniimagenet'], ['--datasource=omniglot'], 'conv1')])
+@pytest.mark.parametrize(
+    'written, read, words',
+    [
+        (['--conv=True'], ['--conv=False'], 'conv1'),
+        (['--conv=False'], ['--conv=True'], 'w1'),
+        (['--datasource=sinusoid'], ['--conv=True'], 'w1'),
+        (['--conv=False'], ['--datasource=sinusoid'], 'w4'),
+        (['--datasource=miniimagenet'], ['--datasource=omniglot'], 'conv1'),
+    ],
+)
 @pytest.mark.parametrize('train', ['True', 'False'])
 def test_checkpoint_of_another_architecture(tmp_path, eager, omniglot, written, read, words, train):
     """All of them have the same name."""
@@ -140,7 +184,7 @@ def test_checkpoint_of_another_architecture(tmp_path, eager, omniglot, written, 
 
 
 def cut(share: float):
-    return lambda path: path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+    return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
 def flip(path: Path):
@@ -150,8 +194,11 @@ def flip(path: Path):
 
 
 @pytest.mark.parametrize('suffix', ['index', 'data-00000-of-00001'])
-@pytest.mark.parametrize('damage', [Path.unlink, cut(0), cut(.1), cut(.5), cut(.99), flip],
-                         ids=['absent', 'empty', 'cut early', 'cut halfway', 'cut late', 'bit flipped'])
+@pytest.mark.parametrize(
+    'damage',
+    [Path.unlink, cut(0), cut(0.1), cut(0.5), cut(0.99), flip],
+    ids=['absent', 'empty', 'cut early', 'cut halfway', 'cut late', 'bit flipped'],
+)
 def test_damaged_checkpoint(tmp_path, eager, suffix, damage):
     """Named with --test_iter, it is refused and nothing changes; else the one before it is used, with a warning.
 
@@ -164,7 +211,9 @@ def test_damaged_checkpoint(tmp_path, eager, suffix, damage):
         assert suffix == 'index' and damage == Path.unlink
         return
     for more in (['--metatrain_iterations=3'], ['--train=False']):
-        assert_refused(run(*train, *more, '--test_iter=1'), 'model1 cannot be read', 'remove it', '--test_iter')
+        assert_refused(
+            run(*train, *more, '--test_iter=1'), 'model1 cannot be read', 'remove it', '--test_iter'
+        )
     assert listing(tmp_path) == before
     outcome = succeeded(run(*train, '--metatrain_iterations=3'))
     assert 'model1 cannot be read' in outcome.err and 'the one before it is used' in outcome.err
@@ -182,15 +231,16 @@ def test_the_checkpoint_before_a_damaged_one(tmp_path, eager):
 
 # The original's checkpoints -------------------------------------------------------------------------------------------
 
+
 class Original:
     """A checkpoint as the original writes it: a TensorFlow 1 graph whose biases, or all weights, have no names."""
 
     def __init__(self, seed: int = 0):
         self.graph, self.random = tf.Graph(), np.random.default_rng(seed)
-        self.values = {}   # by this program's names
+        self.values = {}  # by this program's names
 
     def _value(self, name: str, shape) -> np.ndarray:
-        self.values[name] = self.random.normal(scale=.1, size=shape).astype(np.float32)
+        self.values[name] = self.random.normal(scale=0.1, size=shape).astype(np.float32)
         return self.values[name]
 
     def named(self, name: str, shape):
@@ -210,8 +260,8 @@ class Original:
 
     def fully_connected(self, *sizes: int):
         for i in range(1, len(sizes)):
-            self.unnamed(f'w{i}', sizes[i - 1:i + 1])
-            self.unnamed(f'b{i}', sizes[i:i + 1])
+            self.unnamed(f'w{i}', sizes[i - 1 : i + 1])
+            self.unnamed(f'b{i}', sizes[i : i + 1])
 
     def norms(self, scopes: str, sizes, kinds=('beta',)):
         for scope, size in zip(scopes, sizes):
@@ -221,7 +271,11 @@ class Original:
     def write(self, folder: Path, iteration: int, build) -> Path:
         """build: called with self, in the original's scope, to make the variables."""
         folder.mkdir(parents=True, exist_ok=True)
-        with self.graph.as_default(), tf.compat.v1.Session() as session, tf.compat.v1.variable_scope('model'):
+        with (
+            self.graph.as_default(),
+            tf.compat.v1.Session() as session,
+            tf.compat.v1.variable_scope('model'),
+        ):
             build(self)
             session.run(tf.compat.v1.global_variables_initializer())
             saver = tf.compat.v1.train.Saver(tf.compat.v1.trainable_variables(), max_to_keep=10)
@@ -247,9 +301,12 @@ def fully_connected(original: Original):
     original.fully_connected(784, 256, 128, 64, 64, 2)
 
 
-NETWORKS = {'sinusoid': (sinusoid, SINUSOID), 'oracle': (oracle, [*SINUSOID, '--baseline=oracle', '--norm=layer_norm']),
-            'convolutional': (convolutional, OMNIGLOT),
-            'fully connected': (fully_connected, [*OMNIGLOT, '--conv=False', '--norm=None'])}
+NETWORKS = {
+    'sinusoid': (sinusoid, SINUSOID),
+    'oracle': (oracle, [*SINUSOID, '--baseline=oracle', '--norm=layer_norm']),
+    'convolutional': (convolutional, OMNIGLOT),
+    'fully connected': (fully_connected, [*OMNIGLOT, '--conv=False', '--norm=None']),
+}
 networks = pytest.mark.parametrize('build, flags', NETWORKS.values(), ids=NETWORKS)
 
 
@@ -258,7 +315,7 @@ def test_original_checkpoint_by_value(tmp_path, build, flags):
     original = Original()
     path = original.write(tmp_path, 700, build)
     model = main.make_model(**main.model_settings(parsed(*flags)))
-    assert not model.restore(str(path))   # no state of Adam's in it
+    assert not model.restore(str(path))  # no state of Adam's in it
     assert_same(values_of(model), original.values)
 
 
@@ -273,32 +330,41 @@ def test_training_continues_from_the_original(tmp_path, eager, omniglot, build, 
     assert outcome.lines[0] == f'Restoring model weights from {folder}/model700'
     assert 'afresh' in outcome.out and 'Continuing at iteration 701 of 702' in outcome.out
     steps = [value for value in contents(folder / 'model701').values() if value.dtype == np.int64]
-    assert sorted(steps) == [0, 1]   # one of the two optimisers has taken one step
+    assert sorted(steps) == [0, 1]  # one of the two optimisers has taken one step
     assert {name: value for name, value in listing(folder).items() if name in before} == before
     values, _ = read_checkpoint(str(folder / 'model701'), [*original.values])
     changes = np.concatenate([np.ravel(values[name] - original.values[name]) for name in values])
-    assert 0 < np.abs(changes).max() <= 1.01e-3   # Adam's first step is β, element by element
+    assert 0 < np.abs(changes).max() <= 1.01e-3  # Adam's first step is β, element by element
 
 
 def test_the_original_is_never_removed(tmp_path):
-    checkpoint = tf.train.Checkpoint(weights={'w1': tf.Variable([1.])})
+    checkpoint = tf.train.Checkpoint(weights={'w1': tf.Variable([1.0])})
     Original().write(tmp_path, 4, sinusoid)
     for i in range(5, 18):
         write_checkpoint(checkpoint, tmp_path, i)
     assert [*checkpoints(tmp_path)] == [4, *range(8, 18)]
 
 
-@pytest.mark.parametrize('damage', [cut(.5), flip])
+@pytest.mark.parametrize('damage', [cut(0.5), flip])
 def test_damaged_original(tmp_path, eager, damage):
     path = Original().write(folder_of(tmp_path, *SINUSOID), 700, sinusoid)
     damage(path.with_name('model700.data-00000-of-00001'))
     before = listing(tmp_path)
-    assert_refused(run(*SINUSOID, f'--logdir={tmp_path}', '--train=False'), 'model700 cannot be read')
+    assert_refused(
+        run(*SINUSOID, f'--logdir={tmp_path}', '--train=False'), 'model700 cannot be read'
+    )
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize('build, flags', [(convolutional, [*OMNIGLOT, '--conv=False']), (convolutional, SINUSOID),
-                                          (fully_connected, [*OMNIGLOT, '--norm=None']), (oracle, SINUSOID)])
+@pytest.mark.parametrize(
+    'build, flags',
+    [
+        (convolutional, [*OMNIGLOT, '--conv=False']),
+        (convolutional, SINUSOID),
+        (fully_connected, [*OMNIGLOT, '--norm=None']),
+        (oracle, SINUSOID),
+    ],
+)
 def test_original_of_another_architecture(tmp_path, eager, omniglot, build, flags):
     flags = [*flags, omniglot, f'--logdir={tmp_path}']
     Original().write(folder_of(tmp_path, *flags), 700, build)
@@ -309,32 +375,48 @@ def test_original_of_another_architecture(tmp_path, eager, omniglot, build, flag
 
 # Converting the original's checkpoints --------------------------------------------------------------------------------
 
+
 def convert(*arguments):
     return in_process(import_tf1_checkpoint.main, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize('suffix', ['/model700', '/model700.index', '/model700.data-00000-of-00001', ''])
+@pytest.mark.parametrize(
+    'suffix', ['/model700', '/model700.index', '/model700.data-00000-of-00001', '']
+)
 def test_source_and_target_of_a_conversion(tmp_path, suffix):
-    path, target = Original().write(tmp_path / 'original', 700, sinusoid), folder_of(tmp_path, *SINUSOID)
+    path, target = (
+        Original().write(tmp_path / 'original', 700, sinusoid),
+        folder_of(tmp_path, *SINUSOID),
+    )
     before = listing(path.parent)
     succeeded(convert(f'{path.parent}{suffix}', f'--target={target}'))
     assert listing(path.parent) == before
-    assert {file.name for file in target.iterdir()} == {'model700.index', 'model700.data-00000-of-00001'}
+    assert {file.name for file in target.iterdir()} == {
+        'model700.index',
+        'model700.data-00000-of-00001',
+    }
 
 
 @networks
 def test_converted_checkpoint_evaluates_alike(tmp_path, eager, omniglot, build, flags):
     """And main.py finds it by the flags that the report gives."""
     name = main.run_name(parsed(*flags))
-    path, target = Original().write(tmp_path / 'original' / name, 700, build), tmp_path / 'converted' / name
+    path, target = (
+        Original().write(tmp_path / 'original' / name, 700, build),
+        tmp_path / 'converted' / name,
+    )
     outcome = succeeded(convert(path, f'--target={target}'))
     told = re.search(r'python main.py (.*)', outcome.out)[1].split()
     assert f'--logdir={tmp_path}/converted' in told
     succeeded(run(*flags, omniglot, '--train=False', f'--logdir={tmp_path}/original'))
     succeeded(run(*told, omniglot))
     shots = parsed(*flags).update_batch_size
-    np.testing.assert_array_equal(*(mses(folder, f'ubs{shots}_stepsize0.001') for folder in (path.parent, target)))
-    outcome = succeeded(run(*told, omniglot, '--train=True', '--metatrain_iterations=702', '--log=False'))
+    np.testing.assert_array_equal(
+        *(mses(folder, f'ubs{shots}_stepsize0.001') for folder in (path.parent, target))
+    )
+    outcome = succeeded(
+        run(*told, omniglot, '--train=True', '--metatrain_iterations=702', '--log=False')
+    )
     assert 'Adam' not in outcome.out and 'Continuing at iteration 701' in outcome.out
 
 
@@ -354,32 +436,56 @@ def sources(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('sources')
     for name in ('source', f'full/{NAME}', 'damaged'):
         path = Original().write(folder / name, 700, sinusoid)
-    cut(.5)(path.with_name('model700.data-00000-of-00001'))
+    cut(0.5)(path.with_name('model700.data-00000-of-00001'))
     for suffix in ('index', 'data-00000-of-00001'):
         shutil.copy(folder / f'source/model700.{suffix}', folder / f'source/other.{suffix}')
     Original().write(folder / 'images', 700, convolutional)
     Original().write(folder / 'strange', 700, lambda original: original.fully_connected(17, 4))
-    tf.train.Checkpoint(weights={'w1': tf.Variable([1.])}).write(str(folder / 'converted' / 'model700'))
+    tf.train.Checkpoint(weights={'w1': tf.Variable([1.0])}).write(
+        str(folder / 'converted' / 'model700')
+    )
     (folder / 'empty').mkdir()
     (folder / 'file').write_text('')
     return folder
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['absent/model5', f'--target=new/{NAME}'], ['no checkpoint absent/model5', 'model5.index is missing']),
-    (['empty', f'--target=new/{NAME}'], ['empty holds no checkpoint']),
-    (['source/other', f'--target=new/{NAME}'], ['other is not called model{iteration}', 'rename']),
-    (['source/model700'], ['source is not the name of a run', '--target']),
-    (['source', '--target=new/mine'], ['mine is not the name of a run', '--target']),
-    (['source', f'--target=new/{NAME.replace("batchnorm", "nonorm")}'], ['norm=batch_norm', 'nonorm', 'None']),
-    (['source', f'--target=new/{NAME.replace("batchnorm", "oraclebatchnorm")}'], ['baseline=None', 'oracle']),
-    (['images', f'--target=new/{NAME}'], ['num_classes=2', '5']),
-    (['images', f'--target=new/{NAME.replace("cls_5", "cls_2")}'], ['num_filters=4', '64']),
-    (['source', f'--target=full/{NAME}'], ['model700 already', 'never overwritten', '--target']),
-    (['source', f'--target=file/{NAME}'], ['file']),
-    (['converted', f'--target=new/{NAME}'], ['TensorFlow 2 already']),
-    (['damaged', f'--target=new/{NAME}'], ['model700 cannot be read']),
-    (['strange', f'--target=new/{NAME}'], ['of no network of the original program', 'model/Variable'])])
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (
+            ['absent/model5', f'--target=new/{NAME}'],
+            ['no checkpoint absent/model5', 'model5.index is missing'],
+        ),
+        (['empty', f'--target=new/{NAME}'], ['empty holds no checkpoint']),
+        (
+            ['source/other', f'--target=new/{NAME}'],
+            ['other is not called model{iteration}', 'rename'],
+        ),
+        (['source/model700'], ['source is not the name of a run', '--target']),
+        (['source', '--target=new/mine'], ['mine is not the name of a run', '--target']),
+        (
+            ['source', f'--target=new/{NAME.replace("batchnorm", "nonorm")}'],
+            ['norm=batch_norm', 'nonorm', 'None'],
+        ),
+        (
+            ['source', f'--target=new/{NAME.replace("batchnorm", "oraclebatchnorm")}'],
+            ['baseline=None', 'oracle'],
+        ),
+        (['images', f'--target=new/{NAME}'], ['num_classes=2', '5']),
+        (['images', f'--target=new/{NAME.replace("cls_5", "cls_2")}'], ['num_filters=4', '64']),
+        (
+            ['source', f'--target=full/{NAME}'],
+            ['model700 already', 'never overwritten', '--target'],
+        ),
+        (['source', f'--target=file/{NAME}'], ['file']),
+        (['converted', f'--target=new/{NAME}'], ['TensorFlow 2 already']),
+        (['damaged', f'--target=new/{NAME}'], ['model700 cannot be read']),
+        (
+            ['strange', f'--target=new/{NAME}'],
+            ['of no network of the original program', 'model/Variable'],
+        ),
+    ],
+)
 def test_conversion_refused(sources, monkeypatch, arguments, words):
     monkeypatch.chdir(sources)
     before = listing(sources)
@@ -390,13 +496,25 @@ def test_conversion_refused(sources, monkeypatch, arguments, words):
 # The published model --------------------------------------------------------------------------------------------------
 
 PUBLISHED = ORIGINAL / 'miniimagenet1shot' / 'model59000'
-FLAGS = ['--datasource=miniimagenet', '--update_batch_size=1', '--update_lr=0.01', '--num_updates=5', '--num_classes=5',
-         '--meta_batch_size=4', '--num_filters=32', '--max_pool=True', '--train=False']
+FLAGS = [
+    '--datasource=miniimagenet',
+    '--update_batch_size=1',
+    '--update_lr=0.01',
+    '--num_updates=5',
+    '--num_classes=5',
+    '--meta_batch_size=4',
+    '--num_filters=32',
+    '--max_pool=True',
+    '--train=False',
+]
 ARCHIVES = DATA / 'miniImagenet'
-published = pytest.mark.skipif(not Path(f'{PUBLISHED}.index').is_file(),
-                               reason=f'no {PUBLISHED} (set MAML_TEST_ORIGINAL)')
-images = pytest.mark.skipif(not (ARCHIVES / 'val').is_dir() and not (ARCHIVES / 'images_val.zip').is_file(),
-                            reason=f'no {ARCHIVES}/images_val.zip (set MAML_TEST_DATA)')
+published = pytest.mark.skipif(
+    not Path(f'{PUBLISHED}.index').is_file(), reason=f'no {PUBLISHED} (set MAML_TEST_ORIGINAL)'
+)
+images = pytest.mark.skipif(
+    not (ARCHIVES / 'val').is_dir() and not (ARCHIVES / 'images_val.zip').is_file(),
+    reason=f'no {ARCHIVES}/images_val.zip (set MAML_TEST_DATA)',
+)
 
 
 @pytest.fixture(scope='session')
@@ -429,19 +547,34 @@ def test_published_model_by_value(published_run):
     assert not model.restore(str(published_run / 'model59000'))
     reader = tf.train.load_checkpoint(str(PUBLISHED))
     names = {name: name for name in model.weights | model.norms} | {
-        'b1': 'Variable', 'b2': 'Variable_1', 'b3': 'Variable_2', 'b4': 'Variable_3'}
+        'b1': 'Variable',
+        'b2': 'Variable_1',
+        'b3': 'Variable_2',
+        'b4': 'Variable_3',
+    }
     assert {f'model/{name}' for name in names.values()} == reader.get_variable_to_shape_map().keys()
     for name, variable in (model.weights | model.norms).items():
-        np.testing.assert_array_equal(variable, reader.get_tensor(f'model/{names[name]}'), err_msg=name)
+        np.testing.assert_array_equal(
+            variable, reader.get_tensor(f'model/{names[name]}'), err_msg=name
+        )
 
 
 def assert_figures(values: np.ndarray):
     """Means within the sampling errors (99.9 %) of these tasks and of the 600 others the original was measured on."""
-    measured = {0: (.2007, 0), 1: (.3637, .0130), 4: (.4783, .0177), 10: (.4783, .0179)}   # update: mean, ci95
+    measured = {
+        0: (0.2007, 0),
+        1: (0.3637, 0.0130),
+        4: (0.4783, 0.0177),
+        10: (0.4783, 0.0179),
+    }  # update: mean, ci95
     for update, (mean, ci95) in measured.items():
         own = values[:, update].std() / np.sqrt(len(values))
         error = 3.3 * np.hypot(own, ci95 / 1.96)
-        assert abs(values[:, update].mean() - mean) <= max(error, .01), (update, values[:, update].mean(), error)
+        assert abs(values[:, update].mean() - mean) <= max(error, 0.01), (
+            update,
+            values[:, update].mean(),
+            error,
+        )
 
 
 @published
@@ -452,7 +585,7 @@ def test_accuracy_of_the_published_model(published_run, validation_classes, monk
     succeeded(run(*FLAGS, f'--data_dir={validation_classes}', f'--logdir={published_run.parent}'))
     values = mses(published_run, 'ubs1_stepsize0.01')
     assert values.shape == (tasks, 11)
-    assert np.isin(np.round(5 * values, 4), range(6)).all()   # of five query images
+    assert np.isin(np.round(5 * values, 4), range(6)).all()  # of five query images
     assert_figures(values)
 
 

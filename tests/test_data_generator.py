@@ -1,4 +1,5 @@
 """Tasks and class folders, on generated data; on the real data where it is prepared (MAML_TEST_DATA)."""
+
 import itertools
 import json
 import os
@@ -14,8 +15,15 @@ import pytest
 from PIL import Image
 
 import data_generator
-from data_generator import (Batch, ClassImages, ImageGenerator, SinusoidGenerator, load_miniimagenet, load_omniglot,
-                            split_classes)
+from data_generator import (
+    Batch,
+    ClassImages,
+    ImageGenerator,
+    SinusoidGenerator,
+    load_miniimagenet,
+    load_omniglot,
+    split_classes,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get('MAML_TEST_DATA', ROOT.parent / 'shared' / 'data'))
@@ -28,7 +36,9 @@ def assert_equal(actual: Batch, expected: Batch):
 
 
 def assert_differ(one: Batch, other: Batch):
-    assert not np.array_equal(one.inputa, other.inputa) and not np.array_equal(one.inputb, other.inputb)
+    assert not np.array_equal(one.inputa, other.inputa) and not np.array_equal(
+        one.inputb, other.inputb
+    )
 
 
 # --- every generator -------------------------------------------------------------------------------------------------
@@ -42,18 +52,27 @@ def class_images(counts, channels=1) -> ClassImages:
     images[:, 0, 0] = 1 + owner[:, None]
     images[:, 0, 1] = 1 + np.concatenate([np.arange(n) for n in counts])[:, None]
     starts = np.cumsum(counts) - counts
-    return ClassImages('generated', [f'class{c}' for c in range(len(counts))], starts, np.array(counts), images)
+    return ClassImages(
+        'generated', [f'class{c}' for c in range(len(counts))], starts, np.array(counts), images
+    )
 
 
 def read_back(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(class, image, quarter turns counter-clockwise) [T, shots*N] of images [T, shots*N, D] from class_images."""
     pixels = np.rint(inputs * 255).astype(int).reshape(*inputs.shape[:2], SIDE, SIDE)
     last = SIDE - 1
-    corners = [(0, 0), (last, 0), (last, last), (0, last)]  # where pixel (0, 0) is after 0, 1, 2, 3 quarter turns
+    corners = [
+        (0, 0),
+        (last, 0),
+        (last, last),
+        (0, last),
+    ]  # where pixel (0, 0) is after 0, 1, 2, 3 quarter turns
     beside = [(0, 1), (last - 1, 0), (last, last - 1), (1, last)]
     turns = sum(k * (pixels[..., r, c] > 0) for k, (r, c) in enumerate(corners))
     assert ((pixels > 0).sum((-2, -1)) == 2).all()
-    classes, images = (np.choose(turns, [pixels[..., r, c] for r, c in place]) - 1 for place in (corners, beside))
+    classes, images = (
+        np.choose(turns, [pixels[..., r, c] for r, c in place]) - 1 for place in (corners, beside)
+    )
     assert (classes >= 0).all() and (images >= 0).all()
     return classes, images, turns
 
@@ -61,8 +80,14 @@ def read_back(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 GENERATORS = {
     'sinusoid': lambda seed: SinusoidGenerator(5, 7, seed=seed),
     'oracle': lambda seed: SinusoidGenerator(5, 5, oracle=True, seed=seed),
-    'images': lambda seed: ImageGenerator(dict.fromkeys(data_generator.SPLITS, class_images([20] * 30, channels=3)),
-                                          5, 2, 3, rotate=True, seed=seed),
+    'images': lambda seed: ImageGenerator(
+        dict.fromkeys(data_generator.SPLITS, class_images([20] * 30, channels=3)),
+        5,
+        2,
+        3,
+        rotate=True,
+        seed=seed,
+    ),
 }
 
 
@@ -77,14 +102,20 @@ def test_batch_is_a_pure_function_of_seed_split_and_iteration(make):
     generator.batch('val', 5, 9)
     assert_equal(generator.batch('train', 11, 4), batch)
     assert_equal(generator.batch('train', 11, 4), batch)
-    for other in (make(4).batch('train', 11, 4), generator.batch('val', 11, 4), generator.batch('test', 11, 4),
-                  generator.batch('train', 12, 4)):
+    for other in (
+        make(4).batch('train', 11, 4),
+        generator.batch('val', 11, 4),
+        generator.batch('test', 11, 4),
+        generator.batch('train', 12, 4),
+    ):
         assert_differ(batch, other)
     tasks = batch.inputa.reshape(4, -1)
     assert len(np.unique(tasks, axis=0)) == 4
 
 
-@pytest.mark.parametrize('tasks', [slice(0, 3), slice(3, 7), slice(6, 7), slice(None), slice(1, 7, 2), slice(5, 99)])
+@pytest.mark.parametrize(
+    'tasks', [slice(0, 3), slice(3, 7), slice(6, 7), slice(None), slice(1, 7, 2), slice(5, 99)]
+)
 def test_share_of_the_tasks_equals_slice_of_the_batch(make, tasks):
     generator = make(0)
     whole = generator.batch('test', 2, 7)
@@ -93,7 +124,10 @@ def test_share_of_the_tasks_equals_slice_of_the_batch(make, tasks):
 
 def test_first_tasks_do_not_depend_on_the_number_of_tasks(make):
     generator = make(0)
-    assert_equal(generator.batch('val', 0, 3), Batch(*(array[:3] for array in generator.batch('val', 0, 600))))
+    assert_equal(
+        generator.batch('val', 0, 3),
+        Batch(*(array[:3] for array in generator.batch('val', 0, 600))),
+    )
 
 
 def test_batches_equal_single_ones(make):
@@ -107,7 +141,9 @@ def test_a_share_does_not_gather_the_images_of_the_rest(monkeypatch):
     generator = GENERATORS['images'](0)
     gathered = []
     pixels = generator._pixels
-    monkeypatch.setattr(generator, '_pixels', lambda *args: gathered.append(args[1].size) or pixels(*args))
+    monkeypatch.setattr(
+        generator, '_pixels', lambda *args: gathered.append(args[1].size) or pixels(*args)
+    )
     generator.batch('val', 0, 600, slice(100, 102))
     assert gathered == [2 * 5 * 2, 2 * 5 * 3]
 
@@ -132,13 +168,20 @@ def test_unknown_split_and_bad_numbers(make):
 # --- sinusoids -------------------------------------------------------------------------------------------------------
 def test_sinusoid_shapes_and_ranges():
     batch = SinusoidGenerator(10, 15, oracle=True).batch('train', 0, 4000)
-    assert [array.shape for array in batch] == [(4000, 10, 3), (4000, 10, 1), (4000, 15, 3), (4000, 15, 1)]
+    assert [array.shape for array in batch] == [
+        (4000, 10, 3),
+        (4000, 10, 1),
+        (4000, 15, 3),
+        (4000, 15, 1),
+    ]
     inputs = np.concatenate([batch.inputa, batch.inputb], axis=1)
-    for column, low, high in ((0, -5, 5), (1, .1, 5), (2, 0, np.pi)):
+    for column, low, high in ((0, -5, 5), (1, 0.1, 5), (2, 0, np.pi)):
         values = inputs[..., column].astype(np.float64)
-        assert low - 1e-6 <= values.min() < low + .01 and high - .01 < values.max() <= high + 1e-6
+        assert low - 1e-6 <= values.min() < low + 0.01 and high - 0.01 < values.max() <= high + 1e-6
         quarters = np.histogram(values, bins=4, range=(low, high))[0] / values.size
-        np.testing.assert_allclose(quarters, .25, atol=.03)  # uniform: the standard error of 4000 tasks is .007
+        np.testing.assert_allclose(
+            quarters, 0.25, atol=0.03
+        )  # uniform: the standard error of 4000 tasks is .007
     assert (inputs[..., 1:] == inputs[:, :1, 1:]).all()  # one amplitude and phase per task
 
 
@@ -156,14 +199,21 @@ def test_sinusoid_support_and_query_points_are_different():
 
 
 def test_oracle_sees_the_same_tasks():
-    plain, oracle = (SinusoidGenerator(5, 5, oracle).batch('train', 1, 8) for oracle in (False, True))
+    plain, oracle = (
+        SinusoidGenerator(5, 5, oracle).batch('train', 1, 8) for oracle in (False, True)
+    )
     assert plain.inputa.shape == (8, 5, 1)
     np.testing.assert_array_equal(plain.inputa[..., 0], oracle.inputa[..., 0])
     np.testing.assert_array_equal(plain.labelb, oracle.labelb)
 
 
-@pytest.mark.parametrize('sizes, message', [((0, 5), '--update_batch_size must be at least 1, but it is 0'),
-                                            ((5, -1), 'query examples must not be negative, but it is -1')])
+@pytest.mark.parametrize(
+    'sizes, message',
+    [
+        ((0, 5), '--update_batch_size must be at least 1, but it is 0'),
+        ((5, -1), 'query examples must not be negative, but it is -1'),
+    ],
+)
 def test_sinusoid_sizes(sizes, message):
     with pytest.raises(ValueError, match=message):
         SinusoidGenerator(*sizes)
@@ -172,7 +222,10 @@ def test_sinusoid_sizes(sizes, message):
 # --- image tasks -----------------------------------------------------------------------------------------------------
 def test_distinct_gives_every_ordered_sample_once():
     """Cell (i, j, k) of a 5 x 4 x 3 grid of uniform numbers is one of the 60 ordered samples of 3 out of 5."""
-    cells = [[(i + .5) / 5, (j + .5) / 4, (k + .5) / 3] for i, j, k in itertools.product(range(5), range(4), range(3))]
+    cells = [
+        [(i + 0.5) / 5, (j + 0.5) / 4, (k + 0.5) / 3]
+        for i, j, k in itertools.product(range(5), range(4), range(3))
+    ]
     draws = data_generator._distinct(np.array(cells), 5)
     assert sorted(map(tuple, draws.tolist())) == sorted(itertools.permutations(range(5), 3))
 
@@ -186,13 +239,23 @@ def test_distinct_at_the_ends_of_the_unit_interval():
 
 
 @pytest.mark.parametrize('rotate', [False, True])
-@pytest.mark.parametrize('ways, shots, queries', [(5, 1, 1), (5, 5, 15), (20, 1, 1), (2, 3, 0), (1, 1, 1)])
+@pytest.mark.parametrize(
+    'ways, shots, queries', [(5, 1, 1), (5, 5, 15), (20, 1, 1), (2, 3, 0), (1, 1, 1)]
+)
 def test_image_tasks(ways, shots, queries, rotate):
     counts = list(range(20, 50))
     generator = ImageGenerator({'train': class_images(counts)}, ways, shots, queries, rotate)
     batch = generator.batch('train', 0, 40)
-    assert batch.inputa.shape == (40, ways * shots, SIDE * SIDE) and batch.labela.shape == (40, ways * shots, ways)
-    assert batch.inputb.shape == (40, ways * queries, SIDE * SIDE) and batch.labelb.shape == (40, ways * queries, ways)
+    assert batch.inputa.shape == (40, ways * shots, SIDE * SIDE) and batch.labela.shape == (
+        40,
+        ways * shots,
+        ways,
+    )
+    assert batch.inputb.shape == (40, ways * queries, SIDE * SIDE) and batch.labelb.shape == (
+        40,
+        ways * queries,
+        ways,
+    )
     inputs = np.concatenate([batch.inputa, batch.inputb], axis=1)
     labels = np.concatenate([batch.labela, batch.labelb], axis=1)
     assert ((labels == 0) | (labels == 1)).all() and (labels.sum(-1) == 1).all()
@@ -200,7 +263,9 @@ def test_image_tasks(ways, shots, queries, rotate):
         shots_of = numbers.reshape(-1, ways)
         assert (np.sort(shots_of, axis=1) == np.arange(ways)).all()  # each shot has each class once
         assert len(set(classes)) == ways
-        assert len(set(zip(classes, images))) == len(classes)  # no image twice, in particular not in both sets
+        assert len(set(zip(classes, images))) == len(
+            classes
+        )  # no image twice, in particular not in both sets
         for label in range(ways):
             mine = numbers == label
             assert len(set(classes[mine])) == 1 and len(set(turns[mine])) == 1
@@ -227,7 +292,9 @@ def test_image_draws_are_uniform():
     for position in range(2 * ways):
         assert_uniform(labels[:, position], ways)
     first, second = labels[:, :ways], labels[:, ways:]
-    assert np.mean((first == second).all(1)) < .05  # each shot has its own order: 1 / 120 agree by chance
+    assert (
+        np.mean((first == second).all(1)) < 0.05
+    )  # each shot has its own order: 1 / 120 agree by chance
     pairs = turns[:, 0] * 4 + turns[:, 1]  # classes of a task turn independently
     assert_uniform(pairs, 16)
     query = read_back(batch.inputb)
@@ -239,14 +306,22 @@ def test_pixels_are_stored_values_over_255_flattened_row_by_row():
     images = rng.integers(0, 256, (1, 2, 3, 3), dtype=np.uint8)
     source = ClassImages('generated', ['only'], np.array([0]), np.array([1]), images)
     inputs = ImageGenerator({'train': source}, 1, 1, 0).batch('train', 0, 1).inputa[0, 0]
-    expected = [np.float32(images[0, row, column, channel]) / np.float32(255)
-                for row in range(2) for column in range(3) for channel in range(3)]
+    expected = [
+        np.float32(images[0, row, column, channel]) / np.float32(255)
+        for row in range(2)
+        for column in range(3)
+        for channel in range(3)
+    ]
     np.testing.assert_array_equal(inputs, expected)
 
 
 def test_rotation_keeps_the_colours_of_a_pixel_together():
     folders = {'train': class_images([1] * 8, channels=3)}
-    inputs = ImageGenerator(folders, 8, 1, 0, rotate=True).batch('train', 0, 5).inputa.reshape(5, 8, SIDE, SIDE, 3)
+    inputs = (
+        ImageGenerator(folders, 8, 1, 0, rotate=True)
+        .batch('train', 0, 5)
+        .inputa.reshape(5, 8, SIDE, SIDE, 3)
+    )
     assert (inputs == inputs[..., :1]).all()
     assert len(np.unique(read_back(inputs[..., 0].reshape(5, 8, -1))[2])) == 4
 
@@ -254,11 +329,15 @@ def test_rotation_keeps_the_colours_of_a_pixel_together():
 def test_turns_are_counter_clockwise():
     folders = {'train': class_images([1])}
     generator = ImageGenerator(folders, 1, 1, 0, rotate=True)
-    turned = generator._pixels(folders['train'], np.zeros((1, 4, 1), int), np.arange(4).reshape(1, 4, 1))
+    turned = generator._pixels(
+        folders['train'], np.zeros((1, 4, 1), int), np.arange(4).reshape(1, 4, 1)
+    )
     np.testing.assert_array_equal(read_back(turned)[2], [[0, 1, 2, 3]])
     picture = Image.fromarray(folders['train'].images[0, :, :, 0])
     for quarter in range(4):
-        expected = np.asarray(picture.rotate(90 * quarter)).ravel()  # Pillow turns counter-clockwise
+        expected = np.asarray(
+            picture.rotate(90 * quarter)
+        ).ravel()  # Pillow turns counter-clockwise
         np.testing.assert_array_equal(np.rint(turned[0, quarter] * 255), expected)
 
 
@@ -266,20 +345,35 @@ def test_second_generator_on_the_same_folders_shares_the_images():
     folders = {'train': class_images([20] * 6), 'val': class_images([20] * 6)}
     first, second = (ImageGenerator(folders, 5, 1, queries) for queries in (15, 1))
     assert first.folders['val'].images is second.folders['val'].images
-    assert first.image_shape == (SIDE, SIDE, 1) and first.dim_input == SIDE * SIDE and first.dim_output == 5
+    assert (
+        first.image_shape == (SIDE, SIDE, 1)
+        and first.dim_input == SIDE * SIDE
+        and first.dim_output == 5
+    )
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (dict(num_classes=0), '--num_classes must be at least 1, but it is 0'),
-    (dict(num_classes=4), '--num_classes=4 is more than the 3 classes of the val split in generated'),
-    (dict(num_support=0), '--update_batch_size must be at least 1, but it is 0'),
-    (dict(num_query=-2), 'must not be negative, but it is -2'),
-    (dict(num_support=3, num_query=2),
-     'class class1 of the val split in generated has 4 images, but a task takes 5 .*smaller --update_batch_size')])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(num_classes=0), '--num_classes must be at least 1, but it is 0'),
+        (
+            dict(num_classes=4),
+            '--num_classes=4 is more than the 3 classes of the val split in generated',
+        ),
+        (dict(num_support=0), '--update_batch_size must be at least 1, but it is 0'),
+        (dict(num_query=-2), 'must not be negative, but it is -2'),
+        (
+            dict(num_support=3, num_query=2),
+            'class class1 of the val split in generated has 4 images, but a task takes 5 .*smaller --update_batch_size',
+        ),
+    ],
+)
 def test_image_sizes_are_checked_at_construction(arguments, message):
     folders = {'train': class_images([9] * 5), 'val': class_images([9, 4, 6])}
     with pytest.raises(ValueError, match=message):
-        ImageGenerator(folders, **dict(dict(num_classes=2, num_support=1, num_query=1), **arguments))
+        ImageGenerator(
+            folders, **dict(dict(num_classes=2, num_support=1, num_query=1), **arguments)
+        )
 
 
 def test_only_the_splits_in_use_are_checked():
@@ -291,7 +385,11 @@ def test_only_the_splits_in_use_are_checked():
 
 
 def test_only_square_images_rotate():
-    folders = {'train': ClassImages('x', ['a'], np.array([0]), np.array([2]), np.zeros((2, 3, 4, 1), np.uint8))}
+    folders = {
+        'train': ClassImages(
+            'x', ['a'], np.array([0]), np.array([2]), np.zeros((2, 3, 4, 1), np.uint8)
+        )
+    }
     ImageGenerator(folders, 1, 1, 1)
     with pytest.raises(ValueError, match='square'):
         ImageGenerator(folders, 1, 1, 1, rotate=True)
@@ -301,14 +399,30 @@ def test_only_square_images_rotate():
 def test_official_split():
     names = [f'character{i:04}' for i in range(1623)]
     splits = split_classes(1623)
-    assert {split: len(classes) for split, classes in splits.items()} == {'train': 1100, 'val': 100, 'test': 423}
+    assert {split: len(classes) for split, classes in splits.items()} == {
+        'train': 1100,
+        'val': 100,
+        'test': 423,
+    }
     random.seed(1)
     random.shuffle(names)  # the original shuffles the names themselves, by the global generator
-    assert [f'character{i:04}' for split in ('train', 'val', 'test') for i in splits[split]] == names
+    assert [
+        f'character{i:04}' for split in ('train', 'val', 'test') for i in splits[split]
+    ] == names
 
 
-@pytest.mark.parametrize('total, sizes', [(3, (1, 1, 1)), (4, (2, 1, 1)), (20, (14, 1, 5)), (162, (110, 10, 42)),
-                                          (1200, (813, 74, 313)), (1201, (1100, 100, 1)), (2000, (1100, 100, 800))])
+@pytest.mark.parametrize(
+    'total, sizes',
+    [
+        (3, (1, 1, 1)),
+        (4, (2, 1, 1)),
+        (20, (14, 1, 5)),
+        (162, (110, 10, 42)),
+        (1200, (813, 74, 313)),
+        (1201, (1100, 100, 1)),
+        (2000, (1100, 100, 800)),
+    ],
+)
 def test_split_of_other_sets(total, sizes):
     splits = split_classes(total)
     assert tuple(len(splits[split]) for split in ('train', 'val', 'test')) == sizes
@@ -327,17 +441,24 @@ def save(path: Path, pixels: np.ndarray, **options):
 def make_omniglot(folder: Path, reverse: bool = False) -> dict[str, np.ndarray]:
     """A small Omniglot of random images; returns the pixels of each character, [images, 28, 28]."""
     rng = np.random.default_rng(0)
-    characters = {f'{alphabet}/character{c:02}': 255 * rng.integers(0, 2, (IMAGES, 28, 28), dtype=np.uint8)
-                  for alphabet in ALPHABETS for c in range(1, CHARACTERS + 1)}
+    characters = {
+        f'{alphabet}/character{c:02}': 255 * rng.integers(0, 2, (IMAGES, 28, 28), dtype=np.uint8)
+        for alphabet in ALPHABETS
+        for c in range(1, CHARACTERS + 1)
+    }
     for name, images in reversed(characters.items()) if reverse else characters.items():
         for i, pixels in enumerate(images):
             path = folder / 'omniglot_resized' / name / f'{i:02}.png'
-            save(path, pixels > 0, compress_level=0)  # 1-bit PNG, as in the real data, but all of one size
-            os.utime(path, (10**9, 10**9))            # and of one time, as if unpacked from an archive
+            save(
+                path, pixels > 0, compress_level=0
+            )  # 1-bit PNG, as in the real data, but all of one size
+            os.utime(path, (10**9, 10**9))  # and of one time, as if unpacked from an archive
     return characters
 
 
-def make_miniimagenet(folder: Path, splits=('train', 'val', 'test'), side: int = 84) -> dict[str, np.ndarray]:
+def make_miniimagenet(
+    folder: Path, splits=('train', 'val', 'test'), side: int = 84
+) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     pixels = {}
     for split in splits:
@@ -356,9 +477,15 @@ def omniglot(tmp_path):
 
 
 def contents(folders) -> dict[str, dict[str, bytes]]:
-    return {split: {name: classes.images[start:start + count].tobytes()
-                    for name, start, count in zip(classes.names, classes.starts, classes.counts, strict=True)}
-            for split, classes in folders.items()}
+    return {
+        split: {
+            name: classes.images[start : start + count].tobytes()
+            for name, start, count in zip(
+                classes.names, classes.starts, classes.counts, strict=True
+            )
+        }
+        for split, classes in folders.items()
+    }
 
 
 def load(folder: Path, capsys) -> tuple[dict, str]:
@@ -372,14 +499,18 @@ def test_omniglot_folders(tmp_path):
     characters = make_omniglot(tmp_path)
     folders = load_omniglot(str(tmp_path))
     names = [name for split in ('train', 'val', 'test') for name in folders[split].names]
-    expected = sorted(characters, key=lambda name: name.split('/'))  # Bb before Bb_(x), which '/' would turn round
+    expected = sorted(
+        characters, key=lambda name: name.split('/')
+    )  # Bb before Bb_(x), which '/' would turn round
     random.seed(1)
     random.shuffle(expected)
     assert names == expected
     assert [len(folders[split].names) for split in ('train', 'val', 'test')] == [8, 1, 3]
     for split, classes in contents(folders).items():
         for name, data in classes.items():
-            assert data == (255 - characters[name]).tobytes()  # stored inverted, in the order of the file names
+            assert (
+                data == (255 - characters[name]).tobytes()
+            )  # stored inverted, in the order of the file names
     assert folders['train'].images.shape[1:] == (28, 28, 1)
     inputs = ImageGenerator(folders, 3, 1, 1, splits=['train']).batch('train', 0, 5).inputa
     assert set(np.unique(inputs)) == {0, 1}
@@ -418,7 +549,13 @@ def test_directory_order_does_not_matter(tmp_path, monkeypatch):
 def test_hidden_and_stray_files_are_ignored(omniglot, capsys):
     expected, _ = load(omniglot, capsys)
     data = omniglot / 'omniglot_resized'
-    for stray in ('.DS_Store', 'README.txt', 'Aa/notes', 'Aa/character01/._00.png', 'Aa/character01/Thumbs.db'):
+    for stray in (
+        '.DS_Store',
+        'README.txt',
+        'Aa/notes',
+        'Aa/character01/._00.png',
+        'Aa/character01/Thumbs.db',
+    ):
         (data / stray).write_text('?')
     for folder in ('.git/x', 'Aa/.hidden', 'Aa/character01/folder.png'):
         (data / folder).mkdir(parents=True)
@@ -431,11 +568,18 @@ def test_miniimagenet_folders(tmp_path, capsys):
     folders = load_miniimagenet(tmp_path)
     assert list(folders) == ['train', 'val', 'test']
     for split, classes in contents(folders).items():
-        assert classes == {f'n{c}': b''.join(pixels[f'{split}/n{c}/{i}'].tobytes() for i in range(3)) for c in range(2)}
+        assert classes == {
+            f'n{c}': b''.join(pixels[f'{split}/n{c}/{i}'].tobytes() for i in range(3))
+            for c in range(2)
+        }
     shutil.rmtree(tmp_path / 'miniImagenet' / 'test')
     capsys.readouterr()
-    assert contents(load_miniimagenet(tmp_path, ['train', 'val']))['val'] == contents(folders)['val']
-    assert capsys.readouterr().err == ''  # each split has a cache of its own, and none lies among the data
+    assert (
+        contents(load_miniimagenet(tmp_path, ['train', 'val']))['val'] == contents(folders)['val']
+    )
+    assert (
+        capsys.readouterr().err == ''
+    )  # each split has a cache of its own, and none lies among the data
     assert sorted(os.listdir(tmp_path / 'miniImagenet')) == ['train', 'val']
 
 
@@ -488,11 +632,17 @@ def rename_image(data: Path):
     (data / 'Aa' / 'character01' / '00.png').rename(data / 'Aa' / 'character01' / '99.png')
 
 
-CHANGES = {'replaced': replace_image, 'resized': resize_image, 'renamed': rename_image,
-           'image removed': lambda data: (data / 'Aa' / 'character01' / '00.png').unlink(),
-           'class removed': lambda data: shutil.rmtree(data / 'Aa' / 'character01'),
-           'class renamed': lambda data: (data / 'Aa').rename(data / 'Zz'),
-           'image added': lambda data: save(data / 'Aa' / 'character01' / 'new.png', np.zeros((28, 28), bool))}
+CHANGES = {
+    'replaced': replace_image,
+    'resized': resize_image,
+    'renamed': rename_image,
+    'image removed': lambda data: (data / 'Aa' / 'character01' / '00.png').unlink(),
+    'class removed': lambda data: shutil.rmtree(data / 'Aa' / 'character01'),
+    'class renamed': lambda data: (data / 'Aa').rename(data / 'Zz'),
+    'image added': lambda data: save(
+        data / 'Aa' / 'character01' / 'new.png', np.zeros((28, 28), bool)
+    ),
+}
 
 
 @pytest.mark.parametrize('change', CHANGES)
@@ -526,7 +676,9 @@ DAMAGES = {
     'middle bit': lambda cache: flip(cache / 'images.raw', 10007),
     'last bit': lambda cache: flip(cache / 'images.raw', -1),
     'no images': lambda cache: (cache / 'images.raw').unlink(),
-    'images a folder': lambda cache: (cache / 'images.raw').unlink() or (cache / 'images.raw').mkdir(),
+    'images a folder': lambda cache: (
+        (cache / 'images.raw').unlink() or (cache / 'images.raw').mkdir()
+    ),
     'no index': lambda cache: (cache / 'index.json').unlink(),
     'index empty': lambda cache: (cache / 'index.json').write_text(''),
     'index cut': lambda cache: os.truncate(cache / 'index.json', 30),
@@ -589,7 +741,10 @@ def test_full_disk_leaves_nothing_behind(omniglot, capsys):
 def test_temporary_files_of_killed_processes_are_removed(omniglot, capsys):
     cache = omniglot / 'omniglot_resized.cache'
     cache.mkdir()
-    for name, age in (('images.raw.1.tmp', 4000), ('images.raw.2.tmp', 10)):  # the second may still be at work
+    for name, age in (
+        ('images.raw.1.tmp', 4000),
+        ('images.raw.2.tmp', 10),
+    ):  # the second may still be at work
         (cache / name).write_text('half')
         os.utime(cache / name, (time.time() - age,) * 2)
     load(omniglot, capsys)
@@ -597,13 +752,15 @@ def test_temporary_files_of_killed_processes_are_removed(omniglot, capsys):
 
 
 def test_processes_that_start_together(omniglot, capsys):
-    code = f'''if True:
+    code = f"""if True:
         import sys, types
         sys.modules['utils'] = types.SimpleNamespace(Batch=tuple)  # which spares each process the import of TensorFlow
         import data_generator
-        print(data_generator.load_omniglot({str(omniglot)!r})['train'].images.sum())'''
-    runs = [subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-            for _ in range(3)]
+        print(data_generator.load_omniglot({str(omniglot)!r})['train'].images.sum())"""
+    runs = [
+        subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     sums = {run.communicate()[0] for run in runs}
     assert all(run.returncode == 0 for run in runs) and len(sums) == 1
     _, printed = load(omniglot, capsys)
@@ -625,12 +782,16 @@ def test_missing_folders(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         load_omniglot(folder)
     assert f'no folder {folder}/omniglot_resized;' in str(error.value)
-    assert f"`python scripts/prepare_omniglot.py --target='{folder}/omniglot_resized'`" in str(error.value)
+    assert f"`python scripts/prepare_omniglot.py --target='{folder}/omniglot_resized'`" in str(
+        error.value
+    )
     make_miniimagenet(tmp_path, ['train'])
     with pytest.raises(FileNotFoundError) as error:
         load_miniimagenet(tmp_path, ['train', 'val'])
     assert f'no folder {tmp_path}/miniImagenet/val;' in str(error.value)
-    assert f'prepare_miniimagenet.py --source=FOLDER --target={tmp_path}/miniImagenet`' in str(error.value)
+    assert f'prepare_miniimagenet.py --source=FOLDER --target={tmp_path}/miniImagenet`' in str(
+        error.value
+    )
 
 
 def named_scripts_exist(message: str) -> bool:
@@ -681,11 +842,15 @@ def not_resized(data: Path) -> str:
 
 def sixteen_bits(data: Path) -> str:
     save(data / 'Aa' / 'character03' / '00.png', np.zeros((28, 28), np.uint16))
-    return f'{data}/Aa/character03/00.png is 28x28 of mode I'  # I;16, which Pillow before 11 calls I
+    return (
+        f'{data}/Aa/character03/00.png is 28x28 of mode I'  # I;16, which Pillow before 11 calls I
+    )
 
 
-@pytest.mark.parametrize('spoil', [empty, empty_class, two_classes, garbage, truncated, no_bytes, not_resized,
-                                   sixteen_bits])
+@pytest.mark.parametrize(
+    'spoil',
+    [empty, empty_class, two_classes, garbage, truncated, no_bytes, not_resized, sixteen_bits],
+)
 def test_spoilt_data(omniglot, spoil, capsys):
     expected = spoil(omniglot / 'omniglot_resized')
     with pytest.raises(ValueError) as error:
@@ -702,8 +867,11 @@ def test_spoilt_data(omniglot, spoil, capsys):
 
 def test_colour_images_of_another_size(tmp_path):
     make_miniimagenet(tmp_path, ['val'], side=80)
-    with pytest.raises(ValueError, match=r'n0/0\.png is 80x80 of mode RGB, but images of 84x84 .*'
-                                         r'prepare_miniimagenet\.py --source=FOLDER') as error:
+    with pytest.raises(
+        ValueError,
+        match=r'n0/0\.png is 80x80 of mode RGB, but images of 84x84 .*'
+        r'prepare_miniimagenet\.py --source=FOLDER',
+    ) as error:
         load_miniimagenet(tmp_path, ['val'])
     assert named_scripts_exist(str(error.value))
 
@@ -726,14 +894,17 @@ def real_omniglot():
 
 
 def test_real_omniglot(real_omniglot):
-    assert {split: len(classes.names) for split, classes in real_omniglot.items()} == \
-        {'train': 1100, 'val': 100, 'test': 423}
+    assert {split: len(classes.names) for split, classes in real_omniglot.items()} == {
+        'train': 1100,
+        'val': 100,
+        'test': 423,
+    }
     names = [name for classes in real_omniglot.values() for name in classes.names]
     assert len(set(names)) == 1623 and len({name.split('/')[0] for name in names}) == 50
     assert all((classes.counts == 20).all() for classes in real_omniglot.values())
     inputs = ImageGenerator(real_omniglot, 20, 1, 1, rotate=True).batch('test', 0, 16).inputa
     assert inputs.shape == (16, 20, 784) and set(np.unique(inputs)) == {0, 1}
-    assert .02 < inputs.mean() < .3  # thin strokes: ink is 1, paper 0
+    assert 0.02 < inputs.mean() < 0.3  # thin strokes: ink is 1, paper 0
 
 
 def test_real_omniglot_images_against_pillow(real_omniglot):
@@ -741,14 +912,16 @@ def test_real_omniglot_images_against_pillow(real_omniglot):
     for c in (0, 57, 99):
         files = sorted((REAL / 'omniglot_resized' / classes.names[c]).glob('*.png'))
         expected = [255 - np.asarray(Image.open(file).convert('L')) for file in files]
-        np.testing.assert_array_equal(classes.images[classes.starts[c]:][:20, :, :, 0], expected)
+        np.testing.assert_array_equal(classes.images[classes.starts[c] :][:20, :, :, 0], expected)
 
 
 def test_real_miniimagenet():
-    splits = [split for split in ('val', 'train', 'test') if (REAL / 'miniImagenet' / split).is_dir()][:1]
+    splits = [
+        split for split in ('val', 'train', 'test') if (REAL / 'miniImagenet' / split).is_dir()
+    ][:1]
     if not splits:
         pytest.skip(f'no prepared miniImagenet in {REAL} (set MAML_TEST_DATA)')
     folders = load_miniimagenet(REAL, splits)
     batch = ImageGenerator(folders, 5, 1, 15).batch(splits[0], 0, 4)
     assert batch.inputb.shape == (4, 75, 84 * 84 * 3) and batch.inputa.shape == (4, 5, 84 * 84 * 3)
-    assert batch.inputb.min() == 0 and batch.inputb.max() == 1 and .3 < batch.inputb.mean() < .6
+    assert batch.inputb.min() == 0 and batch.inputb.max() == 1 and 0.3 < batch.inputb.mean() < 0.6

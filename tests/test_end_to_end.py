@@ -1,4 +1,5 @@
 """Prepare, train, resume and evaluate as a user does: by the commands, on a dozen generated classes."""
+
 import csv
 import pickle
 import re
@@ -8,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from command_line import ROOT, Outcome, command, draw, listing, succeeded
+
 from utils import checkpoints
 
 sys.path.insert(0, str(ROOT / 'scripts'))
 
-import prepare_omniglot  # noqa: E402
+import prepare_omniglot
 
 NUMBER = r'\d+\.\d+(e-\d+)?'
 
@@ -42,9 +43,17 @@ def official_omniglot(tmp_path) -> Path:
     """The two archives, of 26 characters in place of 1623, 4 images each; easily told apart."""
     source = tmp_path / 'official'
     for c in range(26):
-        archive, alphabet = ('images_background', 'Greek') if c < 15 else ('images_evaluation', 'Tengwar')
+        archive, alphabet = (
+            ('images_background', 'Greek') if c < 15 else ('images_evaluation', 'Tengwar')
+        )
         for i in range(4):
-            draw(source / archive / alphabet / f'character{c:02d}' / f'{c:04d}_{i:02d}.png', (105, 105), '1', c, i)
+            draw(
+                source / archive / alphabet / f'character{c:02d}' / f'{c:04d}_{i:02d}.png',
+                (105, 105),
+                '1',
+                c,
+                i,
+            )
     for archive in ('images_background', 'images_evaluation'):
         zipped(source / f'{archive}.zip', source / archive)
     return source
@@ -54,13 +63,24 @@ def official_omniglot(tmp_path) -> Path:
 def omniglot(tmp_path, official_omniglot) -> list[str]:
     """Flags, the data prepared."""
     counts = prepare_omniglot.Counts(alphabets=2, characters=26, images=4)
-    prepare_omniglot.prepare(official_omniglot, tmp_path / 'data' / 'omniglot_resized', counts=counts)
-    return ['--datasource=omniglot', '--num_classes=2', '--update_batch_size=1', '--meta_batch_size=4',
-            '--num_filters=8', f'--data_dir={tmp_path}/data', f'--logdir={tmp_path}/logs']
+    prepare_omniglot.prepare(
+        official_omniglot, tmp_path / 'data' / 'omniglot_resized', counts=counts
+    )
+    return [
+        '--datasource=omniglot',
+        '--num_classes=2',
+        '--update_batch_size=1',
+        '--meta_batch_size=4',
+        '--num_filters=8',
+        f'--data_dir={tmp_path}/data',
+        f'--logdir={tmp_path}/logs',
+    ]
 
 
 def assert_trained(outcome: Outcome, folder: Path, iterations: int):
-    assert re.search(rf'^Iteration 100: {NUMBER}, {NUMBER}$', outcome.out, re.MULTILINE), outcome.out
+    assert re.search(rf'^Iteration 100: {NUMBER}, {NUMBER}$', outcome.out, re.MULTILINE), (
+        outcome.out
+    )
     assert 'Traceback' not in outcome.err
     assert [*checkpoints(folder)] == [iterations - 1]
 
@@ -79,7 +99,7 @@ def test_omniglot_fully_connected(tmp_path, omniglot):
     outcome = run(*flags, '--train=False', '--test_set=True')
     assert f'Restoring model weights from {folder}/model102' in outcome.lines
     values = results(folder, 'test_ubs1_stepsize0.4')
-    assert values[:, 10].mean() > .65   # of two classes
+    assert values[:, 10].mean() > 0.65  # of two classes
 
 
 @pytest.mark.slow
@@ -90,9 +110,12 @@ def test_omniglot(tmp_path, omniglot):
     assert_trained(run(*flags, '--metatrain_iterations=901'), folder, 901)
     assert_continued(run(*flags, '--metatrain_iterations=911'), folder, 901, 911)
     run(*flags, '--train=False', '--test_set=True')
-    assert results(folder, 'test_ubs1_stepsize0.4')[:, 1].mean() > .8
+    assert results(folder, 'test_ubs1_stepsize0.4')[:, 1].mean() > 0.8
     before = listing(tmp_path / 'logs')
-    assert 'complete' in run(*flags, '--metatrain_iterations=911').out and listing(tmp_path / 'logs') == before
+    assert (
+        'complete' in run(*flags, '--metatrain_iterations=911').out
+        and listing(tmp_path / 'logs') == before
+    )
     outcome = command('main.py', *flags, '--train=False', '--test_iter=5')
     assert outcome.status == 1 and '--test_iter=5' in outcome.err and '900, 910' in outcome.err
     assert 'Traceback' not in outcome.err and listing(tmp_path / 'logs') == before
@@ -115,17 +138,30 @@ def official_miniimagenet(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_miniimagenet(tmp_path, official_miniimagenet):
-    succeeded(command('scripts/prepare_miniimagenet.py', f'--source={official_miniimagenet}',
-                      f'--target={tmp_path}/data/miniImagenet'))
-    flags = ['--datasource=miniimagenet', '--num_classes=4', '--update_batch_size=1', '--meta_batch_size=2',
-             '--num_filters=4', '--max_pool=True', '--update_lr=0.01', f'--data_dir={tmp_path}/data',
-             f'--logdir={tmp_path}/logs']
+    succeeded(
+        command(
+            'scripts/prepare_miniimagenet.py',
+            f'--source={official_miniimagenet}',
+            f'--target={tmp_path}/data/miniImagenet',
+        )
+    )
+    flags = [
+        '--datasource=miniimagenet',
+        '--num_classes=4',
+        '--update_batch_size=1',
+        '--meta_batch_size=2',
+        '--num_filters=4',
+        '--max_pool=True',
+        '--update_lr=0.01',
+        f'--data_dir={tmp_path}/data',
+        f'--logdir={tmp_path}/logs',
+    ]
     folder = tmp_path / 'logs' / 'cls_4.mbs_2.ubs_1.numstep1.updatelr0.01hidden4maxpoolbatchnorm'
     assert_trained(run(*flags, '--metatrain_iterations=110'), folder, 110)
     assert_continued(run(*flags, '--metatrain_iterations=120'), folder, 110, 120)
     run(*flags, '--train=False')
     values = results(folder, 'test_ubs1_stepsize0.01')
-    assert values[:, 10].mean() > .6   # of four classes
+    assert values[:, 10].mean() > 0.6  # of four classes
 
 
 @pytest.mark.slow

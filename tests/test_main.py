@@ -1,4 +1,5 @@
 """The command line: flags, names of runs, refusals, what is printed and what is written."""
+
 import contextlib
 import csv
 import functools
@@ -12,11 +13,20 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl import flags
+from command_line import (
+    Outcome,
+    assert_refused,
+    command,
+    listing,
+    make_miniimagenet,
+    make_omniglot,
+    parsed,
+    run,
+    succeeded,
+)
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import main
-from command_line import (Outcome, assert_refused, command, listing, make_miniimagenet, make_omniglot, parsed, run,
-                          succeeded)
 from utils import checkpoints
 
 NUMBER = r'(-?\d+\.\d+(?:e[-+]\d+)?|nan)'
@@ -45,16 +55,31 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def intervals(monkeypatch):
     """Summaries, lines and validations more often than every 100 iterations."""
+
     def change(summary: int, line: int, validation: int = 500, save: int = 1000):
-        for name, value in zip(('SUMMARY', 'PRINT', 'VALIDATION', 'SAVE'), (summary, line, validation, save)):
+        for name, value in zip(
+            ('SUMMARY', 'PRINT', 'VALIDATION', 'SAVE'), (summary, line, validation, save)
+        ):
             monkeypatch.setattr(main, f'{name}_INTERVAL', value)
+
     return change
 
 
-OMNIGLOT = ['--datasource=omniglot', '--num_classes=2', '--update_batch_size=1', '--meta_batch_size=2',
-            '--num_filters=2']
-MINIIMAGENET = ['--datasource=miniimagenet', '--num_classes=2', '--update_batch_size=1', '--meta_batch_size=1',
-                '--num_filters=2', '--update_lr=0.01']
+OMNIGLOT = [
+    '--datasource=omniglot',
+    '--num_classes=2',
+    '--update_batch_size=1',
+    '--meta_batch_size=2',
+    '--num_filters=2',
+]
+MINIIMAGENET = [
+    '--datasource=miniimagenet',
+    '--num_classes=2',
+    '--update_batch_size=1',
+    '--meta_batch_size=1',
+    '--num_filters=2',
+    '--update_lr=0.01',
+]
 SINUSOID = ['--norm=None', '--meta_batch_size=4']
 
 
@@ -74,108 +99,237 @@ def summaries(folder: Path) -> dict[str, dict[int, float]]:
 
 def only(folder: Path) -> Path:
     """The one run folder in a logdir."""
-    run_folder, = folder.iterdir()
+    (run_folder,) = folder.iterdir()
     return run_folder
 
 
 # Flags and names ------------------------------------------------------------------------------------------------------
 
 DEFAULTS = dict(
-    datasource='sinusoid', num_classes=5, baseline=None, pretrain_iterations=0, metatrain_iterations=15000,
-    meta_batch_size=25, meta_lr=0.001, update_batch_size=5, update_lr=1e-3, num_updates=1, norm='batch_norm',
-    num_filters=64, conv=True, max_pool=False, stop_grad=False, log=True, logdir='logs', resume=True, train=True,
-    test_iter=-1, test_set=False, train_update_batch_size=-1, train_update_lr=-1)
+    datasource='sinusoid',
+    num_classes=5,
+    baseline=None,
+    pretrain_iterations=0,
+    metatrain_iterations=15000,
+    meta_batch_size=25,
+    meta_lr=0.001,
+    update_batch_size=5,
+    update_lr=1e-3,
+    num_updates=1,
+    norm='batch_norm',
+    num_filters=64,
+    conv=True,
+    max_pool=False,
+    stop_grad=False,
+    log=True,
+    logdir='logs',
+    resume=True,
+    train=True,
+    test_iter=-1,
+    test_set=False,
+    train_update_batch_size=-1,
+    train_update_lr=-1,
+)
 
 
 def test_flags_and_defaults():
     values = main.settings(parsed())
     assert {name: values[name] for name in DEFAULTS} == DEFAULTS
     assert values.keys() - DEFAULTS.keys() == {
-        'data_dir', 'seed', 'overwrite', 'validation_tasks', 'split', 'image_size', 'channels', 'test_query', 'transductive',
-        'strategy'}
+        'data_dir',
+        'seed',
+        'overwrite',
+        'validation_tasks',
+        'split',
+        'image_size',
+        'channels',
+        'test_query',
+        'transductive',
+        'strategy',
+    }
 
 
-@pytest.mark.parametrize('line, name', [
-    ('', 'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001batchnorm'),
-    ('--norm=None --update_batch_size=10', 'cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm'),
-    ('--norm=None --update_batch_size=10 --baseline=oracle', 'cls_5.mbs_25.ubs_10.numstep1.updatelr0.001oraclenonorm'),
-    ('--baseline=None', 'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001batchnorm'),
-    ('--datasource=omniglot --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4 --num_updates=1',
-     'cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm'),
-    ('--datasource=omniglot --meta_batch_size=16 --update_batch_size=1 --num_classes=20 --update_lr=.1 --num_updates=5',
-     'cls_20.mbs_16.ubs_1.numstep5.updatelr0.1batchnorm'),
-    ('--datasource=miniimagenet --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 '
-     '--num_classes=5 --num_filters=32 --max_pool=True',
-     'cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm'),
-    ('--num_filters=32 --max_pool --stop_grad --norm=layer_norm --baseline=oracle',
-     'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001hidden32maxpoolstopgradoraclelayernorm'),
-    ('--stop_grad=True', 'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001stopgradbatchnorm'),
-    ('--update_lr=1', 'cls_5.mbs_25.ubs_5.numstep1.updatelr1.0batchnorm'),
-    ('--update_batch_size=20 --train_update_batch_size=1 --update_lr=.2 --train_update_lr=.1 --train=False',
-     'cls_5.mbs_25.ubs_1.numstep1.updatelr0.1batchnorm')])
+@pytest.mark.parametrize(
+    'line, name',
+    [
+        ('', 'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001batchnorm'),
+        ('--norm=None --update_batch_size=10', 'cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm'),
+        (
+            '--norm=None --update_batch_size=10 --baseline=oracle',
+            'cls_5.mbs_25.ubs_10.numstep1.updatelr0.001oraclenonorm',
+        ),
+        ('--baseline=None', 'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001batchnorm'),
+        (
+            '--datasource=omniglot --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4 --num_updates=1',
+            'cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm',
+        ),
+        (
+            '--datasource=omniglot --meta_batch_size=16 --update_batch_size=1 --num_classes=20 --update_lr=.1 --num_updates=5',
+            'cls_20.mbs_16.ubs_1.numstep5.updatelr0.1batchnorm',
+        ),
+        (
+            '--datasource=miniimagenet --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 '
+            '--num_classes=5 --num_filters=32 --max_pool=True',
+            'cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm',
+        ),
+        (
+            '--num_filters=32 --max_pool --stop_grad --norm=layer_norm --baseline=oracle',
+            'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001hidden32maxpoolstopgradoraclelayernorm',
+        ),
+        ('--stop_grad=True', 'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001stopgradbatchnorm'),
+        ('--update_lr=1', 'cls_5.mbs_25.ubs_5.numstep1.updatelr1.0batchnorm'),
+        (
+            '--update_batch_size=20 --train_update_batch_size=1 --update_lr=.2 --train_update_lr=.1 --train=False',
+            'cls_5.mbs_25.ubs_1.numstep1.updatelr0.1batchnorm',
+        ),
+    ],
+)
 def test_run_name(line, name):
     assert main.run_name(parsed(*line.split())) == name
 
 
 def test_iterations():
     assert main.iterations(parsed('--pretrain_iterations=3', '--metatrain_iterations=4')) == (3, 4)
-    assert main.iterations(parsed('--pretrain_iterations=3', '--metatrain_iterations=4', '--baseline=oracle')) == (7, 0)
+    assert main.iterations(
+        parsed('--pretrain_iterations=3', '--metatrain_iterations=4', '--baseline=oracle')
+    ) == (7, 0)
 
 
-@pytest.mark.parametrize('line, queries', [
-    ('--datasource=omniglot --update_batch_size=2', {'train': 2, 'val': 2}),
-    ('--datasource=omniglot --update_batch_size=2 --train=False --test_set=True', {'test': 2}),
-    ('--datasource=miniimagenet --update_batch_size=1', {'train': 15, 'val': 15}),
-    ('--datasource=miniimagenet --update_batch_size=3 --train=False', {'val': 3}),
-    ('--datasource=miniimagenet --update_batch_size=1 --metatrain_iterations=0', {'train': 0, 'val': 0}),
-    ('--datasource=miniimagenet --update_batch_size=1 --metatrain_iterations=0 --train=False', {'val': 0})])
+@pytest.mark.parametrize(
+    'line, queries',
+    [
+        ('--datasource=omniglot --update_batch_size=2', {'train': 2, 'val': 2}),
+        ('--datasource=omniglot --update_batch_size=2 --train=False --test_set=True', {'test': 2}),
+        ('--datasource=miniimagenet --update_batch_size=1', {'train': 15, 'val': 15}),
+        ('--datasource=miniimagenet --update_batch_size=3 --train=False', {'val': 3}),
+        (
+            '--datasource=miniimagenet --update_batch_size=1 --metatrain_iterations=0',
+            {'train': 0, 'val': 0},
+        ),
+        (
+            '--datasource=miniimagenet --update_batch_size=1 --metatrain_iterations=0 --train=False',
+            {'val': 0},
+        ),
+    ],
+)
 def test_query_images(data, line, queries):
-    generators = main.make_generators(parsed('--num_classes=2', f'--data_dir={data}', *line.split()))
+    generators = main.make_generators(
+        parsed('--num_classes=2', f'--data_dir={data}', *line.split())
+    )
     assert {split: generator.num_query for split, generator in generators.items()} == queries
 
 
 # Refusals: one sentence, and nothing written --------------------------------------------------------------------------
 
-@pytest.mark.parametrize('argument', ['--update_lr=abc', '--test_iter=-2', '--no_such_flag=1', '--datasource=imagenet',
-                                      '--norm=no', '--metatrain_iterations=-1', '--pretrain_iterations=-1', '--seed=-1',
-                                      '--num_updates=1.5', '--train=maybe', '--baseline=random'])
+
+@pytest.mark.parametrize(
+    'argument',
+    [
+        '--update_lr=abc',
+        '--test_iter=-2',
+        '--no_such_flag=1',
+        '--datasource=imagenet',
+        '--norm=no',
+        '--metatrain_iterations=-1',
+        '--pretrain_iterations=-1',
+        '--seed=-1',
+        '--num_updates=1.5',
+        '--train=maybe',
+        '--baseline=random',
+    ],
+)
 def test_flag_that_cannot_be_parsed(argument):
     with pytest.raises(flags.Error, match=argument.split('=')[0].lstrip('-')):
         parsed(argument)
 
 
-@pytest.mark.parametrize('line, words', [
-    *[(f'--{name}={value}', [f'--{name} must be at least 1', value])
-      for name in ('num_classes', 'meta_batch_size', 'update_batch_size', 'num_updates', 'num_filters')
-      for value in ('0', '-5')],
-    *[(f'--{name}={value}', [f'--{name} must be a step size', value])
-      for name in ('meta_lr', 'update_lr') for value in ('nan', 'inf', '-0.1')],
-    ('--train=False --train_update_batch_size=-2', ['--train_update_batch_size must be at least 1']),
-    ('--train=False --train_update_batch_size=0', ['--train_update_batch_size must be at least 1']),
-    ('--train=False --train_update_lr=nan', ['--train_update_lr must be a step size']),
-    ('--train_update_batch_size=3', ['--train_update_batch_size', '--train=False']),
-    ('--train_update_lr=.1', ['--train_update_lr', '--train=False']),
-    ('--metatrain_iterations=0', ['nothing to train', '--metatrain_iterations', '--pretrain_iterations']),
-    ('--baseline=oracle --metatrain_iterations=0', ['nothing to train']),
-    ('--datasource=omniglot --baseline=oracle', ['--baseline=oracle', '--datasource=sinusoid', 'omniglot']),
-    ('--datasource=miniimagenet --metatrain_iterations=0 --pretrain_iterations=1', ['--update_batch_size=1', 'not 5']),
-    ('--train=False', ['holds no checkpoint', '--logdir']),
-    ('--train=False --test_iter=7', ['holds no checkpoint']),
-    ('--test_iter=7', ['holds no checkpoint']),
-    ('sinusoid', ['"sinusoid" is no flag', '--name=value']),
-    ('--train False', ['"False" is no flag']),
-    ('--datasource=omniglot --data_dir=TMP/absent', ['no folder', 'absent/omniglot_resized', 'prepare_omniglot.py']),
-    ('--datasource=omniglot --data_dir=TMP/empty', ['empty/omniglot_resized', 'no class folders', 'prepare_omniglot']),
-    ('--datasource=miniimagenet --data_dir=TMP/absent', ['no folder', 'miniImagenet/train', 'prepare_miniimagenet.py']),
-    ('--datasource=omniglot --num_classes=18', ['--num_classes=18', '17 classes', 'train split']),
-    ('--datasource=omniglot --num_classes=3 --update_batch_size=1', ['--num_classes=3', '2 classes', 'val split']),
-    ('--datasource=omniglot --num_classes=2 --update_batch_size=3', ['has 4 images', 'takes 6', '--update_batch_size']),
-    ('--datasource=miniimagenet --num_classes=2 --update_batch_size=2', ['has 16 images', 'takes 17'])],
-    ids=lambda value: value if isinstance(value, str) else '')
+@pytest.mark.parametrize(
+    'line, words',
+    [
+        *[
+            (f'--{name}={value}', [f'--{name} must be at least 1', value])
+            for name in (
+                'num_classes',
+                'meta_batch_size',
+                'update_batch_size',
+                'num_updates',
+                'num_filters',
+            )
+            for value in ('0', '-5')
+        ],
+        *[
+            (f'--{name}={value}', [f'--{name} must be a step size', value])
+            for name in ('meta_lr', 'update_lr')
+            for value in ('nan', 'inf', '-0.1')
+        ],
+        (
+            '--train=False --train_update_batch_size=-2',
+            ['--train_update_batch_size must be at least 1'],
+        ),
+        (
+            '--train=False --train_update_batch_size=0',
+            ['--train_update_batch_size must be at least 1'],
+        ),
+        ('--train=False --train_update_lr=nan', ['--train_update_lr must be a step size']),
+        ('--train_update_batch_size=3', ['--train_update_batch_size', '--train=False']),
+        ('--train_update_lr=.1', ['--train_update_lr', '--train=False']),
+        (
+            '--metatrain_iterations=0',
+            ['nothing to train', '--metatrain_iterations', '--pretrain_iterations'],
+        ),
+        ('--baseline=oracle --metatrain_iterations=0', ['nothing to train']),
+        (
+            '--datasource=omniglot --baseline=oracle',
+            ['--baseline=oracle', '--datasource=sinusoid', 'omniglot'],
+        ),
+        (
+            '--datasource=miniimagenet --metatrain_iterations=0 --pretrain_iterations=1',
+            ['--update_batch_size=1', 'not 5'],
+        ),
+        ('--train=False', ['holds no checkpoint', '--logdir']),
+        ('--train=False --test_iter=7', ['holds no checkpoint']),
+        ('--test_iter=7', ['holds no checkpoint']),
+        ('sinusoid', ['"sinusoid" is no flag', '--name=value']),
+        ('--train False', ['"False" is no flag']),
+        (
+            '--datasource=omniglot --data_dir=TMP/absent',
+            ['no folder', 'absent/omniglot_resized', 'prepare_omniglot.py'],
+        ),
+        (
+            '--datasource=omniglot --data_dir=TMP/empty',
+            ['empty/omniglot_resized', 'no class folders', 'prepare_omniglot'],
+        ),
+        (
+            '--datasource=miniimagenet --data_dir=TMP/absent',
+            ['no folder', 'miniImagenet/train', 'prepare_miniimagenet.py'],
+        ),
+        (
+            '--datasource=omniglot --num_classes=18',
+            ['--num_classes=18', '17 classes', 'train split'],
+        ),
+        (
+            '--datasource=omniglot --num_classes=3 --update_batch_size=1',
+            ['--num_classes=3', '2 classes', 'val split'],
+        ),
+        (
+            '--datasource=omniglot --num_classes=2 --update_batch_size=3',
+            ['has 4 images', 'takes 6', '--update_batch_size'],
+        ),
+        (
+            '--datasource=miniimagenet --num_classes=2 --update_batch_size=2',
+            ['has 16 images', 'takes 17'],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
 def test_refused(tmp_path, data, line, words):
     (tmp_path / 'empty/omniglot_resized').mkdir(parents=True)
     before = listing(tmp_path)
-    arguments = [f'--logdir={tmp_path}/logs', f'--data_dir={data}', *line.replace('TMP', str(tmp_path)).split()]
+    arguments = [
+        f'--logdir={tmp_path}/logs',
+        f'--data_dir={data}',
+        *line.replace('TMP', str(tmp_path)).split(),
+    ]
     outcome = run(*arguments)
     assert_refused(outcome, *words)
     assert len(outcome.err.splitlines()) == 1 or 'Decoding' in outcome.err
@@ -193,8 +347,13 @@ def spoil_image(folder: Path) -> Path:
     return image
 
 
-@pytest.mark.parametrize('spoil, words', [(spoil_size, ['.png is 32x32', '28x28 ', 'expected', 'prepare_omniglot.py']),
-                                          (spoil_image, ['character03/0003_02.png cannot be decoded', 'replace it'])])
+@pytest.mark.parametrize(
+    'spoil, words',
+    [
+        (spoil_size, ['.png is 32x32', '28x28 ', 'expected', 'prepare_omniglot.py']),
+        (spoil_image, ['character03/0003_02.png cannot be decoded', 'replace it']),
+    ],
+)
 def test_bad_image_is_named(tmp_path, spoil, words):
     spoil(tmp_path)
     before = listing(tmp_path)
@@ -228,11 +387,14 @@ def test_logdir_is_not_writable(tmp_path):
 
 @pytest.mark.skipif(not Path('/proc/self').is_dir(), reason='no /proc')
 def test_logdir_cannot_be_made():
-    assert_refused(run(*SINUSOID, '--logdir=/proc/logs'), '/proc/logs', 'cannot be written', '--logdir')
+    assert_refused(
+        run(*SINUSOID, '--logdir=/proc/logs'), '/proc/logs', 'cannot be written', '--logdir'
+    )
 
 
 def test_checkpoint_cannot_be_written(tmp_path, monkeypatch):
     """The disk is full or gone in the middle of a run: here a file has taken the folder's place."""
+
     def write(checkpoint, folder, *more):
         folder.rename(tmp_path / 'gone')
         folder.write_text('')
@@ -252,7 +414,10 @@ def test_tensorboard_is_absent(tmp_path, monkeypatch):
     for name in ('scalar', 'text', 'create_file_writer'):
         monkeypatch.setattr(tf.summary, name, None)
     succeeded(run(*SINUSOID, f'--logdir={tmp_path}', '--log=False', '--metatrain_iterations=2'))
-    assert {path.name for path in only(tmp_path).iterdir()} == {'model1.index', 'model1.data-00000-of-00001'}
+    assert {path.name for path in only(tmp_path).iterdir()} == {
+        'model1.index',
+        'model1.data-00000-of-00001',
+    }
 
 
 def test_max_pool_without_convolutions(tmp_path):
@@ -262,9 +427,14 @@ def test_max_pool_without_convolutions(tmp_path):
     assert '--max_pool' in outcome.err and 'maxpool' in only(tmp_path).name
 
 
-@pytest.mark.parametrize('arguments, words', [(['--update_lr=abc'], ['update_lr', 'abc']),
-                                              (['--num_classes=0'], ['main.py: --num_classes must be at least 1']),
-                                              (['--train', 'False'], ['"False" is no flag'])])
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (['--update_lr=abc'], ['update_lr', 'abc']),
+        (['--num_classes=0'], ['main.py: --num_classes must be at least 1']),
+        (['--train', 'False'], ['"False" is no flag']),
+    ],
+)
 @pytest.mark.slow
 def test_refused_as_a_process(tmp_path, arguments, words):
     outcome = command('main.py', *arguments, f'--logdir={tmp_path}/logs')
@@ -274,39 +444,67 @@ def test_refused_as_a_process(tmp_path, arguments, words):
 
 # What is printed ------------------------------------------------------------------------------------------------------
 
+
 def means_of(written: dict, kind: str, update: int, steps) -> list[float]:
-    return [np.mean([written[tag][step] for step in steps])
-            for tag in (f'metatrain_Pre-update_{kind}', f'metatrain_Post-update_{kind}__step_{update}')]
+    return [
+        np.mean([written[tag][step] for step in steps])
+        for tag in (f'metatrain_Pre-update_{kind}', f'metatrain_Post-update_{kind}__step_{update}')
+    ]
 
 
 def test_lines_of_a_sinusoid(tmp_path, intervals, graphs):
     """A line every tenth summary, each the means of the losses since the line before; not at 0."""
     intervals(summary=2, line=2)
-    outcome = succeeded(run(*SINUSOID, '--metatrain_iterations=45', '--num_updates=2', f'--logdir={tmp_path}'))
+    outcome = succeeded(
+        run(*SINUSOID, '--metatrain_iterations=45', '--num_updates=2', f'--logdir={tmp_path}')
+    )
     lines = [line for line in outcome.lines if 'Iteration' in line]
     assert outcome.lines[0] == 'Done initializing, starting training.'
     assert [line.split(':')[0] for line in lines] == ['Iteration 20', 'Iteration 40']
     written = summaries(only(tmp_path))
     for line, steps in zip(lines, (range(0, 21, 2), range(22, 41, 2))):
         pre, post = re.fullmatch(rf'Iteration \d+: {NUMBER}, {NUMBER}', line).groups()
-        np.testing.assert_allclose([float(pre), float(post)], means_of(written, 'loss', 2, steps), rtol=1e-5)
+        np.testing.assert_allclose(
+            [float(pre), float(post)], means_of(written, 'loss', 2, steps), rtol=1e-5
+        )
 
 
 def test_lines_of_images(tmp_path, data, intervals, graphs):
     """Accuracies; pre-training has a count and a name of its own; validation classes every so often."""
     intervals(summary=2, line=4, validation=6)
-    outcome = succeeded(run(*OMNIGLOT, '--conv=False', '--norm=None', '--pretrain_iterations=8',
-                            '--metatrain_iterations=9', f'--data_dir={data}', f'--logdir={tmp_path}'))
+    outcome = succeeded(
+        run(
+            *OMNIGLOT,
+            '--conv=False',
+            '--norm=None',
+            '--pretrain_iterations=8',
+            '--metatrain_iterations=9',
+            f'--data_dir={data}',
+            f'--logdir={tmp_path}',
+        )
+    )
     written = summaries(only(tmp_path))
     lines = [line for line in outcome.lines if re.match('(Pretrain )?Iteration|Validation', line)]
-    expected = [('Pretrain Iteration 4', means_of(written, 'accuracy', 1, (0, 2, 4))),
-                ('Validation results', [written[f'metaval_{tag}'][6] for tag in
-                                        ('Pre-update_accuracy', 'Post-update_accuracy__step_1')]),
-                ('Iteration 0', means_of(written, 'accuracy', 1, (6, 8))),
-                ('Iteration 4', means_of(written, 'accuracy', 1, (10, 12))),
-                ('Validation results', [written[f'metaval_{tag}'][12] for tag in
-                                        ('Pre-update_accuracy', 'Post-update_accuracy__step_1')]),
-                ('Iteration 8', means_of(written, 'accuracy', 1, (14, 16)))]
+    expected = [
+        ('Pretrain Iteration 4', means_of(written, 'accuracy', 1, (0, 2, 4))),
+        (
+            'Validation results',
+            [
+                written[f'metaval_{tag}'][6]
+                for tag in ('Pre-update_accuracy', 'Post-update_accuracy__step_1')
+            ],
+        ),
+        ('Iteration 0', means_of(written, 'accuracy', 1, (6, 8))),
+        ('Iteration 4', means_of(written, 'accuracy', 1, (10, 12))),
+        (
+            'Validation results',
+            [
+                written[f'metaval_{tag}'][12]
+                for tag in ('Pre-update_accuracy', 'Post-update_accuracy__step_1')
+            ],
+        ),
+        ('Iteration 8', means_of(written, 'accuracy', 1, (14, 16))),
+    ]
     assert [line.split(':')[0] for line in lines] == [label for label, _ in expected]
     for line, (_, values) in zip(lines, expected):
         numbers = re.fullmatch(rf'[A-Za-z 0-9]+: {NUMBER}, {NUMBER}', line).groups()
@@ -318,16 +516,26 @@ def test_restoring_is_printed(tmp_path):
     succeeded(run(*train, '--metatrain_iterations=2'))
     path = only(tmp_path) / 'model1'
     outcome = succeeded(run(*train, '--metatrain_iterations=4'))
-    assert outcome.lines[0] == f'Restoring model weights from {path}' and 'at iteration 2 of 4' in outcome.lines[1]
+    assert (
+        outcome.lines[0] == f'Restoring model weights from {path}'
+        and 'at iteration 2 of 4' in outcome.lines[1]
+    )
     outcome = succeeded(run(*train, '--train=False', '--test_iter=1'))
     assert outcome.lines[0] == f'Restoring model weights from {path}'
 
 
 # Summaries ------------------------------------------------------------------------------------------------------------
 
+
 def tags(prefix: str, kinds: list[str], updates: int) -> set[str]:
-    return {f'{prefix}_{tag}' for kind in kinds
-            for tag in [f'Pre-update_{kind}', *(f'Post-update_{kind}__step_{j}' for j in range(1, updates + 1))]}
+    return {
+        f'{prefix}_{tag}'
+        for kind in kinds
+        for tag in [
+            f'Pre-update_{kind}',
+            *(f'Post-update_{kind}__step_{j}' for j in range(1, updates + 1)),
+        ]
+    }
 
 
 def test_tags_of_a_sinusoid(tmp_path, graphs):
@@ -340,25 +548,45 @@ def test_tags_of_a_sinusoid(tmp_path, graphs):
 
 def test_tags_of_images(tmp_path, data, intervals, graphs):
     intervals(summary=100, line=100, validation=100)
-    succeeded(run(*OMNIGLOT, '--conv=False', '--norm=None', '--metatrain_iterations=101', f'--data_dir={data}',
-                  f'--logdir={tmp_path}'))
+    succeeded(
+        run(
+            *OMNIGLOT,
+            '--conv=False',
+            '--norm=None',
+            '--metatrain_iterations=101',
+            f'--data_dir={data}',
+            f'--logdir={tmp_path}',
+        )
+    )
     written = summaries(only(tmp_path))
-    training, validation = (tags(prefix, ['loss', 'accuracy'], 10) for prefix in ('metatrain', 'metaval'))
+    training, validation = (
+        tags(prefix, ['loss', 'accuracy'], 10) for prefix in ('metatrain', 'metaval')
+    )
     validation |= {'metaval_Post-update_accuracy_interval'}
     assert written.keys() == training | validation
     assert all([*written[tag]] == [0, 100] for tag in training)
     assert all([*written[tag]] == [100] for tag in validation)
-    assert all(0 <= value <= 1 for tag in written if 'accuracy' in tag for value in written[tag].values())
+    assert all(
+        0 <= value <= 1 for tag in written if 'accuracy' in tag for value in written[tag].values()
+    )
 
 
 def test_pictures(tmp_path, data, eager, monkeypatch):
     """At the start and at intervals: the fit of a sinusoid, the images of a task."""
     monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 1)
     monkeypatch.setattr(main, 'PICTURE_INTERVAL', 2)
-    for name, given in ('fit', SINUSOID), ('task', [*OMNIGLOT, '--conv=False', f'--data_dir={data}']):
+    for name, given in (
+        ('fit', SINUSOID),
+        ('task', [*OMNIGLOT, '--conv=False', f'--data_dir={data}']),
+    ):
         succeeded(run(*given, '--metatrain_iterations=4', f'--logdir={tmp_path}/{name}'))
-        shown = [(event.step, value.tag, value.metadata.plugin_data.plugin_name) for file in only(tmp_path / name).glob('events.*')
-                 for event in EventFileLoader(str(file)).Load() for value in event.summary.value if value.tag in ('fit', 'task')]
+        shown = [
+            (event.step, value.tag, value.metadata.plugin_data.plugin_name)
+            for file in only(tmp_path / name).glob('events.*')
+            for event in EventFileLoader(str(file)).Load()
+            for value in event.summary.value
+            if value.tag in ('fit', 'task')
+        ]
         assert shown == [(0, name, 'images'), (2, name, 'images')]
 
 
@@ -366,9 +594,18 @@ def test_updates_shown_of_miniimagenet(tmp_path, data):
     """One update, but at least those of --num_updates."""
     for num_updates in (1, 2):
         logdir = tmp_path / str(num_updates)
-        succeeded(run(*MINIIMAGENET, f'--num_updates={num_updates}', '--metatrain_iterations=1', f'--data_dir={data}',
-                      f'--logdir={logdir}'))
-        assert summaries(only(logdir)).keys() == tags('metatrain', ['loss', 'accuracy'], num_updates)
+        succeeded(
+            run(
+                *MINIIMAGENET,
+                f'--num_updates={num_updates}',
+                '--metatrain_iterations=1',
+                f'--data_dir={data}',
+                f'--logdir={logdir}',
+            )
+        )
+        assert summaries(only(logdir)).keys() == tags(
+            'metatrain', ['loss', 'accuracy'], num_updates
+        )
 
 
 def test_summaries_of_a_continued_run(tmp_path, intervals):
@@ -388,6 +625,7 @@ def test_no_summaries(tmp_path):
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
+
 def results(folder: Path, name: str) -> np.ndarray:
     """The 600 tasks of an evaluation, after a comparison of its csv with its pkl."""
     values = pickle.loads((folder / f'{name}.pkl').read_bytes())['mses']
@@ -403,9 +641,13 @@ def results(folder: Path, name: str) -> np.ndarray:
 
 def printed(outcome: Outcome) -> np.ndarray:
     """The three vectors after the line that announces them."""
-    title, text = outcome.out.partition('Mean validation accuracy/loss, stddev, and confidence intervals\n')[1:]
+    title, text = outcome.out.partition(
+        'Mean validation accuracy/loss, stddev, and confidence intervals\n'
+    )[1:]
     assert title
-    return np.array([[float(x) for x in row.split(',')] for row in re.findall(r'\[([^\]]*)\]', text)])
+    return np.array(
+        [[float(x) for x in row.split(',')] for row in re.findall(r'\[([^\]]*)\]', text)]
+    )
 
 
 def test_evaluation_of_a_sinusoid(tmp_path):
@@ -414,21 +656,32 @@ def test_evaluation_of_a_sinusoid(tmp_path):
     outcome = succeeded(run(*train, '--train=False'))
     values = results(only(tmp_path), 'test_ubs5_stepsize0.001')
     stored = pickle.loads((only(tmp_path) / 'test_ubs5_stepsize0.001.pkl').read_bytes())
-    assert (stored['iteration'], stored['split']) == (19, 'val')   # what was evaluated on what
+    assert (stored['iteration'], stored['split']) == (19, 'val')  # what was evaluated on what
     assert values.shape == (600, 11) and np.isfinite(values).all()
     assert outcome.lines[1] == 'Done initializing, starting evaluation.'
-    expected = [values.mean(0), values.std(0), 1.96 * values.std(0) / 600 ** .5]
+    expected = [values.mean(0), values.std(0), 1.96 * values.std(0) / 600**0.5]
     np.testing.assert_allclose(printed(outcome), expected, rtol=1e-4)
     again = succeeded(run(*train, '--train=False'))
-    assert again.out == outcome.out   # the same tasks
-    assert {path.suffix for path in only(tmp_path).iterdir()} == {'.index', '.data-00000-of-00001', '.csv', '.pkl'}
+    assert again.out == outcome.out  # the same tasks
+    assert {path.suffix for path in only(tmp_path).iterdir()} == {
+        '.index',
+        '.data-00000-of-00001',
+        '.csv',
+        '.pkl',
+    }
 
 
 def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
     """The numbers per task do not depend on how many are evaluated at once."""
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', 22)   # a chunk and a bit
+    monkeypatch.setattr(main, 'EVALUATION_TASKS', 22)  # a chunk and a bit
     monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
-    train = [*OMNIGLOT, '--metatrain_iterations=1', f'--data_dir={data}', f'--logdir={tmp_path}', '--log=False']
+    train = [
+        *OMNIGLOT,
+        '--metatrain_iterations=1',
+        f'--data_dir={data}',
+        f'--logdir={tmp_path}',
+        '--log=False',
+    ]
     succeeded(run(*train))
     succeeded(run(*train, '--train=False', '--test_set=True'))
     values = results(only(tmp_path), 'test_ubs1_stepsize0.001')
@@ -439,36 +692,65 @@ def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
     for i in (0, 13, 21):
         task = generators['test'].batch('test', 0, 22, slice(i, i + 1))
         single = model.evaluate(task, 2)
-        np.testing.assert_array_equal(values[i], np.concatenate([single.accuracy1, np.squeeze(single.accuracies2, 1)]))
-    assert set(values.ravel()) <= {0, .5, 1}   # two examples
+        np.testing.assert_array_equal(
+            values[i], np.concatenate([single.accuracy1, np.squeeze(single.accuracies2, 1)])
+        )
+    assert set(values.ravel()) <= {0, 0.5, 1}  # two examples
 
 
 def test_evaluation_with_other_shots_and_step_size(tmp_path, data, monkeypatch):
     """K=2 and α=0.4 on a run trained with K=1 and α=0.001, found by its name."""
     monkeypatch.setattr(main, 'EVALUATION_TASKS', 40)
     monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
-    train = [*OMNIGLOT, f'--data_dir={data}', f'--logdir={tmp_path}', '--log=False', '--metatrain_iterations=1']
+    train = [
+        *OMNIGLOT,
+        f'--data_dir={data}',
+        f'--logdir={tmp_path}',
+        '--log=False',
+        '--metatrain_iterations=1',
+    ]
     succeeded(run(*train))
     other = ['--train=False', '--update_batch_size=2', '--update_lr=.4']
     before = listing(tmp_path)
-    assert_refused(run(*train, *other), 'ubs_2', 'no checkpoint', '--train_update_batch_size', '--train_update_lr')
+    assert_refused(
+        run(*train, *other),
+        'ubs_2',
+        'no checkpoint',
+        '--train_update_batch_size',
+        '--train_update_lr',
+    )
     assert listing(tmp_path) == before
     succeeded(run(*train, *other, '--train_update_batch_size=1', '--train_update_lr=0.001'))
     values = results(only(tmp_path), 'test_ubs2_stepsize0.4')
-    assert values.shape == (40, 3) and set(values.ravel()) <= {0, .25, .5, .75, 1}
+    assert values.shape == (40, 3) and set(values.ravel()) <= {0, 0.25, 0.5, 0.75, 1}
 
 
 def test_test_classes_are_others(tmp_path, data, monkeypatch):
     monkeypatch.setattr(main, 'EVALUATION_TASKS', 20)
     monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
-    train = [*OMNIGLOT, f'--data_dir={data}', f'--logdir={tmp_path}', '--log=False', '--metatrain_iterations=1']
+    train = [
+        *OMNIGLOT,
+        f'--data_dir={data}',
+        f'--logdir={tmp_path}',
+        '--log=False',
+        '--metatrain_iterations=1',
+    ]
     succeeded(run(*train))
-    vectors = [printed(succeeded(run(*train, '--train=False', *more))) for more in ([], ['--test_set=True'])]
+    vectors = [
+        printed(succeeded(run(*train, '--train=False', *more)))
+        for more in ([], ['--test_set=True'])
+    ]
     assert not np.array_equal(*vectors)
 
 
 def test_more_updates_than_ten(tmp_path):
-    train = [*SINUSOID, '--metatrain_iterations=1', '--num_updates=12', f'--logdir={tmp_path}', '--log=False']
+    train = [
+        *SINUSOID,
+        '--metatrain_iterations=1',
+        '--num_updates=12',
+        f'--logdir={tmp_path}',
+        '--log=False',
+    ]
     succeeded(run(*train))
     succeeded(run(*train, '--train=False'))
     assert results(only(tmp_path), 'test_ubs5_stepsize0.001').shape == (600, 13)
@@ -478,19 +760,28 @@ def test_plain_network_on_miniimagenet(tmp_path, data, monkeypatch):
     """--metatrain_iterations=0 takes one image per class: nothing to query, hence no figures after an update."""
     monkeypatch.setattr(main, 'EVALUATION_TASKS', 8)
     monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
-    train = [*MINIIMAGENET, '--metatrain_iterations=0', '--pretrain_iterations=2', f'--data_dir={data}',
-             f'--logdir={tmp_path}']
+    train = [
+        *MINIIMAGENET,
+        '--metatrain_iterations=0',
+        '--pretrain_iterations=2',
+        f'--data_dir={data}',
+        f'--logdir={tmp_path}',
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         succeeded(run(*train))
         outcome = succeeded(run(*train, '--train=False'))
     vectors = printed(outcome)
-    assert vectors.shape == (3, 3) and np.isfinite(vectors[:, 0]).all() and np.isnan(vectors[:, 1:]).all()
+    assert (
+        vectors.shape == (3, 3)
+        and np.isfinite(vectors[:, 0]).all()
+        and np.isnan(vectors[:, 1:]).all()
+    )
     assert 'Warning' not in outcome.err
 
 
 def test_nothing_is_half_written(tmp_path):
-    (tmp_path / 'there.csv').mkdir()   # whatever cannot be replaced
+    (tmp_path / 'there.csv').mkdir()  # whatever cannot be replaced
     with pytest.raises(OSError):
         main.write_whole(tmp_path / 'there.csv', b'content')
     assert [path.name for path in tmp_path.iterdir()] == ['there.csv']
@@ -498,12 +789,17 @@ def test_nothing_is_half_written(tmp_path):
 
 # Starting again -------------------------------------------------------------------------------------------------------
 
+
 def test_complete_run(tmp_path):
     train = [*SINUSOID, '--metatrain_iterations=3', f'--logdir={tmp_path}']
     succeeded(run(*train))
     before = listing(tmp_path)
     outcome = succeeded(run(*train))
-    assert '3 of 3 iterations' in outcome.out and 'complete' in outcome.out and '--metatrain_iterations' in outcome.out
+    assert (
+        '3 of 3 iterations' in outcome.out
+        and 'complete' in outcome.out
+        and '--metatrain_iterations' in outcome.out
+    )
     assert listing(tmp_path) == before
     assert 'complete' in succeeded(run(*train, '--metatrain_iterations=2')).out
     assert listing(tmp_path) == before
@@ -517,11 +813,24 @@ def test_run_afresh(tmp_path):
     folder = only(tmp_path)
     (folder / 'notes.txt').write_text('mine')
     before = listing(tmp_path)
-    assert_refused(run(*train, '--metatrain_iterations=3', '--resume=False'), f'{folder} holds a run', '--overwrite', '--logdir')
-    assert_refused(run(*train, '--metatrain_iterations=3', '--overwrite'), '--overwrite', '--resume=False')
-    succeeded(run(*train, '--metatrain_iterations=5', '--train=False', '--resume=False'))   # of no consequence here
+    assert_refused(
+        run(*train, '--metatrain_iterations=3', '--resume=False'),
+        f'{folder} holds a run',
+        '--overwrite',
+        '--logdir',
+    )
+    assert_refused(
+        run(*train, '--metatrain_iterations=3', '--overwrite'), '--overwrite', '--resume=False'
+    )
+    succeeded(
+        run(*train, '--metatrain_iterations=5', '--train=False', '--resume=False')
+    )  # of no consequence here
     assert listing(tmp_path).keys() == before.keys()
     outcome = succeeded(run(*train, '--metatrain_iterations=3', '--resume=False', '--overwrite'))
     assert 'Restoring' not in outcome.out and f'Removed the earlier run in {folder}' in outcome.out
-    assert [*checkpoints(folder)] == [2] and not [*folder.glob('test_*')] and (folder / 'notes.txt').read_text() == 'mine'
+    assert (
+        [*checkpoints(folder)] == [2]
+        and not [*folder.glob('test_*')]
+        and (folder / 'notes.txt').read_text() == 'mine'
+    )
     assert [*summaries(folder)['metatrain_Pre-update_loss']] == [0]

@@ -3,6 +3,7 @@
 Everything goes through the public interface of maml.py, so that layers may be rewritten for speed without touching it.
 Tests are in float64 and uncompiled, hence exact and quick, where nothing else is said.
 """
+
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,31 +36,49 @@ def eagerly():
 
 # Ingredients -------------------------------------------------------------------------------------------------------
 
+
 def one_hot(random, tasks: int, classes: int, shots: int) -> np.ndarray:
     """Labels [T, shots*N, N]: every class once per shot, in random order."""
     order = [[random.permutation(classes) for _ in range(shots)] for _ in range(tasks)]
     return np.eye(classes)[np.reshape(order, [tasks, shots * classes])]
 
 
-def random_batch(network, tasks: int = 2, classes: int = 3, shots: int = 2, queries: int = 2, seed: int = 0,
-                 dtype=tf.float64) -> Batch:
+def random_batch(
+    network,
+    tasks: int = 2,
+    classes: int = 3,
+    shots: int = 2,
+    queries: int = 2,
+    seed: int = 0,
+    dtype=tf.float64,
+) -> Batch:
     """Images of noise, of the size that `network` wants, and labels that have nothing to do with them."""
     random = np.random.default_rng(seed)
     if isinstance(network, FullyConnected):
         size = network.parameters['w1'][1][0]
     else:
         size = np.prod(network.image_shape)
-    draw = lambda shots: (random.random((tasks, shots * classes, size)), one_hot(random, tasks, classes, shots))
+    draw = lambda shots: (
+        random.random((tasks, shots * classes, size)),
+        one_hot(random, tasks, classes, shots),
+    )
     return Batch(*(tf.constant(x, dtype) for x in (*draw(shots), *draw(queries))))
 
 
 def exact_model(network, loss=None, perturbed: bool = True, **settings) -> MAML:
     """An uncompiled float64 model, two inner updates; `perturbed`: with biases, offsets and gains far from 0 and 1."""
-    settings = {'update_lr': 0.05, 'num_updates': 2, 'dtype': tf.float64, 'compiled': False} | settings
+    settings = {
+        'update_lr': 0.05,
+        'num_updates': 2,
+        'dtype': tf.float64,
+        'compiled': False,
+    } | settings
     model = MAML(network, loss or cross_entropy(2), **settings)
     random = np.random.default_rng(3)
     for variable in model.parameters if perturbed else ():
-        variable.assign_add(tf.constant(0.3 * random.standard_normal(variable.shape), variable.dtype))
+        variable.assign_add(
+            tf.constant(0.3 * random.standard_normal(variable.shape), variable.dtype)
+        )
     return model
 
 
@@ -76,18 +95,25 @@ def named(model: MAML) -> dict[str, tf.Variable]:
 
 
 def named_gradient(model: MAML, batch: Batch) -> dict[str, np.ndarray]:
-    return {name: gradient.numpy() for name, gradient in zip(named(model), model.meta_gradient(batch)[1], strict=True)}
+    return {
+        name: gradient.numpy()
+        for name, gradient in zip(named(model), model.meta_gradient(batch)[1], strict=True)
+    }
 
 
 def distance(one: dict, other: dict) -> float:
     """Of two meta-gradients, relative to the second."""
-    return (np.sqrt(sum(np.sum((one[name] - other[name]) ** 2) for name in other))
-            / np.sqrt(sum(np.sum(value ** 2) for value in other.values())))
+    return np.sqrt(sum(np.sum((one[name] - other[name]) ** 2) for name in other)) / np.sqrt(
+        sum(np.sum(value**2) for value in other.values())
+    )
 
 
 def adapted(model: MAML, batch: Batch, updates: int) -> dict[str, tf.Tensor]:
     """Weights of each task, {name: [T, ...]}, after inner updates on its support set."""
-    weights, support = model.initial_weights(batch.inputa.shape[0]), model.network.prepare(batch.inputa)
+    weights, support = (
+        model.initial_weights(batch.inputa.shape[0]),
+        model.network.prepare(batch.inputa),
+    )
     for _ in range(updates):
         weights = model.update(weights, model.norms, support, batch.labela)
     return weights
@@ -99,8 +125,10 @@ def tasks_of(batch: Batch, tasks) -> Batch:
 
 # Two parameters, by hand -------------------------------------------------------------------------------------------
 
+
 class Linear:
     """f(x) = w x + b + c: w and b are adapted, c is shared by all tasks, as the offset of a normalisation is."""
+
     parameters = {'w': ('zeros', (1, 1)), 'b': ('zeros', (1,))}
     norm_parameters = {'c': ('zeros', (1,))}
 
@@ -111,7 +139,7 @@ class Linear:
         return x @ weights['w'] + weights['b'][:, None] + norms['c']
 
 
-def linear_model(w=2., b=1., c=0., **settings) -> MAML:
+def linear_model(w=2.0, b=1.0, c=0.0, **settings) -> MAML:
     model = exact_model(Linear(), mean_squared_error, perturbed=False, **settings)
     for variable, value in zip(model.parameters, (w, b, c), strict=True):
         variable.assign(tf.fill(variable.shape, tf.cast(value, variable.dtype)))
@@ -123,8 +151,10 @@ def points(*tasks) -> Batch:
     return Batch(*(tf.constant([[[task[i]]] for task in tasks], tf.float64) for i in range(4)))
 
 
-@pytest.mark.parametrize('updates, stop_grad, expected', [
-    (1, False, (8, 0, 0)), (1, True, (12, 4, 4)), (2, False, (3, -1, -1)), (2, True, (6, 2, 2))])
+@pytest.mark.parametrize(
+    'updates, stop_grad, expected',
+    [(1, False, (8, 0, 0)), (1, True, (12, 4, 4)), (2, False, (3, -1, -1)), (2, True, (6, 2, 2))],
+)
 def test_meta_gradient_by_hand(updates, stop_grad, expected):
     """f(x) = w x + b + c with w = 2, b = 1, c = 0; squared error; α = 1/8; support (1, 1), query (3, 3).
 
@@ -161,7 +191,7 @@ def test_losses_after_each_update_by_hand(stop_grad):
     results = model.evaluate(points((1, 1, 3, 3), (0, 0, 2, 1)), 4)
     np.testing.assert_array_equal(results.loss1, [4, 1])
     e2 = np.transpose([[2, 1, 1 / 2, 1 / 4], [4 - s / 4 for s in (1, 7 / 4, 37 / 16, 175 / 64)]])
-    np.testing.assert_array_equal(results.losses2, e2 ** 2)
+    np.testing.assert_array_equal(results.losses2, e2**2)
     np.testing.assert_array_equal(results.outputa, [[[3]], [[1]]])
     np.testing.assert_array_equal(results.outputsb[..., 0, 0], e2 + [3, 1])
 
@@ -174,28 +204,45 @@ def test_one_update_by_hand():
     weights = adapted(model, batch, 1)
     np.testing.assert_array_equal(weights['w'][:, 0, 0], [1.5, 2])
     np.testing.assert_array_equal(weights['b'][:, 0], [0.5, 0.75])
-    assert weights.keys() == {'w', 'b'}   # c, the offset, is nobody's to adapt
+    assert weights.keys() == {'w', 'b'}  # c, the offset, is nobody's to adapt
     assert [variable.numpy().item() for variable in model.parameters] == [2, 1, 0]
 
 
 @pytest.mark.usefixtures('eagerly')
 def test_totals_are_means_over_tasks_by_hand():
     """The two tasks above: e2² = 4 and (15/4)²; the second's gradient is 2 e2 (x2, 1 - 2 α, 1 - 2 α)."""
-    loss, gradients = linear_model(update_lr=1 / 8, num_updates=1).meta_gradient(points((1, 1, 3, 3), (0, 0, 2, 1)))
+    loss, gradients = linear_model(update_lr=1 / 8, num_updates=1).meta_gradient(
+        points((1, 1, 3, 3), (0, 0, 2, 1))
+    )
     assert loss == (4 + 225 / 16) / 2
-    assert [g.numpy().item() for g in gradients] == [(8 + 7.5 * 2) / 2, 7.5 * 0.75 / 2, 7.5 * 0.75 / 2]
+    assert [g.numpy().item() for g in gradients] == [
+        (8 + 7.5 * 2) / 2,
+        7.5 * 0.75 / 2,
+        7.5 * 0.75 / 2,
+    ]
 
 
 # The meta-gradient against finite differences -----------------------------------------------------------------------
 
 # Image sizes. Strides round up: 11 -> 6 -> 3 -> 2 -> 1 and 17 -> 9 -> 5 -> 3 -> 2 (more than one pixel to flatten).
 # Pooling rounds down, hence needs at least 16 pixels: 19 -> 9 -> 4 -> 2 -> 1 and 33 -> 16 -> 8 -> 4 -> 2.
-SIZES = {('stride', 'mean'): 11, ('stride', 'flatten'): 17, ('max_pool', 'mean'): 19, ('max_pool', 'flatten'): 33}
+SIZES = {
+    ('stride', 'mean'): 11,
+    ('stride', 'flatten'): 17,
+    ('max_pool', 'mean'): 19,
+    ('max_pool', 'flatten'): 33,
+}
 CONVOLUTIONAL = [
-    pytest.param(dict(image_size=size, norm=norm, max_pool=halving == 'max_pool', flatten=head == 'flatten'),
-                 id=f'{norm}-{halving}-{head}')
-    for norm in NORMS for (halving, head), size in SIZES.items()]
-HALF = [CONVOLUTIONAL[i] for i in (0, 3, 5, 6, 8, 11)]   # each normalisation, both ways to halve, the heads in turns
+    pytest.param(
+        dict(image_size=size, norm=norm, max_pool=halving == 'max_pool', flatten=head == 'flatten'),
+        id=f'{norm}-{halving}-{head}',
+    )
+    for norm in NORMS
+    for (halving, head), size in SIZES.items()
+]
+HALF = [
+    CONVOLUTIONAL[i] for i in (0, 3, 5, 6, 8, 11)
+]  # each normalisation, both ways to halve, the heads in turns
 
 
 def small_network(image_size=11, channels=2, filters=3, classes=3, **settings) -> Convolutional:
@@ -210,7 +257,9 @@ def outer_loss(model: MAML, batch: Batch) -> float:
     return float(np.mean(model.evaluate(batch, model.num_updates).losses2[-1]))
 
 
-def central_difference(model: MAML, batch: Batch, variable: tf.Variable, direction: np.ndarray, step: float) -> float:
+def central_difference(
+    model: MAML, batch: Batch, variable: tf.Variable, direction: np.ndarray, step: float
+) -> float:
     value, losses = variable.numpy(), []
     for sign in (1, -1):
         variable.assign(value + sign * step * direction)
@@ -221,7 +270,11 @@ def central_difference(model: MAML, batch: Batch, variable: tf.Variable, directi
 
 def assert_exact_meta_gradient(network):
     """Along a random direction in each variable; second order differs from first, and offsets count in both."""
-    model, batch, random = exact_model(network), random_batch(network, shots=1, queries=1), np.random.default_rng(7)
+    model, batch, random = (
+        exact_model(network),
+        random_batch(network, shots=1, queries=1),
+        np.random.default_rng(7),
+    )
     with running_eagerly():
         gradients = named_gradient(model, batch)
         first_order = named_gradient(copy_of(model, stop_grad=True), batch)
@@ -232,11 +285,15 @@ def assert_exact_meta_gradient(network):
         # The shorter step is for a ReLU's or a maximum's kink that the longer one happens to cross.
         tolerance = 1e-6 * np.linalg.norm(gradients[name]) + 1e-8
         slope = np.sum(gradients[name] * direction)
-        assert any(abs(slope - central_difference(model, batch, variable, direction, step)) <= tolerance
-                   for step in (1e-6, 1e-7)), name
+        assert any(
+            abs(slope - central_difference(model, batch, variable, direction, step)) <= tolerance
+            for step in (1e-6, 1e-7)
+        ), name
     assert distance(first_order, gradients) > 0.02
     for name in model.norms:
-        assert np.linalg.norm(gradients[name]) > 1e-3 and np.linalg.norm(first_order[name]) > 1e-3, name
+        assert (
+            np.linalg.norm(gradients[name]) > 1e-3 and np.linalg.norm(first_order[name]) > 1e-3
+        ), name
 
 
 @pytest.mark.parametrize('settings', HALF)
@@ -250,25 +307,32 @@ def test_meta_gradient_of_fully_connected_networks(norm):
 
 
 @pytest.mark.usefixtures('eagerly')
-@pytest.mark.parametrize('network', [*(fully_connected(norm) for norm in NORMS),
-                                     *(small_network(norm=norm) for norm in NORMS)],
-                         ids=[f'{kind}-{norm}' for kind in ('fully_connected', 'convolutional') for norm in NORMS])
+@pytest.mark.parametrize(
+    'network',
+    [*(fully_connected(norm) for norm in NORMS), *(small_network(norm=norm) for norm in NORMS)],
+    ids=[f'{kind}-{norm}' for kind in ('fully_connected', 'convolutional') for norm in NORMS],
+)
 def test_first_order_meta_gradient(network):
     """stop_grad: the query loss's gradient at the adapted weights, and its direct gradient for offsets and gains."""
     model, batch = exact_model(network, stop_grad=True), random_batch(network)
     weights = adapted(model, batch, model.num_updates)
     with tf.GradientTape() as tape:
         tape.watch(weights)
-        losses = model.loss(network(network.prepare(batch.inputb), weights, model.norms), batch.labelb)
+        losses = model.loss(
+            network(network.prepare(batch.inputb), weights, model.norms), batch.labelb
+        )
     of_weights, direct = tape.gradient(losses, (weights, model.norms), unconnected_gradients='zero')
     expected = {name: np.mean(gradient, axis=0) for name, gradient in of_weights.items()}
     expected |= {name: gradient.numpy() / 2 for name, gradient in direct.items()}
     gradients = named_gradient(model, batch)
     for name in named(model):
-        np.testing.assert_allclose(gradients[name], expected[name], rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(
+            gradients[name], expected[name], rtol=1e-9, atol=1e-12, err_msg=name
+        )
 
 
 # The networks against TensorFlow's own layers, task by task -----------------------------------------------------------
+
 
 def means_norm(x, axes, epsilon):
     mean = tf.reduce_mean(x, axes, keepdims=True)
@@ -300,7 +364,11 @@ class TaskByTask:
         for i in range(4):
             stride = 1 if self.network.max_pool else 2
             x = tf.nn.conv2d(x, weights[f'conv{i + 1}'], stride, 'SAME') + weights[f'b{i + 1}']
-            x = tf.nn.relu(self.normalize(x, {name[2:]: norm for name, norm in norms.items() if int(name[0]) == i}))
+            x = tf.nn.relu(
+                self.normalize(
+                    x, {name[2:]: norm for name, norm in norms.items() if int(name[0]) == i}
+                )
+            )
             if self.network.max_pool:
                 x = tf.nn.max_pool2d(x, 2, 2, 'VALID')
         x = tf.reshape(x, [x.shape[0], -1]) if self.network.flatten else tf.reduce_mean(x, [1, 2])
@@ -320,15 +388,21 @@ def test_network_is_that_of_tensorflows_layers(settings):
     """Outputs and meta-gradient. One task is noise; the other has blank regions, hence equal pixels to pool."""
     network = small_network(**settings)
     model, batch = exact_model(network, num_updates=1), random_batch(network)
-    blank = lambda x: tf.stack([x[0], tf.where(x[1] < 0.95, 0., x[1])])
+    blank = lambda x: tf.stack([x[0], tf.where(x[1] < 0.95, 0.0, x[1])])
     batch = batch._replace(inputa=blank(batch.inputa), inputb=blank(batch.inputb))
     other = copy_of(model, TaskByTask(network), num_updates=1)
     gradients, expected = named_gradient(model, batch), named_gradient(other, batch)
     for name in expected:
-        np.testing.assert_allclose(gradients[name], expected[name], rtol=1e-7, atol=1e-11, err_msg=name)
+        np.testing.assert_allclose(
+            gradients[name], expected[name], rtol=1e-7, atol=1e-11, err_msg=name
+        )
     output = network(network.prepare(batch.inputa), model.initial_weights(2), model.norms)
-    np.testing.assert_allclose(output, other.network(batch.inputa, other.initial_weights(2), other.norms), rtol=1e-9,
-                               atol=1e-11)
+    np.testing.assert_allclose(
+        output,
+        other.network(batch.inputa, other.initial_weights(2), other.norms),
+        rtol=1e-9,
+        atol=1e-11,
+    )
 
 
 @pytest.mark.usefixtures('eagerly')
@@ -338,13 +412,19 @@ def test_fully_connected_network_by_its_formula(norm):
     network = fully_connected(norm)
     model, batch = exact_model(network), random_batch(network)
     x = batch.inputa
-    weights = {name: value[:, None] if name[0] == 'b' else value for name, value in model.initial_weights(2).items()}
+    weights = {
+        name: value[:, None] if name[0] == 'b' else value
+        for name, value in model.initial_weights(2).items()
+    }
     for i, scope in enumerate(['0', '2', '3'], start=1):
         x = x @ weights[f'w{i}'] + weights[f'b{i}']
         if norm == 'batch_norm':
             x = means_norm(x, [1], 1e-3) + model.norms[f'{scope}/beta']
         if norm == 'layer_norm':
-            x = means_norm(x, [2], 1e-12) * model.norms[f'{scope}/gamma'] + model.norms[f'{scope}/beta']
+            x = (
+                means_norm(x, [2], 1e-12) * model.norms[f'{scope}/gamma']
+                + model.norms[f'{scope}/beta']
+            )
         x = tf.maximum(x, 0)
     expected = x @ weights['w4'] + weights['b4']
     np.testing.assert_allclose(model.evaluate(batch, 1).outputa, expected, rtol=1e-9)
@@ -382,25 +462,43 @@ def reference():
 
 # Independence of tasks, of the query labels, of what went before -----------------------------------------------------
 
-INDEPENDENCE = [small_network(), small_network(17, norm='layer_norm', flatten=True),
-                fully_connected('batch_norm')]
+INDEPENDENCE = [
+    small_network(),
+    small_network(17, norm='layer_norm', flatten=True),
+    fully_connected('batch_norm'),
+]
 
 
 @pytest.mark.usefixtures('eagerly')
-@pytest.mark.parametrize('network', INDEPENDENCE, ids=['batch_norm', 'layer_norm', 'fully_connected'])
+@pytest.mark.parametrize(
+    'network', INDEPENDENCE, ids=['batch_norm', 'layer_norm', 'fully_connected']
+)
 def test_tasks_are_independent(network):
     """Evaluated together as alone; and the meta-gradient of a meta-batch is the mean of its tasks'."""
     model, batch = exact_model(network, num_updates=1), random_batch(network, tasks=2)
-    together, alone = model.evaluate(batch, 2), [model.evaluate(tasks_of(batch, slice(i, i + 1)), 2) for i in range(2)]
+    together, alone = (
+        model.evaluate(batch, 2),
+        [model.evaluate(tasks_of(batch, slice(i, i + 1)), 2) for i in range(2)],
+    )
     for name, values in together._asdict().items():
         axis = 1 if name in ('losses2', 'accuracies2', 'outputsb') else 0
-        np.testing.assert_allclose(values, np.concatenate([getattr(one, name) for one in alone], axis), rtol=1e-9,
-                                   atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(
+            values,
+            np.concatenate([getattr(one, name) for one in alone], axis),
+            rtol=1e-9,
+            atol=1e-12,
+            err_msg=name,
+        )
     gradients = named_gradient(model, batch)
     singles = [named_gradient(model, tasks_of(batch, slice(i, i + 1))) for i in range(2)]
     for name in gradients:
-        np.testing.assert_allclose(gradients[name], np.mean([one[name] for one in singles], axis=0), rtol=1e-9,
-                                   atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(
+            gradients[name],
+            np.mean([one[name] for one in singles], axis=0),
+            rtol=1e-9,
+            atol=1e-12,
+            err_msg=name,
+        )
 
 
 @pytest.mark.usefixtures('eagerly')
@@ -419,7 +517,9 @@ def test_parts_of_a_large_meta_batch():
     together, part = model.evaluate(batch, 2), model.evaluate(tasks_of(batch, slice(4, 8)), 2)
     for name, values in part._asdict().items():
         values_together = getattr(together, name)
-        values_together = values_together[:, 4:8] if len(values.shape) in (2, 4) else values_together[4:8]
+        values_together = (
+            values_together[:, 4:8] if len(values.shape) in (2, 4) else values_together[4:8]
+        )
         np.testing.assert_allclose(values_together, values, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
@@ -431,7 +531,7 @@ def test_meta_gradient_of_thousands_of_tasks():
     loss, gradients = model.meta_gradient(Batch(*map(tf.constant, points[:, :, None, None])))
     e1, carried = 2 * x1 + 1 - y1, (x1 * x2 + 1) / 4
     e2 = 2 * x2 + 1 - y2 - carried * e1
-    np.testing.assert_allclose(loss, np.mean(e2 ** 2))
+    np.testing.assert_allclose(loss, np.mean(e2**2))
     expected = [np.mean(2 * e2 * (x2 - carried * x1)), *2 * [np.mean(2 * e2 * (1 - carried))]]
     np.testing.assert_allclose([gradient.numpy().item() for gradient in gradients], expected)
 
@@ -441,8 +541,14 @@ def test_shapes_of_results():
     network = small_network()
     results = exact_model(network).evaluate(random_batch(network, tasks=4, shots=1, queries=5), 6)
     shapes = {name: tuple(value.shape) for name, value in results._asdict().items()}
-    assert shapes == {'loss1': (4,), 'losses2': (6, 4), 'accuracy1': (4,), 'accuracies2': (6, 4),
-                      'outputa': (4, 3, 3), 'outputsb': (6, 4, 15, 3)}
+    assert shapes == {
+        'loss1': (4,),
+        'losses2': (6, 4),
+        'accuracy1': (4,),
+        'accuracies2': (6, 4),
+        'outputa': (4, 3, 3),
+        'outputsb': (6, 4, 15, 3),
+    }
 
 
 @pytest.mark.usefixtures('eagerly')
@@ -456,11 +562,16 @@ def test_losses_and_accuracies_are_those_of_the_outputs():
         log_probability = output - np.log(np.sum(np.exp(output), axis=-1, keepdims=True))
         hits = np.argmax(output, -1) == np.argmax(label, -1)
         return -np.sum(log_probability * label, axis=(-2, -1)) / 2, np.mean(hits, axis=-1)
-    for actual, expected in zip((results.loss1, results.accuracy1),
-                                loss_and_accuracy(results.outputa.numpy(), batch.labela.numpy())):
+
+    for actual, expected in zip(
+        (results.loss1, results.accuracy1),
+        loss_and_accuracy(results.outputa.numpy(), batch.labela.numpy()),
+    ):
         np.testing.assert_allclose(actual, expected, rtol=1e-9)
-    for actual, expected in zip((results.losses2, results.accuracies2),
-                                loss_and_accuracy(results.outputsb.numpy(), batch.labelb.numpy())):
+    for actual, expected in zip(
+        (results.losses2, results.accuracies2),
+        loss_and_accuracy(results.outputsb.numpy(), batch.labelb.numpy()),
+    ):
         np.testing.assert_allclose(actual, expected, rtol=1e-9)
 
 
@@ -472,7 +583,9 @@ def test_query_labels_do_not_leak_into_predictions():
     other = model.evaluate(batch._replace(labelb=tf.roll(batch.labelb, 1, axis=2)), 3)
     np.testing.assert_array_equal(other.outputsb, expected.outputsb)
     assert not np.any(other.losses2 == expected.losses2)
-    other = model.evaluate(batch._replace(labela=tf.roll(batch.labela, 1, axis=2)), 3)   # those do matter
+    other = model.evaluate(
+        batch._replace(labela=tf.roll(batch.labela, 1, axis=2)), 3
+    )  # those do matter
     assert not np.all(other.outputsb == expected.outputsb, axis=(2, 3)).any()
     np.testing.assert_array_equal(other.outputa, expected.outputa)
 
@@ -484,8 +597,12 @@ def test_only_batch_norm_lets_query_images_see_each_other(norm):
     network = small_network(norm=norm)
     model, batch = exact_model(network), random_batch(network, queries=4)
     expected = model.evaluate(batch, 2).outputsb
-    changed = model.evaluate(batch._replace(inputb=tf.concat([batch.inputb[:, :-1], batch.inputb[:, -1:] ** 3], 1)), 2)
-    same = np.all(np.isclose(changed.outputsb[:, :, :-1], expected[:, :, :-1], rtol=1e-9), axis=(2, 3))   # [J, T]
+    changed = model.evaluate(
+        batch._replace(inputb=tf.concat([batch.inputb[:, :-1], batch.inputb[:, -1:] ** 3], 1)), 2
+    )
+    same = np.all(
+        np.isclose(changed.outputsb[:, :, :-1], expected[:, :, :-1], rtol=1e-9), axis=(2, 3)
+    )  # [J, T]
     assert not np.any(same) if norm == 'batch_norm' else np.all(same)
     turned = model.evaluate(batch._replace(inputb=tf.reverse(batch.inputb, [1])), 2)
     np.testing.assert_allclose(turned.outputsb[:, :, ::-1], expected, rtol=1e-9)
@@ -518,10 +635,11 @@ def test_chance_accuracy_on_noise():
     assert abs(np.mean(results.accuracy1) - 0.2) < 0.05
     assert np.all(np.abs(np.mean(results.accuracies2, axis=1) - 0.2) < 0.05)
     on_support = model.evaluate(batch._replace(inputb=batch.inputa, labelb=batch.labela), 3)
-    assert np.mean(on_support.accuracies2[-1]) > 0.5   # the updates did learn something, to no avail
+    assert np.mean(on_support.accuracies2[-1]) > 0.5  # the updates did learn something, to no avail
 
 
 # Initial values ----------------------------------------------------------------------------------------------------
+
 
 def blocks(channels: int, filters: int, last: tuple[int, int]) -> dict:
     sizes = [channels, filters, filters, filters]
@@ -531,8 +649,9 @@ def blocks(channels: int, filters: int, last: tuple[int, int]) -> dict:
 
 def layers(*sizes: int) -> dict:
     pairs = list(zip(sizes, sizes[1:]))
-    return ({f'w{i}': pair for i, pair in enumerate(pairs, start=1)}
-            | {f'b{i}': pair[1:] for i, pair in enumerate(pairs, start=1)})
+    return {f'w{i}': pair for i, pair in enumerate(pairs, start=1)} | {
+        f'b{i}': pair[1:] for i, pair in enumerate(pairs, start=1)
+    }
 
 
 SHAPES = [
@@ -540,27 +659,53 @@ SHAPES = [
     (dict(datasource='sinusoid', norm='None', baseline='oracle'), layers(3, 40, 40, 1), {}),
     (dict(datasource='sinusoid'), layers(1, 40, 40, 1), {'0/beta': (40,), '2/beta': (40,)}),
     (dict(datasource='omniglot'), blocks(1, 64, (64, 5)), {f'{i}/beta': (64,) for i in range(4)}),
-    (dict(datasource='omniglot', num_classes=20, max_pool=True, norm='layer_norm', num_filters=8),
-     blocks(1, 8, (8, 20)), {f'{i}/{name}': (8,) for i in range(4) for name in ('beta', 'gamma')}),
-    (dict(datasource='omniglot', conv=False), layers(784, 256, 128, 64, 64, 5),
-     {'0/beta': (256,), '2/beta': (128,), '3/beta': (64,), '4/beta': (64,)}),
-    (dict(datasource='omniglot', conv=False, norm='layer_norm', num_classes=20), layers(784, 256, 128, 64, 64, 20),
-     {f'{scope}/{name}': (size,) for scope, size in ((0, 256), (2, 128), (3, 64), (4, 64))
-      for name in ('beta', 'gamma')}),
-    (dict(datasource='miniimagenet', num_filters=32, max_pool=True), blocks(3, 32, (800, 5)),
-     {f'{i}/beta': (32,) for i in range(4)}),
-    (dict(datasource='miniimagenet', conv=False, norm='None'), layers(21168, 256, 128, 64, 64, 5), {}),
+    (
+        dict(
+            datasource='omniglot', num_classes=20, max_pool=True, norm='layer_norm', num_filters=8
+        ),
+        blocks(1, 8, (8, 20)),
+        {f'{i}/{name}': (8,) for i in range(4) for name in ('beta', 'gamma')},
+    ),
+    (
+        dict(datasource='omniglot', conv=False),
+        layers(784, 256, 128, 64, 64, 5),
+        {'0/beta': (256,), '2/beta': (128,), '3/beta': (64,), '4/beta': (64,)},
+    ),
+    (
+        dict(datasource='omniglot', conv=False, norm='layer_norm', num_classes=20),
+        layers(784, 256, 128, 64, 64, 20),
+        {
+            f'{scope}/{name}': (size,)
+            for scope, size in ((0, 256), (2, 128), (3, 64), (4, 64))
+            for name in ('beta', 'gamma')
+        },
+    ),
+    (
+        dict(datasource='miniimagenet', num_filters=32, max_pool=True),
+        blocks(3, 32, (800, 5)),
+        {f'{i}/beta': (32,) for i in range(4)},
+    ),
+    (
+        dict(datasource='miniimagenet', conv=False, norm='None'),
+        layers(21168, 256, 128, 64, 64, 5),
+        {},
+    ),
 ]
 
 
-@pytest.mark.parametrize('settings, weights, norms', SHAPES,
-                         ids=['-'.join(map(str, settings.values())) for settings, *_ in SHAPES])
+@pytest.mark.parametrize(
+    'settings, weights, norms',
+    SHAPES,
+    ids=['-'.join(map(str, settings.values())) for settings, *_ in SHAPES],
+)
 def test_names_and_shapes_of_parameters(settings, weights, norms):
     """The original's variables: adapted ones, and normalisation parameters, which are not."""
     model = make_model(compiled=False, **settings)
     assert {name: tuple(variable.shape) for name, variable in model.weights.items()} == weights
     assert {name: tuple(variable.shape) for name, variable in model.norms.items()} == norms
-    assert [variable.ref() for variable in model.parameters] == [variable.ref() for variable in named(model).values()]
+    assert [variable.ref() for variable in model.parameters] == [
+        variable.ref() for variable in named(model).values()
+    ]
     network = make_network(**settings)
     assert {name: shape for name, (_, shape) in network.parameters.items()} == weights
     assert {name: shape for name, (_, shape) in network.norm_parameters.items()} == norms
@@ -579,10 +724,14 @@ def test_initial_values_of_convolutional_networks():
     for source, channels in (('omniglot', 1), ('miniimagenet', 3)):
         model = make_model(source, norm='layer_norm', num_filters=32, compiled=False)
         for i in range(1, 5):
-            assert_uniform(model.weights[f'conv{i}'].numpy(), 9 * (channels if i == 1 else 32), 9 * 32)
+            assert_uniform(
+                model.weights[f'conv{i}'].numpy(), 9 * (channels if i == 1 else 32), 9 * 32
+            )
         for name, variable in named(model).items():
             if name[0] == 'b' or '/' in name:
-                np.testing.assert_array_equal(variable, np.full(variable.shape, float('gamma' in name)), err_msg=name)
+                np.testing.assert_array_equal(
+                    variable, np.full(variable.shape, float('gamma' in name)), err_msg=name
+                )
 
 
 def test_initial_values_of_the_last_layer():
@@ -590,15 +739,25 @@ def test_initial_values_of_the_last_layer():
     w5 = make_model('omniglot', num_classes=20, compiled=False).weights['w5'].numpy()
     assert abs(w5.std() - 1) < 0.06 and abs(w5.mean()) < 0.1
     assert abs(np.mean(np.abs(w5) > 2) - 0.0455) < 0.02 and np.abs(w5).max() > 2.7
-    for max_pool, pixels in ((True, 25), (False, 36)):   # 84 -> 42 -> 21 -> 10 -> 5, and 84 -> 42 -> 21 -> 11 -> 6
-        w5 = make_model('miniimagenet', num_filters=8, max_pool=max_pool, compiled=False).weights['w5'].numpy()
+    for max_pool, pixels in (
+        (True, 25),
+        (False, 36),
+    ):  # 84 -> 42 -> 21 -> 10 -> 5, and 84 -> 42 -> 21 -> 11 -> 6
+        w5 = (
+            make_model('miniimagenet', num_filters=8, max_pool=max_pool, compiled=False)
+            .weights['w5']
+            .numpy()
+        )
         assert w5.shape == (pixels * 8, 5)
         assert_uniform(w5, pixels * 8, 5)
 
 
 def test_initial_values_of_fully_connected_networks():
     """Normal of standard deviation 0.01, cut at two, which leaves 0.0088; zero biases."""
-    for settings in (dict(datasource='sinusoid', norm='None'), dict(datasource='omniglot', conv=False)):
+    for settings in (
+        dict(datasource='sinusoid', norm='None'),
+        dict(datasource='omniglot', conv=False),
+    ):
         for name, variable in make_model(compiled=False, **settings).weights.items():
             values = variable.numpy()
             if name[0] == 'b':
@@ -624,15 +783,15 @@ def test_initial_values_follow_the_seed():
 
 # The outer step ------------------------------------------------------------------------------------------------------
 
-ADAM = 2e-5   # relative tolerance: Keras takes β₂ for the float32 next to 0.999, in float64 too
+ADAM = 2e-5  # relative tolerance: Keras takes β₂ for the float32 next to 0.999, in float64 too
 
 
 def adam(theta, gradients, learning_rate: float, epsilon: float = 1e-8):
     """TensorFlow 1's Adam, from its documentation: θ after one step for each of `gradients`."""
-    m = v = 0.
+    m = v = 0.0
     for t, gradient in enumerate(gradients, start=1):
-        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient ** 2
-        rate = learning_rate * np.sqrt(1 - 0.999 ** t) / (1 - 0.9 ** t)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        rate = learning_rate * np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
         theta = theta - rate * m / (np.sqrt(v) + epsilon)
     return theta
 
@@ -648,8 +807,10 @@ def task_with_gradient(model: MAML, gradient: float) -> Batch:
 
 
 @pytest.mark.parametrize('step', ['metatrain_step', 'pretrain_step'])
-@pytest.mark.parametrize('clip', [None, 10.])
-@pytest.mark.parametrize('gradients', [(1e-7,), (1e-7, -3e-8), (2., 0.5), (1000., 1., -1000., 5.)], ids=str)
+@pytest.mark.parametrize('clip', [None, 10.0])
+@pytest.mark.parametrize(
+    'gradients', [(1e-7,), (1e-7, -3e-8), (2.0, 0.5), (1000.0, 1.0, -1000.0, 5.0)], ids=str
+)
 @pytest.mark.usefixtures('eagerly')
 def test_adam_by_its_formula(step, clip, gradients):
     """Both outer steps, epsilon 1e-8; only meta-training clips, each element on its own.
@@ -657,12 +818,12 @@ def test_adam_by_its_formula(step, clip, gradients):
     Gradients of 1e-7 tell epsilons apart: a first step is β g / (|g| + ε / sqrt(0.001)), 0.24 β for ε = 1e-8 and
     0.03 β for Keras's 1e-7.
     """
-    model = linear_model(update_lr=0., num_updates=1, meta_lr=0.01, clip=clip)
+    model = linear_model(update_lr=0.0, num_updates=1, meta_lr=0.01, clip=clip)
     before, given = values_of(model), []
     for gradient in gradients:
-        given.append(gradient * np.array([3., 1., 1.]))
+        given.append(gradient * np.array([3.0, 1.0, 1.0]))
         loss = getattr(model, step)(task_with_gradient(model, gradient))
-        np.testing.assert_allclose(loss, gradient ** 2 / 4, rtol=1e-6)   # before the step
+        np.testing.assert_allclose(loss, gradient**2 / 4, rtol=1e-6)  # before the step
     if clip and step == 'metatrain_step':
         given = np.clip(given, -clip, clip)
     change = adam(before, given, 0.01) - before
@@ -680,15 +841,21 @@ def test_pre_training_minimises_the_support_loss_of_all_tasks():
     for _ in range(2):
         errors = inputs @ values_of(model) - [1, 7]
         given.append(np.mean(2 * errors[:, None] * inputs, axis=0))
-        np.testing.assert_allclose(model.pretrain_step(points((1, 1, 30, 30), (2, 7, 40, 40))), np.mean(errors ** 2))
-    np.testing.assert_allclose(values_of(model) - before, adam(before, given, 0.01) - before, rtol=ADAM)
+        np.testing.assert_allclose(
+            model.pretrain_step(points((1, 1, 30, 30), (2, 7, 40, 40))), np.mean(errors**2)
+        )
+    np.testing.assert_allclose(
+        values_of(model) - before, adam(before, given, 0.01) - before, rtol=ADAM
+    )
 
 
 @pytest.mark.parametrize('source, clipped', [('miniimagenet', True), ('omniglot', False)])
 @pytest.mark.usefixtures('eagerly')
 def test_only_miniimagenet_clips_the_meta_gradient(source, clipped):
     """To ±10 for each element. Adam's first step has no scale; the second shows how large the first gradient was."""
-    model = make_model(source, update_batch_size=1, update_lr=1e-6, dtype=tf.float64, compiled=False, num_filters=2)
+    model = make_model(
+        source, update_batch_size=1, update_lr=1e-6, dtype=tf.float64, compiled=False, num_filters=2
+    )
     random = np.random.default_rng(0)
     model.weights['w5'].assign(1000 * random.standard_normal(model.weights['w5'].shape))
     given, values = [], []
@@ -700,8 +867,8 @@ def test_only_miniimagenet_clips_the_meta_gradient(source, clipped):
     for name in ('conv1', 'conv4', '0/beta'):
         gradients = [gradient[name] for gradient in given]
         assert np.abs(gradients).max() > 100
-        change = lambda gradients: adam(0., gradients, 0.001) - adam(0., gradients[:1], 0.001)
-        expected = [change(np.clip(gradients, -10, 10)), change(gradients)][::1 if clipped else -1]
+        change = lambda gradients: adam(0.0, gradients, 0.001) - adam(0.0, gradients[:1], 0.001)
+        expected = [change(np.clip(gradients, -10, 10)), change(gradients)][:: 1 if clipped else -1]
         np.testing.assert_allclose(values[1][name] - values[0][name], expected[0], rtol=ADAM)
         assert np.abs(expected[1] - expected[0]).max() > 1e-5
 
@@ -710,7 +877,9 @@ def test_only_miniimagenet_clips_the_meta_gradient(source, clipped):
 def test_many_steps_at_once_are_those_steps_one_by_one(pretrain):
     """Training on the meta-batches first...last-1 of several; Adam's count of steps goes on from call to call."""
     together, single = (linear_model(update_lr=1 / 8, num_updates=1) for _ in range(2))
-    batches = Batch(*map(tf.constant, np.random.default_rng(0).standard_normal((4, 6, 2, 5, 1))))   # [count, T, ...]
+    batches = Batch(
+        *map(tf.constant, np.random.default_rng(0).standard_normal((4, 6, 2, 5, 1)))
+    )  # [count, T, ...]
     for first, last in ((0, 2), (2, 3), (4, 6)):
         end, loss = together.train(batches, first, last, pretrain)
         assert end == last
@@ -720,19 +889,38 @@ def test_many_steps_at_once_are_those_steps_one_by_one(pretrain):
         np.testing.assert_allclose(loss, expected, rtol=1e-12)
         np.testing.assert_allclose(values_of(together), values_of(single), rtol=1e-12)
     one = Batch(*(values[3:4] for values in batches))
-    np.testing.assert_allclose(together.train(one, 0, 1, pretrain)[1], step(tasks_of(one, 0)), rtol=1e-12)
+    np.testing.assert_allclose(
+        together.train(one, 0, 1, pretrain)[1], step(tasks_of(one, 0)), rtol=1e-12
+    )
     np.testing.assert_allclose(values_of(together), values_of(single), rtol=1e-12)
 
 
 # Errors ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('change, words', [
-    (lambda b: b._replace(inputa=b.inputa[..., :-1]), r'inputa is \[2, 6, 35\], but the network takes \[tasks, examples, 36\]'),
-    (lambda b: b._replace(labelb=b.labelb[..., :-1]), r'labelb is \[2, 6, 2\], but the network takes \[tasks, examples, 3\]'),
-    (lambda b: b._replace(inputb=b.inputb[:1]), r'inputb must be .* with the 2 tasks of inputa, but it is \[1, 6, 36\]'),
-    (lambda b: b._replace(labela=b.labela[0]), r'labela must be \[tasks, examples, size\]'),
-    (lambda b: b._replace(inputa=tf.cast(b.inputa, tf.float16)), 'of float16'),
-    (lambda b: b._replace(labela=b.labela[:, 1:]), 'inputa has 6 examples per task, but labela has 5')])
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (
+            lambda b: b._replace(inputa=b.inputa[..., :-1]),
+            r'inputa is \[2, 6, 35\], but the network takes \[tasks, examples, 36\]',
+        ),
+        (
+            lambda b: b._replace(labelb=b.labelb[..., :-1]),
+            r'labelb is \[2, 6, 2\], but the network takes \[tasks, examples, 3\]',
+        ),
+        (
+            lambda b: b._replace(inputb=b.inputb[:1]),
+            r'inputb must be .* with the 2 tasks of inputa, but it is \[1, 6, 36\]',
+        ),
+        (lambda b: b._replace(labela=b.labela[0]), r'labela must be \[tasks, examples, size\]'),
+        (lambda b: b._replace(inputa=tf.cast(b.inputa, tf.float16)), 'of float16'),
+        (
+            lambda b: b._replace(labela=b.labela[:, 1:]),
+            'inputa has 6 examples per task, but labela has 5',
+        ),
+    ],
+)
 @pytest.mark.parametrize('method', ['meta_gradient', 'metatrain_step', 'pretrain_step', 'evaluate'])
 def test_meta_batches_that_do_not_fit(method, change, words):
     """ValueError, with the shapes."""
@@ -742,18 +930,36 @@ def test_meta_batches_that_do_not_fit(method, change, words):
         getattr(model, method)(change(random_batch(network)), *arguments)
 
 
-@pytest.mark.parametrize('make, words', [
-    (lambda: MAML(FullyConnected(1, (4,), 1), mean_squared_error, update_lr=-1), 'update_lr is -1'),
-    (lambda: MAML(FullyConnected(1, (4,), 1), mean_squared_error, update_lr=float('nan')), 'update_lr is nan'),
-    (lambda: FullyConnected(1, (0,), 1), r'\[1, 0, 1\]'), (lambda: Convolutional(8, 1, 4, 2, max_pool=True), '8x8x1'),
-    (lambda: make_network('imagenet'), 'imagenet'), (lambda: make_network('sinusoid', norm='batch'), "'batch'"),
-    (lambda: exact_model(FullyConnected(1, (4,), 1)).evaluate(Batch(*[tf.zeros([1, 1, 1], tf.float64)] * 4), 0), 'num_updates')])
+@pytest.mark.parametrize(
+    'make, words',
+    [
+        (
+            lambda: MAML(FullyConnected(1, (4,), 1), mean_squared_error, update_lr=-1),
+            'update_lr is -1',
+        ),
+        (
+            lambda: MAML(FullyConnected(1, (4,), 1), mean_squared_error, update_lr=float('nan')),
+            'update_lr is nan',
+        ),
+        (lambda: FullyConnected(1, (0,), 1), r'\[1, 0, 1\]'),
+        (lambda: Convolutional(8, 1, 4, 2, max_pool=True), '8x8x1'),
+        (lambda: make_network('imagenet'), 'imagenet'),
+        (lambda: make_network('sinusoid', norm='batch'), "'batch'"),
+        (
+            lambda: exact_model(FullyConnected(1, (4,), 1)).evaluate(
+                Batch(*[tf.zeros([1, 1, 1], tf.float64)] * 4), 0
+            ),
+            'num_updates',
+        ),
+    ],
+)
 def test_settings_that_make_no_sense(make, words):
     with pytest.raises(ValueError, match=words):
         make()
 
 
 # Compilation -------------------------------------------------------------------------------------------------------
+
 
 class Counting:
     """A network that counts its calls from Python, of which a traced function makes none."""
@@ -780,9 +986,12 @@ def test_functions_are_traced_once():
     def use(batch):
         model.metatrain_step(batch), model.pretrain_step(batch), model.evaluate(batch, 2)
         return model.network.calls
+
     calls = use(draw(2))
     for _ in range(3):
-        assert use(draw(2)) == use(Batch(*map(tf.constant, draw(2)))) == calls   # arrays and tensors are the same
+        assert (
+            use(draw(2)) == use(Batch(*map(tf.constant, draw(2)))) == calls
+        )  # arrays and tensors are the same
     model.evaluate(draw(2), 5)
     assert model.network.calls == calls
     assert use(draw(3)) == use(draw(3)) <= 2 * calls
@@ -791,7 +1000,10 @@ def test_functions_are_traced_once():
 
 
 def compiled_and_not(network: Convolutional) -> list[MAML]:
-    return [exact_model(network, dtype=tf.float32, num_updates=1, compiled=compiled) for compiled in (True, False)]
+    return [
+        exact_model(network, dtype=tf.float32, num_updates=1, compiled=compiled)
+        for compiled in (True, False)
+    ]
 
 
 def test_compiled_evaluation():
@@ -804,7 +1016,7 @@ def test_compiled_evaluation():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow   # to compile; test_reference.py compiles larger networks, and compares with the original's values
+@pytest.mark.slow  # to compile; test_reference.py compiles larger networks, and compares with the original's values
 def test_compiled_meta_training():
     """Two steps by XLA and by plain TensorFlow, float32."""
     network = Convolutional(6, 1, 2, 3)
@@ -812,7 +1024,9 @@ def test_compiled_meta_training():
     batches = [random_batch(network, seed=seed, dtype=tf.float32) for seed in range(2)]
     with running_eagerly():
         expected = [plain.metatrain_step(batch) for batch in batches]
-    np.testing.assert_allclose([compiled.metatrain_step(batch) for batch in batches], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        [compiled.metatrain_step(batch) for batch in batches], expected, rtol=1e-5
+    )
     for name, variable in named(plain).items():
         # Not the biases before batch normalisation: Adam makes a full step of a rounding error in their gradient.
         if name not in ('b1', 'b2', 'b3', 'b4'):

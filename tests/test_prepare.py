@@ -1,4 +1,5 @@
 """Data preparation: official layouts in, whole folders out, and nothing at all from damaged or malicious sources."""
+
 import csv
 import functools
 import hashlib
@@ -34,12 +35,19 @@ EVALUATION = ('Tengwar/character01',)
 
 
 def needs_data(name):
-    return pytest.mark.skipif(not (DATA / name).is_dir(), reason=f'no {DATA / name} (set MAML_TEST_DATA)')
+    return pytest.mark.skipif(
+        not (DATA / name).is_dir(), reason=f'no {DATA / name} (set MAML_TEST_DATA)'
+    )
 
 
 def command(script, *flags, **options):
-    return subprocess.run([sys.executable, '-B', ROOT / 'scripts' / script, *flags], capture_output=True, text=True,
-                          timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, '-B', ROOT / 'scripts' / script, *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
 
 
 def refused(result, *words):
@@ -84,8 +92,11 @@ def zipped(path, members):
 
 
 def characters(top, names):
-    return [(f'{top}/{name}/{1000 + k:04d}_{image:02d}.png', encoded(drawing(100 * k + image), 'PNG'))
-            for k, name in enumerate(names) for image in (1, 2)]
+    return [
+        (f'{top}/{name}/{1000 + k:04d}_{image:02d}.png', encoded(drawing(100 * k + image), 'PNG'))
+        for k, name in enumerate(names)
+        for image in (1, 2)
+    ]
 
 
 @pytest.fixture
@@ -111,13 +122,18 @@ prepare = functools.partial(prepare_omniglot.prepare, counts=COUNTS)
 
 # Omniglot
 
+
 def test_omniglot_merges_both_archives(omniglot, target):
     assert '3 alphabets, 4 characters, 8 images' in prepare(omniglot, target)
-    assert files(target) == {f'{name}/{1000 + k:04d}_{image:02d}.png' for names in (BACKGROUND, EVALUATION)
-                             for k, name in enumerate(names) for image in (1, 2)}
+    assert files(target) == {
+        f'{name}/{1000 + k:04d}_{image:02d}.png'
+        for names in (BACKGROUND, EVALUATION)
+        for k, name in enumerate(names)
+        for image in (1, 2)
+    }
     mode, _, pixels = read(target / 'Latin/character01/1002_01.png')
     # Centres of the 28 parts of 105 pixels: what nearest neighbour picks.
-    centres = ((np.arange(28) + .5) * 105 / 28).astype(int)
+    centres = ((np.arange(28) + 0.5) * 105 / 28).astype(int)
     assert mode == '1' and np.array_equal(pixels, np.array(drawing(201))[np.ix_(centres, centres)])
 
 
@@ -144,13 +160,17 @@ def test_omniglot_unpacked(omniglot, target, tmp_path, place):
     (source / place / '.DS_Store').write_bytes(b'x')
     prepare(source, target)
     assert files(target) == files(expected)
-    assert all((target / name).read_bytes() == (expected / name).read_bytes() for name in files(target))
+    assert all(
+        (target / name).read_bytes() == (expected / name).read_bytes() for name in files(target)
+    )
 
 
 def test_grey_copies_become_one_bit(omniglot, target, tmp_path):
     prepare(omniglot, tmp_path / 'expected')
-    grey = [(name, encoded(Image.open(io.BytesIO(data)).convert('L'), 'PNG'))
-            for name, data in characters('images_evaluation', EVALUATION)]
+    grey = [
+        (name, encoded(Image.open(io.BytesIO(data)).convert('L'), 'PNG'))
+        for name, data in characters('images_evaluation', EVALUATION)
+    ]
     zipped(omniglot / 'images_evaluation.zip', grey)
     prepare(omniglot, target)
     name = 'Tengwar/character01/1000_01.png'
@@ -161,11 +181,15 @@ def test_second_run_does_nothing(omniglot, target):
     prepare(omniglot, target)
     before = {name: (target / name).stat().st_mtime_ns for name in files(target)}
     assert 'complete already' in prepare(omniglot, target)
-    assert 'complete already' in prepare(None, target, url='http://127.0.0.1:9')  # needs no source, and no network
+    assert 'complete already' in prepare(
+        None, target, url='http://127.0.0.1:9'
+    )  # needs no source, and no network
     assert {name: (target / name).stat().st_mtime_ns for name in files(target)} == before
 
 
-@pytest.mark.parametrize('damage', ['image lacking', 'image too large', 'image empty', 'foreign', 'a file'])
+@pytest.mark.parametrize(
+    'damage', ['image lacking', 'image too large', 'image empty', 'foreign', 'a file']
+)
 def test_other_targets_are_left_alone(omniglot, target, damage):
     prepare(omniglot, target)
     first = target / min(files(target))
@@ -183,7 +207,9 @@ def test_other_targets_are_left_alone(omniglot, target, damage):
     kept = {name: (first.parents[2] / name).read_bytes() for name in files(first.parents[2])}
     with pytest.raises(PreparationError, match=f'{target} exists and is not the complete data'):
         prepare(omniglot, target)
-    assert {name: (first.parents[2] / name).read_bytes() for name in files(first.parents[2])} == kept
+    assert {
+        name: (first.parents[2] / name).read_bytes() for name in files(first.parents[2])
+    } == kept
 
 
 def test_empty_target_and_linked_target(omniglot, target, tmp_path):
@@ -191,18 +217,38 @@ def test_empty_target_and_linked_target(omniglot, target, tmp_path):
     prepare(omniglot, target)
     (tmp_path / 'link').symlink_to(tmp_path / 'disk' / 'omniglot')
     prepare(omniglot, tmp_path / 'link')
-    assert (tmp_path / 'link').is_symlink() and files(tmp_path / 'disk' / 'omniglot') == files(target)
+    assert (tmp_path / 'link').is_symlink() and files(tmp_path / 'disk' / 'omniglot') == files(
+        target
+    )
 
 
-@pytest.mark.parametrize('change, complaint', [
-    (lambda members: members[:-1], '1 images of Tengwar/character01 instead of 2'),
-    (lambda members: members + characters('x', ['Tengwar/character02']), '5 characters instead of 3 with 4'),
-    (lambda members: [], '2 alphabets with 3 characters instead of 3 with 4'),
-    (lambda members: members + characters('images_evaluation', ['Greek/character01']), 'are both the same image'),
-    (lambda members: [(members[0][0], b'not an image')] + members[1:], '1000_01.png cannot be decoded'),
-    (lambda members: [(members[0][0], members[0][1][:300])] + members[1:], '1000_01.png cannot be decoded'),
-    (lambda members: [(members[0][0], encoded(drawing(0, (105, 104)), 'PNG'))] + members[1:], 'is 105x104'),
-])
+@pytest.mark.parametrize(
+    'change, complaint',
+    [
+        (lambda members: members[:-1], '1 images of Tengwar/character01 instead of 2'),
+        (
+            lambda members: members + characters('x', ['Tengwar/character02']),
+            '5 characters instead of 3 with 4',
+        ),
+        (lambda members: [], '2 alphabets with 3 characters instead of 3 with 4'),
+        (
+            lambda members: members + characters('images_evaluation', ['Greek/character01']),
+            'are both the same image',
+        ),
+        (
+            lambda members: [(members[0][0], b'not an image')] + members[1:],
+            '1000_01.png cannot be decoded',
+        ),
+        (
+            lambda members: [(members[0][0], members[0][1][:300])] + members[1:],
+            '1000_01.png cannot be decoded',
+        ),
+        (
+            lambda members: [(members[0][0], encoded(drawing(0, (105, 104)), 'PNG'))] + members[1:],
+            'is 105x104',
+        ),
+    ],
+)
 def test_omniglot_contents_are_checked(omniglot, target, change, complaint):
     zipped(omniglot / 'images_evaluation.zip', change(characters('images_evaluation', EVALUATION)))
     with pytest.raises(PreparationError, match=complaint):
@@ -211,8 +257,11 @@ def test_omniglot_contents_are_checked(omniglot, target, change, complaint):
 
 
 def test_omniglot_command_checks_official_numbers(omniglot, target):
-    refused(command('prepare_omniglot.py', f'--source={omniglot}', f'--target={target}'), str(omniglot),
-            '3 alphabets with 4 characters instead of 50 with 1623')
+    refused(
+        command('prepare_omniglot.py', f'--source={omniglot}', f'--target={target}'),
+        str(omniglot),
+        '3 alphabets with 4 characters instead of 50 with 1623',
+    )
     assert not target.parent.exists()
 
 
@@ -220,7 +269,10 @@ def test_omniglot_command_checks_official_numbers(omniglot, target):
 def test_bad_sources(script, tmp_path, target):
     (tmp_path / 'empty').mkdir()
     for name in ('absent', 'empty'):
-        refused(command(script, f'--source={tmp_path / name}', f'--target={target}'), str(tmp_path / name))
+        refused(
+            command(script, f'--source={tmp_path / name}', f'--target={target}'),
+            str(tmp_path / name),
+        )
     refused(command(script, 'stray', f'--target={target}'), '--help')
     assert not target.parent.exists()
 
@@ -239,20 +291,34 @@ def member(name, mode=stat.S_IFREG | 0o644, **attributes):
     return info
 
 
-@pytest.mark.parametrize('name, data, complaint', [
-    ('/etc/Greek/character01/x.png', IMAGE, 'unsafe path'),
-    ('../Greek/character01/x.png', IMAGE, 'unsafe path'),
-    ('images_evaluation/Greek/../character01/x.png', IMAGE, 'unsafe path'),
-    ('..\\Greek\\character01\\x.png', IMAGE, 'unsafe path'),
-    ('C:/Greek/character01/x.png', IMAGE, 'unsafe path'),
-    ('Greek/character01/x\n.png', IMAGE, 'unsafe path'),
-    (member('a/Greek/character01/x.png', stat.S_IFLNK | 0o777), b'/etc/passwd', 'is a link'),
-    (member('a/Greek/character01/x.png', stat.S_IFIFO | 0o644), b'', 'is a link or a device'),
-    (member('a/Greek/character01/x.png'), bytes(preparation.MAX_BYTES + 1), 'unpacks to more than 32 MiB'),
-    (member('a/Greek/character01/x.png', compress_type=zipfile.ZIP_BZIP2), IMAGE, 'neither stored nor deflated'),
-])
+@pytest.mark.parametrize(
+    'name, data, complaint',
+    [
+        ('/etc/Greek/character01/x.png', IMAGE, 'unsafe path'),
+        ('../Greek/character01/x.png', IMAGE, 'unsafe path'),
+        ('images_evaluation/Greek/../character01/x.png', IMAGE, 'unsafe path'),
+        ('..\\Greek\\character01\\x.png', IMAGE, 'unsafe path'),
+        ('C:/Greek/character01/x.png', IMAGE, 'unsafe path'),
+        ('Greek/character01/x\n.png', IMAGE, 'unsafe path'),
+        (member('a/Greek/character01/x.png', stat.S_IFLNK | 0o777), b'/etc/passwd', 'is a link'),
+        (member('a/Greek/character01/x.png', stat.S_IFIFO | 0o644), b'', 'is a link or a device'),
+        (
+            member('a/Greek/character01/x.png'),
+            bytes(preparation.MAX_BYTES + 1),
+            'unpacks to more than 32 MiB',
+        ),
+        (
+            member('a/Greek/character01/x.png', compress_type=zipfile.ZIP_BZIP2),
+            IMAGE,
+            'neither stored nor deflated',
+        ),
+    ],
+)
 def test_malicious_members(omniglot, target, name, data, complaint):
-    path = zipped(omniglot / 'images_evaluation.zip', characters('images_evaluation', EVALUATION) + [(name, data)])
+    path = zipped(
+        omniglot / 'images_evaluation.zip',
+        characters('images_evaluation', EVALUATION) + [(name, data)],
+    )
     with pytest.raises(PreparationError, match=complaint) as caught:
         prepare(omniglot, target)
     assert str(path) in str(caught.value) and '\n' not in str(caught.value)
@@ -270,8 +336,10 @@ def test_encrypted_member(omniglot, target):
 
 def test_bomb_that_understates_its_size(omniglot, target):
     """The header says 100 bytes; no more than those are unpacked, and the CRC tells."""
-    path = zipped(omniglot / 'images_evaluation.zip', [('a/Tengwar/character01/1.png', bytes(2**26)),
-                                                       ('a/Tengwar/character01/2.png', IMAGE)])
+    path = zipped(
+        omniglot / 'images_evaluation.zip',
+        [('a/Tengwar/character01/1.png', bytes(2**26)), ('a/Tengwar/character01/2.png', IMAGE)],
+    )
     data = path.read_bytes().replace((2**26).to_bytes(4, 'little'), (100).to_bytes(4, 'little'))
     path.write_bytes(data)
     with pytest.raises(PreparationError, match='images_evaluation.zip is damaged'):
@@ -279,12 +347,19 @@ def test_bomb_that_understates_its_size(omniglot, target):
     assert not target.parent.exists()
 
 
-@pytest.mark.parametrize('side', [10000, 14000])  # Pillow warns of the former and refuses the latter
+@pytest.mark.parametrize(
+    'side', [10000, 14000]
+)  # Pillow warns of the former and refuses the latter
 def test_image_with_too_many_pixels(tmp_path, target, side):
     """100 million pixels in 13 kB."""
-    listed(tmp_path / 'source', {'train': [('a.jpg', 'n01')]},
-           {'a.jpg': encoded(Image.new('1', (side, side)), 'PNG')})
-    result = command('prepare_miniimagenet.py', f'--source={tmp_path / "source"}', f'--target={target}')
+    listed(
+        tmp_path / 'source',
+        {'train': [('a.jpg', 'n01')]},
+        {'a.jpg': encoded(Image.new('1', (side, side)), 'PNG')},
+    )
+    result = command(
+        'prepare_miniimagenet.py', f'--source={tmp_path / "source"}', f'--target={target}'
+    )
     refused(result, 'a.jpg', 'bomb')
     assert not target.parent.exists()
 
@@ -294,8 +369,14 @@ def test_damaged_archives(omniglot, target, damage):
     path = omniglot / 'images_evaluation.zip'
     data = path.read_bytes()
     middle = data.index(b'IDAT') + 60
-    path.write_bytes({'truncated': data[:len(data) * 2 // 3], 'empty': b'', 'text': b'<html>Not found</html>',
-                      'crc': data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]}[damage])
+    path.write_bytes(
+        {
+            'truncated': data[: len(data) * 2 // 3],
+            'empty': b'',
+            'text': b'<html>Not found</html>',
+            'crc': data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        }[damage]
+    )
     with pytest.raises(PreparationError, match=f'{path} is damaged'):
         prepare(omniglot, target)
     assert not target.parent.exists()
@@ -322,18 +403,27 @@ def test_any_damage_is_a_sentence_or_harmless(omniglot, tmp_path):
 
 # Download
 
+
 @pytest.fixture
 def mirror(omniglot, monkeypatch):
     """The archives on a local HTTP server: its address, and their md5."""
+
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
     monkeypatch.setenv('no_proxy', '*')
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=omniglot)) as server:
-        threading.Thread(target=server.serve_forever, args=(.02,), daemon=True).start()
-        yield (f'http://127.0.0.1:{server.server_port}/',
-               {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in sorted(omniglot.glob('*.zip'))})
+    with http.server.ThreadingHTTPServer(
+        ('127.0.0.1', 0), functools.partial(Quiet, directory=omniglot)
+    ) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield (
+            f'http://127.0.0.1:{server.server_port}/',
+            {
+                path.name: hashlib.md5(path.read_bytes()).hexdigest()
+                for path in sorted(omniglot.glob('*.zip'))
+            },
+        )
         server.shutdown()
 
 
@@ -346,7 +436,11 @@ def test_download(mirror, omniglot, target, tmp_path):
 
 def test_download_with_wrong_md5_is_refused(mirror, target, tmp_path):
     result = command('prepare_omniglot.py', f'--url={mirror[0]}', cwd=tmp_path)
-    refused(result, f'{mirror[0]}images_background.zip is not the official archive', '68d2efa1b9178cc56df9314c21c6e718')
+    refused(
+        result,
+        f'{mirror[0]}images_background.zip is not the official archive',
+        '68d2efa1b9178cc56df9314c21c6e718',
+    )
     assert {path.name for path in tmp_path.iterdir()} == {'official'}
 
 
@@ -355,12 +449,15 @@ def test_download_that_fails(mirror, omniglot, target):
     with pytest.raises(PreparationError, match='images_evaluation.zip cannot be downloaded .*404'):
         prepare(None, target, *mirror)
     for url in ('http://127.0.0.1:9', 'nonsense'):
-        with pytest.raises(PreparationError, match=f'{url}/images_background.zip cannot be downloaded'):
+        with pytest.raises(
+            PreparationError, match=f'{url}/images_background.zip cannot be downloaded'
+        ):
             prepare(None, target, url)
     assert not target.parent.exists()
 
 
 # miniImagenet
+
 
 def listed(source, splits, images, archive=None):
     """A source folder: csv files from {split: [(filename, label)]}; {filename: bytes} in images/ or in an archive."""
@@ -377,9 +474,16 @@ def listed(source, splits, images, archive=None):
     return source
 
 
-SPLITS = {'train': [('a1.jpg', 'n01'), ('a2.jpg', 'n01'), ('b1.jpg', 'n02')], 'val': [('c1.JPEG', 'n03')]}
-IMAGES = {'a1.jpg': encoded(photo(1), 'JPEG'), 'a2.jpg': encoded(photo(2, (200, 150)), 'JPEG'),
-          'b1.jpg': encoded(photo(3, mode='L'), 'JPEG'), 'c1.JPEG': encoded(photo(4, (90, 300), 'CMYK'), 'JPEG')}
+SPLITS = {
+    'train': [('a1.jpg', 'n01'), ('a2.jpg', 'n01'), ('b1.jpg', 'n02')],
+    'val': [('c1.JPEG', 'n03')],
+}
+IMAGES = {
+    'a1.jpg': encoded(photo(1), 'JPEG'),
+    'a2.jpg': encoded(photo(2, (200, 150)), 'JPEG'),
+    'b1.jpg': encoded(photo(3, mode='L'), 'JPEG'),
+    'c1.JPEG': encoded(photo(4, (90, 300), 'CMYK'), 'JPEG'),
+}
 
 
 @pytest.mark.parametrize('archive', [None, 'images.zip'])
@@ -387,19 +491,33 @@ def test_miniimagenet(tmp_path, target, archive):
     source = listed(tmp_path / 'source', SPLITS, IMAGES, archive)
     result = command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}')
     assert result.returncode == 0 and '4/4 images' in result.stderr
-    assert 'train: 2 classes, 3 images' in result.stdout and 'val: 1 classes, 1 images' in result.stdout
-    assert files(target) == {'train/n01/a1.jpg', 'train/n01/a2.jpg', 'train/n02/b1.jpg', 'val/n03/c1.JPEG'}
+    assert (
+        'train: 2 classes, 3 images' in result.stdout
+        and 'val: 1 classes, 1 images' in result.stdout
+    )
+    assert files(target) == {
+        'train/n01/a1.jpg',
+        'train/n01/a2.jpg',
+        'train/n02/b1.jpg',
+        'val/n03/c1.JPEG',
+    }
     assert (target / 'train/n01/a1.jpg').read_bytes() == IMAGES['a1.jpg']
     for path in (target / name for name in files(target)):
-        assert read(path)[:2] == ('RGB', (84, 84)) and path.read_bytes().startswith(b'\xff\xd8')  # a JPEG's first bytes
+        assert read(path)[:2] == ('RGB', (84, 84)) and path.read_bytes().startswith(
+            b'\xff\xd8'
+        )  # a JPEG's first bytes
     again = command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}')
-    assert again.returncode == 0 and again.stdout == f'{target} is complete already; nothing to do.\n'
+    assert (
+        again.returncode == 0 and again.stdout == f'{target} is complete already; nothing to do.\n'
+    )
 
 
 def test_miniimagenet_resizes_with_lanczos(tmp_path, target):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 150), dtype=np.uint8))
     data = encoded(noise.convert('RGB'), 'JPEG', quality=95)
-    prepare_miniimagenet.prepare(listed(tmp_path / 'source', {'test': [('a.jpg', 'n01')]}, {'a.jpg': data}), target)
+    prepare_miniimagenet.prepare(
+        listed(tmp_path / 'source', {'test': [('a.jpg', 'n01')]}, {'a.jpg': data}), target
+    )
 
     def distance(method):  # mean absolute difference in grey levels
         wanted = Image.open(io.BytesIO(data)).resize((84, 84), method)
@@ -412,29 +530,51 @@ def test_miniimagenet_resizes_with_lanczos(tmp_path, target):
 
 def test_padding_is_not_copied(tmp_path, target):
     images = {'a.jpg': IMAGES['a1.jpg'] + bytes(2**20)}
-    prepare_miniimagenet.prepare(listed(tmp_path / 'source', {'test': [('a.jpg', 'n01')]}, images), target)
+    prepare_miniimagenet.prepare(
+        listed(tmp_path / 'source', {'test': [('a.jpg', 'n01')]}, images), target
+    )
     assert (target / 'test/n01/a.jpg').stat().st_size < 2**16
 
 
 def test_miniimagenet_several_archives_and_no_others_needed(tmp_path, target):
-    listed(tmp_path / 'source', SPLITS, {name: IMAGES[name] for name in ('a1.jpg', 'a2.jpg')}, 'images_train.zip')
-    listed(tmp_path / 'source', {}, {name: IMAGES[name] for name in ('b1.jpg', 'c1.JPEG')}, 'images_val.zip')
+    listed(
+        tmp_path / 'source',
+        SPLITS,
+        {name: IMAGES[name] for name in ('a1.jpg', 'a2.jpg')},
+        'images_train.zip',
+    )
+    listed(
+        tmp_path / 'source',
+        {},
+        {name: IMAGES[name] for name in ('b1.jpg', 'c1.JPEG')},
+        'images_val.zip',
+    )
     (tmp_path / 'source/images').mkdir()
-    (tmp_path / 'source/images/a1.jpg').write_bytes(encoded(photo(9), 'JPEG'))  # the folder goes before the archives
+    (tmp_path / 'source/images/a1.jpg').write_bytes(
+        encoded(photo(9), 'JPEG')
+    )  # the folder goes before the archives
     prepare_miniimagenet.prepare(tmp_path / 'source', target)
-    assert (target / 'train/n01/a1.jpg').read_bytes() == encoded(photo(9), 'JPEG') and len(files(target)) == 4
+    assert (target / 'train/n01/a1.jpg').read_bytes() == encoded(photo(9), 'JPEG') and len(
+        files(target)
+    ) == 4
 
 
 def test_missing_images(tmp_path, target):
     source = listed(tmp_path / 'source', SPLITS, {'a1.jpg': IMAGES['a1.jpg']}, 'images.zip')
     flags = f'--source={source}', f'--target={target}'
-    refused(command('prepare_miniimagenet.py', *flags), 'lacks 3 of the 4 listed images', 'a2.jpg (train)',
-            '--allow_missing')
+    refused(
+        command('prepare_miniimagenet.py', *flags),
+        'lacks 3 of the 4 listed images',
+        'a2.jpg (train)',
+        '--allow_missing',
+    )
     assert not target.parent.exists()
     result = command('prepare_miniimagenet.py', *flags, '--allow_missing')
     assert result.returncode == 0 and '3 listed images are missing' in result.stdout
     assert files(target) == {'train/n01/a1.jpg'}
-    assert 'complete already' in command('prepare_miniimagenet.py', *flags, '--allow_missing').stdout
+    assert (
+        'complete already' in command('prepare_miniimagenet.py', *flags, '--allow_missing').stdout
+    )
 
 
 def test_all_images_missing_is_never_allowed(tmp_path, target):
@@ -451,27 +591,32 @@ def test_target_of_other_splits_is_left_alone(tmp_path, target):
     assert len(files(target)) == 4
 
 
-@pytest.mark.parametrize('text, complaint', [
-    ('filename,label\n../a.jpg,n01\n', "line 2: '../a.jpg' is not a plain name"),
-    ('filename,label\na1.jpg,n01\na2.jpg,..\n', "line 3: '..' is not a plain name"),
-    ('filename,label\na1.jpg,/etc\n', "'/etc' is not a plain name"),
-    ('filename,label\na1.jpg,x\\y\n', 'is not a plain name'),
-    ('filename,label\na1.jpg,C:\n', 'is not a plain name'),
-    ('filename,label\na1.jpg,\n', "'' is not a plain name"),
-    ('filename,label\na1.jpg\n', 'is not a plain name'),
-    ('filename,label\na1.jpg,"n\n01"\n', 'is not a plain name'),
-    ('filename,label\na1.png,n01\n', "'a1.png' is not the name of a JPEG file"),
-    ('filename,label\na1.jpg,n01\na1.jpg,n02\n', "'a1.jpg' is listed twice"),
-    ('filename,label\nc1.JPEG,n03\n', "'c1.JPEG' is listed twice"),
-    ('file,label\na1.jpg,n01\n', "no column 'filename'"),
-    ('a1.jpg,n01\na2.jpg,n01\n', "no column 'filename'"),
-    ('filename,label\n' + 'x' * 200000 + ',n01\n', 'is not a csv file'),
-    ('filename,label\n\xff', 'is not a csv file'),
-])
+@pytest.mark.parametrize(
+    'text, complaint',
+    [
+        ('filename,label\n../a.jpg,n01\n', "line 2: '../a.jpg' is not a plain name"),
+        ('filename,label\na1.jpg,n01\na2.jpg,..\n', "line 3: '..' is not a plain name"),
+        ('filename,label\na1.jpg,/etc\n', "'/etc' is not a plain name"),
+        ('filename,label\na1.jpg,x\\y\n', 'is not a plain name'),
+        ('filename,label\na1.jpg,C:\n', 'is not a plain name'),
+        ('filename,label\na1.jpg,\n', "'' is not a plain name"),
+        ('filename,label\na1.jpg\n', 'is not a plain name'),
+        ('filename,label\na1.jpg,"n\n01"\n', 'is not a plain name'),
+        ('filename,label\na1.png,n01\n', "'a1.png' is not the name of a JPEG file"),
+        ('filename,label\na1.jpg,n01\na1.jpg,n02\n', "'a1.jpg' is listed twice"),
+        ('filename,label\nc1.JPEG,n03\n', "'c1.JPEG' is listed twice"),
+        ('file,label\na1.jpg,n01\n', "no column 'filename'"),
+        ('a1.jpg,n01\na2.jpg,n01\n', "no column 'filename'"),
+        ('filename,label\n' + 'x' * 200000 + ',n01\n', 'is not a csv file'),
+        ('filename,label\n\xff', 'is not a csv file'),
+    ],
+)
 def test_bad_csv(tmp_path, target, text, complaint):
     source = listed(tmp_path / 'source', SPLITS, IMAGES)
     (source / 'train.csv').write_bytes(text.encode('latin-1'))
-    with pytest.raises(PreparationError, match='csv.*' + complaint.replace('\\', '\\\\').replace('..', r'\.\.')):
+    with pytest.raises(
+        PreparationError, match='csv.*' + complaint.replace('\\', '\\\\').replace('..', r'\.\.')
+    ):
         prepare_miniimagenet.prepare(source, target)
     assert not target.parent.exists()
 
@@ -486,7 +631,13 @@ def test_any_damage_to_a_csv_is_a_sentence_or_what_it_says(tmp_path):
         how = dice.choice(['cut', 'flip', 'empty', 'absent', 'swap'])
         if how == 'flip':
             content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
-        path.write_bytes(content[:dice.randrange(len(content))] if how == 'cut' else b'' if how == 'empty' else content)
+        path.write_bytes(
+            content[: dice.randrange(len(content))]
+            if how == 'cut'
+            else b''
+            if how == 'empty'
+            else content
+        )
         if how == 'absent':
             path.unlink()
         if how == 'swap':
@@ -496,13 +647,18 @@ def test_any_damage_to_a_csv_is_a_sentence_or_what_it_says(tmp_path):
         try:
             prepare_miniimagenet.prepare(source, target)
         except PreparationError as error:
-            assert str(source) in str(error) and '\n' not in str(error) and not target.exists(), (how, error)
+            assert str(source) in str(error) and '\n' not in str(error) and not target.exists(), (
+                how,
+                error,
+            )
             continue
         told = set()
         for split in SPLITS:
             if (source / f'{split}.csv').exists():
                 with (source / f'{split}.csv').open(newline='') as file:
-                    told |= {f'{split}/{row["label"]}/{row["filename"]}' for row in csv.DictReader(file)}
+                    told |= {
+                        f'{split}/{row["label"]}/{row["filename"]}' for row in csv.DictReader(file)
+                    }
         assert files(target) == told, how
 
 
@@ -515,7 +671,9 @@ def test_csv_from_a_spreadsheet(tmp_path, target):
 
 
 def test_images_of_one_name_in_one_archive(tmp_path, target):
-    source = listed(tmp_path / 'source', SPLITS, {**IMAGES, 'n01/a1.jpg': IMAGES['a1.jpg']}, 'images.zip')
+    source = listed(
+        tmp_path / 'source', SPLITS, {**IMAGES, 'n01/a1.jpg': IMAGES['a1.jpg']}, 'images.zip'
+    )
     with pytest.raises(PreparationError, match='have the same file name'):
         prepare_miniimagenet.prepare(source, target)
 
@@ -523,13 +681,22 @@ def test_images_of_one_name_in_one_archive(tmp_path, target):
 def test_undecodable_image_is_named(tmp_path, target):
     images = {**IMAGES, 'b1.jpg': IMAGES['b1.jpg'][:-200]}
     source = listed(tmp_path / 'source', SPLITS, images)
-    refused(command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}'),
-            str(source / 'images/b1.jpg'), 'truncated')
+    refused(
+        command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}'),
+        str(source / 'images/b1.jpg'),
+        'truncated',
+    )
     assert not target.parent.exists()
 
 
 def test_without_source_the_way_to_the_files_is_told(tmp_path):
-    refused(command('prepare_miniimagenet.py', cwd=tmp_path), '--source=FOLDER', 'train.csv', 'Ravi', 'ImageNet')
+    refused(
+        command('prepare_miniimagenet.py', cwd=tmp_path),
+        '--source=FOLDER',
+        'train.csv',
+        'Ravi',
+        'ImageNet',
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -542,21 +709,40 @@ def test_interrupted(tmp_path, number):
     for name in names:
         (source / 'images' / name).symlink_to(source / 'large')
     (source / 'large').write_bytes(large)
-    process = subprocess.Popen([sys.executable, '-B', ROOT / 'scripts/prepare_miniimagenet.py', f'--source={source}',
-                                f'--target={tmp_path / "new/data/target"}'], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            '-B',
+            ROOT / 'scripts/prepare_miniimagenet.py',
+            f'--source={source}',
+            f'--target={tmp_path / "new/data/target"}',
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 20
-    while not list(tmp_path.glob('new/data/.target.*/target/train/n01/1.jpg')) and time.monotonic() < deadline:
-        time.sleep(.01)
+    while (
+        not list(tmp_path.glob('new/data/.target.*/target/train/n01/1.jpg'))
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.01)
     assert list(tmp_path.glob('new/data/.target.*/target/train/n01/1.jpg')), 'did not start in time'
     while process.poll() is None and time.monotonic() < deadline + 20:
-        process.send_signal(number)  # again and again, as an impatient user does: that must not break off the cleaning up
-        time.sleep(.001)
+        process.send_signal(
+            number
+        )  # again and again, as an impatient user does: that must not break off the cleaning up
+        time.sleep(0.001)
     stderr = process.communicate(timeout=1)[1]
-    assert process.returncode == 128 + number and stderr.count('Stopped') == 1 and 'Traceback' not in stderr
+    assert (
+        process.returncode == 128 + number
+        and stderr.count('Stopped') == 1
+        and 'Traceback' not in stderr
+    )
     assert {path.name for path in tmp_path.iterdir()} == {'source'}
 
 
 # Real data
+
 
 @needs_data('omniglot')
 def test_official_omniglot_pixels_are_those_of_lanczos_on_1_bit():

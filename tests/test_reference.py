@@ -4,6 +4,7 @@ The cases are the .npz files of the folder MAML_REFERENCE_DIR, by default tests/
 flags, the initial parameters and what the original program computed from them under TensorFlow 1.2.1, whose
 meta-gradient is exact; under `float64/` stands what independent float64 arithmetic gives.
 """
+
 import json
 import os
 from functools import lru_cache
@@ -20,18 +21,46 @@ from utils import Batch
 
 FOLDER = Path(os.environ.get('MAML_REFERENCE_DIR', Path(__file__).parent / 'reference'))
 CASES = sorted(path.stem for path in FOLDER.glob('*.npz'))
-FAST_COMPILED = ('sinusoid', 'omniglot_5way_1shot')   # XLA takes half a minute for each of the others
+FAST_COMPILED = (
+    'sinusoid',
+    'omniglot_5way_1shot',
+)  # XLA takes half a minute for each of the others
 
 
 def modes(name: str):
     for dtype in (tf.float32, tf.float64):
         # Uncompiled in float32, images say little that compiled float32 and uncompiled float64 do not; the
         # first-order case little that the smaller ones do not.
-        repeated = dtype == tf.float32 and not name.startswith('sinusoid') or name in (
-            'omniglot_5way_5shot_first_order', 'omniglot_20way_1shot_5steps', 'omniglot_max_pool', 'omniglot_layer_norm')
-        yield pytest.param(name, dtype, False, id=f'{name}-{dtype.name}-uncompiled', marks=[pytest.mark.slow] if repeated else [])
-        fast = dtype == tf.float32 and name.startswith(FAST_COMPILED) and not name.endswith('first_order')
-        yield pytest.param(name, dtype, True, id=f'{name}-{dtype.name}-compiled', marks=[] if fast else [pytest.mark.slow])
+        repeated = (
+            dtype == tf.float32
+            and not name.startswith('sinusoid')
+            or name
+            in (
+                'omniglot_5way_5shot_first_order',
+                'omniglot_20way_1shot_5steps',
+                'omniglot_max_pool',
+                'omniglot_layer_norm',
+            )
+        )
+        yield pytest.param(
+            name,
+            dtype,
+            False,
+            id=f'{name}-{dtype.name}-uncompiled',
+            marks=[pytest.mark.slow] if repeated else [],
+        )
+        fast = (
+            dtype == tf.float32
+            and name.startswith(FAST_COMPILED)
+            and not name.endswith('first_order')
+        )
+        yield pytest.param(
+            name,
+            dtype,
+            True,
+            id=f'{name}-{dtype.name}-compiled',
+            marks=[] if fast else [pytest.mark.slow],
+        )
 
 
 class Case:
@@ -41,7 +70,15 @@ class Case:
         self.values = dict(np.load(FOLDER / f'{name}.npz'))
         self.flags = flags.FlagValues()
         main.define_flags(self.flags)
-        self.flags(['main.py', *(f'--{name}={value}' for name, value in json.loads(str(self.values['flags'])).items())])
+        self.flags(
+            [
+                'main.py',
+                *(
+                    f'--{name}={value}'
+                    for name, value in json.loads(str(self.values['flags'])).items()
+                ),
+            ]
+        )
         self.updates = max(int(self.values['test_num_updates']), self.flags.num_updates)
         # 84x84 images with flat regions are ill-conditioned in float32.
         self.gradient_tolerance = 5e-3 if self.flags.datasource == 'miniimagenet' else 2e-4
@@ -60,6 +97,7 @@ class Case:
             if f'input/{name}_uint8' in self.values:
                 return self.values[f'input/{name}_uint8'].astype(np.float32) / np.float32(255)
             return self.values[f'input/{name}']
+
         return Batch(*(tf.cast(array(name), dtype) for name in Batch._fields))
 
 
@@ -84,14 +122,24 @@ def check_outcomes(case: Case, model, batch: Batch):
     """Losses, accuracies and outputs before and after each update."""
     expected, results = case.values, model.evaluate(batch, case.updates)
     prefix, tolerance = ('float64/', 1e-9) if model.dtype == tf.float64 else ('', 2e-4)
-    np.testing.assert_allclose(np.mean(results.loss1), expected[f'{prefix}total_loss1'], rtol=tolerance)
-    np.testing.assert_allclose(np.mean(results.losses2, axis=1), expected[f'{prefix}total_losses2'], rtol=tolerance)
+    np.testing.assert_allclose(
+        np.mean(results.loss1), expected[f'{prefix}total_loss1'], rtol=tolerance
+    )
+    np.testing.assert_allclose(
+        np.mean(results.losses2, axis=1), expected[f'{prefix}total_losses2'], rtol=tolerance
+    )
     for output, key in ((results.outputa, 'outputas'), (results.outputsb, 'outputbs')):
-        error = np.linalg.norm(output - expected[key], axis=(-2, -1)) / np.linalg.norm(expected[key], axis=(-2, -1))
-        assert error.max() <= 2e-4, key   # per task and update
+        error = np.linalg.norm(output - expected[key], axis=(-2, -1)) / np.linalg.norm(
+            expected[key], axis=(-2, -1)
+        )
+        assert error.max() <= 2e-4, key  # per task and update
     if 'total_accuracy1' in expected:
-        np.testing.assert_allclose(np.mean(results.accuracy1), expected['total_accuracy1'], atol=1e-6)
-        np.testing.assert_allclose(np.mean(results.accuracies2, axis=1), expected['total_accuracies2'], atol=1e-6)
+        np.testing.assert_allclose(
+            np.mean(results.accuracy1), expected['total_accuracy1'], atol=1e-6
+        )
+        np.testing.assert_allclose(
+            np.mean(results.accuracies2, axis=1), expected['total_accuracies2'], atol=1e-6
+        )
 
 
 def check_gradients(values: dict, model, gradients, tolerance: float):
@@ -106,8 +154,14 @@ def check_gradients(values: dict, model, gradients, tolerance: float):
         if cancelled_bias(values, name):
             assert np.abs(gradient).max() <= 1e-3, name
         else:
-            jump = 1.5 * np.linalg.norm(values[f'meta_grad/{name}'] - exact) if tolerance == 5e-3 else 0
-            assert np.linalg.norm(gradient - exact) <= max(jump, tolerance * np.linalg.norm(exact)), name
+            jump = (
+                1.5 * np.linalg.norm(values[f'meta_grad/{name}'] - exact)
+                if tolerance == 5e-3
+                else 0
+            )
+            assert np.linalg.norm(gradient - exact) <= max(
+                jump, tolerance * np.linalg.norm(exact)
+            ), name
 
 
 def check_step(values: dict, key: str, model, gradients, tolerance: float):
@@ -119,10 +173,14 @@ def check_step(values: dict, key: str, model, gradients, tolerance: float):
     for name, variable, gradient in zip(names(model), model.parameters, gradients):
         error = tolerance * rms(gradient)
         if key == 'after_metatrain':
-            error = max(error, rms(values[f'meta_grad/{name}'] - values[f'float64/meta_grad/{name}']))
+            error = max(
+                error, rms(values[f'meta_grad/{name}'] - values[f'float64/meta_grad/{name}'])
+            )
         clear = np.abs(gradient) > 10 * error
         if clear.any() and not cancelled_bias(values, name):
-            np.testing.assert_allclose(variable.numpy()[clear], values[f'{key}/{name}'][clear], atol=1e-5, rtol=0)
+            np.testing.assert_allclose(
+                variable.numpy()[clear], values[f'{key}/{name}'][clear], atol=1e-5, rtol=0
+            )
 
 
 def given(optimizer) -> list[np.ndarray]:
@@ -132,8 +190,10 @@ def given(optimizer) -> list[np.ndarray]:
 
 def check_metatrain(case: Case, model, batch: Batch, tolerance: float):
     """The outer gradient as Adam gets it, hence clipped, and all variables after the step."""
-    values = {key: np.clip(value, -model.clip, model.clip) if model.clip and 'meta_grad' in key else value
-              for key, value in case.values.items()}
+    values = {
+        key: np.clip(value, -model.clip, model.clip) if model.clip and 'meta_grad' in key else value
+        for key, value in case.values.items()
+    }
     model.metatrain_step(batch)
     check_gradients(values, model, given(model.metatrain_optimizer), tolerance)
     exact = [values[f'float64/meta_grad/{name}'] for name in names(model)]
@@ -148,10 +208,16 @@ def test_original(name, dtype, compiled):
     tolerance = case.gradient_tolerance if dtype == tf.float32 else 1e-7
     check_outcomes(case, model, batch)
     if case.flags.metatrain_iterations > 0:
-        if not compiled:   # as it is before clipping
+        if not compiled:  # as it is before clipping
             check_gradients(case.values, model, model.meta_gradient(batch)[1], tolerance)
         check_metatrain(case, model, batch, tolerance)
     if 'after_pretrain/b1' in case.values:
         case.initialize(model)
         model.pretrain_step(batch)
-        check_step(case.values, 'after_pretrain', model, given(model.pretrain_optimizer), case.gradient_tolerance)
+        check_step(
+            case.values,
+            'after_pretrain',
+            model,
+            given(model.pretrain_optimizer),
+            case.gradient_tolerance,
+        )

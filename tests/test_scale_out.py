@@ -1,4 +1,5 @@
 """--strategy: the same weights from one device, from two of a process, and from two processes; what happens when one is lost."""
+
 import os
 import re
 import shutil
@@ -11,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-
 from command_line import ROOT, assert_refused, command, make_omniglot, run, succeeded
+
 from utils import Batch, Replicas, checkpoints
 
 LAUNCH = 'scripts/launch_workers.py'
-TWO_DEVICES = f'''
+TWO_DEVICES = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import main
@@ -26,26 +27,43 @@ cpu, = tf.config.list_physical_devices('CPU')
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 main.define_flags()
 app.run(main.program)
-'''
+"""
 
 
 @pytest.fixture(scope='module')
 def flags(tmp_path_factory) -> list[str]:
     """A network with a normalisation, one that starts fast, and 20 iterations of it."""
     data = make_omniglot(tmp_path_factory.mktemp('scale'))
-    return ['--datasource=omniglot', f'--data_dir={data}', '--num_classes=2', '--update_batch_size=1', '--update_lr=0.4', '--num_filters=8',
-            '--meta_batch_size=32', '--metatrain_iterations=20']   # two shares of 16 tasks, on one device and on two
+    return [
+        '--datasource=omniglot',
+        f'--data_dir={data}',
+        '--num_classes=2',
+        '--update_batch_size=1',
+        '--update_lr=0.4',
+        '--num_filters=8',
+        '--meta_batch_size=32',
+        '--metatrain_iterations=20',
+    ]  # two shares of 16 tasks, on one device and on two
 
 
 def two_devices(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, '-B', '-c', TWO_DEVICES, *arguments, '--strategy=mirrored'], capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, '-B', '-c', TWO_DEVICES, *arguments, '--strategy=mirrored'],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def stored(logdir: Path) -> dict[str, np.ndarray]:
     """All variables of the newest checkpoint."""
-    folder, = logdir.iterdir()
+    (folder,) = logdir.iterdir()
     reader = tf.train.load_checkpoint([*checkpoints(folder).values()][-1])
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map() if name.startswith(('weights', 'norms', 'metatrain'))}
+    return {
+        name: reader.get_tensor(name)
+        for name in reader.get_variable_to_shape_map()
+        if name.startswith(('weights', 'norms', 'metatrain'))
+    }
 
 
 def assert_close(logdir: Path, other: Path, tolerance: float = 1e-5):
@@ -56,7 +74,7 @@ def assert_close(logdir: Path, other: Path, tolerance: float = 1e-5):
 
 
 def result(logdir: Path) -> str:
-    path, = logdir.glob('*/test_*.csv')
+    (path,) = logdir.glob('*/test_*.csv')
     return path.read_text()
 
 
@@ -68,7 +86,7 @@ def test_one_device_two_devices_two_workers(flags, tmp_path, conv):
     mirrored = two_devices(*flags, f'--logdir={tmp_path}/mirrored')
     assert mirrored.returncode == 0, mirrored.stderr[-2000:]
     workers = succeeded(command(LAUNCH, '2', '--', *flags, f'--logdir={tmp_path}/workers'))
-    assert workers.out.count('Done initializing') == 1   # one of them prints
+    assert workers.out.count('Done initializing') == 1  # one of them prints
     for other in 'mirrored', 'workers':
         assert_close(tmp_path / 'one', tmp_path / other)
     assert len([*tmp_path.glob('workers/*/events*')]) == 1
@@ -81,7 +99,13 @@ def test_evaluation_is_shared(flags, tmp_path):
     succeeded(command('main.py', *flags, '--train=False', f'--logdir={tmp_path}/one'))
     evaluated = two_devices(*flags, '--train=False', f'--logdir={tmp_path}/mirrored')
     assert evaluated.returncode == 0, evaluated.stderr[-2000:]
-    np.testing.assert_allclose(*(np.array(result(tmp_path / name).splitlines()[1].split(','), float) for name in ('one', 'mirrored')), rtol=1e-5)
+    np.testing.assert_allclose(
+        *(
+            np.array(result(tmp_path / name).splitlines()[1].split(','), float)
+            for name in ('one', 'mirrored')
+        ),
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.slow
@@ -99,41 +123,64 @@ def test_resume_across_strategies(flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('arguments', [['--datasource=sinusoid', '--norm=None', '--update_batch_size=5', '--meta_batch_size=8'],
-                                       ['--datasource=sinusoid', '--norm=None', '--meta_batch_size=8', '--pretrain_iterations=150']])
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['--datasource=sinusoid', '--norm=None', '--update_batch_size=5', '--meta_batch_size=8'],
+        [
+            '--datasource=sinusoid',
+            '--norm=None',
+            '--meta_batch_size=8',
+            '--pretrain_iterations=150',
+        ],
+    ],
+)
 def test_sinusoids_too(arguments, tmp_path):
     """Whose steps are many to a program on one device."""
     line = [*arguments, '--metatrain_iterations=300']
     succeeded(command('main.py', *line, f'--logdir={tmp_path}/one'))
     assert two_devices(*line, f'--logdir={tmp_path}/two').returncode == 0
-    assert_close(tmp_path / 'one', tmp_path / 'two', 1e-3)   # rounding grows over as many iterations
+    assert_close(tmp_path / 'one', tmp_path / 'two', 1e-3)  # rounding grows over as many iterations
 
 
 def children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+    return [
+        int(pid)
+        for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    ]
 
 
 def wait_for(folder: Path, pattern: str, process: subprocess.Popen):
     deadline = time.monotonic() + 300
     while not [*folder.glob(pattern)]:
         assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(.05)
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc to find the workers')
 def test_a_worker_is_killed(flags, tmp_path):
     """kill -9 of the second: the first says so and ends; all started again end as if nothing had happened."""
-    line = [*(flag for flag in flags if 'iterations' not in flag), '--conv=False', '--metatrain_iterations=2500']
+    line = [
+        *(flag for flag in flags if 'iterations' not in flag),
+        '--conv=False',
+        '--metatrain_iterations=2500',
+    ]
     succeeded(command(LAUNCH, '2', '--', *line, f'--logdir={tmp_path}/whole'))
-    launched = subprocess.Popen([sys.executable, '-B', ROOT / LAUNCH, '2', '--', *line, f'--logdir={tmp_path}/killed'],
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launched = subprocess.Popen(
+        [sys.executable, '-B', ROOT / LAUNCH, '2', '--', *line, f'--logdir={tmp_path}/killed'],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(tmp_path, 'killed/*/model1000.index', launched)
     os.kill(children(launched)[1], signal.SIGKILL)
     _, err = launched.communicate(timeout=120)
-    assert launched.returncode != 0 and re.search(r'main\.py: worker 0 lost another one \(.*start all of them again', err), err[-2000:]
+    assert launched.returncode != 0 and re.search(
+        r'main\.py: worker 0 lost another one \(.*start all of them again', err
+    ), err[-2000:]
     assert 'Traceback' not in err
-    folder, = (tmp_path / 'killed').iterdir()
+    (folder,) = (tmp_path / 'killed').iterdir()
     assert max(checkpoints(folder)) < 2499
     again = succeeded(command(LAUNCH, '2', '--', *line, f'--logdir={tmp_path}/killed'))
     assert 'Continuing at iteration' in again.out
@@ -144,20 +191,43 @@ def test_a_worker_is_killed(flags, tmp_path):
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc to find the workers')
 def test_a_signal_stops_all_workers(flags, tmp_path):
     """SIGTERM to the second alone: both stop after the same iteration, and the run is saved."""
-    line = [*(flag for flag in flags if 'iterations' not in flag), '--conv=False', '--metatrain_iterations=100000', f'--logdir={tmp_path}/logs']
-    launched = subprocess.Popen([sys.executable, '-B', ROOT / LAUNCH, '2', '--', *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = [
+        *(flag for flag in flags if 'iterations' not in flag),
+        '--conv=False',
+        '--metatrain_iterations=100000',
+        f'--logdir={tmp_path}/logs',
+    ]
+    launched = subprocess.Popen(
+        [sys.executable, '-B', ROOT / LAUNCH, '2', '--', *line],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(tmp_path, 'logs/*/model1000.index', launched)
     os.kill(children(launched)[1], signal.SIGTERM)
     out, err = launched.communicate(timeout=120)
-    assert launched.returncode == 143 and re.search(r'Saved .*; the same command continues at iteration', out), err[-2000:]
+    assert launched.returncode == 143 and re.search(
+        r'Saved .*; the same command continues at iteration', out
+    ), err[-2000:]
 
 
 # Without other processes --------------------------------------------------------------------------------------------------
 
+
 def test_one_device_is_no_strategy():
     replicas, batch = Replicas(), Batch(*np.ones([4, 2, 3, 1]))
-    assert replicas.place(batch) is batch and replicas.is_chief and replicas.share(6) == slice(0, 6) and replicas.any(True, 1) and not replicas.any(False, 1)
-    assert replicas.agree([1, 2]) == [1, 2] and replicas.mean(lambda share: share, batch) is batch and replicas.gather(len, batch) == 4
+    assert (
+        replicas.place(batch) is batch
+        and replicas.is_chief
+        and replicas.share(6) == slice(0, 6)
+        and replicas.any(True, 1)
+        and not replicas.any(False, 1)
+    )
+    assert (
+        replicas.agree([1, 2]) == [1, 2]
+        and replicas.mean(lambda share: share, batch) is batch
+        and replicas.gather(len, batch) == 4
+    )
 
 
 class FourWorkers(Replicas):
@@ -169,7 +239,10 @@ class FourWorkers(Replicas):
 
 def test_shares_of_the_tasks():
     assert FourWorkers().share(32) == slice(16, 24)
-    with pytest.raises(ValueError, match='--meta_batch_size=25 tasks cannot be shared equally by 8 replicas: make it a multiple of 8'):
+    with pytest.raises(
+        ValueError,
+        match='--meta_batch_size=25 tasks cannot be shared equally by 8 replicas: make it a multiple of 8',
+    ):
         FourWorkers().share(25)
 
 
@@ -183,7 +256,11 @@ def test_no_cluster(monkeypatch, tmp_path, config, words):
 
 def test_tasks_that_two_devices_cannot_share(flags, tmp_path):
     outcome = two_devices(*flags, '--meta_batch_size=25', f'--logdir={tmp_path}')
-    assert outcome.returncode == 1 and 'multiple of 2' in outcome.stderr.splitlines()[-1] and not [*tmp_path.iterdir()]
+    assert (
+        outcome.returncode == 1
+        and 'multiple of 2' in outcome.stderr.splitlines()[-1]
+        and not [*tmp_path.iterdir()]
+    )
 
 
 def test_launcher_refuses():

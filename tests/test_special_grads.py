@@ -1,10 +1,24 @@
 """Convolution with one kernel per task and pooling, against TensorFlow's own layers applied task by task."""
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from special_grads import (FEW_ROWS, Shared, max_pool2x2, moments, patches3x3, per_task, product, product_outer, product_shared,
-                           product_transposed, spread, standardize, sum_rows)
+from special_grads import (
+    FEW_ROWS,
+    Shared,
+    max_pool2x2,
+    moments,
+    patches3x3,
+    per_task,
+    product,
+    product_outer,
+    product_shared,
+    product_transposed,
+    spread,
+    standardize,
+    sum_rows,
+)
 
 SIZES = [(6, 6), (5, 5), (7, 4), (4, 7), (3, 2), (2, 2), (1, 3), (1, 1)]
 
@@ -12,11 +26,15 @@ SIZES = [(6, 6), (5, 5), (7, 4), (4, 7), (3, 2), (2, 2), (1, 3), (1, 1)]
 def convolution(x, kernel, stride):
     """x [T, examples, H, W, C], kernel [T, 3, 3, C, F]: each task's patches by its kernel."""
     patches = patches3x3(x, stride)
-    return tf.einsum('tehwi,tif->tehwf', patches, tf.reshape(kernel, [kernel.shape[0], -1, kernel.shape[-1]]))
+    return tf.einsum(
+        'tehwi,tif->tehwf', patches, tf.reshape(kernel, [kernel.shape[0], -1, kernel.shape[-1]])
+    )
 
 
 def tensorflow_convolution(x, kernel, stride):
-    return tf.stack([tf.nn.conv2d(*task, strides=stride, padding='SAME') for task in zip(x, kernel)])
+    return tf.stack(
+        [tf.nn.conv2d(*task, strides=stride, padding='SAME') for task in zip(x, kernel)]
+    )
 
 
 def tensorflow_pooling(x):
@@ -53,7 +71,9 @@ def test_convolution_is_tensorflows_of_each_task(size, stride):
     x, kernel = random.standard_normal((3, 2, *size, 2)), random.standard_normal((3, 3, 3, 2, 4))
     ours = derivatives(lambda *inputs: convolution(*inputs, stride), x, kernel)
     assert ours[0].shape == (3, 2, -(-size[0] // stride), -(-size[1] // stride), 4)
-    assert_same(ours, derivatives(lambda *inputs: tensorflow_convolution(*inputs, stride), x, kernel))
+    assert_same(
+        ours, derivatives(lambda *inputs: tensorflow_convolution(*inputs, stride), x, kernel)
+    )
 
 
 @pytest.mark.parametrize('stride', [1, 2])
@@ -63,12 +83,18 @@ def test_each_task_has_its_own_kernel(stride):
     x, kernel = random.standard_normal((3, 2, 6, 5, 2)), random.standard_normal((3, 3, 3, 2, 4))
 
     def of_middle_task():
-        value, first, second = derivatives(lambda *inputs: convolution(*inputs, stride)[1], x, kernel)
+        value, first, second = derivatives(
+            lambda *inputs: convolution(*inputs, stride)[1], x, kernel
+        )
         for gradient in (*first, *second):
             assert np.any(gradient[1]) and not np.any(gradient[0]) and not np.any(gradient[2])
         return value, [gradient[1] for gradient in (*first, *second)]
+
     before = of_middle_task()
-    x[[0, 2]], kernel[[0, 2]] = random.standard_normal((2, 2, 6, 5, 2)), random.standard_normal((2, 3, 3, 2, 4))
+    x[[0, 2]], kernel[[0, 2]] = (
+        random.standard_normal((2, 2, 6, 5, 2)),
+        random.standard_normal((2, 3, 3, 2, 4)),
+    )
     assert_same(of_middle_task(), before)
 
 
@@ -83,7 +109,7 @@ def test_max_pooling_is_tensorflows(size, ties):
     x = random.standard_normal((2, 3, *size, 2))
     if ties:
         x = np.rint(x)
-        x[0] = 0.7   # all ties, all positive
+        x[0] = 0.7  # all ties, all positive
     ours = derivatives(max_pool2x2, x)
     assert ours[0].shape == (2, 3, size[0] // 2, size[1] // 2, 2)
     assert_same(ours, derivatives(tensorflow_pooling, x))
@@ -97,29 +123,41 @@ def test_ties_of_max_pooling_share_nothing(shape):
         tape.watch(x)
         y = max_pool2x2(x)
     gradient = tape.gradient(y, x).numpy()
-    assert set(np.unique(gradient)) <= {0., 1.} and gradient.sum() == np.prod(y.shape)
+    assert set(np.unique(gradient)) <= {0.0, 1.0} and gradient.sum() == np.prod(y.shape)
 
 
-@pytest.mark.parametrize('ours, plain, shape', [
-    (sum_rows, lambda x: tf.reduce_sum(x, axis=1, keepdims=True), (2, 5, 3)),
-    (lambda x: spread(x, 5), lambda x: tf.repeat(x, 5, axis=1), (2, 1, 3))], ids=['sum_rows', 'spread'])
+@pytest.mark.parametrize(
+    'ours, plain, shape',
+    [
+        (sum_rows, lambda x: tf.reduce_sum(x, axis=1, keepdims=True), (2, 5, 3)),
+        (lambda x: spread(x, 5), lambda x: tf.repeat(x, 5, axis=1), (2, 1, 3)),
+    ],
+    ids=['sum_rows', 'spread'],
+)
 def test_sums_and_copies_have_derivatives_of_every_order(ours, plain, shape):
     """The one is the other's gradient; as TensorFlow's, up to the third derivative."""
+
     def thrice(function):
         x = tf.constant(np.random.default_rng(0).standard_normal(shape))
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(x)
-            y = function(x ** 2)
-            results = [y, tf.reduce_sum(y ** 4)]
+            y = function(x**2)
+            results = [y, tf.reduce_sum(y**4)]
             for _ in range(3):
                 results.append(tape.gradient(results[-1], x))
         return results
+
     assert_same(thrice(ours), thrice(plain))
 
 
-@pytest.mark.parametrize('layer, shapes', [
-    (lambda x, kernel: convolution(x, kernel, 2), [(2, 2, 5, 4, 2), (2, 3, 3, 2, 2)]),
-    (max_pool2x2, [(2, 2, 5, 4, 2)])], ids=['convolution', 'pooling'])
+@pytest.mark.parametrize(
+    'layer, shapes',
+    [
+        (lambda x, kernel: convolution(x, kernel, 2), [(2, 2, 5, 4, 2), (2, 3, 3, 2, 2)]),
+        (max_pool2x2, [(2, 2, 5, 4, 2)]),
+    ],
+    ids=['convolution', 'pooling'],
+)
 def test_compiled_layers(layer, shapes):
     """XLA computes the same value and the same derivatives, ties included."""
     inputs = [np.rint(np.random.default_rng(0).standard_normal(shape)) for shape in shapes]
@@ -132,14 +170,34 @@ def plain_moments(x):
     return tf.concat([mean, tf.reduce_mean(tf.square(x - mean), 1, keepdims=True)], 1)
 
 
-@pytest.mark.parametrize('ours, plain, shapes', [
-    (product, tf.matmul, [(2, 5, 3), (2, 3, 4)]),
-    (product_transposed, lambda x, matrix: tf.matmul(x, matrix, transpose_b=True), [(2, 5, 3), (2, 4, 3)]),
-    (product_outer, lambda x, y: tf.matmul(x, y, transpose_a=True), [(2, 5, 3), (2, 5, 4)]),
-    (product_outer, lambda x, y: tf.matmul(x, y, transpose_a=True), [(2, FEW_ROWS + 1, 3), (2, FEW_ROWS + 1, 4)]),
-    (lambda x, matrix: product_shared(x, matrix, tf.zeros([2, 3, 4], tf.float64)), tf.matmul, [(2, 5, 3), (3, 4)]),
-    (lambda x: tf.concat(moments(x), 1), plain_moments, [(2, 12, 3)]),
-    (standardize, lambda x, mean, scale, offset: (x - mean) * scale + offset, [(2, 12, 3), *[(2, 1, 3)] * 3])])
+@pytest.mark.parametrize(
+    'ours, plain, shapes',
+    [
+        (product, tf.matmul, [(2, 5, 3), (2, 3, 4)]),
+        (
+            product_transposed,
+            lambda x, matrix: tf.matmul(x, matrix, transpose_b=True),
+            [(2, 5, 3), (2, 4, 3)],
+        ),
+        (product_outer, lambda x, y: tf.matmul(x, y, transpose_a=True), [(2, 5, 3), (2, 5, 4)]),
+        (
+            product_outer,
+            lambda x, y: tf.matmul(x, y, transpose_a=True),
+            [(2, FEW_ROWS + 1, 3), (2, FEW_ROWS + 1, 4)],
+        ),
+        (
+            lambda x, matrix: product_shared(x, matrix, tf.zeros([2, 3, 4], tf.float64)),
+            tf.matmul,
+            [(2, 5, 3), (3, 4)],
+        ),
+        (lambda x: tf.concat(moments(x), 1), plain_moments, [(2, 12, 3)]),
+        (
+            standardize,
+            lambda x, mean, scale, offset: (x - mean) * scale + offset,
+            [(2, 12, 3), *[(2, 1, 3)] * 3],
+        ),
+    ],
+)
 def test_derivatives_by_hand(ours, plain, shapes):
     """To the third order; the network needs two."""
     random = np.random.default_rng(2)
@@ -147,7 +205,10 @@ def test_derivatives_by_hand(ours, plain, shapes):
     assert_same(derivatives(ours, *inputs), derivatives(plain, *inputs))
 
     def second(function):
-        return lambda *inputs: tf.concat([tf.reshape(g, [-1]) for g in derivatives(function, *inputs)[2]], 0)
+        return lambda *inputs: tf.concat(
+            [tf.reshape(g, [-1]) for g in derivatives(function, *inputs)[2]], 0
+        )
+
     assert_same(derivatives(second(ours), *inputs)[1], derivatives(second(plain), *inputs)[1])
 
 
@@ -170,4 +231,7 @@ def test_shared_weights_have_a_gradient_for_each_task(rows):
             tape.watch(copies)
             scalar = tf.reduce_sum(tf.sin(x @ copies))
         return tape.gradient(scalar, copies)
-    assert_same(derivatives(gradient_of_shared, x, matrix), derivatives(gradient_of_copies, x, matrix))
+
+    assert_same(
+        derivatives(gradient_of_shared, x, matrix), derivatives(gradient_of_copies, x, matrix)
+    )

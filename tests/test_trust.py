@@ -2,6 +2,7 @@
 
 The fast tests call main.py in this process; the slow ones start it, kill it and look at what is left.
 """
+
 import os
 import random
 import re
@@ -17,19 +18,46 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl import flags
+from command_line import (
+    ROOT,
+    Outcome,
+    assert_refused,
+    listing,
+    make_omniglot,
+    parsed,
+    run,
+    running_eagerly,
+    succeeded,
+)
+from test_checkpoints import assert_same, contents
 
 import main
-from command_line import ROOT, Outcome, assert_refused, listing, make_omniglot, parsed, run, running_eagerly, succeeded
 from maml import MAML
-from test_checkpoints import assert_same, contents
 from utils import checkpoints, event_files, forget_summaries, lock, read_events, read_run_state
 
 SINUSOID = ['--norm=None', '--update_batch_size=5', '--meta_batch_size=4']
-OMNIGLOT = ['--datasource=omniglot', '--num_classes=2', '--update_batch_size=1', '--meta_batch_size=2', '--norm=None',
-            '--conv=False', '--validation_tasks=2']
-INTERVALS = {'SAVE_INTERVAL': 1, 'SUMMARY_INTERVAL': 20, 'PRINT_INTERVAL': 40, 'VALIDATION_INTERVAL': 50}
-SHORT_INTERVALS = {'SAVE_INTERVAL': 1, 'SUMMARY_INTERVAL': 6, 'PRINT_INTERVAL': 12, 'VALIDATION_INTERVAL': 15}
-WITH_INTERVALS = '''
+OMNIGLOT = [
+    '--datasource=omniglot',
+    '--num_classes=2',
+    '--update_batch_size=1',
+    '--meta_batch_size=2',
+    '--norm=None',
+    '--conv=False',
+    '--validation_tasks=2',
+]
+INTERVALS = {
+    'SAVE_INTERVAL': 1,
+    'SUMMARY_INTERVAL': 20,
+    'PRINT_INTERVAL': 40,
+    'VALIDATION_INTERVAL': 50,
+}
+SHORT_INTERVALS = {
+    'SAVE_INTERVAL': 1,
+    'SUMMARY_INTERVAL': 6,
+    'PRINT_INTERVAL': 12,
+    'VALIDATION_INTERVAL': 15,
+}
+WITH_INTERVALS = """
 import sys
 sys.path.insert(0, {root!r})
 from absl import app
@@ -38,7 +66,7 @@ for name, value in {intervals!r}.items():
     setattr(main, name, value)
 main.define_flags()
 app.run(main.program)
-'''
+"""
 
 
 @pytest.fixture(scope='module')
@@ -59,10 +87,22 @@ def folder_of(logdir: Path, *arguments: str) -> Path:
 
 def scalars(folder: Path) -> list[tuple]:
     """(step, tag, value) of all summaries in a folder, in order of step and tag, repetitions included."""
-    events = [tf.compat.v1.Event.FromString(record) for path in event_files(folder) for record in read_events(path)]
-    content = lambda value: (float(tf.make_ndarray(value.tensor)) if value.tensor.dtype == 1 else   # DT_FLOAT; else a picture
-                             '' if value.tag == 'flags' else list(value.tensor.string_val))
-    return sorted((event.step, value.tag, content(value)) for event in events for value in event.summary.value)
+    events = [
+        tf.compat.v1.Event.FromString(record)
+        for path in event_files(folder)
+        for record in read_events(path)
+    ]
+    content = lambda value: (
+        float(tf.make_ndarray(value.tensor))
+        if value.tensor.dtype == 1
+        # DT_FLOAT; else a picture
+        else ''
+        if value.tag == 'flags'
+        else list(value.tensor.string_val)
+    )
+    return sorted(
+        (event.step, value.tag, content(value)) for event in events for value in event.summary.value
+    )
 
 
 def assert_same_run(one: Path, other: Path, last: int):
@@ -80,6 +120,7 @@ def assert_same_run(one: Path, other: Path, last: int):
 
 # Continuing -----------------------------------------------------------------------------------------------------------
 
+
 class Stop:
     """Raises a signal in the middle of some outer step."""
 
@@ -91,11 +132,16 @@ class Stop:
             if count[0] == iteration:
                 signal.raise_signal(number)
             return original(model, *arguments, **named)
+
         monkeypatch.setattr(main.MAML, 'train', train)
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(tmp_path, eager, data, often, monkeypatch, number):
+@pytest.mark.parametrize(
+    'number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(
+    tmp_path, eager, data, often, monkeypatch, number
+):
     """Status 128 + signal, a checkpoint of that very iteration; printed lines, too, go on as if nothing had happened."""
     monkeypatch.setattr(main, 'SAVE_INTERVAL', 1000)
     train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=35']
@@ -105,10 +151,17 @@ def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(tmp_path, eag
         stopped = run(*train, f'--logdir={tmp_path}/often')
     folder = folder_of(tmp_path / 'often', *train)
     assert stopped.status == 128 + number and [*checkpoints(folder)] == [22]
-    assert f'Saved {folder}/model22; the same command continues at iteration 23 of 35.' in stopped.out
+    assert (
+        f'Saved {folder}/model22; the same command continues at iteration 23 of 35.' in stopped.out
+    )
     continued = succeeded(run(*train, f'--logdir={tmp_path}/often'))
     assert_same_run(folder_of(tmp_path / 'once', *train), folder, 34)
-    figures = lambda *outcomes: [line for o in outcomes for line in o.lines if re.match('Iteration|Validation|Accuracy', line)]
+    figures = lambda *outcomes: [
+        line
+        for o in outcomes
+        for line in o.lines
+        if re.match('Iteration|Validation|Accuracy', line)
+    ]
     assert figures(once) == figures(stopped, continued) and len(figures(once)) == 6
 
 
@@ -141,7 +194,11 @@ def test_leftovers_of_a_process_that_died(tmp_path, eager):
     train = [*SINUSOID, '--log=False', f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=2'))
     folder = folder_of(tmp_path, *train)
-    left = ['model9.data-00000-of-00001', 'model1.index.tempstate77', 'best3.data-00000-of-00001.tempstate12']
+    left = [
+        'model9.data-00000-of-00001',
+        'model1.index.tempstate77',
+        'best3.data-00000-of-00001.tempstate12',
+    ]
     kept = ['notes.data-00000-of-00001', 'my.txt']
     for name in left + kept:
         (folder / name).write_text('x')
@@ -152,17 +209,28 @@ def test_leftovers_of_a_process_that_died(tmp_path, eager):
 
 # Refusals -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('change, words', [
-    (['--seed=1'], ['--seed=0 (now 1)']), (['--meta_lr=.01'], ['--meta_lr=0.001 (now 0.01)']),
-    (['--pretrain_iterations=5'], ['--pretrain_iterations=0 (now 5)']),
-    (['--num_classes=5', '--seed=3'], ['--seed=0 (now 3)'])])
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (['--seed=1'], ['--seed=0 (now 1)']),
+        (['--meta_lr=.01'], ['--meta_lr=0.001 (now 0.01)']),
+        (['--pretrain_iterations=5'], ['--pretrain_iterations=0 (now 5)']),
+        (['--num_classes=5', '--seed=3'], ['--seed=0 (now 3)']),
+    ],
+)
 def test_flags_that_contradict_the_run(tmp_path, eager, change, words):
     train = [*SINUSOID, '--num_classes=5', '--log=False', f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=2'))
     before = listing(tmp_path)
-    assert_refused(run(*train, '--metatrain_iterations=4', *change), 'was trained with', *words, 'or another --logdir')
+    assert_refused(
+        run(*train, '--metatrain_iterations=4', *change),
+        'was trained with',
+        *words,
+        'or another --logdir',
+    )
     assert listing(tmp_path) == before
-    succeeded(run(*train, '--train=False', '--seed=1'))   # of no consequence for evaluation
+    succeeded(run(*train, '--train=False', '--seed=1'))  # of no consequence for evaluation
     succeeded(run(*train, '--metatrain_iterations=4', '--validation_tasks=100'))
 
 
@@ -171,10 +239,16 @@ def test_longer_joint_training(tmp_path, eager):
     joint = [*SINUSOID, '--log=False', '--metatrain_iterations=0']
     for logdir, lengths in ('whole', [4]), ('parts', [2, 4]):
         for length in lengths:
-            outcome = succeeded(run(*joint, f'--pretrain_iterations={length}', f'--logdir={tmp_path}/{logdir}'))
+            outcome = succeeded(
+                run(*joint, f'--pretrain_iterations={length}', f'--logdir={tmp_path}/{logdir}')
+            )
     assert 'Continuing at iteration 2 of 4.' in outcome.lines
-    whole, parts = (MAML.load(folder_of(tmp_path / logdir, *joint)) for logdir in ('whole', 'parts'))
-    assert all((whole.weights[name].numpy() == parts.weights[name].numpy()).all() for name in whole.weights)
+    whole, parts = (
+        MAML.load(folder_of(tmp_path / logdir, *joint)) for logdir in ('whole', 'parts')
+    )
+    assert all(
+        (whole.weights[name].numpy() == parts.weights[name].numpy()).all() for name in whole.weights
+    )
     more = ['--metatrain_iterations=2', f'--logdir={tmp_path}/parts', *SINUSOID, '--log=False']
     succeeded(run(*more, '--pretrain_iterations=4'))
     assert_refused(run(*more, '--pretrain_iterations=6'), '--pretrain_iterations=4 (now 6)')
@@ -185,7 +259,10 @@ def test_another_network_in_evaluation(tmp_path, eager, data):
     train = [*OMNIGLOT, f'--data_dir={data}', '--log=False', f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=1'))
     assert_refused(run(*train, '--train=False', '--conv=True'), '--conv=False (now True)')
-    assert_refused(run(*train, '--train=False', '--datasource=sinusoid'), '--datasource=omniglot (now sinusoid)')
+    assert_refused(
+        run(*train, '--train=False', '--datasource=sinusoid'),
+        '--datasource=omniglot (now sinusoid)',
+    )
 
 
 def test_two_processes_on_one_folder(tmp_path, eager):
@@ -196,26 +273,78 @@ def test_two_processes_on_one_folder(tmp_path, eager):
     before = listing(tmp_path)
     with lock(folder):
         for more in ([], ['--resume=False', '--overwrite']):
-            assert_refused(run(*train, '--metatrain_iterations=4', *more), f'{folder} is in use by another process')
+            assert_refused(
+                run(*train, '--metatrain_iterations=4', *more),
+                f'{folder} is in use by another process',
+            )
         assert listing(tmp_path) == before
         succeeded(run(*train, '--train=False'))
     succeeded(run(*train, '--metatrain_iterations=4'))
 
 
 MALFORMED = [
-    *[f'--{name}={value}' for name in ('num_classes', 'meta_batch_size', 'update_batch_size', 'num_updates', 'num_filters')
-      for value in ('0', '-1', 'x', '1.5', '', '1e3')],
-    *[f'--{name}={value}' for name in ('meta_lr', 'update_lr') for value in ('nan', 'inf', '-inf', '-1', 'x', '')],
-    *[f'--{name}={value}' for name in ('metatrain_iterations', 'pretrain_iterations', 'seed') for value in ('-1', 'x', '2.5', '')],
-    *[f'--{name}=perhaps' for name in ('train', 'log', 'resume', 'conv', 'max_pool', 'stop_grad', 'test_set', 'overwrite')],
-    *[f'--{name}={value}' for name in ('datasource', 'norm', 'baseline') for value in ('x', '', 'NONE')],
+    *[
+        f'--{name}={value}'
+        for name in (
+            'num_classes',
+            'meta_batch_size',
+            'update_batch_size',
+            'num_updates',
+            'num_filters',
+        )
+        for value in ('0', '-1', 'x', '1.5', '', '1e3')
+    ],
+    *[
+        f'--{name}={value}'
+        for name in ('meta_lr', 'update_lr')
+        for value in ('nan', 'inf', '-inf', '-1', 'x', '')
+    ],
+    *[
+        f'--{name}={value}'
+        for name in ('metatrain_iterations', 'pretrain_iterations', 'seed')
+        for value in ('-1', 'x', '2.5', '')
+    ],
+    *[
+        f'--{name}=perhaps'
+        for name in (
+            'train',
+            'log',
+            'resume',
+            'conv',
+            'max_pool',
+            'stop_grad',
+            'test_set',
+            'overwrite',
+        )
+    ],
+    *[
+        f'--{name}={value}'
+        for name in ('datasource', 'norm', 'baseline')
+        for value in ('x', '', 'NONE')
+    ],
     *[f'--test_iter={value}' for value in ('-2', 'last', '1.5', '')],
     *[f'--validation_tasks={value}' for value in ('0', '1', 'x')],
-    '--no_such_flag=1', '-x', 'train', '--metatrain_iterations=0', '--overwrite', '--overwrite --resume=False --train=False',
-    '--test_iter=best', '--test_iter=best --train=False', '--train=False', '--train=False --test_iter=3', '--test_iter=3',
-    '--train_update_lr=1', '--train_update_batch_size=2', '--train=False --train_update_lr=-2',
-    '--datasource=omniglot --baseline=oracle', '--datasource=omniglot --data_dir=/nowhere', '--datasource=miniimagenet --data_dir=',
-    '--datasource=omniglot --data_dir=/dev/null', '--logdir=/dev/null/x', '--logdir=/proc/x']
+    '--no_such_flag=1',
+    '-x',
+    'train',
+    '--metatrain_iterations=0',
+    '--overwrite',
+    '--overwrite --resume=False --train=False',
+    '--test_iter=best',
+    '--test_iter=best --train=False',
+    '--train=False',
+    '--train=False --test_iter=3',
+    '--test_iter=3',
+    '--train_update_lr=1',
+    '--train_update_batch_size=2',
+    '--train=False --train_update_lr=-2',
+    '--datasource=omniglot --baseline=oracle',
+    '--datasource=omniglot --data_dir=/nowhere',
+    '--datasource=miniimagenet --data_dir=',
+    '--datasource=omniglot --data_dir=/dev/null',
+    '--logdir=/dev/null/x',
+    '--logdir=/proc/x',
+]
 
 
 def test_how_many_malformed_command_lines():
@@ -227,20 +356,32 @@ def test_malformed_command_line(tmp_path, eager, line):
     """One sentence that names the culprit, and nothing on the disk."""
     try:
         outcome = run(*SINUSOID[:1], f'--logdir={tmp_path}/logs', *line.split(' '))
-    except flags.Error as error:   # absl prints it and exits with 1
+    except flags.Error as error:  # absl prints it and exits with 1
         outcome = Outcome(1, '', f'{error}\n')
     assert_refused(outcome)
     culprit = re.match(r'-*([a-z_]*)', line.split(' ')[-1])[1]
-    assert culprit in outcome.err.strip().splitlines()[-1] or re.search('holds no checkpoint|nothing to train|there is no folder', outcome.err)
+    assert culprit in outcome.err.strip().splitlines()[-1] or re.search(
+        'holds no checkpoint|nothing to train|there is no folder', outcome.err
+    )
     assert not [*tmp_path.iterdir()]
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('source, iteration', [(SINUSOID, 2), (OMNIGLOT, 2)], ids=['sinusoid', 'omniglot'])
+
+@pytest.mark.parametrize(
+    'source, iteration', [(SINUSOID, 2), (OMNIGLOT, 2)], ids=['sinusoid', 'omniglot']
+)
 def test_loss_that_is_no_number(tmp_path, eager, data, often, source, iteration):
     """The run names the iteration and the checkpoint before it, in which all numbers are finite."""
-    train = [*source, f'--data_dir={data}', '--log=False', f'--logdir={tmp_path}', '--metatrain_iterations=50', '--meta_lr=1e30']
+    train = [
+        *source,
+        f'--data_dir={data}',
+        '--log=False',
+        f'--logdir={tmp_path}',
+        '--metatrain_iterations=50',
+        '--meta_lr=1e30',
+    ]
     outcome = run(*train)
     assert_refused(outcome, 'so training has stopped', 'Try a smaller --update_lr or --meta_lr')
     told = re.search(r'in iteration (\d+)|after iteration (\d+)', outcome.err)
@@ -257,18 +398,40 @@ def test_loss_that_is_no_number(tmp_path, eager, data, often, source, iteration)
 
 def test_best_checkpoint(tmp_path, eager, data, often):
     """That of the best validation, the earliest of equals; --test_iter=best evaluates it, beside the results of the last."""
-    train = [*OMNIGLOT, f'--data_dir={data}', f'--logdir={tmp_path}', '--metatrain_iterations=46', '--meta_lr=.01']
+    train = [
+        *OMNIGLOT,
+        f'--data_dir={data}',
+        f'--logdir={tmp_path}',
+        '--metatrain_iterations=46',
+        '--meta_lr=.01',
+    ]
     outcome = succeeded(run(*train))
-    accuracies = dict(zip((15, 30, 45), map(float, re.findall(r'validation tasks: ([\d.]+) \+-', outcome.out)), strict=True))
+    accuracies = dict(
+        zip(
+            (15, 30, 45),
+            map(float, re.findall(r'validation tasks: ([\d.]+) \+-', outcome.out)),
+            strict=True,
+        )
+    )
     best = max(accuracies, key=accuracies.get)
     folder = folder_of(tmp_path, *train)
     assert [*checkpoints(folder, 'best')] == [best]
     state = read_run_state(str(folder / 'model45'))
-    assert state['best']['iteration'] == best and round(state['best']['accuracy'], 4) == accuracies[best]
-    written = {step: value for step, tag, value in scalars(folder) if tag == 'metaval_Post-update_accuracy__step_1'}
+    assert (
+        state['best']['iteration'] == best
+        and round(state['best']['accuracy'], 4) == accuracies[best]
+    )
+    written = {
+        step: value
+        for step, tag, value in scalars(folder)
+        if tag == 'metaval_Post-update_accuracy__step_1'
+    }
     assert {step: round(value, 4) for step, value in written.items()} == accuracies
     evaluated = succeeded(run(*train, '--train=False', '--test_iter=best'))
-    assert f'{folder}/best{best}' in evaluated.lines[0] and (folder / 'test_ubs1_stepsize0.001_best.csv').exists()
+    assert (
+        f'{folder}/best{best}' in evaluated.lines[0]
+        and (folder / 'test_ubs1_stepsize0.001_best.csv').exists()
+    )
     succeeded(run(*train, '--train=False'))
     assert (folder / 'test_ubs1_stepsize0.001.csv').exists()
 
@@ -276,7 +439,9 @@ def test_best_checkpoint(tmp_path, eager, data, often):
 def test_no_best_checkpoint_yet(tmp_path, eager):
     train = [*SINUSOID, '--log=False', f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=1'))
-    assert_refused(run(*train, '--train=False', '--test_iter=best'), 'no best checkpoint', 'iteration 500')
+    assert_refused(
+        run(*train, '--train=False', '--test_iter=best'), 'no best checkpoint', 'iteration 500'
+    )
 
 
 def test_image_that_becomes_unreadable(tmp_path, eager):
@@ -285,10 +450,13 @@ def test_image_that_becomes_unreadable(tmp_path, eager):
     succeeded(run(*train, '--metatrain_iterations=1'))
     image = data / 'omniglot_resized/Alphabet1/character05/0005_01.png'
     image.write_bytes(image.read_bytes()[:50])
-    assert_refused(run(*train, '--metatrain_iterations=2'), 'character05/0005_01.png cannot be decoded')
+    assert_refused(
+        run(*train, '--metatrain_iterations=2'), 'character05/0005_01.png cannot be decoded'
+    )
 
 
 # Damage ---------------------------------------------------------------------------------------------------------------
+
 
 def spoil(folder: Path, names: list[str], dice: random.Random) -> str:
     """Damages one file at random: cuts, empties, flips bits of, removes or swaps it. Returns what was done."""
@@ -305,7 +473,7 @@ def spoil(folder: Path, names: list[str], dice: random.Random) -> str:
         for _ in range({'flip': 1, 'flips': 8}.get(how, 0) if content else 0):
             content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
         if how == 'cut':
-            content = content[:dice.randrange(len(content) + 1)]
+            content = content[: dice.randrange(len(content) + 1)]
         path.write_bytes({'empty': b'', 'garbage': dice.randbytes(len(content))}.get(how, content))
     return f'{how} {path.name}'
 
@@ -318,7 +486,10 @@ def trained(tmp_path_factory):
         patch.setattr(main, 'SAVE_INTERVAL', 1)
         train = [*SINUSOID, '--log=False', f'--logdir={logdir}', '--meta_lr=.1']
         succeeded(run(*train, '--metatrain_iterations=4'))
-        values = {i: evaluated(*train, f'--test_iter={i}')[1] for i in checkpoints(folder_of(logdir, *train))}
+        values = {
+            i: evaluated(*train, f'--test_iter={i}')[1]
+            for i in checkpoints(folder_of(logdir, *train))
+        }
     assert len(values) == 3 and len(set(values.values())) == 3
     return logdir, values
 
@@ -329,7 +500,11 @@ def evaluated(*arguments: str) -> tuple[Outcome, str]:
     return outcome, outcome.out.partition('confidence intervals\n')[2]
 
 
-@pytest.mark.parametrize('seeds', [range(60), pytest.param(range(60, 140), marks=pytest.mark.slow)], ids=['60', '80 more'])
+@pytest.mark.parametrize(
+    'seeds',
+    [range(60), pytest.param(range(60, 140), marks=pytest.mark.slow)],
+    ids=['60', '80 more'],
+)
 def test_damaged_checkpoints_at_random(tmp_path, eager, trained, seeds):
     """The newest whole checkpoint is used, with a warning if it is not the newest; or one sentence says that there is none."""
     logdir, values = trained
@@ -339,7 +514,10 @@ def test_damaged_checkpoints_at_random(tmp_path, eager, trained, seeds):
         train = [*SINUSOID, '--log=False', f'--logdir={copy}', '--meta_lr=.1']
         folder = folder_of(copy, *train)
         files = [path.name for path in folder.glob('model*')]
-        done = [spoil(folder, [name for name in files if (folder / name).exists()], dice) for _ in range(dice.choice([1, 1, 2, 4]))]
+        done = [
+            spoil(folder, [name for name in files if (folder / name).exists()], dice)
+            for _ in range(dice.choice([1, 1, 2, 4]))
+        ]
         outcome, figures = evaluated(*train)
         assert 'Traceback' not in outcome.err, (seed, done)
         if outcome.status:
@@ -348,7 +526,11 @@ def test_damaged_checkpoints_at_random(tmp_path, eager, trained, seeds):
         used = int(re.search(r'model(\d+)\n', outcome.out)[1])
         assert figures == values[used], (seed, done)
         newer = [i for i in checkpoints(folder) if i > used]
-        assert len(newer) == outcome.err.count('the one before it is used'), (seed, done, outcome.err)
+        assert len(newer) == outcome.err.count('the one before it is used'), (
+            seed,
+            done,
+            outcome.err,
+        )
         assert not newer or max(newer) <= 3
 
 
@@ -368,13 +550,19 @@ def test_damaged_caches_at_random(tmp_path, eager, data, seeds=range(60)):
 
 # Killed, and out of space: processes of their own ---------------------------------------------------------------------
 
+
 class Process:
     """main.py with short intervals in a process of its own."""
 
     def __init__(self, *arguments: str, intervals: dict = INTERVALS, **more):
         code = WITH_INTERVALS.format(root=str(ROOT), intervals=intervals)
-        self.process = subprocess.Popen([sys.executable, '-B', '-c', code, *arguments], stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True, **more)
+        self.process = subprocess.Popen(
+            [sys.executable, '-B', '-c', code, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **more,
+        )
 
     def kill_after(self, text: str, seconds: float) -> bool:
         """Kills it some seconds after it printed a text. Returns whether it was still alive."""
@@ -396,7 +584,9 @@ def killed_again_and_again(train: list[str], kills: int, seconds: float, interva
     """Starts a run and kills it at random moments, `kills` times; then lets it finish. Returns how many kills hit it."""
     dice, hits = random.Random(0), 0
     for _ in range(kills):
-        text = dice.choice(['starting training', 'The first step', 'The first step', 'The first step'])
+        text = dice.choice(
+            ['starting training', 'The first step', 'The first step', 'The first step']
+        )
         hits += Process(*train, intervals=intervals).kill_after(text, dice.uniform(0, seconds))
     succeeded(Process(*train, intervals=intervals).finish())
     return hits
@@ -407,9 +597,11 @@ def test_fifty_kills_of_an_omniglot_run(tmp_path, data):
     """Also while a checkpoint is being written, since one is every iteration."""
     train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=1500', '--meta_lr=.003']
     succeeded(Process(*train, f'--logdir={tmp_path}/once').finish())
-    hits = killed_again_and_again([*train, f'--logdir={tmp_path}/often'], 50, .9, INTERVALS)
+    hits = killed_again_and_again([*train, f'--logdir={tmp_path}/often'], 50, 0.9, INTERVALS)
     assert hits >= 45
-    assert_same_run(folder_of(tmp_path / 'once', *train), folder_of(tmp_path / 'often', *train), 1499)
+    assert_same_run(
+        folder_of(tmp_path / 'once', *train), folder_of(tmp_path / 'often', *train), 1499
+    )
 
 
 @pytest.mark.slow
@@ -418,7 +610,9 @@ def test_ten_kills_of_a_sinusoid_run(tmp_path):
     succeeded(Process(*train, f'--logdir={tmp_path}/once', intervals={}).finish())
     hits = killed_again_and_again([*train, f'--logdir={tmp_path}/often'], 10, 1.2, {})
     assert hits >= 8
-    assert_same_run(folder_of(tmp_path / 'once', *train), folder_of(tmp_path / 'often', *train), 39999)
+    assert_same_run(
+        folder_of(tmp_path / 'once', *train), folder_of(tmp_path / 'often', *train), 39999
+    )
 
 
 @pytest.mark.slow
@@ -437,7 +631,12 @@ def small_disk(tmp_path):
     """A file system of 20 MB, if this user may mount one; else a limit of the size of files, as arguments for Popen."""
     folder = tmp_path / 'disk'
     folder.mkdir()
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=20m', 'tmpfs', folder], capture_output=True).returncode == 0
+    mounted = (
+        subprocess.run(
+            ['mount', '-t', 'tmpfs', '-o', 'size=20m', 'tmpfs', folder], capture_output=True
+        ).returncode
+        == 0
+    )
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
     yield folder, {} if mounted else {'preexec_fn': limit}
     if mounted:
@@ -448,7 +647,13 @@ def small_disk(tmp_path):
 def test_full_disk(tmp_path, data, small_disk):
     """A sentence; what was saved before can be read, and evaluated."""
     folder, limits = small_disk
-    train = [*OMNIGLOT[:-2], '--conv=True', '--norm=batch_norm', f'--data_dir={data}', f'--logdir={folder}']
+    train = [
+        *OMNIGLOT[:-2],
+        '--conv=True',
+        '--norm=batch_norm',
+        f'--data_dir={data}',
+        f'--logdir={folder}',
+    ]
     outcome = Process(*train, '--metatrain_iterations=2000', **limits).finish()
     assert_refused(outcome, 'cannot be written')
     found = checkpoints(folder_of(folder, *train))
@@ -458,20 +663,44 @@ def test_full_disk(tmp_path, data, small_disk):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='the system does not tell the memory of a process')
+@pytest.mark.skipif(
+    not Path('/proc/self/statm').exists(), reason='the system does not tell the memory of a process'
+)
 def test_memory_of_100000_iterations(tmp_path, monkeypatch):
     """It grows by less than 20 MB after warm-up, and nothing is traced again."""
     sizes, models, after, make_model = {}, [], main.Run.after, main.make_model
 
     def watched(run, first, *arguments):
-        sizes[first] = int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2 ** 20
+        sizes[first] = (
+            int(Path('/proc/self/statm').read_text().split()[1])
+            * os.sysconf('SC_PAGE_SIZE')
+            / 2**20
+        )
         return after(run, first, *arguments)
+
     monkeypatch.setattr(main.Run, 'after', watched)
-    monkeypatch.setattr(main, 'make_model', lambda **settings: models.append(make_model(**settings)) or models[0])
-    succeeded(run('--norm=None', '--update_batch_size=10', '--metatrain_iterations=100000', f'--logdir={tmp_path}'))
+    monkeypatch.setattr(
+        main, 'make_model', lambda **settings: models.append(make_model(**settings)) or models[0]
+    )
+    succeeded(
+        run(
+            '--norm=None',
+            '--update_batch_size=10',
+            '--metatrain_iterations=100000',
+            f'--logdir={tmp_path}',
+        )
+    )
     growth = max(size for first, size in sizes.items() if first > 5000) - sizes[5000]
-    print(f'memory after 5,000 iterations {sizes[5000]:.1f} MB, growth to the largest later {growth:.1f} MB')
+    print(
+        f'memory after 5,000 iterations {sizes[5000]:.1f} MB, growth to the largest later {growth:.1f} MB'
+    )
     assert growth < 20
-    counts = {name: getattr(models[0], name).experimental_get_tracing_count() for name in ('_steps', '_evaluate', 'metatrain_step')}
+    counts = {
+        name: getattr(models[0], name).experimental_get_tracing_count()
+        for name in ('_steps', '_evaluate', 'metatrain_step')
+    }
     # The step is traced once for a checkpoint's single iteration and once within the program of many.
-    assert counts == {'_steps': 1, '_evaluate': 1, 'metatrain_step': 2} or counts['metatrain_step'] == 1, counts
+    assert (
+        counts == {'_steps': 1, '_evaluate': 1, 'metatrain_step': 2}
+        or counts['metatrain_step'] == 1
+    ), counts

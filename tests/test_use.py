@@ -1,4 +1,5 @@
 """A user's own images and tasks: --datasource=folder, the API of MAML, scripts/classify.py and scripts/export.py."""
+
 import json
 import re
 import shlex
@@ -11,19 +12,31 @@ import numpy as np
 import pytest
 import scipy.stats
 import tensorflow as tf
+from command_line import (
+    ROOT,
+    assert_refused,
+    draw,
+    in_process,
+    listing,
+    make_miniimagenet,
+    make_omniglot,
+    parsed,
+    run,
+    succeeded,
+)
 from PIL import Image
 
-from command_line import ROOT, assert_refused, draw, in_process, listing, make_miniimagenet, make_omniglot, parsed, run, succeeded
 from data_generator import folder_layout, load_folder, load_miniimagenet, read_image, run_layout
 from maml import MAML, make_model
 from utils import Batch, event_files, read_events, read_scalars, write_checkpoint
 
 sys.path.insert(0, str(ROOT / 'scripts'))
 
-import classify  # noqa: E402
-import export  # noqa: E402
-import main  # noqa: E402
-import publish  # noqa: E402
+import classify
+import export
+import publish
+
+import main
 
 CHARACTERS = ROOT / 'tests' / 'characters'
 
@@ -33,11 +46,18 @@ def make_folder(folder: Path, classes: int = 12, images: int = 4) -> Path:
     for c in range(classes):
         for i in range(images):
             suffix = ('png', 'jpg', 'bmp', 'gif', 'webp', 'tiff')[(c + i) % 6]
-            draw(folder / f'class{c:02d}' / f'{i}.{suffix}', (20 + c, 30 + i), 'L' if suffix == 'gif' else 'RGB', c, i)
+            draw(
+                folder / f'class{c:02d}' / f'{i}.{suffix}',
+                (20 + c, 30 + i),
+                'L' if suffix == 'gif' else 'RGB',
+                c,
+                i,
+            )
     return folder
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
+
 
 def test_folders_of_splits_equal_miniimagenet(tmp_path):
     make_miniimagenet(tmp_path)
@@ -51,17 +71,35 @@ def test_classes_are_shared_out(tmp_path, capsys):
     """By their names alone; each in one split; again without decoding."""
     folder = make_folder(tmp_path / 'photos')
     loaded = load_folder(folder, image_size=10, channels=1, shares=(2, 1, 1))
-    assert {split: len(classes.names) for split, classes in loaded.items()} == {'train': 6, 'val': 3, 'test': 3}
-    assert sorted(name for classes in loaded.values() for name in classes.names) == [f'class{c:02d}' for c in range(12)]
+    assert {split: len(classes.names) for split, classes in loaded.items()} == {
+        'train': 6,
+        'val': 3,
+        'test': 3,
+    }
+    assert sorted(name for classes in loaded.values() for name in classes.names) == [
+        f'class{c:02d}' for c in range(12)
+    ]
     assert loaded['train'].images.shape == (48, 10, 10, 1) and 'Decoding' in capsys.readouterr().err
     again = load_folder(folder, image_size=10, channels=1, shares=(2, 1, 1))
     assert again['val'].names == loaded['val'].names and not capsys.readouterr().err
-    assert load_folder(folder, image_size=9)['train'].images.shape == (48, 9, 9, 3)   # another cache
-    assert {path.name for path in tmp_path.iterdir()} == {'photos', 'photos.10x10x1.cache', 'photos.9x9x3.cache'}
+    assert load_folder(folder, image_size=9)['train'].images.shape == (48, 9, 9, 3)  # another cache
+    assert {path.name for path in tmp_path.iterdir()} == {
+        'photos',
+        'photos.10x10x1.cache',
+        'photos.9x9x3.cache',
+    }
 
 
-@pytest.mark.parametrize('classes, shares, sizes', [(3, (1, 1, 1), (1, 1, 1)), (3, (.98, .01, .01), (1, 1, 1)), (3, (1, 8, 1), (1, 1, 1)),
-                                                    (100, (.64, .16, .2), (64, 16, 20)), (5, (1, 1, 8), (1, 1, 3))])
+@pytest.mark.parametrize(
+    'classes, shares, sizes',
+    [
+        (3, (1, 1, 1), (1, 1, 1)),
+        (3, (0.98, 0.01, 0.01), (1, 1, 1)),
+        (3, (1, 8, 1), (1, 1, 1)),
+        (100, (0.64, 0.16, 0.2), (64, 16, 20)),
+        (5, (1, 1, 8), (1, 1, 3)),
+    ],
+)
 def test_every_split_gets_a_class(tmp_path, classes, shares, sizes):
     make_folder(tmp_path / 'photos', classes, images=1)
     loaded = load_folder(tmp_path / 'photos', 4, shares=shares)
@@ -72,6 +110,7 @@ def test_every_split_gets_a_class(tmp_path, classes, shares, sizes):
 
 def test_what_pillow_reads(tmp_path):
     """Transparency is white, 16 bits are scaled, a camera's orientation is kept, other modes are converted."""
+
     def read(name, channels=3):
         return read_image(str(tmp_path / name), folder_layout(2, channels))
 
@@ -83,7 +122,7 @@ def test_what_pillow_reads(tmp_path):
     assert np.abs(read('print.tiff').astype(int) - [255, 0, 0]).max() < 5
     sideways = Image.fromarray(np.array([[0, 255], [0, 255]], np.uint8))
     exif = Image.Exif()
-    exif[0x112] = 6   # to be turned by 90 degrees clockwise
+    exif[0x112] = 6  # to be turned by 90 degrees clockwise
     sideways.save(tmp_path / 'turned.png', exif=exif)
     assert read('turned.png', 1)[..., 0].tolist() == [[0, 0], [255, 255]]
 
@@ -117,79 +156,176 @@ def short_class(folder: Path) -> list[str]:
     return ['class01', 'has 1 images', 'a task takes 2']
 
 
-@pytest.mark.parametrize('spoil', [unreadable, thirty_two_bits, empty_class, two_classes, short_class, shutil.rmtree,
-                                   lambda folder: [shutil.rmtree(path) for path in folder.iterdir()]])
+@pytest.mark.parametrize(
+    'spoil',
+    [
+        unreadable,
+        thirty_two_bits,
+        empty_class,
+        two_classes,
+        short_class,
+        shutil.rmtree,
+        lambda folder: [shutil.rmtree(path) for path in folder.iterdir()],
+    ],
+)
 def test_spoilt_folders(tmp_path, spoil):
     folder = make_folder(tmp_path / 'photos')
     words = spoil(folder)
     words = words if words and words[0] else ['photos', 'folder of images for each class']
-    flags = ['--datasource=folder', f'--data_dir={folder}', '--num_classes=2', '--update_batch_size=1', '--image_size=8', f'--logdir={tmp_path}/logs']
-    splits = [['--split=10,1,1']] if spoil is not short_class else [[f'--split={s}'] for s in ('10,1,1', '1,10,1')]
+    flags = [
+        '--datasource=folder',
+        f'--data_dir={folder}',
+        '--num_classes=2',
+        '--update_batch_size=1',
+        '--image_size=8',
+        f'--logdir={tmp_path}/logs',
+    ]
+    splits = (
+        [['--split=10,1,1']]
+        if spoil is not short_class
+        else [[f'--split={s}'] for s in ('10,1,1', '1,10,1')]
+    )
     outcomes = [run(*flags, *split) for split in splits]
     assert_refused(next(outcome for outcome in outcomes if outcome.status), 'main.py: ', *words)
 
 
-@pytest.mark.parametrize('flag, words', [
-    ('--split=1,2', 'three numbers above 0'), ('--split=a,b,c', 'three numbers above 0'), ('--split=1,0,1', 'three numbers above 0'),
-    ('--channels=2', '--channels must be 1'), ('--image_size=0', '--image_size must be at least 1'), ('--test_query=0', '--test_query must'),
-    ('--test_query=3', '--train=False'), ('--transductive=False', '--train=False')])
+@pytest.mark.parametrize(
+    'flag, words',
+    [
+        ('--split=1,2', 'three numbers above 0'),
+        ('--split=a,b,c', 'three numbers above 0'),
+        ('--split=1,0,1', 'three numbers above 0'),
+        ('--channels=2', '--channels must be 1'),
+        ('--image_size=0', '--image_size must be at least 1'),
+        ('--test_query=0', '--test_query must'),
+        ('--test_query=3', '--train=False'),
+        ('--transductive=False', '--train=False'),
+    ],
+)
 def test_flags_refused(tmp_path, flag, words):
-    assert_refused(run('--datasource=folder', flag, f'--logdir={tmp_path}'), flag.split('=')[0], words)
+    assert_refused(
+        run('--datasource=folder', flag, f'--logdir={tmp_path}'), flag.split('=')[0], words
+    )
 
 
 def test_folder_from_the_command_line(tmp_path, eager):
     """Trains, continues, evaluates on each split, with more queries and without their statistics; another split is refused."""
     folder = make_folder(tmp_path / 'photos')
-    flags = ['--datasource=folder', f'--data_dir={folder}', '--num_classes=2', '--update_batch_size=1', '--image_size=8', '--channels=1',
-             '--num_filters=4', '--meta_batch_size=2', '--split=1,1,1', f'--logdir={tmp_path}/logs']
+    flags = [
+        '--datasource=folder',
+        f'--data_dir={folder}',
+        '--num_classes=2',
+        '--update_batch_size=1',
+        '--image_size=8',
+        '--channels=1',
+        '--num_filters=4',
+        '--meta_batch_size=2',
+        '--split=1,1,1',
+        f'--logdir={tmp_path}/logs',
+    ]
     succeeded(run(*flags, '--metatrain_iterations=2'))
-    assert 'Continuing at iteration 2 of 3.' in succeeded(run(*flags, '--metatrain_iterations=3')).lines
-    for more in [], ['--test_set=True'], ['--test_query=3'], ['--transductive=False', '--test_query=2']:
+    assert (
+        'Continuing at iteration 2 of 3.'
+        in succeeded(run(*flags, '--metatrain_iterations=3')).lines
+    )
+    for more in (
+        [],
+        ['--test_set=True'],
+        ['--test_query=3'],
+        ['--transductive=False', '--test_query=2'],
+    ):
         succeeded(run(*flags, '--train=False', *more))
-    run_folder, = (tmp_path / 'logs').iterdir()
+    (run_folder,) = (tmp_path / 'logs').iterdir()
     names = {path.stem for path in run_folder.glob('*.csv')}
-    assert names == {f'test_ubs1_stepsize0.001{more}' for more in ('', '_query3', '_query2_inductive')}
+    assert names == {
+        f'test_ubs1_stepsize0.001{more}' for more in ('', '_query3', '_query2_inductive')
+    }
     assert_refused(run(*flags, '--train=False', '--split=1,2,1'), '--split=1,1,1 (now 1,2,1)')
     assert_refused(run(*flags, '--train=False', '--image_size=9'), '--image_size=8 (now 9)')
     model = MAML.load(run_folder)
-    assert model.network.image_shape == (8, 8, 1) and run_layout(model.settings) == folder_layout(8, 1)
+    assert model.network.image_shape == (8, 8, 1) and run_layout(model.settings) == folder_layout(
+        8, 1
+    )
 
 
 def test_interval_of_small_samples():
     values = np.random.default_rng(0).random(12)
-    low, high = scipy.stats.t.interval(.95, 11, values.mean(), scipy.stats.sem(values))
-    assert main.confidence(values) == pytest.approx((high - low) / 2) and main.confidence(values) > 1.05 * 1.96 * values.std(ddof=1) / 12 ** .5
+    low, high = scipy.stats.t.interval(0.95, 11, values.mean(), scipy.stats.sem(values))
+    assert (
+        main.confidence(values) == pytest.approx((high - low) / 2)
+        and main.confidence(values) > 1.05 * 1.96 * values.std(ddof=1) / 12**0.5
+    )
 
 
 # The API --------------------------------------------------------------------------------------------------------------
 
+
 def small_model(**settings) -> MAML:
-    return make_model(**{'datasource': 'omniglot', 'update_batch_size': 1, 'update_lr': .4, 'num_updates': 2, 'num_filters': 4,
-                         'num_classes': 3, 'compiled': False, 'dtype': tf.float64} | settings)
+    return make_model(
+        **{
+            'datasource': 'omniglot',
+            'update_batch_size': 1,
+            'update_lr': 0.4,
+            'num_updates': 2,
+            'num_filters': 4,
+            'num_classes': 3,
+            'compiled': False,
+            'dtype': tf.float64,
+        }
+        | settings
+    )
 
 
-def some_tasks(tasks: int = 2, shots: int = 2, queries: int = 4, size: int = 28) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def some_tasks(
+    tasks: int = 2, shots: int = 2, queries: int = 4, size: int = 28
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
-    return random.random((tasks, 3 * shots, size, size, 1)), np.tile(np.arange(3), (tasks, shots)), random.random((tasks, queries, size, size, 1))
+    return (
+        random.random((tasks, 3 * shots, size, size, 1)),
+        np.tile(np.arange(3), (tasks, shots)),
+        random.random((tasks, queries, size, size, 1)),
+    )
 
 
-@pytest.mark.parametrize('settings', [{}, {'conv': False}, pytest.param({'max_pool': True}, marks=pytest.mark.slow), {'norm': 'layer_norm'}])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        {'conv': False},
+        pytest.param({'max_pool': True}, marks=pytest.mark.slow),
+        {'norm': 'layer_norm'},
+    ],
+)
 @pytest.mark.parametrize('transductive', [True, False])
 def test_api_is_what_evaluation_computes(settings, transductive):
     """Probabilities after two updates are the softmax of evaluation's outputs, for several tasks and for one."""
     model, (x, y, queries) = small_model(update_batch_size=2, **settings), some_tasks()
     labels = np.eye(3)[np.zeros((2, 4), int)]
-    expected = model.evaluate(Batch(x.reshape(2, 6, 784), np.eye(3)[y], queries.reshape(2, 4, 784), labels), 2, transductive)
+    expected = model.evaluate(
+        Batch(x.reshape(2, 6, 784), np.eye(3)[y], queries.reshape(2, 4, 784), labels),
+        2,
+        transductive,
+    )
     weights = model.adapt(x, y)
     found = model.predict(queries, weights, None if transductive else x)
     np.testing.assert_allclose(found, tf.nn.softmax(expected.outputsb[1]), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(found.sum(-1), 1)
-    single = model.adapt(x[0], y[0], steps=2, lr=.4)
-    np.testing.assert_allclose(model.predict(queries[0], single, None if transductive else x[0]), found[0], rtol=1e-9, atol=1e-12)
-    assert weights.keys() == model.weights.keys() and all(isinstance(value, np.ndarray) for value in weights.values())
+    single = model.adapt(x[0], y[0], steps=2, lr=0.4)
+    np.testing.assert_allclose(
+        model.predict(queries[0], single, None if transductive else x[0]),
+        found[0],
+        rtol=1e-9,
+        atol=1e-12,
+    )
+    assert weights.keys() == model.weights.keys() and all(
+        isinstance(value, np.ndarray) for value in weights.values()
+    )
 
 
-@pytest.mark.parametrize('norm, conv', [('batch_norm', True), ('batch_norm', False), ('layer_norm', True), ('None', True)])
+@pytest.mark.parametrize(
+    'norm, conv',
+    [('batch_norm', True), ('batch_norm', False), ('layer_norm', True), ('None', True)],
+)
 def test_without_the_queries_statistics_an_answer_stands_alone(norm, conv):
     """With them it depends on the other queries, but only under batch normalisation."""
     model, (x, y, queries) = small_model(norm=norm, conv=conv), some_tasks()
@@ -203,21 +339,31 @@ def test_without_the_queries_statistics_an_answer_stands_alone(norm, conv):
 def test_alpha_means_the_same_for_any_number_of_examples():
     """Every example twice changes nothing, and training's own number of examples gives training's own step."""
     model, (x, y, _) = small_model(), some_tasks(shots=1)
-    once, twice = model.adapt(x, y, 1), model.adapt(np.concatenate([x, x], 1), np.concatenate([y, y], 1), 1)
-    trained = model.update(model.initial_weights(2), model.norms, model.network.prepare(tf.constant(x.reshape(2, 3, 784))), tf.one_hot(y, 3, dtype=tf.float64))
+    once, twice = (
+        model.adapt(x, y, 1),
+        model.adapt(np.concatenate([x, x], 1), np.concatenate([y, y], 1), 1),
+    )
+    trained = model.update(
+        model.initial_weights(2),
+        model.norms,
+        model.network.prepare(tf.constant(x.reshape(2, 3, 784))),
+        tf.one_hot(y, 3, dtype=tf.float64),
+    )
     for name in once:
         np.testing.assert_allclose(twice[name], once[name], rtol=1e-9, atol=1e-11)
         np.testing.assert_allclose(trained[name], once[name], rtol=1e-9, atol=1e-11)
 
 
 def test_steps_one_by_one_and_losses():
-    model, (x, y, queries) = small_model(update_lr=.05), some_tasks()
+    model, (x, y, queries) = small_model(update_lr=0.05), some_tasks()
     weights, losses = model.adapt(x, y, 0), []
     for _ in range(3):
         losses.append(model.task_loss(x, y, weights))
         weights = model.adapt(x, y, 1, weights=weights)
     at_once = model.adapt(x, y, 3)
-    np.testing.assert_allclose(model.predict(queries, weights), model.predict(queries, at_once), rtol=1e-9)
+    np.testing.assert_allclose(
+        model.predict(queries, weights), model.predict(queries, at_once), rtol=1e-9
+    )
     probabilities = model.predict(x, model.adapt(x, y, 0))
     expected = -np.log(np.take_along_axis(probabilities, y[..., np.newaxis], -1)).mean((1, 2))
     np.testing.assert_allclose(losses[0], expected, rtol=1e-9)
@@ -231,11 +377,21 @@ def test_bytes_are_images():
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize('change, words', [
-    (lambda x, y: (x[..., :-1, :], y), 'support_x must be'), (lambda x, y: (x[:, :-1], y), 'support_x must be'),
-    (lambda x, y: (x[0], y), 'support_x must be'), (lambda x, y: (255 * x, y), 'from 0 to 1'), (lambda x, y: (x * np.nan, y), 'from 0 to 1'),
-    (lambda x, y: (x, y + 1), 'from 0 to 2'), (lambda x, y: (x, y - 1), 'from 0 to 2'), (lambda x, y: (x, y.astype(float)), 'integers'),
-    (lambda x, y: (x, y[..., np.newaxis]), r'labels must be \[examples\]'), (lambda x, y: (x[:, :0], y[:, :0]), 'labels must be')])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda x, y: (x[..., :-1, :], y), 'support_x must be'),
+        (lambda x, y: (x[:, :-1], y), 'support_x must be'),
+        (lambda x, y: (x[0], y), 'support_x must be'),
+        (lambda x, y: (255 * x, y), 'from 0 to 1'),
+        (lambda x, y: (x * np.nan, y), 'from 0 to 1'),
+        (lambda x, y: (x, y + 1), 'from 0 to 2'),
+        (lambda x, y: (x, y - 1), 'from 0 to 2'),
+        (lambda x, y: (x, y.astype(float)), 'integers'),
+        (lambda x, y: (x, y[..., np.newaxis]), r'labels must be \[examples\]'),
+        (lambda x, y: (x[:, :0], y[:, :0]), 'labels must be'),
+    ],
+)
 def test_arrays_that_do_not_fit(change, words):
     x, y, _ = some_tasks()
     with pytest.raises(ValueError, match=words):
@@ -245,13 +401,17 @@ def test_arrays_that_do_not_fit(change, words):
 def test_weights_that_do_not_fit():
     model, (x, y, queries) = small_model(), some_tasks()
     weights, single = model.adapt(x, y, 0), model.adapt(x[0], y[0], 0)
-    for wrong, words in [({}, 'adapt'), (weights | {'w9': 0}, 'w9'), (weights | {'b5': single['b5']}, 'one axis of tasks'),
-                         ({name: value[:1] for name, value in weights.items()}, '2 tasks')]:
+    for wrong, words in [
+        ({}, 'adapt'),
+        (weights | {'w9': 0}, 'w9'),
+        (weights | {'b5': single['b5']}, 'one axis of tasks'),
+        ({name: value[:1] for name, value in weights.items()}, '2 tasks'),
+    ]:
         with pytest.raises(ValueError, match=words):
             model.predict(queries, wrong)
     with pytest.raises(ValueError, match='query_x must be'):
         model.predict(queries, single)
-    for arguments in (-1, None), (1, -.1), (1, np.inf):
+    for arguments in (-1, None), (1, -0.1), (1, np.inf):
         with pytest.raises(ValueError, match='must not be negative'):
             model.adapt(x, y, *arguments)
 
@@ -264,15 +424,31 @@ def saved(folder: Path, settings: dict, flags: dict | None = None) -> Path:
     return folder
 
 
-SETTINGS = dict(datasource='omniglot', update_batch_size=1, update_lr=.1, num_updates=2, num_filters=4, num_classes=5, image_size=84, channels=3)
+SETTINGS = dict(
+    datasource='omniglot',
+    update_batch_size=1,
+    update_lr=0.1,
+    num_updates=2,
+    num_filters=4,
+    num_classes=5,
+    image_size=84,
+    channels=3,
+)
 
 
 def test_load(tmp_path):
     folder = saved(tmp_path / 'cls_5', SETTINGS | {'seed': 7})
     model, same = MAML.load(folder), make_model(**SETTINGS, seed=7, compiled=False)
-    assert all(np.array_equal(a, b) for a, b in zip(model.parameters, same.parameters)) and model.settings['update_lr'] == .1
-    for path, checkpoint, words in [(tmp_path, -1, 'should be a folder that main.py trained in'), (folder, 2, 'iterations that are there: 3'),
-                                    (folder, 'best', 'no checkpoint'), (saved(tmp_path / 'x', SETTINGS, {}), -1, 'does not tell the flags')]:
+    assert (
+        all(np.array_equal(a, b) for a, b in zip(model.parameters, same.parameters))
+        and model.settings['update_lr'] == 0.1
+    )
+    for path, checkpoint, words in [
+        (tmp_path, -1, 'should be a folder that main.py trained in'),
+        (folder, 2, 'iterations that are there: 3'),
+        (folder, 'best', 'no checkpoint'),
+        (saved(tmp_path / 'x', SETTINGS, {}), -1, 'does not tell the flags'),
+    ]:
         with pytest.raises(ValueError, match=words):
             MAML.load(path, checkpoint)
 
@@ -282,13 +458,20 @@ def test_readme_example():
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
     assert len(blocks) >= 2
     for block in blocks:
-        done = subprocess.run([sys.executable, '-B', '-c', block], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, '-B', '-c', block],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         printed = re.findall(r'# prints (.*)', block)
         assert done.stdout.split('\n')[:-1] == printed
 
 
 # scripts/classify.py ------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope='module')
 def run_folder(tmp_path_factory) -> Path:
@@ -297,59 +480,116 @@ def run_folder(tmp_path_factory) -> Path:
 
 def test_classify(run_folder):
     """Steps lower the loss, probabilities sum to one; text and JSON say the same."""
-    arguments = [str(run_folder), str(CHARACTERS / 'support'), str(CHARACTERS / 'query'), '--steps=3']
+    arguments = [
+        str(run_folder),
+        str(CHARACTERS / 'support'),
+        str(CHARACTERS / 'query'),
+        '--steps=3',
+    ]
     found = json.loads(succeeded(in_process(classify.main, [*arguments, '--json'])).out)
     assert found['labels'] == sorted(path.name for path in (CHARACTERS / 'support').iterdir())
     assert len(found['losses']) == 4 and found['losses'][3] < found['losses'][0]
-    assert [Path(image['image']).name for image in found['images']] == sorted(path.name for path in (CHARACTERS / 'query').iterdir())
+    assert [Path(image['image']).name for image in found['images']] == sorted(
+        path.name for path in (CHARACTERS / 'query').iterdir()
+    )
     for image in found['images']:
-        assert sum(image['probabilities'].values()) == pytest.approx(1) and image['probabilities'][image['label']] == image['probability']
+        assert (
+            sum(image['probabilities'].values()) == pytest.approx(1)
+            and image['probabilities'][image['label']] == image['probability']
+        )
     lines = succeeded(in_process(classify.main, arguments)).lines
     assert lines[0] == f'step 0: loss {found["losses"][0]:.4f} on the labelled images'
-    assert lines[4].split() == [found['images'][0]['image'], found['images'][0]['label'], f'{found["images"][0]["probability"]:.3f}']
+    assert lines[4].split() == [
+        found['images'][0]['image'],
+        found['images'][0]['label'],
+        f'{found["images"][0]["probability"]:.3f}',
+    ]
 
 
 def test_answers_of_classify_stand_alone(run_folder):
     """Unless --transductive says otherwise."""
     images = sorted(map(str, (CHARACTERS / 'query').iterdir()))
     for more, alike in ([], True), (['--transductive'], False):
-        one, all_ = (json.loads(succeeded(in_process(classify.main, [str(run_folder), str(CHARACTERS / 'support'), *some, '--json', *more])).out)
-                     ['images'][0]['probability'] for some in (images[:1], images))
+        one, all_ = (
+            json.loads(
+                succeeded(
+                    in_process(
+                        classify.main,
+                        [str(run_folder), str(CHARACTERS / 'support'), *some, '--json', *more],
+                    )
+                ).out
+            )['images'][0]['probability']
+            for some in (images[:1], images)
+        )
         assert (one == pytest.approx(all_, abs=1e-5)) == alike
 
 
 def test_fewer_labels_than_ways(run_folder, tmp_path):
     for name in sorted(path.name for path in (CHARACTERS / 'support').iterdir())[:2]:
         shutil.copytree(CHARACTERS / 'support' / name, tmp_path / name)
-    found = json.loads(succeeded(in_process(classify.main, [str(run_folder), str(tmp_path), str(CHARACTERS / 'query'), '--json'])).out)
-    assert all(len(image['probabilities']) == 2 and sum(image['probabilities'].values()) == pytest.approx(1) for image in found['images'])
+    found = json.loads(
+        succeeded(
+            in_process(
+                classify.main, [str(run_folder), str(tmp_path), str(CHARACTERS / 'query'), '--json']
+            )
+        ).out
+    )
+    assert all(
+        len(image['probabilities']) == 2
+        and sum(image['probabilities'].values()) == pytest.approx(1)
+        for image in found['images']
+    )
 
 
-@pytest.mark.parametrize('change, words', [
-    (lambda folder: shutil.rmtree(folder), ['there is no folder']),
-    (lambda folder: [shutil.rmtree(path) for path in folder.iterdir()], ['holds no class folders']),
-    (lambda folder: [shutil.rmtree(path) for path in sorted(folder.iterdir())[1:]], ['holds 1 class folder', 'at least two']),
-    (lambda folder: (folder / 'sixth').mkdir(), ['holds 6 class folders', '5 ways']),
-    (lambda folder: [path.unlink() for path in (folder / 'Armenian').iterdir()], ['Armenian holds no images']),
-    (lambda folder: (folder / 'Armenian/b.png').write_bytes(b'x'), ['Armenian/b.png cannot be decoded'])])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda folder: shutil.rmtree(folder), ['there is no folder']),
+        (
+            lambda folder: [shutil.rmtree(path) for path in folder.iterdir()],
+            ['holds no class folders'],
+        ),
+        (
+            lambda folder: [shutil.rmtree(path) for path in sorted(folder.iterdir())[1:]],
+            ['holds 1 class folder', 'at least two'],
+        ),
+        (lambda folder: (folder / 'sixth').mkdir(), ['holds 6 class folders', '5 ways']),
+        (
+            lambda folder: [path.unlink() for path in (folder / 'Armenian').iterdir()],
+            ['Armenian holds no images'],
+        ),
+        (
+            lambda folder: (folder / 'Armenian/b.png').write_bytes(b'x'),
+            ['Armenian/b.png cannot be decoded'],
+        ),
+    ],
+)
 def test_bad_support_folders(run_folder, tmp_path, change, words):
     support = Path(shutil.copytree(CHARACTERS / 'support', tmp_path / 'support'))
     change(support)
-    assert_refused(in_process(classify.main, [str(run_folder), str(support), str(CHARACTERS / 'query')]), 'classify.py: ', *words)
+    assert_refused(
+        in_process(classify.main, [str(run_folder), str(support), str(CHARACTERS / 'query')]),
+        'classify.py: ',
+        *words,
+    )
 
 
 def test_classify_refuses(run_folder, tmp_path):
     support, query = str(CHARACTERS / 'support'), str(CHARACTERS / 'query')
     sinusoid = saved(tmp_path / 'sine', {'datasource': 'sinusoid', 'norm': 'None'})
-    for arguments, words in [([str(tmp_path), support, query], 'has no checkpoint'), ([str(sinusoid), support, query], 'has no images'),
-                             ([str(run_folder), support, str(tmp_path / 'none.png')], 'there is no image'),
-                             ([str(run_folder), support, str(tmp_path)], 'holds no images'), ([str(run_folder), support, query, '--steps=-1'], '--steps')]:
+    for arguments, words in [
+        ([str(tmp_path), support, query], 'has no checkpoint'),
+        ([str(sinusoid), support, query], 'has no images'),
+        ([str(run_folder), support, str(tmp_path / 'none.png')], 'there is no image'),
+        ([str(run_folder), support, str(tmp_path)], 'holds no images'),
+        ([str(run_folder), support, query, '--steps=-1'], '--steps'),
+    ]:
         assert_refused(in_process(classify.main, arguments), 'classify.py: ', words)
 
 
 # scripts/export.py ------------------------------------------------------------------------------------------------------
 
-SERVE = '''
+SERVE = """
 import sys
 import numpy as np
 import tensorflow as tf
@@ -362,7 +602,7 @@ for shots in (1, 3, 5):
     found[f'p{shots}'] = answers['probabilities']
     found |= {f'{name}/{shots}': value for name, value in module.signatures['adapt'](**support).items()}
 np.savez(sys.argv[3], **found)
-'''
+"""
 
 
 @pytest.mark.parametrize('transductive', [pytest.param(True, marks=pytest.mark.slow), False])
@@ -371,56 +611,119 @@ def test_saved_model(run_folder, tmp_path, transductive):
     random = np.random.default_rng(1)
     arrays = {'query': random.random((2, 7, 28, 28, 1), np.float32)}
     for shots in (1, 3, 5):
-        arrays |= {f'x{shots}': random.random((2, 5 * shots, 28, 28, 1), np.float32), f'y{shots}': np.tile(np.arange(5), (2, shots))}
+        arrays |= {
+            f'x{shots}': random.random((2, 5 * shots, 28, 28, 1), np.float32),
+            f'y{shots}': np.tile(np.arange(5), (2, shots)),
+        }
     np.savez(tmp_path / 'in.npz', **arrays)
     more = ['--transductive'] if transductive else []
-    outcome = succeeded(in_process(export.main, [str(run_folder), str(tmp_path / 'out/model'), '--steps=3', '--lr=.2', *more]))
+    outcome = succeeded(
+        in_process(
+            export.main,
+            [str(run_folder), str(tmp_path / 'out/model'), '--steps=3', '--lr=.2', *more],
+        )
+    )
     assert '5 ways, images 28x28x1, 3 steps' in outcome.out
-    subprocess.run([sys.executable, '-c', SERVE, tmp_path / 'out/model', tmp_path / 'in.npz', tmp_path / 'found.npz'], check=True, cwd=tmp_path,
-                   timeout=300)
+    subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            SERVE,
+            tmp_path / 'out/model',
+            tmp_path / 'in.npz',
+            tmp_path / 'found.npz',
+        ],
+        check=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
     found, model = np.load(tmp_path / 'found.npz'), MAML.load(run_folder)
     for shots in (1, 3, 5):
         x, y = arrays[f'x{shots}'], arrays[f'y{shots}']
-        weights = model.adapt(x, y, 3, .2)
-        np.testing.assert_allclose(found[f'p{shots}'], model.predict(arrays['query'], weights, None if transductive else x), atol=1e-5)
+        weights = model.adapt(x, y, 3, 0.2)
+        np.testing.assert_allclose(
+            found[f'p{shots}'],
+            model.predict(arrays['query'], weights, None if transductive else x),
+            atol=1e-5,
+        )
         for name, value in weights.items():
             np.testing.assert_allclose(found[f'{name}/{shots}'], value, atol=1e-5)
     before = listing(tmp_path / 'out')
-    assert_refused(in_process(export.main, [str(run_folder), str(tmp_path / 'out/model')]), 'export.py: ', 'is there already')
-    assert listing(tmp_path / 'out') == before and [path.name for path in (tmp_path / 'out').iterdir()] == ['model']
+    assert_refused(
+        in_process(export.main, [str(run_folder), str(tmp_path / 'out/model')]),
+        'export.py: ',
+        'is there already',
+    )
+    assert listing(tmp_path / 'out') == before and [
+        path.name for path in (tmp_path / 'out').iterdir()
+    ] == ['model']
 
 
 def test_export_refuses(tmp_path):
     sinusoid = saved(tmp_path / 'sine', {'datasource': 'sinusoid', 'norm': 'None'})
-    assert_refused(in_process(export.main, [str(sinusoid), str(tmp_path / 'out')]), 'export.py: ', 'only classifiers')
-    assert_refused(in_process(export.main, [str(tmp_path), str(tmp_path / 'out')]), 'export.py: ', 'has no checkpoint')
+    assert_refused(
+        in_process(export.main, [str(sinusoid), str(tmp_path / 'out')]),
+        'export.py: ',
+        'only classifiers',
+    )
+    assert_refused(
+        in_process(export.main, [str(tmp_path), str(tmp_path / 'out')]),
+        'export.py: ',
+        'has no checkpoint',
+    )
     assert not (tmp_path / 'out').exists()
 
 
 # scripts/publish.py -------------------------------------------------------------------------------------------------------
 
+
 def test_publish(tmp_path, eager):
     """Evaluates to the same figures; Adam's state is left out, so that training goes on with a fresh one."""
     make_omniglot(tmp_path)
-    flags = ['--datasource=omniglot', '--num_classes=2', '--update_batch_size=1', '--num_filters=4', '--meta_batch_size=2', f'--data_dir={tmp_path}']
+    flags = [
+        '--datasource=omniglot',
+        '--num_classes=2',
+        '--update_batch_size=1',
+        '--num_filters=4',
+        '--meta_batch_size=2',
+        f'--data_dir={tmp_path}',
+    ]
     succeeded(run(*flags, '--metatrain_iterations=2', f'--logdir={tmp_path}/logs'))
     succeeded(run(*flags, '--train=False', f'--logdir={tmp_path}/logs'))
-    folder, = (tmp_path / 'logs').iterdir()
+    (folder,) = (tmp_path / 'logs').iterdir()
     outcome = succeeded(in_process(publish.main, [str(folder), str(tmp_path / 'kept')]))
     kept = tmp_path / 'kept' / folder.name
     assert outcome.lines == [str(kept)]
-    assert listing(kept).keys() == {name for name in listing(folder) if not name.startswith('model0')} | {'command.txt'}
+    assert listing(kept).keys() == {
+        name for name in listing(folder) if not name.startswith('model0')
+    } | {'command.txt'}
     command_line = shlex.split((kept / 'command.txt').read_text())
-    assert command_line[:2] == ['python', 'main.py'] and main.settings(parsed(*command_line[2:])) | {'data_dir': '', 'logdir': ''} == (
-        MAML.load(folder).settings | {'data_dir': '', 'logdir': ''})
-    assert (kept / 'model1.data-00000-of-00001').stat().st_size < .4 * (folder / 'model1.data-00000-of-00001').stat().st_size
+    assert command_line[:2] == ['python', 'main.py'] and main.settings(
+        parsed(*command_line[2:])
+    ) | {'data_dir': '', 'logdir': ''} == (
+        MAML.load(folder).settings | {'data_dir': '', 'logdir': ''}
+    )
+    assert (kept / 'model1.data-00000-of-00001').stat().st_size < 0.4 * (
+        folder / 'model1.data-00000-of-00001'
+    ).stat().st_size
     expected = (kept / 'test_ubs1_stepsize0.001.csv').read_text()
     succeeded(run(*flags, '--train=False', f'--logdir={tmp_path}/kept'))
     assert (kept / 'test_ubs1_stepsize0.001.csv').read_text() == expected
     lines = succeeded(run(*flags, '--metatrain_iterations=3', f'--logdir={tmp_path}/kept')).lines
-    assert 'The checkpoint holds the weights only, so Adam starts afresh.' in lines and 'Continuing at iteration 2 of 3.' in lines
-    assert_refused(in_process(publish.main, [str(folder), str(tmp_path / 'kept')]), 'publish.py: ', 'is there already')
-    assert_refused(in_process(publish.main, [str(tmp_path), str(tmp_path / 'other')]), 'publish.py: ', 'has no checkpoint')
+    assert (
+        'The checkpoint holds the weights only, so Adam starts afresh.' in lines
+        and 'Continuing at iteration 2 of 3.' in lines
+    )
+    assert_refused(
+        in_process(publish.main, [str(folder), str(tmp_path / 'kept')]),
+        'publish.py: ',
+        'is there already',
+    )
+    assert_refused(
+        in_process(publish.main, [str(tmp_path), str(tmp_path / 'other')]),
+        'publish.py: ',
+        'has no checkpoint',
+    )
     assert not (tmp_path / 'other').exists()
 
 
@@ -429,13 +732,15 @@ def test_published_summaries(tmp_path):
     writer = tf.summary.create_file_writer(str(tmp_path))
     with writer.as_default():
         for step in (0, 100, 500, 5000, 20000, 20100, 20200):
-            tf.summary.scalar('loss', 1., step=step)
+            tf.summary.scalar('loss', 1.0, step=step)
             if step != 20200:
                 tf.summary.image('task', np.zeros([1, 2, 2, 3], np.uint8), step=step)
     writer.close()
-    source, = event_files(tmp_path)
+    (source,) = event_files(tmp_path)
     (tmp_path / 'thin').mkdir()
     publish.thin(source, tmp_path / 'thin' / source.name)
     assert [*read_scalars(tmp_path / 'thin')['loss']] == [0, 500, 5000, 20000, 20200]
     events = map(tf.compat.v1.Event.FromString, read_events(tmp_path / 'thin' / source.name))
-    assert [event.step for event in events for value in event.summary.value if value.tag == 'task'] == [0, 20000]
+    assert [
+        event.step for event in events for value in event.summary.value if value.tag == 'task'
+    ] == [0, 20000]

@@ -1,21 +1,36 @@
 """Losses, normalisation with its second derivatives, initial values and checkpoint files."""
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from utils import (Batch, accuracy, checkpoints, cross_entropy, first_line, fit_picture, initial_value,
-                   mean_squared_error, norm_parameters, normalize, read_checkpoint, task_picture, write_checkpoint)
+from utils import (
+    Batch,
+    accuracy,
+    checkpoints,
+    cross_entropy,
+    first_line,
+    fit_picture,
+    initial_value,
+    mean_squared_error,
+    norm_parameters,
+    normalize,
+    read_checkpoint,
+    task_picture,
+    write_checkpoint,
+)
 
 LOG = np.log
 
 
 # Losses ------------------------------------------------------------------------------------------------------------
 
+
 def test_mean_squared_error_is_a_mean_over_the_points_of_each_task():
     """Task 0: errors 1, -2, 3 -> 14/3. Task 1: 0, 0, 6 -> 12."""
-    output = tf.constant([[[1.], [0.], [4.]], [[2.], [3.], [4.]]])
-    label = tf.constant([[[0.], [2.], [1.]], [[2.], [3.], [-2.]]])
-    np.testing.assert_allclose(mean_squared_error(output, label), [14 / 3, 12.], rtol=1e-6)
+    output = tf.constant([[[1.0], [0.0], [4.0]], [[2.0], [3.0], [4.0]]])
+    label = tf.constant([[[0.0], [2.0], [1.0]], [[2.0], [3.0], [-2.0]]])
+    np.testing.assert_allclose(mean_squared_error(output, label), [14 / 3, 12.0], rtol=1e-6)
 
 
 def test_cross_entropy_is_summed_and_divided_by_the_shots():
@@ -24,10 +39,14 @@ def test_cross_entropy_is_summed_and_divided_by_the_shots():
     Task 0 has labels 0, 1, 1 -> ln 4 + ln(4/3) + ln 2 = ln(32/3); task 1 has 1, 1, 0 -> ln(4/3) + ln(4/3) + ln 2 =
     ln(32/9). With K shots both are divided by K, whatever the number of examples.
     """
-    logits = tf.constant(2 * [[[0., LOG(3.)], [0., LOG(3.)], [0., 0.]]], tf.float64)
+    logits = tf.constant(2 * [[[0.0, LOG(3.0)], [0.0, LOG(3.0)], [0.0, 0.0]]], tf.float64)
     label = tf.constant(np.eye(2)[[[0, 1, 1], [1, 1, 0]]])
-    np.testing.assert_allclose(cross_entropy(1)(logits, label), [LOG(32 / 3), LOG(32 / 9)], rtol=1e-14)
-    np.testing.assert_allclose(cross_entropy(5)(logits, label), [LOG(32 / 3) / 5, LOG(32 / 9) / 5], rtol=1e-14)
+    np.testing.assert_allclose(
+        cross_entropy(1)(logits, label), [LOG(32 / 3), LOG(32 / 9)], rtol=1e-14
+    )
+    np.testing.assert_allclose(
+        cross_entropy(5)(logits, label), [LOG(32 / 3) / 5, LOG(32 / 9) / 5], rtol=1e-14
+    )
 
 
 def test_cross_entropy_scale_of_support_and_query():
@@ -39,17 +58,25 @@ def test_cross_entropy_scale_of_support_and_query():
 
 
 def test_cross_entropy_of_large_logits_is_finite():
-    logits = tf.constant([[[1000., 0.], [0., 1000.]]])
-    np.testing.assert_allclose(cross_entropy(1)(logits, tf.constant([[[1., 0.], [1., 0.]]])), [1000.])
+    logits = tf.constant([[[1000.0, 0.0], [0.0, 1000.0]]])
+    np.testing.assert_allclose(
+        cross_entropy(1)(logits, tf.constant([[[1.0, 0.0], [1.0, 0.0]]])), [1000.0]
+    )
 
 
 def test_accuracy_is_the_share_of_largest_logits():
-    output = tf.constant([[[3., 1., 2.], [0., 5., 1.], [1., 2., 3.], [9., 8., 7.]], 4 * [[-1., -2., -3.]]])
+    output = tf.constant(
+        [
+            [[3.0, 1.0, 2.0], [0.0, 5.0, 1.0], [1.0, 2.0, 3.0], [9.0, 8.0, 7.0]],
+            4 * [[-1.0, -2.0, -3.0]],
+        ]
+    )
     label = tf.constant(np.eye(3, dtype=np.float32)[[[0, 1, 0, 0], [1, 2, 0, 1]]])
     np.testing.assert_array_equal(accuracy(output, label), [0.75, 0.25])
 
 
 # Normalisation -----------------------------------------------------------------------------------------------------
+
 
 def batch_norm(x, beta):
     return normalize(x, 'batch_norm', '0', {'0/beta': beta})
@@ -59,11 +86,14 @@ def layer_norm(x, beta, gamma):
     return normalize(x, 'layer_norm', '0', {'0/beta': beta, '0/gamma': gamma})
 
 
-SHAPES = [(2, 5, 3), (2, 4, 3, 2, 3)]   # of a fully connected and a convolutional layer: [T, examples, ..., channels]
+SHAPES = [
+    (2, 5, 3),
+    (2, 4, 3, 2, 3),
+]  # of a fully connected and a convolutional layer: [T, examples, ..., channels]
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('scale', [1., 0.03])
+@pytest.mark.parametrize('scale', [1.0, 0.03])
 def test_batch_norm_by_its_formula(shape, scale):
     """Biased variance, epsilon 0.001 in the root, per task and channel; at scale 0.03 epsilon rivals the variance."""
     random = np.random.default_rng(0)
@@ -73,16 +103,24 @@ def test_batch_norm_by_its_formula(shape, scale):
             values = x[task, ..., channel]
             variance = np.sum((values - values.mean()) ** 2) / values.size
             expected = (values - values.mean()) / np.sqrt(variance + 0.001) + beta[channel]
-            np.testing.assert_allclose(batch_norm(tf.constant(x), tf.constant(beta))[task, ..., channel], expected,
-                                       rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(
+                batch_norm(tf.constant(x), tf.constant(beta))[task, ..., channel],
+                expected,
+                rtol=1e-10,
+                atol=1e-12,
+            )
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('scale', [1., 1e-6])
+@pytest.mark.parametrize('scale', [1.0, 1e-6])
 def test_layer_norm_by_its_formula(shape, scale):
     """Biased variance over all axes of an example, epsilon 1e-12 inside the root, gain and offset of the last axis."""
     random = np.random.default_rng(0)
-    x, beta, gamma = scale * random.standard_normal(shape), random.standard_normal(3), random.standard_normal(3)
+    x, beta, gamma = (
+        scale * random.standard_normal(shape),
+        random.standard_normal(3),
+        random.standard_normal(3),
+    )
     output = layer_norm(*map(tf.constant, (x, beta, gamma)))
     for place in np.ndindex(shape[:2]):
         variance = np.mean((x[place] - x[place].mean()) ** 2)
@@ -91,9 +129,15 @@ def test_layer_norm_by_its_formula(shape, scale):
 
 
 def test_constant_inputs_are_normalised_to_the_offset():
-    x, beta, gamma = tf.fill([2, 5, 3], 7.), tf.constant([1., 2., 3.]), tf.constant([4., 5., 6.])
+    x, beta, gamma = (
+        tf.fill([2, 5, 3], 7.0),
+        tf.constant([1.0, 2.0, 3.0]),
+        tf.constant([4.0, 5.0, 6.0]),
+    )
     np.testing.assert_allclose(batch_norm(x, beta), np.broadcast_to(beta, x.shape), atol=1e-5)
-    np.testing.assert_allclose(layer_norm(x, beta, gamma), np.broadcast_to(beta, x.shape), atol=1e-5)
+    np.testing.assert_allclose(
+        layer_norm(x, beta, gamma), np.broadcast_to(beta, x.shape), atol=1e-5
+    )
 
 
 def test_statistics_are_those_of_the_batch_at_hand():
@@ -108,9 +152,15 @@ def test_statistics_are_those_of_the_batch_at_hand():
 def test_each_layer_has_its_own_offset(norm):
     """A layer's normalisation takes the parameters of its own scope; without normalisation nothing happens."""
     x = tf.random.stateless_normal([2, 5, 3], [0, 0])
-    norms = {f'{scope}/{name}': tf.fill([3], float(scope)) for scope in range(4) for name in ('beta', 'gamma')}
+    norms = {
+        f'{scope}/{name}': tf.fill([3], float(scope))
+        for scope in range(4)
+        for name in ('beta', 'gamma')
+    }
     difference = normalize(x, norm, '3', norms) - 3 * normalize(x, norm, '1', norms)
-    expected = tf.zeros_like(x) if norm == 'layer_norm' else -2 * (normalize(x, norm, '1', norms) - 1)
+    expected = (
+        tf.zeros_like(x) if norm == 'layer_norm' else -2 * (normalize(x, norm, '1', norms) - 1)
+    )
     np.testing.assert_allclose(difference, expected, atol=1e-5)
     np.testing.assert_array_equal(normalize(x, 'None', '2', {}), x)
 
@@ -118,10 +168,14 @@ def test_each_layer_has_its_own_offset(norm):
 def test_parameters_of_each_normalisation():
     assert norm_parameters('None', '0', 8) == {}
     assert norm_parameters('batch_norm', '0', 8) == {'0/beta': ('zeros', (8,))}
-    assert norm_parameters('layer_norm', '2', 8) == {'2/beta': ('zeros', (8,)), '2/gamma': ('ones', (8,))}
+    assert norm_parameters('layer_norm', '2', 8) == {
+        '2/beta': ('zeros', (8,)),
+        '2/gamma': ('ones', (8,)),
+    }
 
 
 # Its derivatives: TensorFlow's known trap ---------------------------------------------------------------------------
+
 
 def moments_norm(x, axes, epsilon):
     """Normalisation as one would write it, with tf.nn.moments, and as many programs have it."""
@@ -129,10 +183,16 @@ def moments_norm(x, axes, epsilon):
     return (x - mean) / tf.sqrt(variance + epsilon)
 
 
-NORMS = {'batch_norm': (lambda x: batch_norm(x, tf.zeros(3, x.dtype)),
-                        lambda x: moments_norm(x, list(range(1, len(x.shape) - 1)), 1e-3)),
-         'layer_norm': (lambda x: layer_norm(x, tf.zeros(3, x.dtype), tf.ones(3, x.dtype)),
-                        lambda x: moments_norm(x, list(range(2, len(x.shape))), 1e-12))}
+NORMS = {
+    'batch_norm': (
+        lambda x: batch_norm(x, tf.zeros(3, x.dtype)),
+        lambda x: moments_norm(x, list(range(1, len(x.shape) - 1)), 1e-3),
+    ),
+    'layer_norm': (
+        lambda x: layer_norm(x, tf.zeros(3, x.dtype), tf.ones(3, x.dtype)),
+        lambda x: moments_norm(x, list(range(2, len(x.shape))), 1e-12),
+    ),
+}
 
 
 def derivatives(norm, x, direction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -144,7 +204,7 @@ def derivatives(norm, x, direction) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         with tf.GradientTape() as inner:
             inner.watch(x)
             y = norm(x)
-            scalar = tf.reduce_sum(weights * (y + y ** 2))
+            scalar = tf.reduce_sum(weights * (y + y**2))
         first = inner.gradient(scalar, x)
         along = tf.reduce_sum(first * direction)
     return y.numpy(), first.numpy(), outer.gradient(along, x).numpy()
@@ -163,13 +223,21 @@ def test_second_derivative_of_normalisation_is_exact(name, shape):
     are right. Its derivative is not zero, so second derivatives are wrong, and no warning is given.
     """
     random = np.random.default_rng(0)
-    x, direction, (ours, naive), step = random.standard_normal(shape), random.standard_normal(shape), NORMS[name], 1e-5
+    x, direction, (ours, naive), step = (
+        random.standard_normal(shape),
+        random.standard_normal(shape),
+        NORMS[name],
+        1e-5,
+    )
     value, first, second = derivatives(ours, x, direction)
-    (up_value, up, _), (down_value, down, _) = (derivatives(ours, x + sign * step * direction, direction)
-                                                for sign in (1, -1))
+    (up_value, up, _), (down_value, down, _) = (
+        derivatives(ours, x + sign * step * direction, direction) for sign in (1, -1)
+    )
     weights = np.random.default_rng(1).standard_normal(shape)
-    scalars = [np.sum(weights * (y + y ** 2)) for y in (up_value, down_value)]
-    np.testing.assert_allclose(np.sum(first * direction), (scalars[0] - scalars[1]) / (2 * step), rtol=1e-6)
+    scalars = [np.sum(weights * (y + y**2)) for y in (up_value, down_value)]
+    np.testing.assert_allclose(
+        np.sum(first * direction), (scalars[0] - scalars[1]) / (2 * step), rtol=1e-6
+    )
     assert relative(second, (up - down) / (2 * step)) < 1e-6
 
     naive_value, naive_first, naive_second = derivatives(naive, x, direction)
@@ -179,6 +247,7 @@ def test_second_derivative_of_normalisation_is_exact(name, shape):
 
 
 # Initial values ----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('kind', ['glorot', 'normal', 'truncated'])
 def test_initial_values_are_a_function_of_the_seed_alone(kind):
@@ -194,14 +263,17 @@ def test_initial_values_are_a_function_of_the_seed_alone(kind):
 
 # Checkpoints -------------------------------------------------------------------------------------------------------
 
+
 def test_ten_newest_checkpoints_are_kept(tmp_path):
     """Newest by number, not by name: model11000 is newer than model9000."""
-    checkpoint = tf.train.Checkpoint(weights={'w1': tf.Variable([1., 2.])})
+    checkpoint = tf.train.Checkpoint(weights={'w1': tf.Variable([1.0, 2.0])})
     for i in range(1, 13):
         path = write_checkpoint(checkpoint, tmp_path, 1000 * i)
         assert path == str(tmp_path / f'model{1000 * i}')
     assert [*checkpoints(tmp_path)] == [1000 * i for i in range(3, 13)]
-    assert {path.name.split('.')[0] for path in tmp_path.iterdir()} == {f'model{1000 * i}' for i in range(3, 13)}
+    assert {path.name.split('.')[0] for path in tmp_path.iterdir()} == {
+        f'model{1000 * i}' for i in range(3, 13)
+    }
     assert checkpoints(tmp_path)[12000] == str(tmp_path / 'model12000')
     assert checkpoints(tmp_path / 'absent') == {}
 
@@ -219,17 +291,30 @@ def test_checkpoint_is_read_back_by_parameter_name(tmp_path, adam):
         np.testing.assert_array_equal(read[name], value)
 
 
-@pytest.mark.parametrize('names, stored', [
-    (['conv1', 'b1', 'conv2', 'b2', 'w5', 'b5', '0/beta', '1/beta'],
-     ['conv1', 'Variable', 'conv2', 'Variable_1', 'w5', 'Variable_2', '0/beta', '1/beta']),
-    (['w1', 'b1', 'w2', 'b2', '0/beta'], ['Variable', 'Variable_1', 'Variable_2', 'Variable_3', '0/beta'])],
-    ids=['convolutional', 'fully connected'])
+@pytest.mark.parametrize(
+    'names, stored',
+    [
+        (
+            ['conv1', 'b1', 'conv2', 'b2', 'w5', 'b5', '0/beta', '1/beta'],
+            ['conv1', 'Variable', 'conv2', 'Variable_1', 'w5', 'Variable_2', '0/beta', '1/beta'],
+        ),
+        (
+            ['w1', 'b1', 'w2', 'b2', '0/beta'],
+            ['Variable', 'Variable_1', 'Variable_2', 'Variable_3', '0/beta'],
+        ),
+    ],
+    ids=['convolutional', 'fully connected'],
+)
 def test_checkpoint_of_the_original(tmp_path, names, stored):
     """The TensorFlow 1 format, and the names that TensorFlow made up for variables without one."""
     values = [np.full([2], i, np.float32) for i in range(len(names))]
     path = str(tmp_path / 'model59999')
-    tf.raw_ops.SaveV2(prefix=path, tensor_names=[f'model/{name}' for name in stored],
-                      shape_and_slices=[''] * len(names), tensors=values)
+    tf.raw_ops.SaveV2(
+        prefix=path,
+        tensor_names=[f'model/{name}' for name in stored],
+        shape_and_slices=[''] * len(names),
+        tensors=values,
+    )
     read, complete = read_checkpoint(path, names)
     assert not complete and read.keys() == set(names)
     for name, value in zip(names, values):
@@ -240,16 +325,22 @@ def damaged(path):
     path.write_bytes(path.read_bytes()[:-20])
 
 
-@pytest.mark.parametrize('damage', [lambda path: path.unlink(), damaged, lambda path: path.write_bytes(b'')],
-                         ids=['absent', 'cut', 'empty'])
+@pytest.mark.parametrize(
+    'damage',
+    [lambda path: path.unlink(), damaged, lambda path: path.write_bytes(b'')],
+    ids=['absent', 'cut', 'empty'],
+)
 def test_unreadable_checkpoint(tmp_path, damage):
-    path = write_checkpoint(tf.train.Checkpoint(weights={'w1': tf.Variable([1., 2.])}), tmp_path, 7)
+    path = write_checkpoint(
+        tf.train.Checkpoint(weights={'w1': tf.Variable([1.0, 2.0])}), tmp_path, 7
+    )
     damage(tmp_path / 'model7.index')
     with pytest.raises(ValueError, match='model7 cannot be read as a checkpoint'):
         read_checkpoint(path, ['w1'])
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
+
 
 def test_picture_of_a_task():
     """Every image of the first two shots stands in its place, unchanged; later ones do not."""
@@ -259,25 +350,45 @@ def test_picture_of_a_task():
     batch = Batch(images(1), labels(1), images(4), labels(4))
     picture = task_picture(batch, (20, 30, 3), task=1)
     assert picture.shape == (3 * 36 + 28, 3 * 34, 3) and picture.dtype == np.uint8
-    expected = [(14 + 14, batch.inputa[1, :3]), (14 + 36 + 14 + 14, batch.inputb[1, :3]), (14 + 36 + 14 + 36 + 14, batch.inputb[1, 3:6])]
+    expected = [
+        (14 + 14, batch.inputa[1, :3]),
+        (14 + 36 + 14 + 14, batch.inputb[1, :3]),
+        (14 + 36 + 14 + 36 + 14, batch.inputb[1, 3:6]),
+    ]
     for top, row in expected:
         for i, image in enumerate(row):
-            np.testing.assert_array_equal(picture[top:top + 20, 34 * i:34 * i + 30], np.uint8(255 * image.reshape(20, 30, 3)))
-    assert (picture[14:28] < 128).any()   # the labels
+            np.testing.assert_array_equal(
+                picture[top : top + 20, 34 * i : 34 * i + 30],
+                np.uint8(255 * image.reshape(20, 30, 3)),
+            )
+    assert (picture[14:28] < 128).any()  # the labels
 
 
 def test_picture_of_a_fit():
     """A curve goes through its points, y upwards."""
     x = np.linspace(-5, 5, 50)
-    picture = fit_picture({'red line': np.stack([x, x], 1)}, np.array([[0., 5.]]))
+    picture = fit_picture({'red line': np.stack([x, x], 1)}, np.array([[0.0, 5.0]]))
     assert picture.shape == (320, 480, 3)
-    for at, colour in [((-4, -4), (255, 0, 0)), ((4, 4), (255, 0, 0)), ((0, 5), (128, 0, 128)), ((-4, 4), (255, 255, 255))]:
+    for at, colour in [
+        ((-4, -4), (255, 0, 0)),
+        ((4, 4), (255, 0, 0)),
+        ((0, 5), (128, 0, 128)),
+        ((-4, 4), (255, 255, 255)),
+    ]:
         column, row = round((at[0] + 5) / 10 * 479), round((6 - at[1]) / 12 * 319)
-        assert (picture[row - 1:row + 2, column - 1:column + 2] == colour).all(-1).any(), at
+        assert (picture[row - 1 : row + 2, column - 1 : column + 2] == colour).all(-1).any(), at
 
 
-@pytest.mark.parametrize('text, line', [
-    ('Graph execution error:\n\nDetected at node A defined at (most recent call last):\n<stack traces unavailable>\nConnection reset\nmore',
-     'Connection reset'), ('disk full', 'disk full'), ('', 'ValueError')])
+@pytest.mark.parametrize(
+    'text, line',
+    [
+        (
+            'Graph execution error:\n\nDetected at node A defined at (most recent call last):\n<stack traces unavailable>\nConnection reset\nmore',
+            'Connection reset',
+        ),
+        ('disk full', 'disk full'),
+        ('', 'ValueError'),
+    ],
+)
 def test_first_line(text, line):
     assert first_line(ValueError(text)) == line
