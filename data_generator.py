@@ -358,7 +358,7 @@ def load_omniglot(data_dir: str) -> dict[str, ClassImages]:
     """
     folder = Path(data_dir) / 'omniglot_resized'
     command = (
-        f'`python scripts/prepare_omniglot.py {_target(folder)}`, which downloads the archives unless it is '
+        f'`python scripts/data/prepare_omniglot.py {_target(folder)}`, which downloads the archives unless it is '
         'given a folder that has them by --source=FOLDER'
     )
     characters = load_class_folders(folder, OMNIGLOT, _cache_of(folder), command)
@@ -382,7 +382,7 @@ def load_miniimagenet(data_dir: str, splits: Iterable[str] = SPLITS) -> dict[str
     """
     folder = Path(data_dir) / 'miniImagenet'
     command = (
-        f'`python scripts/prepare_miniimagenet.py --source=FOLDER {_target(folder)}`, where FOLDER holds the '
+        f'`python scripts/data/prepare_miniimagenet.py --source=FOLDER {_target(folder)}`, where FOLDER holds the '
         'images and the csv files of the splits'
     )
     return {

@@ -601,7 +601,7 @@ class MAML(tf.Module):
         if not settings:
             raise ValueError(
                 f"{path} does not tell the flags it was trained with; if it is the TensorFlow 1 original's, "
-                'scripts/import_tf1_checkpoint.py makes one that does'
+                'scripts/model/import_tf1_checkpoint.py makes one that does'
             )
         model = make_model(
             **{name: settings[name] for name in MODEL_SETTINGS if name in settings},

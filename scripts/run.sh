@@ -4,7 +4,7 @@
 #   bash scripts/run.sh                              the 10-shot sinusoid of the paper: training, evaluation, a picture
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. scripts/environment.sh
+. scripts/lib/environment.sh
 set_up plots
 
 [ $# -eq 0 ] || exec python main.py "$@"
@@ -13,4 +13,4 @@ logdir=logs/sine/
 flags=(--datasource=sinusoid --logdir=$logdir --metatrain_iterations=70000 --norm=None --update_batch_size=10)
 python main.py "${flags[@]}"
 python main.py "${flags[@]}" --train=False --test_set=True
-python scripts/plot_sinusoid.py "${logdir}cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm"
+python scripts/paper/plot_sinusoid.py "${logdir}cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm"

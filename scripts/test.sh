@@ -4,6 +4,6 @@
 #   bash scripts/test.sh --slow -k sinusoid  the slow ones too
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. scripts/environment.sh
+. scripts/lib/environment.sh
 set_up test
 exec python -m pytest "$@"

@@ -1,7 +1,6 @@
-"""scripts/benchmark.py: what it measures, and what it refuses."""
+"""scripts/measure/benchmark.py: what it measures, and what it refuses."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -17,10 +16,7 @@ from command_line import (
 )
 
 import main
-
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import benchmark
+from scripts.measure import benchmark
 
 CASES = ROOT / 'tests' / 'reference'
 TINY = [
@@ -194,7 +190,9 @@ def test_refusals(tmp_path, monkeypatch, arguments, words):
 
 
 def test_as_a_program():
-    outcome = command('scripts/benchmark.py', CASES / 'sinusoid_5shot_5steps.npz', '--steps=2')
+    outcome = command(
+        'scripts/measure/benchmark.py', CASES / 'sinusoid_5shot_5steps.npz', '--steps=2'
+    )
     assert figures(outcome)['workload'] == 'sinusoid_5shot_5steps'
 
 
@@ -204,7 +202,7 @@ def test_as_a_program():
 def test_variants_of_a_case():
     """Its tasks again and again, or the first of them, and other flags."""
     pytest.importorskip('matplotlib')
-    import plot_cost
+    from scripts.measure import plot_cost
 
     values = case('sinusoid_10shot')
     tasks = values['input/inputa'].shape[0]
@@ -221,7 +219,7 @@ def test_cost_of_a_file_that_is_no_case(tmp_path):
     pytest.importorskip('matplotlib')
     (tmp_path / 'x.npz').write_text('text')
     assert_refused(
-        command('scripts/plot_cost.py', tmp_path / 'x.npz', tmp_path / 'out'),
+        command('scripts/measure/plot_cost.py', tmp_path / 'x.npz', tmp_path / 'out'),
         'plot_cost.py',
         'x.npz',
     )
@@ -242,7 +240,7 @@ def test_cost_is_measured_and_drawn(tmp_path):
         '--steps',
         '2',
     ]
-    outcome = succeeded(command('scripts/plot_cost.py', *arguments))
+    outcome = succeeded(command('scripts/measure/plot_cost.py', *arguments))
     lines = [json.loads(line) for line in (tmp_path / 'cost.jsonl').read_text().splitlines()]
     assert [(line['tasks'], line['updates']) for line in lines][:2] == [(2, 1), (4, 1)] and len(
         outcome.lines

@@ -3,16 +3,15 @@
 import pickle
 import re
 import shutil
-import sys
 from pathlib import Path
 
+import import_tf1_checkpoint
 import numpy as np
 import pytest
 import tensorflow as tf
 from command_line import (
     DATA,
     ORIGINAL,
-    ROOT,
     assert_refused,
     in_process,
     listing,
@@ -23,12 +22,8 @@ from command_line import (
 )
 
 import main
+from scripts.data import prepare_miniimagenet
 from utils import checkpoints, read_checkpoint, write_checkpoint
-
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import import_tf1_checkpoint
-import prepare_miniimagenet
 
 SINUSOID = ['--meta_batch_size=4', '--log=False']
 OMNIGLOT = [

@@ -782,7 +782,7 @@ def test_missing_folders(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         load_omniglot(folder)
     assert f'no folder {folder}/omniglot_resized;' in str(error.value)
-    assert f"`python scripts/prepare_omniglot.py --target='{folder}/omniglot_resized'`" in str(
+    assert f"`python scripts/data/prepare_omniglot.py --target='{folder}/omniglot_resized'`" in str(
         error.value
     )
     make_miniimagenet(tmp_path, ['train'])
@@ -857,7 +857,9 @@ def test_spoilt_data(omniglot, spoil, capsys):
         load_omniglot(omniglot)
     message = str(error.value)
     assert message.startswith(expected), message
-    assert f'`python scripts/prepare_omniglot.py --target={omniglot}/omniglot_resized`' in message
+    assert (
+        f'`python scripts/data/prepare_omniglot.py --target={omniglot}/omniglot_resized`' in message
+    )
     assert named_scripts_exist(message) and '\n' not in message
     leftovers = [path.name for path in omniglot.rglob('*.tmp')]
     assert not leftovers

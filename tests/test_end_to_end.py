@@ -3,19 +3,15 @@
 import csv
 import pickle
 import re
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import ROOT, Outcome, command, draw, listing, succeeded
+from command_line import Outcome, command, draw, listing, succeeded
 
+from scripts.data import prepare_omniglot
 from utils import checkpoints
-
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import prepare_omniglot
 
 NUMBER = r'\d+\.\d+(e-\d+)?'
 
@@ -140,7 +136,7 @@ def official_miniimagenet(tmp_path) -> Path:
 def test_miniimagenet(tmp_path, official_miniimagenet):
     succeeded(
         command(
-            'scripts/prepare_miniimagenet.py',
+            'scripts/data/prepare_miniimagenet.py',
             f'--source={official_miniimagenet}',
             f'--target={tmp_path}/data/miniImagenet',
         )

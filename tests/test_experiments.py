@@ -31,17 +31,14 @@ from data_generator import SinusoidGenerator
 from maml import MAML
 from utils import checkpoints
 
-sys.path.insert(0, str(ROOT / 'scripts'))
 pytest.importorskip('matplotlib')
 
-import cells
-import report
-import report_figures
-import second_order_ablation
-import step_sizes
+from scripts.lib import cells, report_figures
+from scripts.measure import step_sizes
+from scripts.paper import report, second_order_ablation
 
 CASE = ROOT / 'tests' / 'reference' / 'omniglot_5way_1shot.npz'
-ABLATION = 'scripts/second_order_ablation.py'
+ABLATION = 'scripts/paper/second_order_ablation.py'
 
 
 @pytest.mark.slow
@@ -395,7 +392,7 @@ def test_cells_are_what_the_scripts_train():
     for cell in cells.CELLS + cells.SINUSOIDS:
         script = (
             ROOT
-            / 'scripts'
+            / 'scripts/paper'
             / ('sinusoid_10shot.sh' if cell.name == 'sinusoid' else f'{cell.name}.sh')
         )
         call = re.search(rf'^train {cell.name} ((?:.*\\\n)*.*)', script.read_text(), re.MULTILINE)[
@@ -421,11 +418,10 @@ def test_cells_are_what_the_scripts_train():
 def checkout(tmp_path_factory) -> Path:
     """The scripts with this environment as their .venv, and data like Omniglot and miniImagenet."""
     folder = tmp_path_factory.mktemp('checkout')
-    for path in [*ROOT.glob('*.py'), *ROOT.glob('scripts/*')]:
-        target = folder / path.relative_to(ROOT)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy(path, target)
-    (folder / 'scripts/environment.sh').write_text(
+    for path in ROOT.glob('*.py'):
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / 'scripts', folder / 'scripts')
+    (folder / 'scripts/lib/environment.sh').write_text(
         f'set_up() {{ PATH={Path(sys.executable).parent}:$PATH; }}\n'
     )
     make_omniglot(folder / 'data', characters=340, images=10)  # 20 validation classes
@@ -435,7 +431,7 @@ def checkout(tmp_path_factory) -> Path:
 
 def bash(checkout: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ['bash', f'scripts/{script}.sh', *arguments],
+        ['bash', f'scripts/paper/{script}.sh', *arguments],
         cwd=checkout,
         capture_output=True,
         text=True,
@@ -484,7 +480,7 @@ def test_cell(checkout, cell, more):
 def test_arguments_of_the_scripts(tmp_path, arguments):
     """As main.py takes them: the last one counts. Here with a main.py that prints its arguments."""
     shutil.copytree(ROOT / 'scripts', tmp_path / 'scripts')
-    (tmp_path / 'scripts/environment.sh').write_text(
+    (tmp_path / 'scripts/lib/environment.sh').write_text(
         f'set_up() {{ PATH={Path(sys.executable).parent}:$PATH; }}\n'
     )
     (tmp_path / 'main.py').write_text('import sys\nprint(*sys.argv[1:])\n')
@@ -513,7 +509,7 @@ def test_arguments_of_the_scripts(tmp_path, arguments):
 def test_interrupted_cell(checkout, cell, name, iterations, seen, number, status):
     """As by Ctrl-C, by a batch system or by force, all of which reach main.py too: the same command goes on, and evaluates."""
     shutil.rmtree(checkout / 'logs', ignore_errors=True)
-    line = ['bash', f'scripts/{cell}.sh', f'--metatrain_iterations={iterations}']
+    line = ['bash', f'scripts/paper/{cell}.sh', f'--metatrain_iterations={iterations}']
     with subprocess.Popen(
         line,
         cwd=checkout,

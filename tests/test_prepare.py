@@ -21,12 +21,13 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'scripts'))
 
-import preparation  # noqa: E402
-import prepare_miniimagenet  # noqa: E402
-import prepare_omniglot  # noqa: E402
-from preparation import PreparationError  # noqa: E402
+from scripts.data import (
+    prepare_miniimagenet,
+    prepare_omniglot,
+)
+from scripts.lib import preparation  # noqa: E402
+from scripts.lib.preparation import PreparationError  # noqa: E402
 
 DATA = Path(os.environ.get('MAML_TEST_DATA', ROOT.parent / 'shared' / 'data'))
 COUNTS = prepare_omniglot.Counts(alphabets=3, characters=4, images=2)
@@ -42,7 +43,7 @@ def needs_data(name):
 
 def command(script, *flags, **options):
     return subprocess.run(
-        [sys.executable, '-B', ROOT / 'scripts' / script, *flags],
+        [sys.executable, '-B', ROOT / 'scripts/data' / script, *flags],
         capture_output=True,
         text=True,
         timeout=120,
@@ -713,7 +714,7 @@ def test_interrupted(tmp_path, number):
         [
             sys.executable,
             '-B',
-            ROOT / 'scripts/prepare_miniimagenet.py',
+            ROOT / 'scripts/data/prepare_miniimagenet.py',
             f'--source={source}',
             f'--target={tmp_path / "new/data/target"}',
         ],

@@ -1,4 +1,4 @@
-"""A user's own images and tasks: --datasource=folder, the API of MAML, scripts/classify.py and scripts/export.py."""
+"""A user's own images and tasks: --datasource=folder, the API of MAML, scripts/model/classify.py and scripts/model/export.py."""
 
 import json
 import re
@@ -26,17 +26,11 @@ from command_line import (
 )
 from PIL import Image
 
+import main
 from data_generator import folder_layout, load_folder, load_miniimagenet, read_image, run_layout
 from maml import MAML, make_model
+from scripts.model import classify, export, publish
 from utils import Batch, event_files, read_events, read_scalars, write_checkpoint
-
-sys.path.insert(0, str(ROOT / 'scripts'))
-
-import classify
-import export
-import publish
-
-import main
 
 CHARACTERS = ROOT / 'tests' / 'characters'
 
@@ -470,7 +464,7 @@ def test_readme_example():
         assert done.stdout.split('\n')[:-1] == printed
 
 
-# scripts/classify.py ------------------------------------------------------------------------------------------------------
+# scripts/model/classify.py ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -587,7 +581,7 @@ def test_classify_refuses(run_folder, tmp_path):
         assert_refused(in_process(classify.main, arguments), 'classify.py: ', words)
 
 
-# scripts/export.py ------------------------------------------------------------------------------------------------------
+# scripts/model/export.py ------------------------------------------------------------------------------------------------------
 
 SERVE = """
 import sys
@@ -674,7 +668,7 @@ def test_export_refuses(tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-# scripts/publish.py -------------------------------------------------------------------------------------------------------
+# scripts/model/publish.py -------------------------------------------------------------------------------------------------------
 
 
 def test_publish(tmp_path, eager):

@@ -1,0 +1,1 @@
+"""What people type, in folders by purpose; lib/ holds what these scripts import."""

@@ -1,0 +1,277 @@
+"""The cells of the paper's tables, and their runs as scripts/paper/omniglot_5way_1shot.sh and its like leave them."""
+
+import pickle
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from main import confidence
+from utils import (
+    DamagedCheckpoint,
+    checkpoints,
+    event_files,
+    first_line,
+    read_evaluation,
+    read_events,
+    read_run_state,
+)
+
+
+class Cell(NamedTuple):
+    """One entry of the paper's tables."""
+
+    name: str  # the script's and the folder's
+    title: str
+    group: str  # cells that are drawn together
+    kind: str  # title within the group
+    paper: str  # what it says
+    updates: int  # the paper's number of updates in evaluation
+    settings: dict  # flags of main.py, as in the script
+
+    @property
+    def numbers(self) -> list[float]:
+        """The numbers in `paper`: a value and half of its interval; of sinusoids the errors after 1, 5 and 10 updates."""
+        return [float(number) for number in re.findall(r'[\d.]+', self.paper)]
+
+
+def omniglot(ways: int, shots: int, paper: str, conv: bool = True) -> Cell:
+    few = ways == 5
+    settings = dict(
+        datasource='omniglot',
+        num_classes=ways,
+        update_batch_size=shots,
+        update_lr=0.4 if few else 0.1,
+        num_updates=1 if few else 5,
+        meta_batch_size=32 if few else 16,
+        conv=conv,
+        num_filters=64,
+        max_pool=False,
+        stop_grad=False,
+    )
+    more = '' if conv else ', no convolutions'
+    return Cell(
+        f'omniglot_{ways}way_{shots}shot' + ('' if conv else '_no_conv'),
+        f'Omniglot, {ways}-way {shots}-shot{more}',
+        f'Omniglot, {ways}-way{more}',
+        f'{shots}-shot',
+        paper,
+        3 if few else 5,
+        settings,
+    )
+
+
+def miniimagenet(shots: int, paper: str, first_order: bool = False) -> Cell:
+    settings = dict(
+        datasource='miniimagenet',
+        num_classes=5,
+        update_batch_size=shots,
+        update_lr=0.01,
+        num_updates=5,
+        meta_batch_size=4 if shots == 1 else 2,
+        conv=True,
+        num_filters=32,
+        max_pool=True,
+        stop_grad=first_order,
+    )
+    kind = f'{shots}-shot' + ', first order' * first_order
+    return Cell(
+        f'miniimagenet_5way_{shots}shot' + '_first_order' * first_order,
+        f'miniImagenet, 5-way {kind}',
+        'miniImagenet, 5-way',
+        kind,
+        paper,
+        10,
+        settings,
+    )
+
+
+def sinusoid(
+    name: str, title: str, paper: str, baseline: str | None = None, update_lr: float = 0.01
+) -> Cell:
+    settings = dict(
+        datasource='sinusoid',
+        update_batch_size=10,
+        update_lr=update_lr,
+        num_updates=1,
+        meta_batch_size=25,
+        norm='None',
+        baseline=baseline,
+        stop_grad=False,
+    )
+    return Cell(name, title, 'Sinusoid', title, paper, 10, settings)
+
+
+CELLS = [
+    omniglot(5, 1, '89.7 ± 1.1', conv=False),
+    omniglot(5, 5, '97.5 ± 0.6', conv=False),
+    omniglot(5, 1, '98.7 ± 0.4'),
+    omniglot(5, 5, '99.9 ± 0.1'),
+    omniglot(20, 1, '95.8 ± 0.3'),
+    omniglot(20, 5, '98.9 ± 0.2'),
+    miniimagenet(1, '48.07 ± 1.75', first_order=True),
+    miniimagenet(1, '48.70 ± 1.84'),
+    miniimagenet(5, '63.15 ± 0.91', first_order=True),
+    miniimagenet(5, '63.11 ± 0.92'),
+]
+MAML_ERRORS = '.67 / .38 / .35'
+SINUSOIDS = [
+    sinusoid('sinusoid', 'MAML', MAML_ERRORS),
+    sinusoid('sinusoid_published_command', 'MAML, α = 0.001', MAML_ERRORS, update_lr=0.001),
+    sinusoid('sinusoid_pretrain', 'pre-trained on all tasks', '2.41 / 2.23 / 2.19'),
+    sinusoid('sinusoid_oracle', 'oracle', '', 'oracle'),
+]
+# Flags that make a run another cell's, or none's, where other settings only make it another run of the cell.
+TELLING = {'datasource', 'num_classes', 'update_batch_size', 'conv', 'stop_grad', 'baseline'}
+
+
+class Table(NamedTuple):
+    """The results of one evaluation of 600 tasks, over 0, 1, ... updates."""
+
+    means: np.ndarray
+    interval: np.ndarray  # half of the 95 % interval
+    medians: np.ndarray  # over tasks: a few that diverge say nothing of the others
+    iteration: int = -1  # of the checkpoint; -1: not told
+    split: str = ''  # 'test' or 'val'; '': not told
+
+
+class Run(NamedTuple):
+    folder: Path
+    flags: dict  # that it was trained with
+    iterations: int  # of the newest checkpoint
+    hours: float  # of training, by the time stamps of its summaries
+    machine: str
+    tables: dict[tuple, Table]  # by shots and by 'last' or 'best'
+    deviations: dict[
+        str, tuple
+    ]  # {flag: (its value, the cell's)} of settings that are not the cell's
+
+    @property
+    def seed(self) -> int:
+        return self.flags.get('seed', 0)
+
+    @property
+    def variant(self) -> str:
+        """What is to be added to the cell's title: settings that are not the cell's."""
+        return ''.join(f', --{name}={value}' for name, (value, _) in self.deviations.items())
+
+    def evaluated(self, shots: int) -> int:
+        """The iterations after which the last checkpoint was evaluated: fewer than all if it was trained further since."""
+        iteration = self.tables[shots, 'last'].iteration if (shots, 'last') in self.tables else -1
+        return self.iterations if iteration < 0 else iteration + 1
+
+
+def read_table(path: Path) -> Table:
+    """Raises ValueError if a file is not what main.py writes."""
+    try:
+        means, _, interval = read_evaluation(path)
+        stored = pickle.loads(path.with_suffix('.pkl').read_bytes())
+        values = stored['mses']  # [600, 1 + updates]
+        assert values.shape[1:] == means.shape and np.allclose(
+            values.mean(0), means, rtol=1e-4, equal_nan=True
+        )
+        medians = np.median(np.where(np.isnan(values), np.inf, values), axis=0)
+        return Table(
+            means, interval, medians, int(stored.get('iteration', -1)), str(stored.get('split', ''))
+        )
+    except Exception:  # pickle has no error of its own
+        raise ValueError(
+            f'{path} and {path.stem}.pkl are not the tables that main.py writes, or not of one evaluation'
+        ) from None
+
+
+def deviations(folder: Path, flags: dict, cell: Cell) -> dict[str, tuple]:
+    """{flag: (value, the cell's)} where a run has other settings. Raises ValueError if it is no run of the cell."""
+    if not flags:
+        raise ValueError(f'{folder} does not tell the flags it was trained with')
+    value_of = lambda value: None if value == 'None' else value  # --baseline=None is the text
+    found = {
+        name: (flags[name], wanted)
+        for name, wanted in cell.settings.items()
+        if name in flags and value_of(flags[name]) != value_of(wanted)
+    }
+    joint = flags.get('metatrain_iterations') == 0 and flags.get('baseline') != 'oracle'
+    if joint != (cell.name == 'sinusoid_pretrain'):
+        raise ValueError(
+            f'{folder} is no run of {cell.name}: it was {"jointly trained" if joint else "meta-trained"}'
+        )
+    telling = TELLING | {'update_lr'} if cell in SINUSOIDS else TELLING
+    if wrong := [
+        f'--{name}={value}, not {wanted}'
+        for name, (value, wanted) in found.items()
+        if name in telling
+    ]:
+        raise ValueError(
+            f'{folder} is no run of {cell.name}: it was trained with {"; ".join(wrong)}'
+        )
+    return found
+
+
+def training_hours(folder: Path) -> float:
+    """By the time stamps of the summaries; 0 if there are none."""
+    seconds = 0.0
+    for path in event_files(folder):
+        times = [tf.compat.v1.Event.FromString(record).wall_time for record in read_events(path)]
+        seconds += max(times) - min(times) if times else 0
+    return seconds / 3600
+
+
+def read_run(folder: Path, cell: Cell) -> Run:
+    """Raises ValueError, with what is missing, wrong or damaged, for a run that cannot be reported, and OSError."""
+    found = checkpoints(folder)
+    if not found:
+        raise ValueError(f'{folder} holds no checkpoint')
+    try:
+        state = read_run_state(found[max(found)])
+    except DamagedCheckpoint as error:
+        raise ValueError(str(error)) from None
+    flags, tables = state.get('flags', {}), {}
+    differing = deviations(folder, flags, cell)
+    for path in sorted(folder.glob('test_ubs*_stepsize*.csv')):
+        if match := re.fullmatch(
+            r'test_ubs(\d+)_stepsize([^_]+)(_best)?\.csv', path.name
+        ):  # others are of --test_query and the like
+            if match[2] == str(flags.get('update_lr', match[2])):
+                tables[int(match[1]), 'best' if match[3] else 'last'] = read_table(path)
+    if not tables:
+        raise ValueError(f'{folder} has not been evaluated')
+    return Run(
+        folder,
+        flags,
+        max(found) + 1,
+        training_hours(folder),
+        state.get('machine', ''),
+        tables,
+        differing,
+    )
+
+
+def read_runs(logs: Path, cell: Cell) -> Iterator[Run]:
+    """The runs of a cell, one for each seed; says which folders are left out, and why."""
+    for folder in sorted(path for path in (logs / cell.name).glob('seed*/cls_*') if path.is_dir()):
+        try:
+            yield read_run(folder, cell)
+        except (ValueError, OSError) as error:
+            print(f'report.py: left out: {error}.', file=sys.stderr)
+        except tf.errors.OpError as error:
+            print(
+                f'report.py: left out: {folder} has summaries that cannot be read ({first_line(error)}).',
+                file=sys.stderr,
+            )
+
+
+def pooled(tables: list[Table]) -> Table:
+    """Of several seeds: the mean, and the 95 % interval of it by Student's t over seeds; of one, its own over tasks."""
+    if len(tables) == 1:
+        return tables[0]
+    size = min(len(table.means) for table in tables)
+    means = np.array([table.means[:size] for table in tables])
+    return Table(
+        means.mean(0),
+        confidence(means),
+        np.mean([table.medians[:size] for table in tables], axis=0),
+    )

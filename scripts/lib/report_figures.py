@@ -1,0 +1,289 @@
+"""The figures of scripts/paper/report.py. Each function draws one and returns its caption, or None if there is nothing to draw."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use('Agg')  # pictures in files, on machines without a display too
+import matplotlib.pyplot as plt
+
+from maml import MAML
+from scripts.lib.cells import CELLS, SINUSOIDS, Cell, Run, pooled
+from scripts.paper.plot_sinusoid import CURVES, fits
+from utils import DIVERGED, read_scalars
+
+Runs = dict[str, list[Run]]  # by cell
+STYLES = ['-', '--', ':', '-.']  # of a cell's seeds
+PAPER = dict(
+    marker='*', markersize=9, markeredgecolor='black', markeredgewidth=0.6, linestyle='none'
+)
+
+
+def grouped(runs: Runs) -> dict[str, list[tuple[Cell, list[Run]]]]:
+    """{group: the cells in it that were run}; a group is a panel, or a column of them."""
+    found = {}
+    for cell in CELLS:
+        if runs[cell.name]:
+            found.setdefault(cell.group, []).append((cell, runs[cell.name]))
+    return found
+
+
+def label(cell: Cell, of: list[Run], run: Run) -> str:
+    return (
+        cell.kind
+        + run.variant
+        + (f', seed {run.seed}' if len({other.seed for other in of}) > 1 else '')
+    )
+
+
+def save(figure, path: Path):
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def figure_updates(path: Path, runs: Runs) -> str | None:
+    groups = grouped(runs)
+    if not groups:
+        return None
+    figure, panels = plt.subplots(
+        2,
+        len(groups),
+        figsize=(3 * len(groups) + 0.6, 5.4),
+        layout='constrained',
+        squeeze=False,
+        sharex='col',
+    )
+    for column, (group, cells) in zip(panels.T, groups.items()):
+        for i, (cell, of) in enumerate(cells):
+            draw_updates(column, cell, of, f'C{i}', 0.15 * i)
+        column[0].set_title(group, fontsize='medium')
+        column[0].set_ylim(0, 103)
+        column[1].set_xlabel('inner updates')
+        if column[1].get_legend_handles_labels()[0]:
+            column[1].legend(
+                fontsize='x-small', loc='upper center', bbox_to_anchor=(0.5, -0.2), frameon=False
+            )
+        for axes in column:
+            axes.grid(alpha=0.3)
+            axes.set_xticks(range(0, 11, 2))
+    for axes in panels[:, 0]:
+        axes.set_ylabel('accuracy [%]')
+    save(figure, path)
+    return (
+        'Accuracy over inner updates, mean and 95 % interval over 600 test tasks, above with the accuracy before the first update (of the '
+        "support set, by chance), below without it. Stars: the paper's figures, after the number of updates for which it gives them. The "
+        'checkpoints are those of the best validation, or else the last.'
+    )
+
+
+def draw_updates(column: np.ndarray, cell: Cell, of: list[Run], color: str, shift: float):
+    """A cell's curves in a column's upper and lower panel; shift: to the right, so that intervals stand side by side."""
+    for style, run in zip(STYLES * len(of), of):
+        shots = cell.settings['update_batch_size']  # a run may have been evaluated with other K too
+        table = run.tables.get((shots, 'best')) or run.tables.get((shots, 'last'))
+        if not table:
+            continue
+        x = np.arange(len(table.means)) + shift
+        for axes, first in zip(column, (0, 1)):
+            axes.errorbar(
+                x[first:],
+                100 * table.means[first:],
+                yerr=100 * table.interval[first:],
+                color=color,
+                linestyle=style,
+                marker='o',
+                markersize=3,
+                capsize=2,
+                label=label(cell, of, run),
+            )
+    value, half = cell.numbers
+    for axes in column:
+        axes.errorbar(cell.updates + shift, value, yerr=half, color=color, zorder=3, **PAPER)
+
+
+def figure_learning(path: Path, runs: Runs) -> str | None:
+    groups = grouped(runs)
+    if not groups:
+        return None
+    figure, panels = plt.subplots(
+        1, len(groups), figsize=(3.2 * len(groups) + 0.4, 3.8), layout='constrained', squeeze=False
+    )
+    for axes, (group, cells) in zip(panels[0], groups.items()):
+        for i, (cell, of) in enumerate(cells):
+            for style, run in zip(STYLES * len(of), of):
+                draw_learning(axes, run, label(cell, of, run), f'C{i}', style)
+            axes.axhline(cell.numbers[0], color=f'C{i}', linestyle=(0, (1, 3)), linewidth=1)
+        axes.set_title(group, fontsize='medium')
+        axes.set(xlabel='iterations', xlim=(0, None), ylim=(None, min(axes.get_ylim()[1], 100.5)))
+        axes.xaxis.set_major_locator(plt.MaxNLocator(4))
+        axes.xaxis.set_major_formatter('{x:,.0f}')
+        axes.grid(alpha=0.3)
+        axes.legend(
+            fontsize='x-small', loc='upper center', bbox_to_anchor=(0.5, -0.16), frameon=False
+        )
+    panels[0, 0].set_ylabel('accuracy [%]')
+    save(figure, path)
+    return (
+        'Accuracy during training, after as many updates as in training: on 100 validation tasks (lines), on single training meta-batches '
+        '(dots, every 500th iteration). Dotted lines: what the paper reports of test tasks.'
+    )
+
+
+def draw_learning(axes, run: Run, name: str, color: str, style: str):
+    updates = run.flags['num_updates']
+    summaries = read_scalars(run.folder)
+    training, validation = (
+        np.array(
+            [*summaries.get(f'{kind}_Post-update_accuracy__step_{updates}', {}).items()]
+        ).reshape(-1, 2)
+        for kind in ('metatrain', 'metaval')
+    )  # [n, 2]: iteration, accuracy
+    training = training[(training[:, 0] % 500 == 0) & (training[:, 0] > 0)]
+    axes.scatter(training[:, 0], 100 * training[:, 1], s=5, color=color, alpha=0.3, linewidths=0)
+    axes.plot(
+        validation[:, 0],
+        100 * validation[:, 1],
+        color=color,
+        linestyle=style,
+        linewidth=1.2,
+        label=name,
+    )
+
+
+def figure_fits(path: Path, runs: Runs) -> str | None:
+    shown = [(cell, runs[cell.name][0]) for cell in SINUSOIDS if runs[cell.name]]
+    if not shown:
+        return None
+    figure, panels = plt.subplots(
+        len(shown),
+        2,
+        figsize=(7.5, 2.2 * len(shown) + 0.4),
+        layout='constrained',
+        squeeze=False,
+        sharex=True,
+        sharey='col',
+    )
+    for row, (cell, run) in zip(panels, shown):
+        for axes, fit in zip(
+            row,
+            fits(
+                MAML.load(run.folder),
+                run.flags['update_batch_size'],
+                run.flags['baseline'] == 'oracle',
+            ),
+        ):
+            axes.plot(fit.x, fit.truth, color='tab:red', label='truth')
+            for updates, prediction in fit.predictions.items():
+                if updates == 0 or cell.name != 'sinusoid_oracle':
+                    axes.plot(fit.x, prediction, **CURVES[updates])
+            axes.plot(*fit.support.T, '^', color='tab:purple', label='support', zorder=3)
+            axes.set(title=cell.title + run.variant, xlabel='x' if cell == shown[-1][0] else '')
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel('y')
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(),
+        loc='outside lower center',
+        ncols=5,
+        fontsize='small',
+        frameon=False,
+    )
+    save(figure, path)
+    return 'Fits of two new sinusoids from ten support points, before and after 1 and 10 updates (the oracle: without any).'
+
+
+def figure_errors(path: Path, runs: Runs) -> str | None:
+    plain = {
+        cell.name: [run for run in runs[cell.name] if not run.deviations] for cell in SINUSOIDS
+    }
+    tables = {
+        name: {
+            shots: pooled(
+                [run.tables[shots, 'last'] for run in of if (shots, 'last') in run.tables]
+            )
+            for shots in sorted(
+                {shots for run in of for shots, kind in run.tables if kind == 'last'}
+            )
+        }
+        for name, of in plain.items()
+    }  # {cell: {K: Table}}
+    all_shots = sorted({shots for of in tables.values() for shots in of})
+    if not all_shots:
+        return None
+    figure, panels = plt.subplots(
+        1,
+        len(all_shots),
+        figsize=(3.4 * len(all_shots) + 0.6, 4.2),
+        layout='constrained',
+        squeeze=False,
+        sharey=True,
+    )
+    for axes, shots in zip(panels[0], all_shots):
+        for i, cell in enumerate(SINUSOIDS):
+            draw_errors(axes, cell, tables[cell.name], shots, f'C{i}')
+        axes.set(title=f'K = {shots}', xlabel='inner updates', yscale='log', ylim=(2e-3, 10))
+        axes.set_xticks(range(2, 11, 2))
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_ylabel('mean squared error (query set)')
+    curves = {
+        name: line for axes in panels[0] for line, name in zip(*axes.get_legend_handles_labels())
+    }
+    names = sorted(
+        curves,
+        key=lambda name: [cell.title for cell in SINUSOIDS].index(name.removesuffix(', median')),
+    )
+    figure.legend(
+        [curves[name] for name in names],
+        names,
+        loc='outside lower center',
+        ncols=4,
+        fontsize='small',
+        frameon=False,
+    )
+    save(figure, path)
+    return (
+        'Error over inner updates on 600 tasks: mean with 95 % interval, over seeds where there are several, and median over tasks (dashed). '
+        'A curve of means that leaves the panel is of a run in which single tasks diverge. The oracle needs no update, and its error does not '
+        "depend on K. Stars: the paper's figures for K = 5, after 1, 5 and 10 updates."
+    )
+
+
+def draw_errors(axes, cell: Cell, of: dict, shots: int, color: str):
+    """A cell's mean and median over updates for one K; of: {K: Table}."""
+    if cell.name == 'sinusoid_oracle':
+        for table in [*of.values()][:1]:
+            axes.axhline(table.means[0], color=color, linestyle=':', label=cell.title)
+        return
+    if shots not in of:
+        return
+    table, x = of[shots], np.arange(1, len(of[shots].means))
+    shown = np.where(table.means < DIVERGED, table.means, np.nan)
+    lower = np.minimum(table.interval, 0.999 * shown)  # the axis is logarithmic
+    axes.errorbar(
+        x,
+        shown[1:],
+        yerr=[lower[1:], table.interval[1:]],
+        color=color,
+        marker='o',
+        markersize=3,
+        capsize=2,
+        label=cell.title,
+    )
+    axes.plot(
+        x,
+        table.medians[1:],
+        color=color,
+        linestyle='--',
+        linewidth=1,
+        label=f'{cell.title}, median',
+    )
+    if shots == 5 and cell.numbers:
+        axes.plot([1, 5, 10], cell.numbers, color='white', zorder=3, **PAPER)
+
+
+FIGURES = {
+    'updates': figure_updates,
+    'learning': figure_learning,
+    'fits': figure_fits,
+    'errors': figure_errors,
+}

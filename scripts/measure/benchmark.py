@@ -1,0 +1,361 @@
+"""Times what main.py does, on this machine, and prints one line of JSON.
+
+    python scripts/measure/benchmark.py CASE.npz [--steps=20]
+    python scripts/measure/benchmark.py --train [main.py's flags] [--seconds=30]
+    python scripts/measure/benchmark.py --evaluate [main.py's flags]
+
+The first times meta-training steps on the meta-batch of a case file; the second the training loop with real data: what
+of it is spent waiting for data, and how much memory grows after the first hundred iterations; the third the evaluation
+of 600 tasks, with the weights that training starts from. Nothing is kept.
+
+A case file holds arrays: `flags`, main.py's flags as JSON text; `input/inputa`, `input/labela`, `input/inputb` and
+`input/labelb`, shaped as in utils.Batch (`input/inputa_uint8`: pixels of 0...255 instead); and the initial parameters,
+`init/conv1` and so on. tests/reference has some.
+"""
+
+import io
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
+
+STARTED = time.time()
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+from absl import app, flags  # noqa: E402
+
+import main  # noqa: E402
+from maml import MAML, FullyConnected, make_model  # noqa: E402
+from utils import Batch  # noqa: E402
+
+
+def since_start() -> float:
+    """Seconds since this process was started; where the system does not tell, since this file was."""
+    try:
+        ticks = int(Path('/proc/self/stat').read_text().rpartition(')')[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
+    except (OSError, AttributeError):
+        return time.time() - STARTED
+
+
+def peak_rss_mb() -> float:
+    """Most memory this process has held. The system counts in kilobytes; macOS in bytes."""
+    return round(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / (2**20 if sys.platform == 'darwin' else 2**10),
+        1,
+    )
+
+
+def rss_mb() -> float:
+    """Memory this process holds now; 0 where the system does not tell."""
+    try:
+        return (
+            int(Path('/proc/self/statm').read_text().split()[1])
+            * os.sysconf('SC_PAGE_SIZE')
+            / 2**20
+        )
+    except OSError:
+        return 0.0
+
+
+def versions() -> dict[str, str]:
+    return {
+        'python': sys.version.split()[0],
+        'tensorflow': tf.__version__,
+        'keras': tf.keras.__version__,
+        'numpy': np.__version__,
+    }
+
+
+# A meta-training step -------------------------------------------------------------------------------------------------
+
+
+def read_case(path: str) -> dict[str, np.ndarray]:
+    """The arrays of a case file. Raises ValueError if it is none."""
+    try:
+        with np.load(path) as case:
+            values = {name: case[name] for name in case.files}
+    except FileNotFoundError as error:
+        raise ValueError(f'there is no file {path}') from error
+    except (
+        Exception
+    ) as error:  # a folder, text, one array only, half a file: NumPy has a different error for each
+        raise ValueError(f'{path} is no case file (.npz), or it is damaged') from error
+    if 'flags' not in values:
+        raise ValueError(
+            f'{path} has no array "flags" with the flags of main.py, so it is no case file'
+        )
+    return values
+
+
+def case_flags(path: str, values: dict) -> flags.FlagValues:
+    """main.py's flags from a case. Raises ValueError."""
+    f = flags.FlagValues()
+    main.define_flags(f)
+    try:
+        given = json.loads(str(values['flags']))
+        f(['main.py', *(f'--{name}={value}' for name, value in given.items())])
+    except (ValueError, AttributeError, flags.Error) as error:
+        raise ValueError(f'{path}: "flags" does not hold flags of main.py ({error})') from error
+    main.check_flags(f)
+    return f
+
+
+def case_batch(path: str, values: dict, model: MAML, f: flags.FlagValues) -> Batch:
+    """The meta-batch of a case. Raises ValueError for what is missing or of another shape."""
+    network, arrays = model.network, {}
+    dim_input = (
+        network.parameters['w1'][1][0]
+        if isinstance(network, FullyConnected)
+        else int(np.prod(network.image_shape))
+    )
+    dim_output = 1 if f.datasource == 'sinusoid' else f.num_classes
+    for name in Batch._fields:
+        key = f'input/{name}'
+        if f'{key}_uint8' in values:
+            array = values[f'{key}_uint8'].astype(np.float32) / np.float32(255)
+        elif key in values:
+            array = values[key]
+        else:
+            raise ValueError(f'{path} has no array "{key}"')
+        size = dim_input if name.startswith('input') else dim_output
+        examples = arrays[f'input{name[-1]}'].shape[1] if name.startswith('label') else None
+        expected = (f.meta_batch_size, examples or '?', size)
+        if (
+            array.ndim != 3
+            or array.shape[0] != expected[0]
+            or array.shape[2] != size
+            or examples not in (None, array.shape[1])
+        ):
+            raise ValueError(
+                f'{path}: "{key}" is {list(array.shape)}, but its flags ask for '
+                f'[{", ".join(map(str, expected))}]'
+            )
+        arrays[name] = array
+    return Batch(*(tf.constant(arrays[name], model.dtype) for name in Batch._fields))
+
+
+def initialize(path: str, values: dict, model: MAML):
+    """Gives a model the initial parameters of a case. Raises ValueError for what is missing or of another shape."""
+    for name, variable in (model.weights | model.norms).items():
+        key = f'init/{name}'
+        if key not in values:
+            raise ValueError(f'{path} has no array "{key}", which its flags ask for')
+        if values[key].shape != tuple(variable.shape):
+            raise ValueError(
+                f'{path}: "{key}" is {list(values[key].shape)}, but its flags ask for {variable.shape.as_list()}'
+            )
+        variable.assign(values[key])
+
+
+def operations(model: MAML, batch: Batch) -> int:
+    """Operations of the matrix products and convolutions of one meta-training step, two per multiplication and addition.
+
+    Per layer and example, in units of a forward pass: an inner update takes 3 (forward, and the gradients of inputs and
+    of weights) and, at second order, 6 for its derivative; the outer loss takes 3. The first layer's inputs have no
+    gradient: 2, 2 and 2. Normalisation and the like are left out.
+    """
+
+    def forward(shape, size):  # operations per example, and the size of the layer's output
+        if len(shape) == 2:
+            return 2 * shape[0] * shape[1], size
+        convolved, left = (
+            (size, size // 2) if model.network.max_pool else (-(-size // 2), -(-size // 2))
+        )
+        return 2 * int(np.prod(shape)) * convolved**2, left
+
+    size, total = getattr(model.network, 'image_shape', (0,))[0], 0
+    shapes = [
+        shape for name, (_, shape) in model.network.parameters.items() if not name.startswith('b')
+    ]
+    for i, shape in enumerate(shapes):
+        count, size = forward(shape, size)
+        inner, derivative, outer = (2, 2, 2) if i == 0 else (3, 6, 3)
+        per_update = inner + (0 if model.stop_grad else derivative)
+        total += count * (
+            batch.inputa.shape[1] * model.num_updates * per_update + batch.inputb.shape[1] * outer
+        )
+    return total * batch.inputa.shape[0]
+
+
+def time_case(path: str, steps: int, tune: Callable) -> dict:
+    """Times `steps` meta-training steps on a case file, after one that compiles and two that warm up."""
+    values = read_case(path)
+    f = case_flags(path, values)
+    tune(f)
+    model = make_model(**main.model_settings(f))
+    initialize(path, values, model)
+    batch = case_batch(path, values, model, f)
+    times = []
+    for _ in range(3 + steps):
+        start = time.perf_counter()
+        loss = float(model.metatrain_step(batch))
+        times.append(time.perf_counter() - start)
+        first_loss = loss if len(times) == 1 else first_loss
+    median = statistics.median(times[3:])
+    return {
+        'workload': Path(path).stem,
+        'first_loss': round(first_loss, 5),
+        'compile_s': round(times[0], 2),
+        'median_ms': round(1e3 * median, 3),
+        'min_ms': round(1e3 * min(times[3:]), 3),
+        'steps': steps,
+        'peak_rss_mb': peak_rss_mb(),
+        'gflops_per_s': round(operations(model, batch) / median / 1e9, 2),
+    }
+
+
+# Training and evaluation ----------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Times a training run from outside: when steps end, and how long the loop waits for data."""
+
+    def __init__(self, model: MAML, seconds: float):
+        self.seconds, self.first_step, self.first_end, self.end = seconds, None, None, None
+        self.steps, self.waited, self.train = 0, 0.0, model.train
+        self.early_rss = None  # MB, once a hundred iterations are done
+        model.train = self.step
+
+    def step(
+        self, batches: Batch, first: int, last: int, pretrain: bool = False
+    ) -> tuple[int, float]:
+        """MAML.train, watched."""
+        outcome = self.train(batches, first, last, pretrain)
+        self.end = time.perf_counter()
+        if self.first_end is None:
+            self.first_end, self.first_step, self.waited = self.end, since_start(), 0.0
+        else:
+            self.steps += last - first
+        if self.early_rss is None and self.steps >= 100:
+            self.early_rss = rss_mb()
+        return outcome
+
+    def watch(self, batches: Iterator) -> Iterator:
+        """The training data, watched, until the time is over."""
+        while self.first_end is None or time.perf_counter() - self.first_end < self.seconds:
+            start = time.perf_counter()
+            try:
+                item = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield item
+
+    def report(self) -> dict:
+        elapsed = self.end - self.first_end
+        if not self.steps:
+            raise ValueError(
+                'there was time for one step only; give more --seconds or --metatrain_iterations'
+            )
+        figures = {
+            'first_step_s': round(self.first_step, 2),
+            'iterations': self.steps,
+            'iterations_per_s': round(self.steps / elapsed, 3),
+            'input_share': round(self.waited / elapsed, 5),
+        }
+        return figures | (
+            {'rss_growth_mb': round(rss_mb() - self.early_rss, 1)} if self.early_rss else {}
+        )
+
+
+def time_training(f: flags.FlagValues, seconds: float) -> dict:
+    """Times main.py's training loop, summaries, validation and checkpoints included."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        redirect_stdout(io.StringIO()),
+        ExitStack() as held,
+    ):
+        f.logdir = folder
+        model, generators, run, start, state = main.prepare(f, held)
+        watch = Stopwatch(model, seconds)
+        main.train(main.Run(model, generators, f, run, start, state), watch.watch)
+    return watch.report()
+
+
+def time_evaluation(f: flags.FlagValues) -> dict:
+    """Times main.py's evaluation of 600 tasks, compilation included."""
+    f.train = False
+    main.check_flags(f)
+    model, generators = make_model(**main.model_settings(f)), main.make_generators(f)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        start = time.perf_counter()
+        main.test(model, generators, f, Path(folder))
+    elapsed = time.perf_counter() - start
+    return {
+        'tasks': main.EVALUATION_TASKS,
+        'updates': max(f.num_updates, main.EVALUATION_UPDATES),
+        'evaluation_s': round(elapsed, 2),
+        'tasks_per_s': round(main.EVALUATION_TASKS / elapsed, 2),
+        'since_process_start_s': round(since_start(), 2),
+    }
+
+
+# The program ----------------------------------------------------------------------------------------------------------
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS):
+    main.define_flags(values)
+    flags.DEFINE_integer(
+        'steps',
+        20,
+        'steps to time, after the first three (for a case file)',
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        'seconds', 30.0, 'time to train, after the first step', lower_bound=0.0, flag_values=values
+    )
+    flags.DEFINE_boolean('evaluate', False, 'time the evaluation of 600 tasks', flag_values=values)
+
+
+def benchmark(
+    arguments: list[str], f: flags.FlagValues = flags.FLAGS, tune: Callable = lambda f: None
+):
+    """Prints the figures. arguments: the program and the case file, if any. tune: as main.tune."""
+    try:
+        if (
+            (len(arguments) == 2) + f.evaluate + f['train'].present != 1
+            or len(arguments) > 2
+            or not (f.train or f.evaluate)
+        ):
+            raise ValueError(
+                'give either a case file, or --train, or --evaluate with flags of main.py'
+            )
+        if len(arguments) == 2:
+            figures = time_case(arguments[1], f.steps, tune)
+        else:
+            tune(f)
+            named = {
+                name: f[name].value
+                for name in main.settings(f)
+                if f[name].present and name not in ('train', 'data_dir')
+            }
+            figures = {
+                'flags': named,
+                **(time_evaluation(f) if f.evaluate else time_training(f, f.seconds)),
+                'peak_rss_mb': peak_rss_mb(),
+            }
+    except (ValueError, OSError) as error:
+        sys.exit(f'benchmark.py: {error}')
+    print(json.dumps({**figures, 'versions': versions()}))
+
+
+def program(arguments: list[str]):
+    """benchmark.py as a process of its own."""
+    benchmark(arguments, tune=main.tune)
+
+
+if __name__ == '__main__':
+    define_flags()
+    app.run(program)

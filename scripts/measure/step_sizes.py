@@ -1,0 +1,137 @@
+#!/usr/bin/env python
+"""What the step sizes of an evaluation do to its results: the α of training at each update, or half of it after the first.
+
+    python scripts/measure/step_sizes.py RUN_FOLDER... [--shots=K] [--tasks=600] [--data_dir=data]
+
+RUN_FOLDERs are seeds of the same training. They meet the same tasks of the test classes (the sinusoid: of its one distribution), of which
+main.py's 600 are the first. Prints a Markdown table: accuracy in percent, or mean squared error, over updates. ± is the 95 %
+interval, over seeds if there are several, else over tasks.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from absl import flags
+
+import main as program
+from data_generator import DataGenerator
+from maml import MAML
+from utils import DIVERGED, Batch
+
+SHOWN = (1, 3, 5, 10)  # updates
+UPDATES = SHOWN[-1]
+
+
+def test_tasks(settings: dict, shots: int, data_dir: str) -> DataGenerator:
+    """The generator of the tasks that main.py evaluates a run with these flags on. Raises ValueError and OSError without data."""
+    values = flags.FlagValues()
+    program.define_flags(values)
+    given = {
+        name: value for name, value in settings.items() if name in values and value is not None
+    }
+    given |= {'update_batch_size': shots, 'data_dir': data_dir, 'train': False, 'test_set': True}
+    values(['step_sizes.py', *(f'--{name}={value}' for name, value in given.items())])
+    return program.make_generators(values)['test']
+
+
+def outcomes(model: MAML, batch: Batch, halved: bool) -> np.ndarray:
+    """Accuracy, or mean squared error, on the query set before and after each update, [1 + UPDATES, T]."""
+    classes = model.is_classifier
+    labela, labelb = (
+        np.argmax(y, -1) if classes else y for y in (batch.labela, batch.labelb)
+    )  # [T, examples(, out)]
+    weights, found = None, []
+    for update in range(1 + UPDATES):
+        alpha = model.update_lr / (2 if halved and update > 1 else 1)
+        weights = model.adapt(batch.inputa, labela, steps=min(update, 1), lr=alpha, weights=weights)
+        if classes:
+            found.append((model.predict(batch.inputb, weights).argmax(-1) == labelb).mean(-1))
+        else:
+            found.append(model.task_loss(batch.inputb, labelb, weights))
+    return np.where(np.isfinite(found), found, np.inf)
+
+
+def row(name: str, values: np.ndarray, is_error: bool) -> str:
+    """A line of the table; values: [seeds, 1 + UPDATES, tasks]."""
+    values = values[:, list(SHOWN)] * (1 if is_error else 100)
+    means = values.mean(-1)
+    halves = program.confidence(means if len(means) > 1 else values[0].T)
+    cells = [
+        'diverges' if is_error and not mean < DIVERGED else f'{mean:.2f} ± {half:.2f}'
+        for mean, half in zip(means.mean(0), halves)
+    ]
+    if is_error:
+        cells += [
+            ' / '.join(f'{value:.2f}' for value in np.median(values, -1).mean(0)),
+            f'{100 * (values[:, -1] > DIVERGED).mean():.2f} %',
+        ]
+    return f'| {" | ".join([name, *cells])} |'
+
+
+def table(models: list[MAML], shots: int | None, tasks: int, data_dir: str):
+    """Prints it. Raises ValueError if the runs do not belong together."""
+    kinds = {
+        (
+            model.settings['datasource'],
+            model.settings.get('baseline') or 'None',
+            model.update_lr,
+            model.settings['update_batch_size'],
+        )
+        for model in models
+    }
+    if len(kinds) > 1 or next(iter(kinds))[1] == 'oracle':
+        raise ValueError('the runs must be seeds of the same training, and not of the oracle')
+    first = models[0]
+    is_error = not first.is_classifier
+    generator = test_tasks(first.settings, shots or first.settings['update_batch_size'], data_dir)
+    more = ['medians', f'above {DIVERGED:.0f} after {UPDATES}'] if is_error else []
+    print(f'| {" | ".join(["step size", *(f"after {i}" for i in SHOWN), *more])} |')
+    print('|---' * (1 + len(SHOWN) + len(more)) + '|')
+    chunk = program.tasks_at_once(first.settings['datasource'])
+    batches = [
+        generator.batch('test', 0, tasks, slice(i, i + chunk)) for i in range(0, tasks, chunk)
+    ]
+    for halved in (False, True):
+        values = np.array(
+            [
+                np.concatenate([outcomes(model, batch, halved) for batch in batches], -1)
+                for model in models
+            ]
+        )
+        print(
+            row(
+                f'{first.update_lr:g}' + (f', then {first.update_lr / 2:g}' if halved else ''),
+                values,
+                is_error,
+            ),
+            flush=True,
+        )
+
+
+def main(arguments: list[str]):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN_FOLDER')
+    parser.add_argument('--shots', type=int, help="default: training's")
+    parser.add_argument('--tasks', type=int, default=600)
+    parser.add_argument('--data_dir', default='data')
+    options = parser.parse_args(arguments)
+    try:
+        if options.tasks < 1:
+            raise ValueError(f'--tasks must be at least 1, but it is {options.tasks}')
+        table(
+            [MAML.load(run) for run in options.runs], options.shots, options.tasks, options.data_dir
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f'step_sizes.py: {error}')
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

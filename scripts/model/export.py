@@ -1,0 +1,150 @@
+#!/usr/bin/env python
+"""Writes a trained classifier as a SavedModel that adapts and predicts, for use without this project.
+
+    python scripts/model/export.py RUN_FOLDER OUT
+
+RUN_FOLDER is a folder that main.py trained in, LOGDIR/cls_.... The SavedModel OUT has two signatures; any number of tasks T, of
+support examples and of queries will do:
+
+    adapt(support_images, support_labels)                                    the weights, [T, ...] each
+    adapt_and_predict(support_images, support_labels, query_images)          probabilities [T, queries, N]
+
+support_images [T, examples, height, width, channels] and query_images [T, queries, ...] are float32 from 0 to 1, support_labels
+[T, examples] int64 from 0 to N-1.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import tensorflow as tf
+
+from data_generator import run_layout
+from maml import MAML
+
+
+class Serving(NamedTuple):
+    """What the SavedModel does; tasks and examples are of unknown number."""
+
+    model: MAML
+    steps: int
+    lr: float
+    transductive: bool
+
+    def module(self, image_shape: tuple[int, int, int]) -> tf.Module:
+        """To be saved."""
+        images = lambda name: tf.TensorSpec([None, None, *image_shape], tf.float32, name)
+        support = (
+            images('support_images'),
+            tf.TensorSpec([None, None], tf.int64, 'support_labels'),
+        )
+        serve = lambda function, *arguments: tf.function(
+            function, input_signature=arguments, autograph=False
+        )
+        module = tf.Module()
+        module.weights, module.norms = self.model.weights, self.model.norms
+        module.adapt = serve(self.adapt, *support)
+        module.adapt_and_predict = serve(self.adapt_and_predict, *support, images('query_images'))
+        return module
+
+    def flat(self, images: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(
+            images, [*tf.unstack(tf.shape(images)[:2]), self.model.network.dim_input]
+        )  # [T, examples, D]
+
+    def adapt(self, support_images: tf.Tensor, support_labels: tf.Tensor) -> dict[str, tf.Tensor]:
+        model, label = (
+            self.model,
+            tf.one_hot(support_labels, self.model.network.dim_output),
+        )  # [T, examples, N]
+        x = model.network.prepare(self.flat(support_images))
+        weights = model.initial_weights(tf.shape(support_images)[0])
+        lr = self.lr * model.example_scale(tf.cast(tf.shape(label)[1], tf.float32))
+        for _ in range(self.steps):
+            weights = model.update(weights, model.norms, x, label, lr)
+        return weights
+
+    def adapt_and_predict(
+        self, support_images: tf.Tensor, support_labels: tf.Tensor, query_images: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        model, weights = self.model, self.adapt(support_images, support_labels)
+        x, leading = self.flat(query_images), None
+        if not self.transductive:
+            x, leading = (
+                tf.concat([self.flat(support_images), x], axis=1),
+                tf.shape(support_images)[1],
+            )
+        output = model.output(weights, model.norms, model.network.prepare(x, leading), leading)
+        return {'probabilities': tf.nn.softmax(output)}
+
+
+def export(values: argparse.Namespace) -> str:
+    """Writes the SavedModel, whole or not at all, and returns a report. Raises ValueError and OSError."""
+    model = MAML.load(values.run_folder, {'last': -1}.get(values.checkpoint, values.checkpoint))
+    if not model.is_classifier:
+        raise ValueError(
+            f'{values.run_folder} is a run on {model.settings["datasource"]}; only classifiers of images are exported'
+        )
+    steps, lr = (
+        model.num_updates if values.steps is None else values.steps,
+        model.update_lr if values.lr is None else values.lr,
+    )
+    if not 0 <= steps <= 1000 or not 0 <= lr < float('inf'):
+        raise ValueError(
+            f'--steps must be from 0 to 1000 and --lr at least 0, but they are {steps} and {lr}'
+        )
+    if values.out.exists():
+        raise ValueError(
+            f'{values.out} is there already, and is not replaced: remove it, or give another OUT'
+        )
+    height, width, channels = run_layout(model.settings).shape(1)[1:]
+    module = Serving(model, steps, lr, values.transductive).module((height, width, channels))
+    values.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=values.out.parent, prefix='.export') as beside:
+        tf.saved_model.save(
+            module,
+            f'{beside}/out',
+            {'adapt': module.adapt, 'adapt_and_predict': module.adapt_and_predict},
+            tf.saved_model.SaveOptions(experimental_custom_gradients=False),
+        )
+        os.replace(f'{beside}/out', values.out)
+    return (
+        f'{values.out}: {model.network.dim_output} ways, images {height}x{width}x{channels}, {steps} steps with α = {lr}, '
+        f'{"transductive" if values.transductive else "not transductive"}'
+    )
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('run_folder', type=Path, metavar='RUN_FOLDER')
+    parser.add_argument('out', type=Path, metavar='OUT')
+    parser.add_argument('--steps', type=int, help='gradient steps; default: as in training')
+    parser.add_argument('--lr', type=float, help='step size; default: as in training')
+    parser.add_argument(
+        '--checkpoint',
+        choices=['last', 'best'],
+        default='last',
+        help='best: that of the best validation',
+    )
+    parser.add_argument(
+        '--transductive',
+        action='store_true',
+        help='normalise by the statistics of the queries of a task, together, '
+        'as the paper does; default: by those of its support set, so that an answer depends on its image alone',
+    )
+    try:
+        print(export(parser.parse_args(arguments)))
+    except (ValueError, OSError, tf.errors.OpError) as error:
+        sys.exit(f'export.py: {error}')
+
+
+if __name__ == '__main__':
+    main()

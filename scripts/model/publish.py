@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""Copies what is worth keeping of a training run: results, summaries of every 500th iteration, a few pictures, the command, and
+the newest and the best checkpoint without Adam's state.
+
+    python scripts/model/publish.py RUN_FOLDER TARGET
+
+TARGET/NAME, where NAME is the run folder's, is a fifth of the size. main.py evaluates it, and MAML.load,
+scripts/model/classify.py and scripts/model/export.py use it, as the run itself; training that continues from it starts with a fresh Adam.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import tensorflow as tf
+from absl import flags
+
+from main import define_flags
+from maml import MAML
+from utils import checkpoints, event_files, read_events, read_run_state, write_checkpoint
+
+SUMMARIES, PICTURES = 500, 20000  # the iterations between those that are kept
+
+
+def thin(source: Path, target: Path):
+    """Copies some of the summaries, and the last of all, by which the time that a run took is known."""
+    records = read_events(source)
+    with tf.io.TFRecordWriter(str(target)) as writer:
+        for i, record in enumerate(records):
+            event = tf.compat.v1.Event.FromString(record)
+            picture = any(
+                value.metadata.plugin_data.plugin_name == 'images' for value in event.summary.value
+            )
+            if event.step % (PICTURES if picture else SUMMARIES) == 0 or i == len(records) - 1:
+                writer.write(record)
+
+
+def training_command(settings: dict) -> str:
+    """The call of main.py that trained with these flags; those that have their defaults, or name places, are left out."""
+    defaults = flags.FlagValues()
+    define_flags(defaults)
+    given = [
+        f'--{name}={value}'
+        for name, value in settings.items()
+        if name in defaults and name not in ('logdir', 'data_dir') and value != defaults[name].value
+    ]
+    return shlex.join(['python', 'main.py', *given])
+
+
+def publish(run_folder: Path, target: Path) -> Path:
+    """Returns the new folder. Raises ValueError and OSError; nothing is left then."""
+    folder = target / run_folder.resolve().name
+    if folder.exists():
+        raise ValueError(
+            f'{folder} is there already, and is not replaced: remove it, or give another TARGET'
+        )
+    beside = folder.with_name(folder.name + '.part')
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        for kind, which in ('model', -1), ('best', 'best'):
+            if not (found := checkpoints(run_folder, kind)) and kind == 'best':  # as of sinusoids
+                continue
+            model = MAML.load(run_folder, which)
+            beside.mkdir(parents=True, exist_ok=True)
+            weights = tf.train.Checkpoint(weights=model.weights, norms=model.norms)
+            write_checkpoint(weights, beside, max(found), read_run_state(found[max(found)]), kind)
+        for path in [*run_folder.glob('test_ubs*.csv'), *run_folder.glob('test_ubs*.pkl')]:
+            shutil.copy(path, beside)
+        for path in event_files(run_folder):
+            thin(path, beside / path.name)
+        (beside / 'command.txt').write_text(training_command(MAML.load(run_folder).settings) + '\n')
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('run_folder', type=Path, metavar='RUN_FOLDER')
+    parser.add_argument('target', type=Path, metavar='TARGET')
+    values = parser.parse_args(arguments)
+    try:
+        print(publish(values.run_folder, values.target))
+    except (ValueError, OSError) as error:
+        sys.exit(f'publish.py: {error}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,275 @@
+#!/usr/bin/env python
+"""Trains on the same tasks with the exact meta-gradient, and with those that other software computes without a word.
+
+    python scripts/paper/second_order_ablation.py VARIANT [main.py's flags]     trains, continues, or evaluates in LOGDIR/VARIANT
+    python scripts/paper/second_order_ablation.py check CASE.npz                directional derivatives of a case's meta-gradient
+    python scripts/paper/second_order_ablation.py plot FOLDER                   draws FOLDER/CELL/VARIANT/*, writes ablation.png and .md
+
+Variants, which differ in nothing but the derivative of batch normalisation's derivative:
+    exact        the paper's meta-gradient
+    held         batch normalisation's backward pass held constant, as the original has it under TensorFlow 1.4 to 1.15
+    moments      the gradient of the mean inside the variance stopped, as tf.nn.moments does, the original under 1.3
+    first_order  all second derivatives left out, as --stop_grad
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import tensorflow as tf
+from absl import app
+
+import main
+import maml
+from special_grads import patches3x3
+from utils import (
+    BATCH_NORM_EPSILON,
+    Batch,
+    convolve,
+    convolve_patches,
+    read_evaluation,
+    read_scalars,
+)
+
+AXES = [1, 2, 3]  # examples, height, width
+
+
+@tf.custom_gradient
+def held(x: tf.Tensor, beta: tf.Tensor):
+    """Batch normalisation, x [T, examples, H, W, C], whose derivative counts as a constant when it is differentiated."""
+    count = x.shape[1] * x.shape[2] * x.shape[3]
+    mean = tf.reduce_mean(x, AXES, keepdims=True)
+    scale = tf.math.rsqrt(
+        tf.reduce_mean(tf.square(x - mean), AXES, keepdims=True) + BATCH_NORM_EPSILON
+    )
+    standard = (x - mean) * scale
+
+    def derivative(gradient):
+        along = tf.reduce_sum(gradient * standard, AXES, keepdims=True) / count
+        of_x = scale * (gradient - tf.reduce_mean(gradient, AXES, keepdims=True) - standard * along)
+        return tf.stop_gradient(of_x), tf.stop_gradient(tf.reduce_sum(gradient, [0, *AXES]))
+
+    return standard + beta, derivative
+
+
+def moments(x: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
+    """Batch normalisation by tf.nn.moments."""
+    mean, variance = tf.nn.moments(x, AXES, keepdims=True)
+    return (x - mean) * tf.math.rsqrt(variance + BATCH_NORM_EPSILON) + beta
+
+
+NORMALISATIONS = {'exact': None, 'held': held, 'moments': moments, 'first_order': None}
+
+
+class Variant(maml.Convolutional):
+    """The paper's network for Omniglot with another batch normalisation."""
+
+    def __init__(self, normalisation, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.normalisation = normalisation
+
+    def prepare(self, inputs: tf.Tensor, leading: int | None = None) -> tf.Tensor:
+        """The plain patches."""
+        return patches3x3(tf.reshape(inputs, [*inputs.shape[:2], *self.image_shape]), self.stride)
+
+    def _block(self, i: int, x, kernel, bias, norms: dict, leading: int | None) -> tf.Tensor:
+        x = convolve_patches(x, kernel) if i == 1 else convolve(x, kernel, self.stride)
+        return tf.nn.relu(self.normalisation(x, norms[f'{i - 1}/beta']))
+
+
+def install(variant: str):
+    """From now on models are made with a variant's network."""
+    normalisation = NORMALISATIONS[variant]
+    if normalisation:
+
+        def make_network(datasource, num_classes=5, num_filters=64, **_):
+            return Variant(normalisation, *maml.IMAGE_SHAPES[datasource], num_filters, num_classes)
+
+        maml.make_network = make_network
+
+
+def train(variant: str, arguments: list[str]):
+    """main.py's training of a variant, in a folder of its own."""
+    main.define_flags()
+    logdir = re.findall(r'--logdir=(\S+)', ' '.join(arguments))
+    install(variant)
+    more = ['--stop_grad=True'] if variant == 'first_order' else []
+    app.run(
+        main.program,
+        [
+            'second_order_ablation.py',
+            *arguments,
+            *more,
+            f'--logdir={(logdir or ["logs/ablation"])[-1]}/{variant}',
+        ],
+    )
+
+
+def check(path: str):
+    """Prints the derivatives of the query loss along one direction in each of two kernels, exactly, and by each variant."""
+    case = np.load(path)
+    flags = json.loads(str(case['flags']))
+    random = np.random.RandomState(
+        0
+    )  # the directions: drawn for conv1, conv2 and conv4, one after another
+    directions = {
+        name: random.randn(*case[f'init/{name}'].shape) for name in ('conv1', 'conv2', 'conv4')
+    }
+    make_network = maml.make_network
+    for variant in NORMALISATIONS:
+        maml.make_network = make_network
+        install(variant)
+        model = maml.make_model(
+            flags['datasource'],
+            int(flags['update_batch_size']),
+            float(flags['update_lr']),
+            int(flags['num_updates']),
+            stop_grad=variant == 'first_order',
+            dtype=tf.float64,
+            compiled=False,
+            num_classes=int(flags['num_classes']),
+            num_filters=int(flags.get('num_filters', 64)),
+        )
+        variables = model.weights | model.norms
+        for name, variable in variables.items():
+            variable.assign(case[f'init/{name}'])
+        gradients = dict(
+            zip(
+                variables,
+                model.meta_gradient(
+                    Batch(*(tf.constant(case[f'input/{k}'], tf.float64) for k in Batch._fields))
+                )[1],
+            )
+        )
+        along = {
+            name: float(tf.reduce_sum(gradients[name] * direction) / np.linalg.norm(direction))
+            for name, direction in directions.items()
+        }
+        print(f'{variant:12} conv1 {along["conv1"]:8.4f}  conv4 {along["conv4"]:8.4f}')
+
+
+class Result(NamedTuple):
+    """What a variant came to; accuracies in percent, after as many updates as in training."""
+
+    validations: np.ndarray  # [n, 3]: iteration, accuracy, half of its 95 % interval
+    test: (
+        tuple[float, float] | None
+    )  # accuracy of the last checkpoint on the test classes, half of its 95 % interval
+    updates: int
+
+
+def read_result(folder: Path) -> Result | None:
+    """The results in the one run of a variant's folder; None if there is no validation in it."""
+    run = next(iter(sorted(folder.glob('cls_*'))), None)
+    if not run:
+        return None
+    summaries, tag, updates = (
+        read_scalars(run),
+        'metaval_Post-update_accuracy',
+        int(re.search(r'numstep([0-9]+)', run.name)[1]),
+    )
+    accuracies = summaries.get(f'{tag}__step_{updates}', {})
+    values = [
+        [step, 100 * value, 100 * summaries[f'{tag}_interval'][step]]
+        for step, value in accuracies.items()
+    ]
+    test = next(iter(sorted(run.glob('test_ubs?_stepsize*.csv'))), None)
+    if test:
+        means, _, intervals = read_evaluation(test)
+        test = 100 * means[updates], 100 * intervals[updates]
+    return Result(np.array(sorted(values)), test, updates) if values else None
+
+
+def draw(axes, cell: str, variant: str, result: Result | None) -> str:
+    """A variant's curve with its band; returns its row of the table."""
+    title = re.sub(r'omniglot_(\d+)way_(\d+)shot', r'Omniglot, \1-way \2-shot', cell)
+    if not result:
+        return f'| {title} | {variant} | not run | | |'
+    steps, accuracies, halves = result.validations.T
+    (line,) = axes.plot(
+        steps, accuracies, marker='o', markersize=3, label=variant.replace('_', ' ')
+    )
+    axes.fill_between(
+        steps,
+        accuracies - halves,
+        accuracies + halves,
+        color=line.get_color(),
+        alpha=0.12,
+        linewidth=0,
+    )
+    axes.set(
+        title=f'{title}, after {result.updates} update{"s" * (result.updates > 1)}',
+        xlabel='iteration',
+        ylabel='validation accuracy [%]',
+    )
+    test = '{:.1f} ± {:.1f}'.format(*result.test) if result.test else 'not evaluated'
+    return f'| {title} | {variant} | {steps[-1]:.0f} | {accuracies[-1]:.1f} ± {halves[-1]:.1f} | {test} |'
+
+
+def plot(folder: Path):
+    """Accuracy of all variants over iterations, a panel for each cell of FOLDER, and the table of their ends."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    cells = sorted(
+        {path.parent.name for path in folder.glob('*/*') if path.name in NORMALISATIONS},
+        key=lambda name: (len(name), name),
+    )
+    if not cells:
+        sys.exit(
+            f'second_order_ablation.py: {folder} holds no CELL/VARIANT: give the folder that scripts/paper/second_order_ablation.sh wrote'
+        )
+    figure, panels = plt.subplots(
+        1, len(cells), figsize=(4.2 * len(cells) + 0.4, 3.6), layout='constrained', squeeze=False
+    )
+    rows = [
+        '| | meta-gradient | iterations | last validation, % | test classes, 600 tasks, % |',
+        '|---|---|---|---|---|',
+    ]
+    for axes, cell in zip(panels[0], cells):
+        rows += [
+            draw(axes, cell, variant, read_result(folder / cell / variant))
+            for variant in NORMALISATIONS
+        ]
+        axes.grid(alpha=0.3)
+    curves = {
+        label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels())
+    }
+    if curves:
+        figure.legend(
+            curves.values(),
+            curves.keys(),
+            loc='outside upper center',
+            ncols=len(curves),
+            frameon=False,
+        )
+    figure.savefig(folder / 'ablation.png', dpi=150)
+    (folder / 'ablation.md').write_text('\n'.join(rows) + '\n')
+    print(folder / 'ablation.md')
+
+
+def program(arguments: list[str]):
+    if len(arguments) >= 1 and arguments[0] in NORMALISATIONS:
+        train(arguments[0], arguments[1:])
+    elif len(arguments) == 2 and arguments[0] == 'check' and Path(arguments[1]).is_file():
+        check(arguments[1])
+    elif len(arguments) == 2 and arguments[0] == 'plot' and Path(arguments[1]).is_dir():
+        plot(Path(arguments[1]))
+    else:
+        sys.exit(
+            f'second_order_ablation.py: give one of {", ".join(NORMALISATIONS)} and flags of main.py, or `check CASE.npz` or '
+            f'`plot FOLDER` with a file or folder that is there'
+        )
+
+
+if __name__ == '__main__':
+    program(sys.argv[1:])
