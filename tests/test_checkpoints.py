@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import import_tf1_checkpoint
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -23,6 +22,7 @@ from command_line import (
 
 import main
 from scripts.data import prepare_miniimagenet
+from scripts.model import import_tf1_checkpoint
 from utils import checkpoints, read_checkpoint, write_checkpoint
 
 SINUSOID = ['--meta_batch_size=4', '--log=False']

@@ -26,8 +26,8 @@ from scripts.data import (
     prepare_miniimagenet,
     prepare_omniglot,
 )
-from scripts.lib import preparation  # noqa: E402
-from scripts.lib.preparation import PreparationError  # noqa: E402
+from scripts.lib import preparation
+from scripts.lib.preparation import PreparationError
 
 DATA = Path(os.environ.get('MAML_TEST_DATA', ROOT.parent / 'shared' / 'data'))
 COUNTS = prepare_omniglot.Counts(alphabets=3, characters=4, images=2)

@@ -29,13 +29,13 @@ STARTED = time.time()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
-from absl import app, flags  # noqa: E402
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
 
-import main  # noqa: E402
-from maml import MAML, FullyConnected, make_model  # noqa: E402
-from utils import Batch  # noqa: E402
+import main
+from maml import MAML, FullyConnected, make_model
+from utils import Batch
 
 
 def since_start() -> float:
