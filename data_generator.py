@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from utils import Batch
 
@@ -709,3 +709,59 @@ def _chunks(items: Sequence) -> list[Sequence]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+# Pictures of tasks for TensorBoard: [height, width, 3] uint8 --------------------------------------
+
+MARGIN = 14  # pixels, for a line of text
+
+
+def task_picture(batch: Batch, image_shape: tuple[int, int, int], task: int = 0) -> np.ndarray:
+    """A task's support images, a row for each of the first two shots, above its query images alike; labels above images.
+
+    batch: arrays; image_shape: (height, width, channels).
+    """
+    height, width, channels = image_shape
+    ways, gap = batch.labela.shape[2], MARGIN + 2
+    parts = [
+        (inputs[task, : 2 * ways], labels[task, : 2 * ways])  # [examples, D], [examples, N]
+        for inputs, labels in [(batch.inputa, batch.labela), (batch.inputb, batch.labelb)]
+    ]
+    rows = [len(labels) // ways for _, labels in parts]
+    canvas = Image.new(
+        'RGB', (ways * (width + 4), sum(rows) * (height + gap) + 2 * MARGIN), 'white'
+    )
+    draw, top = ImageDraw.Draw(canvas), 0
+    for title, (inputs, labels) in zip(('support', 'query'), parts):
+        draw.text((2, top), title, fill='red')
+        top += MARGIN
+        for i, (image, label) in enumerate(zip(inputs, labels)):
+            x, y = i % ways * (width + 4), top + i // ways * (height + gap)
+            pixels = np.broadcast_to(
+                np.uint8(255 * image.reshape(height, width, channels)), (height, width, 3)
+            )
+            draw.text((x + 2, y), str(label.argmax()), fill='black')
+            canvas.paste(Image.fromarray(np.ascontiguousarray(pixels)), (x, y + MARGIN))
+        top += len(labels) // ways * (height + gap)
+    return np.asarray(canvas)
+
+
+def fit_picture(
+    curves: dict[str, np.ndarray], points: np.ndarray, size: tuple[int, int] = (480, 320)
+) -> np.ndarray:
+    """Curves {colour and name, as 'red truth': [n, 2]} and points [K, 2] of a regression task; x in [-5, 5], y in [-6, 6]."""
+    canvas = Image.new('RGB', size, 'white')
+    draw = ImageDraw.Draw(canvas)
+
+    def place(xy):
+        scaled = (np.clip(xy, -6, 6) * [1, -1] + [5, 6]) / [10, 12]  # 0 to 1
+        return [tuple(point) for point in scaled * [size[0] - 1, size[1] - 1]]
+
+    draw.line(place(np.array([[-5, 0], [5, 0]])), fill='lightgray')
+    for i, (name, curve) in enumerate(curves.items()):
+        colour, _, text = name.partition(' ')
+        draw.line(place(curve), fill=colour, width=2)
+        draw.text((4, 2 + i * MARGIN), text, fill=colour)
+    for x, y in place(points):
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill='purple')
+    return np.asarray(canvas)

@@ -1,12 +1,14 @@
-"""Trains and evaluates MAML on sinusoids, Omniglot, miniImagenet and any folder of class folders of images.
+"""Trains and evaluates MAML on sinusoids, Omniglot, miniImagenet and any folder of class folders of
+images.
 
-    python main.py --datasource=sinusoid --logdir=logs/sine/ --metatrain_iterations=70000 --norm=None --update_batch_size=10
-    python main.py --datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=32 --update_batch_size=1 \
+    python main.py --datasource=sinusoid --logdir=logs/sine/ --metatrain_iterations=70000
+    --norm=None --update_batch_size=10 python main.py --datasource=omniglot
+    --metatrain_iterations=60000 --meta_batch_size=32 --update_batch_size=1 \
         --update_lr=0.4 --num_updates=1 --logdir=logs/omniglot5way/
 
-trains, in the folder of --logdir that is named after the flags. The same line again continues; with --train=False it
-evaluates the newest checkpoint on 600 validation tasks, with --train=False --test_set=True on 600 test tasks.
-The README has the line for every cell of the paper's tables.
+trains, in the folder of --logdir that is named after the flags. The same line again continues; with
+--train=False it evaluates the newest checkpoint on 600 validation tasks, with --train=False
+--test_set=True on 600 test tasks. The README has the line for every cell of the paper's tables.
 """
 
 import csv
@@ -34,7 +36,8 @@ import tensorflow as tf
 from absl import app, flags, logging
 
 import data_generator
-from maml import IMAGE_SHAPES, MAML, MODEL_SETTINGS, Results, make_model
+from maml import IMAGE_SHAPES, MODEL_SETTINGS, TASK_AXIS, FastMAML, Results, make_model
+from special_grads import Normalization
 from utils import (
     Batch,
     DamagedCheckpoint,
@@ -42,15 +45,14 @@ from utils import (
     checkpoints,
     event_files,
     first_line,
-    fit_picture,
     forget_summaries,
     lock,
     machine,
     read_run_state,
     remove_checkpoint,
     remove_leftovers,
-    task_picture,
     write_checkpoint,
+    write_whole,
 )
 
 SUMMARY_INTERVAL = 100  # iterations between summaries
@@ -218,7 +220,7 @@ def settings(f: flags.FlagValues) -> dict:
     return {name: f[name].value for name in above}
 
 
-# Flags to settings ----------------------------------------------------------------------------------------------------
+# Flags to settings --------------------------------------------------------------------------------
 
 
 def check_flags(f: flags.FlagValues):
@@ -254,11 +256,11 @@ def check_flags(f: flags.FlagValues):
         raise ValueError(
             f'--test_query must be at least 1, or -1 for as many as shots, but it is {f.test_query}'
         )
-    split_shares(f)
+    split_proportions(f)
     check_combinations(f)
 
 
-def split_shares(f: flags.FlagValues) -> tuple[float, ...]:
+def split_proportions(f: flags.FlagValues) -> tuple[float, ...]:
     """The value of --split. Raises ValueError."""
     try:
         values = tuple(map(float, f.split.split(',')))
@@ -371,7 +373,7 @@ def make_generators(f: flags.FlagValues) -> dict[str, data_generator.DataGenerat
         folders = data_generator.load_miniimagenet(data_dir, splits)
     else:
         folders = data_generator.load_folder(
-            data_dir, f.image_size, f.channels, split_shares(f), splits
+            data_dir, f.image_size, f.channels, split_proportions(f), splits
         )
     return {
         split: data_generator.ImageGenerator(
@@ -401,7 +403,9 @@ def query_images(f: flags.FlagValues) -> int:
 
 
 def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
-    """{iteration: path} of the checkpoints that may be loaded, the best choice first; none if training starts afresh."""
+    """{iteration: path} of the checkpoints that may be loaded, the best choice first; none if
+    training starts afresh.
+    """
     found = checkpoints(folder, 'best' if f.test_iter == 'best' else 'model')
     if f.train and (not f.resume or not found and f.test_iter == -1):
         return {}
@@ -425,8 +429,9 @@ def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
     return {f.test_iter: found[f.test_iter]}
 
 
-def load(model: MAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[int, dict]:
-    """Loads the first checkpoint that is whole; says which are not. Returns its iteration and state (-1 and {} if none).
+def load(model: FastMAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[int, dict]:
+    """Loads the first checkpoint that is whole; says which are not. Returns its iteration and state
+    (-1 and {} if none).
 
     Raises ValueError if all are damaged or the flags contradict those that it was written with.
     """
@@ -444,7 +449,9 @@ def load(model: MAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[
 
 
 def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagValues):
-    """Raises ValueError with the list of flags that are not what the run was trained with up to this iteration, and matter."""
+    """Raises ValueError with the list of flags that are not what the run was trained with up to
+    this iteration, and matter.
+    """
     free = {
         'log',
         'logdir',
@@ -497,7 +504,7 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
         )
 
 
-def restore(model: MAML, path: str, f: flags.FlagValues):
+def restore(model: FastMAML, path: str, f: flags.FlagValues):
     """Loads a checkpoint. Raises ValueError if it is damaged or another network's."""
     try:
         complete = model.restore(path)
@@ -512,11 +519,13 @@ def restore(model: MAML, path: str, f: flags.FlagValues):
         print('The checkpoint holds the weights only, so Adam starts afresh.')
 
 
-# Training -------------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 
 class Log:
-    """What a run shows: summaries for TensorBoard, the original's printed lines, and a line of progress."""
+    """What a run shows: summaries for TensorBoard, the original's printed lines, and a line of
+    progress.
+    """
 
     def __init__(self, folder: Path, f: flags.FlagValues, start: int, is_chief: bool = True):
         self.kinds = (
@@ -536,7 +545,9 @@ class Log:
                 )
 
     def summaries(self, prefix: str, results: Results, iteration: int) -> tuple[float, float]:
-        """Writes the scalars of one meta-batch under the original's tags. Returns the values to print: pre, post."""
+        """Writes the scalars of one meta-batch under the original's tags. Returns the values to
+        print: pre, post.
+        """
         for kind in self.kinds:
             pre, post = means(results, kind)
             tags = [
@@ -574,8 +585,9 @@ class Log:
             self.before, self.after = [], []
 
     def validation(self, results: Results, iteration: int) -> tuple[float, float]:
-        """Takes validation tasks in and prints their means. Returns mean and 95 % interval of the accuracy after training's
-        number of updates."""
+        """Takes validation tasks in and prints their means. Returns mean and 95 % interval of the
+        accuracy after training's number of updates.
+        """
         pre, post = self.summaries('metaval', results, iteration)
         interval = float(confidence(results.accuracies2[self.update]))
         self.line(f'Validation results: {pre}, {post}')
@@ -595,7 +607,9 @@ class Log:
         self.clock = time.perf_counter()
 
     def progress(self, iteration: int, loss: float):
-        """Where the run is: on a terminal a line that changes every second, else one after each printed line."""
+        """Where the run is: on a terminal a line that changes every second, else one after each
+        printed line.
+        """
         now, done = time.perf_counter(), iteration - self.start
         due = (
             now - self.shown > 1
@@ -630,13 +644,17 @@ class Log:
 
 
 def means(results: Results, kind: str) -> tuple[float, np.ndarray]:
-    """Means over tasks of 'loss' or 'accuracy' before (support) and after each update (query): a number and [J]."""
+    """Means over tasks of 'loss' or 'accuracy' before (support) and after each update (query): a
+    number and [J].
+    """
     before, after = {'loss': results[:2], 'accuracy': results[2:4]}[kind]
     return np.mean(before), np.mean(after, axis=1)
 
 
 def confidence(values: np.ndarray) -> np.ndarray:
-    """Half of the 95 % interval of the mean of a small sample, [tasks or seeds, ...], by Student's t: [...]; nan if one is infinite."""
+    """Half of the 95 % interval of the mean of a small sample, [tasks or seeds, ...], by Student's
+    t: [...]; nan if one is infinite.
+    """
     with np.errstate(invalid='ignore'):  # inf - inf
         return scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)
 
@@ -650,7 +668,7 @@ class Run:
 
     def __init__(
         self,
-        model: MAML,
+        model: FastMAML,
         generators: dict,
         f: flags.FlagValues,
         folder: Path,
@@ -670,7 +688,7 @@ class Run:
         )  # {'iteration', 'accuracy', 'interval'} of the best validation
         self.num_updates = max(f.num_updates, {'sinusoid': 5, 'omniglot': 10}.get(f.datasource, 1))
         self.replicas = model.replicas
-        self.share = self.replicas.share(
+        self.share = self.replicas.slice_of(
             f.meta_batch_size
         )  # of the tasks, which this process draws
         self.log = Log(folder, f, start, self.replicas.is_chief)
@@ -679,7 +697,8 @@ class Run:
         )
 
     def save(self, iteration: int, kind: str = 'model'):
-        """Writes a checkpoint; summaries first, so that none is missing when the run continues there.
+        """Writes a checkpoint; summaries first, so that none is missing when the run continues
+        there.
 
         Raises OSError, and Diverged if a weight is not a number.
         """
@@ -689,8 +708,10 @@ class Run:
             return
         self.log.flush()
         printing = [[*map(float, values)] for values in (self.log.before, self.log.after)]
+        pretraining = iteration < iterations(self.f)[0]
+        checkpoint = self.model.pretrain_checkpoint if pretraining else self.model.checkpoint
         write_checkpoint(
-            self.model.checkpoint,
+            checkpoint,
             self.folder,
             iteration,
             {
@@ -720,7 +741,7 @@ class Run:
         )  # chunks of a size that is compiled already
         whole = -(-tasks // chunk) * chunk
         parts = [
-            self.model.evaluate_shared(
+            self.model.evaluate_together(
                 self.generators['val'].batch(
                     'val', 0, whole, slice(i + self.share.start, i + self.share.stop)
                 ),
@@ -744,20 +765,24 @@ class Run:
         )
 
     def show(self, batch: Batch, iteration: int):
-        """A picture for TensorBoard: how a new sinusoid is fitted, or the first task of a meta-batch (arrays)."""
+        """A picture for TensorBoard: how a new sinusoid is fitted, or the first task of a
+        meta-batch (arrays).
+        """
         if self.f.datasource == 'sinusoid':
             self.log.picture('fit', self.fit(), iteration)
         else:
             size, channels = IMAGE_SHAPES.get(
                 self.f.datasource, (self.f.image_size, self.f.channels)
             )
-            self.log.picture('task', task_picture(batch, (size, size, channels)), iteration)
+            self.log.picture(
+                'task', data_generator.task_picture(batch, (size, size, channels)), iteration
+            )
 
     def fit(self) -> np.ndarray:
         """A picture of one sinusoid, fitted after 1 and after all updates.
 
-        Points all over [-5, 5] are the query points of many copies of the task, which makes a meta-batch of the usual
-        shape, for which the evaluation is compiled.
+        Points all over [-5, 5] are the query points of many copies of the task, which makes a
+        meta-batch of the usual shape, for which the evaluation is compiled.
         """
         tasks, shots, dim = (
             self.f.meta_batch_size,
@@ -788,12 +813,16 @@ class Run:
             f'{colour} after {j} updates': curve(results.outputsb[j - 1])
             for colour, j in [('green', 1), ('blue', self.num_updates)]
         }
-        return fit_picture(curves, np.stack([task.inputa[0, :, 0], task.labela[0, :, 0]], axis=1))
+        return data_generator.fit_picture(
+            curves, np.stack([task.inputa[0, :, 0], task.labela[0, :, 0]], axis=1)
+        )
 
     def train(self, watch: Callable = iter, stopped: Callable = lambda: False) -> int:
-        """Pre-training, then meta-training, to the end or until `stopped()` in a process. Returns the number of iterations done.
+        """Pre-training, then meta-training, to the end or until `stopped()` in a process. Returns
+        the number of iterations done.
 
-        watch: wraps the iterator of the data. Raises Diverged, and OSError if something cannot be written.
+        watch: wraps the iterator of the data. Raises Diverged, and OSError if something cannot be
+        written.
         """
         pretrain, end = iterations(self.f)[0], sum(iterations(self.f))
         block = SUMMARY_INTERVAL if self.f.datasource == 'sinusoid' else 1
@@ -807,10 +836,10 @@ class Run:
             ):
                 if first % SUMMARY_INTERVAL == 0:
                     batch = Batch(*(values.numpy()[first - origin] for values in batches))
-                    self.log.train(self.model.evaluate_shared(batch, self.num_updates), first)
+                    self.log.train(self.model.evaluate_together(batch, self.num_updates), first)
                     if first % PICTURE_INTERVAL == 0 and self.log.writer:
                         self.show(batch, first)
-                done, loss = self.model.train(
+                done, loss = self.model.steps(
                     batches, first - origin, last - origin, pretrain=first < pretrain
                 )
                 if not np.isfinite(loss):
@@ -837,11 +866,10 @@ class Run:
 
 def concatenate(parts: list[Results], tasks: int) -> Results:
     """The first `tasks` tasks of several evaluations, as one; arrays."""
-    axes = Results(loss1=0, losses2=1, accuracy1=0, accuracies2=1, outputa=0, outputsb=1)
     return Results(
         *(
             np.concatenate(values, axis).take(range(tasks), axis)
-            for values, axis in zip(zip(*parts), axes)
+            for values, axis in zip(zip(*parts), TASK_AXIS)
         )
     )
 
@@ -886,8 +914,10 @@ def train(run: Run, watch: Callable = iter):
 
 
 def stretches(start: int, end: int, pretrain: int) -> Iterator[tuple[int, int]]:
-    """Cuts start...end into (first, last + 1) that nothing interrupts: summaries come before, checkpoints and
-    validations after the first iteration of an interval, and pre-training ends with iteration `pretrain` - 1."""
+    """Cuts start...end into (first, last + 1) that nothing interrupts: summaries come before,
+    checkpoints and validations after the first iteration of an interval, and pre-training ends with
+    iteration `pretrain` - 1.
+    """
     while start < end:
         stop = (
             start + 1
@@ -907,10 +937,12 @@ def prefetch(
     start: int,
     end: int,
 ) -> Iterator[tuple[int, Batch]]:
-    """Shares of training meta-batches [block, T, ...] with the iteration of the first, drawn while those before are in use.
+    """Shares of training meta-batches [block, T, ...] with the iteration of the first, drawn while
+    those before are in use.
 
-    Blocks begin at multiples of `block`, wherever a run is continued: then all is as if it had not been interrupted.
-    Small ones are drawn ten at a time, since Python's lock makes the loop wait for the drawing at either's start.
+    Blocks begin at multiples of `block`, wherever a run is continued: then all is as if it had not
+    been interrupted. Small ones are drawn ten at a time, since Python's lock makes the loop wait
+    for the drawing at either's start.
     """
     group = 10 * block if block > 1 else 1
 
@@ -939,20 +971,22 @@ def ahead(draw: Callable, arguments: Iterable) -> Iterator:
             yield coming.result()
 
 
-# Evaluation -----------------------------------------------------------------------------------------------------------
+# Evaluation ---------------------------------------------------------------------------------------
 
 
-def test(model: MAML, generators: dict, f: flags.FlagValues, folder: Path, iteration: int = -1):
-    """600 tasks: prints means, standard deviations and 95 % intervals over 0...10 updates and writes them as csv and pkl.
+def test(model: FastMAML, generators: dict, f: flags.FlagValues, folder: Path, iteration: int = -1):
+    """600 tasks: prints means, standard deviations and 95 % intervals over 0...10 updates and
+    writes them as csv and pkl.
 
-    iteration: of the checkpoint that was loaded (-1: none); the pkl tells it, and the split, besides the original's `mses`.
+    iteration: of the checkpoint that was loaded (-1: none); the pkl tells it, and the split,
+    besides the original's `mses`.
     """
     ((split, generator),) = generators.items()
     chunk = tasks_at_once(f.datasource) * model.replicas.count
-    share, rows, whole = model.replicas.share(chunk), [], -(-EVALUATION_TASKS // chunk) * chunk
+    share, rows, whole = model.replicas.slice_of(chunk), [], -(-EVALUATION_TASKS // chunk) * chunk
     draw = lambda i: generator.batch(split, 0, whole, slice(i + share.start, i + share.stop))
     for batch in ahead(draw, range(0, whole, chunk)):
-        results = model.evaluate_shared(
+        results = model.evaluate_together(
             batch, max(f.num_updates, EVALUATION_UPDATES), f.transductive
         )
         before, after = results[:2] if f.datasource == 'sinusoid' else results[2:4]
@@ -986,21 +1020,13 @@ def tasks_at_once(datasource: str) -> int:
     return {'sinusoid': 600, 'omniglot': 20}.get(datasource, 4)
 
 
-def write_whole(path: Path, content: bytes):
-    """Writes a file so that it is there whole or, if the process dies, not at all."""
-    beside = path.with_name(path.name + '.part')
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-# The program ----------------------------------------------------------------------------------------------------------
+# The program --------------------------------------------------------------------------------------
 
 
 def make_replicas(f: flags.FlagValues) -> Replicas:
-    """The devices of --strategy; to be called before TensorFlow's first operation. Raises ValueError."""
+    """The devices of --strategy; to be called before TensorFlow's first operation. Raises
+    ValueError.
+    """
     if f.strategy == 'multi_worker' and not os.environ.get('TF_CONFIG'):
         raise ValueError(
             '--strategy=multi_worker needs TF_CONFIG, which tells each worker the addresses of all; '
@@ -1030,11 +1056,13 @@ def make_replicas(f: flags.FlagValues) -> Replicas:
     return Replicas()
 
 
-def prepare(f: flags.FlagValues, held: ExitStack) -> tuple[MAML, dict, Path, int, dict]:
+def prepare(
+    f: flags.FlagValues, held: ExitStack, norm: Normalization | None = None
+) -> tuple[FastMAML, dict, Path, int, dict]:
     """Everything that can fail for the user's reasons, before anything is written.
 
-    held: keeps the lock on the folder. Returns (model, generators, folder, start, state); no generators if the run is
-    complete. Raises ValueError and OSError.
+    held: keeps the lock on the folder. Returns (model, generators, folder, start, state); no
+    generators if the run is complete. Raises ValueError and OSError.
     """
     check_flags(f)
     folder, total, replicas = (
@@ -1042,8 +1070,8 @@ def prepare(f: flags.FlagValues, held: ExitStack) -> tuple[MAML, dict, Path, int
         sum(iterations(f)),
         make_replicas(f),
     )
-    replicas.share(f.meta_batch_size)
-    model = make_model(**model_settings(f), replicas=replicas)
+    replicas.slice_of(f.meta_batch_size)
+    model = make_model(**model_settings(f) | ({'norm': norm} if norm else {}), replicas=replicas)
     iteration, state = restore_run(model, folder, f, held) if replicas.is_chief else (-1, {})
     iteration = int(replicas.agree([np.int64(iteration)])[0])
     model.agree()
@@ -1061,9 +1089,10 @@ def prepare(f: flags.FlagValues, held: ExitStack) -> tuple[MAML, dict, Path, int
 
 
 def restore_run(
-    model: MAML, folder: Path, f: flags.FlagValues, held: ExitStack
+    model: FastMAML, folder: Path, f: flags.FlagValues, held: ExitStack
 ) -> tuple[int, dict]:
-    """Locks a run's folder for training, and loads its checkpoint: iteration and state, -1 and {} if there is none.
+    """Locks a run's folder for training, and loads its checkpoint: iteration and state, -1 and {}
+    if there is none.
 
     Raises ValueError and OSError.
     """
@@ -1089,9 +1118,11 @@ def lock_folder(folder: Path, held: ExitStack):
 
 
 def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
-    """Makes the run's folder, sees that it can be written, and clears what is not to stay. Raises OSError and ValueError.
+    """Makes the run's folder, sees that it can be written, and clears what is not to stay. Raises
+    OSError and ValueError.
 
-    With --overwrite that is the earlier run; else what a process that died has left of later iterations.
+    With --overwrite that is the earlier run; else what a process that died has left of later
+    iterations.
     """
     try:
         if not folder.is_dir():
@@ -1125,8 +1156,14 @@ def remove_run(folder: Path):
     print(f'Removed the earlier run in {folder}: {count} checkpoints, summaries and results.')
 
 
-def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS):
-    """Trains or evaluates. arguments: the program and what is left of the command line after the flags."""
+def main(
+    arguments: list[str],
+    f: flags.FlagValues = flags.FLAGS,
+    norm: Normalization | None = None,
+):
+    """Trains or evaluates. arguments: the program and what is left of the command line after the
+    flags.
+    """
     logging.set_verbosity(logging.ERROR)
     if (index := worker_index(f)) > 0:
         sys.stdout = open(os.devnull, 'w')  # the first one prints
@@ -1134,7 +1171,7 @@ def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS):
         try:
             if len(arguments) > 1:
                 raise ValueError(f'"{arguments[1]}" is no flag: flags are written --name=value')
-            model, generators, folder, start, state = prepare(f, held)
+            model, generators, folder, start, state = prepare(f, held, norm)
         except (ValueError, OSError) as error:
             sys.exit(f'main.py: {error}')
         if not generators:
@@ -1176,11 +1213,13 @@ def worker_index(f: flags.FlagValues) -> int:
 
 
 def tune(f: flags.FlagValues):
-    """Settings of TensorFlow that suit a run, by measurement; to be called before its first operation.
+    """Settings of TensorFlow that suit a run, by measurement; to be called before its first
+    operation.
 
-    A thread for each operation where tasks are tiny: handing work over takes longer than the work. XLA's older
-    generator of loops for Omniglot: it compiles a quarter faster and into less, and the code is as fast; for the
-    others the code is slower. XLA ends the process at options it does not know, so only in the version tried.
+    A thread for each operation where tasks are tiny: handing work over takes longer than the work.
+    XLA's older generator of loops for Omniglot: it compiles a quarter faster and into less, and the
+    code is as fast; for the others the code is slower. XLA ends the process at options it does not
+    know, so only in the version tried.
     """
     if f.datasource == 'sinusoid':
         tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -1190,11 +1229,11 @@ def tune(f: flags.FlagValues):
         )
 
 
-def program(arguments: list[str]):
+def program(arguments: list[str], norm: Normalization | None = None):
     """main.py as a process of its own."""
     tune(flags.FLAGS)
     try:
-        main(arguments)
+        main(arguments, norm=norm)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,21 +1,32 @@
 """Layers whose weights differ from task to task, differentiable any number of times.
 
-After the first inner step every task of a meta-batch has weights of its own. TensorFlow has no convolution with a
-batch of kernels, and `tf.map_fn` and `tf.vectorized_map` fall back to a loop over tasks there. Here a convolution is
-a gather of patches followed by one batched matrix product, which has exact derivatives of every order, and pooling is
-a maximum of four slices. Every tensor has a leading task axis T. Numbers of tasks and examples may be unknown when a
-function is traced, then some sums are taken in plainer ways; sizes of images and layers may not.
+After the first inner step every task of a meta-batch has weights of its own. TensorFlow has no
+convolution with a batch of kernels, and `tf.map_fn` and `tf.vectorized_map` fall back to a loop
+over tasks there. Here a convolution is a gather of patches followed by one batched matrix product,
+and pooling is a maximum of four slices; their derivatives are written by hand, exact at every
+order. Layers and normalisations are made of these.
+
+Every tensor has a leading task axis T; "examples" is the number of examples of one task. Numbers
+of tasks and examples may be unknown when a function is traced, then some sums are taken in plainer
+ways; sizes of images and layers may not.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
+BATCH_NORM_EPSILON = 1e-3  # of tf.contrib.layers.batch_norm, which the original used
+LAYER_NORM_EPSILON = 1e-12  # of tf.contrib.layers.layer_norm
 FEW_ROWS = 16  # up to so many, sums of products of numbers beat products of matrices on CPUs
 
 
+# Lengths of axes ----------------------------------------------------------------------------------
+
+
 def sizes(x: tf.Tensor) -> list:
-    """The lengths of its axes: numbers where they are known when a function is traced, else scalar tensors."""
+    """The lengths of its axes: numbers where a trace knows them, else scalar tensors."""
     if x.shape.is_fully_defined():
         return x.shape.as_list()
     return [
@@ -29,18 +40,16 @@ def number(n: int | tf.Tensor, like: tf.Tensor) -> int | tf.Tensor:
     return n if isinstance(n, int) else tf.cast(n, like.dtype)
 
 
-def same_padding(size: int, stride: int) -> tuple[int, int]:
-    """Zeros before and after an axis of `size` pixels for a 3-wide 'SAME' window, as TensorFlow lays them out."""
-    total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
-    return total // 2, total - total // 2
+# Products of matrices -----------------------------------------------------------------------------
 
 
 @tf.custom_gradient
 def product(rows: tf.Tensor, matrix: tf.Tensor):
     """rows [T, n, in] times matrix [T, in, out]: [T, n, out].
 
-    `product`, `product_transposed` and `product_outer` are the derivatives of one another, so they are exact at any
-    order. TensorFlow's own derivative of a product takes rows^T @ gradient, the slowest form on CPUs by far.
+    `product`, `product_transposed` and `product_outer` are the derivatives of one another, so they
+    are exact at any order. TensorFlow's own derivative of a product takes rows^T @ gradient, the
+    slowest form on CPUs by far.
     """
     return rows @ matrix, lambda gradient: (
         product_transposed(gradient, matrix),
@@ -70,11 +79,16 @@ def product_outer(left: tf.Tensor, right: tf.Tensor):
     return outer, lambda gradient: (product_transposed(right, gradient), product(left, gradient))
 
 
-class Shared(NamedTuple):
-    """A weight that all tasks have in common, before the first inner update, and a place for each task's gradient.
+# Weights that tasks share, before the first inner update ------------------------------------------
 
-    The tasks then make up one product of matrices, and the gradient of the weight is at once the sum over tasks that
-    the outer loop needs. The inner loop, which needs them one by one, finds them at `perturbation`, which is zero.
+
+class Shared(NamedTuple):
+    """A weight that all tasks have in common, before the first inner update, and a place for each
+    task's gradient.
+
+    The tasks then make up one product of matrices, and the gradient of the weight is at once the
+    sum over tasks that the outer loop needs. The inner loop, which needs them one by one, finds
+    them at `perturbation`, which is zero.
     """
 
     value: tf.Tensor  # [...]
@@ -90,9 +104,22 @@ def per_task(weight: tf.Tensor | Shared) -> tf.Tensor:
     return tf.reshape(rows, shape) + weight.perturbation
 
 
+def task_gradients(losses: Callable, weights: dict) -> dict[str, tf.Tensor]:
+    """The gradient of each task's loss for its own weights, {name: [T, ...]}.
+
+    losses: function of weights to [T]; weights: {name: [T, ...] or Shared}.
+    """
+    own = {name: w.perturbation if isinstance(w, Shared) else w for name, w in weights.items()}
+    with tf.GradientTape() as tape:
+        tape.watch(own)
+        values = losses(weights)
+    return tape.gradient(values, own, unconnected_gradients='zero')
+
+
 @tf.custom_gradient
 def product_shared(rows: tf.Tensor, matrix: tf.Tensor, perturbation: tf.Tensor):
-    """rows [T, n, in] times matrix [in, out] + perturbation [T, in, out], which is zero: [T, n, out].
+    """rows [T, n, in] times matrix [in, out] + perturbation [T, in, out], which is zero: [T, n,
+    out].
 
     Differentiable by `perturbation` once, and any number of times by the others.
     """
@@ -113,12 +140,24 @@ def product_shared(rows: tf.Tensor, matrix: tf.Tensor, perturbation: tf.Tensor):
     return tf.reshape(product(together, shared), [tasks, n, matrix.shape[-1]]), derivative
 
 
+# Patches of images, and pooling -------------------------------------------------------------------
+
+
+def same_padding(size: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after an axis of `size` pixels for a 3-wide 'SAME' window, as TensorFlow
+    lays them out.
+    """
+    total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
+    return total // 2, total - total // 2
+
+
 def patches3x3(x: tf.Tensor, stride: int) -> tf.Tensor:
     """Every 3x3 neighbourhood of the images, zero-padded at the borders ('SAME').
 
-    x: [T, examples, height, width, channels]. Returns [T, examples, ceil(height/stride), ceil(width/stride),
-    9*channels], each patch ordered as a kernel [3, 3, channels] is: convolution is then a product of matrices. Nine
-    shifted slices, since `tf.image.extract_patches` does not compile reliably inside loops.
+    x: [T, examples, height, width, channels]. Returns [T, examples, ceil(height/stride),
+    ceil(width/stride), 9*channels], each patch ordered as a kernel [3, 3, channels] is: convolution
+    is then a product of matrices. Nine shifted slices, since `tf.image.extract_patches` does not
+    compile reliably inside loops.
     """
     size = x.shape[2:4]
 
@@ -151,10 +190,11 @@ def _patches(x: tf.Tensor, stride: int) -> tf.Tensor:
 
 
 def _unpatch(patches: tf.Tensor, size: tuple[int, int], stride: int) -> tf.Tensor:
-    """Adds up at every pixel what patches hold of it: [T, examples, H', W', 9*C] -> [T, examples, *size, C].
+    """Adds up at every pixel what patches hold of it: [T, examples, H', W', 9*C] -> [T, examples,
+    *size, C].
 
-    Pixels are taken by their phase, their position modulo the stride: those of one phase are in the same places of
-    the patches, so each phase is a sum of slices.
+    Pixels are taken by their phase, their position modulo the stride: those of one phase are in the
+    same places of the patches, so each phase is a sum of slices.
     """
     channels = patches.shape[4] // 9
     phases = []
@@ -177,7 +217,9 @@ def _unpatch(patches: tf.Tensor, size: tuple[int, int], stride: int) -> tf.Tenso
 
 
 def _taps(phase: int, size: int, stride: int) -> list[tuple[int, int]]:
-    """(k' - k, place in the patch) for each patch k' that holds pixel stride*k + phase of an axis of `size` pixels."""
+    """(k' - k, place in the patch) for each patch k' that holds pixel stride*k + phase of an axis
+    of `size` pixels.
+    """
     before = same_padding(size, stride)[0]
     return [
         ((phase + before - i) // stride, i) for i in range(3) if (phase + before - i) % stride == 0
@@ -185,7 +227,9 @@ def _taps(phase: int, size: int, stride: int) -> list[tuple[int, int]]:
 
 
 def _shifted(x: tf.Tensor, down: int, right: int) -> tf.Tensor:
-    """x[:, :, i + down, j + right] at [:, :, i, j], zero where there is none; down and right are -1, 0 or 1."""
+    """x[:, :, i + down, j + right] at [:, :, i, j], zero where there is none; down and right are
+    -1, 0 or 1.
+    """
     height, width = x.shape[2:4]
     x = tf.pad(
         x, [[0, 0], [0, 0], [max(-down, 0), max(down, 0)], [max(-right, 0), max(right, 0)], [0, 0]]
@@ -196,8 +240,8 @@ def _shifted(x: tf.Tensor, down: int, right: int) -> tf.Tensor:
 def max_pool2x2(x: tf.Tensor) -> tf.Tensor:
     """2x2 max-pooling with stride 2; an odd last row or column is dropped ('VALID').
 
-    x: [T, examples, height, width, channels]. The first of equal maxima (row by row) takes the whole gradient, at
-    every order, as in TensorFlow's own pooling.
+    x: [T, examples, height, width, channels]. The first of equal maxima (row by row) takes the
+    whole gradient, at every order, as in TensorFlow's own pooling.
     """
     size = x.shape[2:4]
 
@@ -239,13 +283,16 @@ def _first_maxima(a, b, c, d) -> list[tf.Tensor]:
 
 
 def _quarters(x: tf.Tensor) -> list[tf.Tensor]:
-    """The four pixels of each 2x2 window, row by row: [T, examples, height // 2, width // 2, channels] each."""
+    """The four pixels of each 2x2 window, row by row: [T, examples, height // 2, width // 2,
+    channels] each.
+    """
     height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
     return [x[:, :, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
 
 
 def _interleave(phases: list[tf.Tensor], size: tuple[int, int]) -> tf.Tensor:
-    """Images [T, examples, *size, C] from the pixels [T, examples, H, W, C] of each phase, their position modulo 1 or 2.
+    """Images [T, examples, *size, C] from the pixels [T, examples, H, W, C] of each phase, their
+    position modulo 1 or 2.
 
     What is beyond `size` is cut off; pixels that no phase reaches are zero.
     """
@@ -263,6 +310,9 @@ def _interleave(phases: list[tf.Tensor], size: tuple[int, int]) -> tf.Tensor:
     return tf.pad(x, [[0, 0], [0, 0], [0, size[0] - x.shape[2]], [0, size[1] - x.shape[3]], [0, 0]])
 
 
+# Sums over examples, and statistics ---------------------------------------------------------------
+
+
 def divisor_near_root(n: int) -> int:
     """The largest divisor of n that is not above its square root; 1 for 0."""
     return max((i for i in range(1, int(n**0.5) + 1) if n % i == 0), default=1)
@@ -272,9 +322,10 @@ def divisor_near_root(n: int) -> int:
 def sum_rows(x: tf.Tensor):
     """Sum over the rows of each task's matrix: [T, rows, columns] -> [T, 1, columns].
 
-    Products with rows of ones, because XLA's reductions over rows run many times slower on CPUs than its matrix
-    products; two of them, over about the square root of the rows each, because a product adds up one by one, and the
-    rounding errors of thousands of additions show. Its gradient is `spread`, whose gradient is this again, to any order.
+    Products with rows of ones, because XLA's reductions over rows run many times slower on CPUs
+    than its matrix products; two of them, over about the square root of the rows each, because a
+    product adds up one by one, and the rounding errors of thousands of additions show. Its gradient
+    is `spread`, whose gradient is this again, to any order.
     """
     tasks, rows, columns = sizes(x)
     if None in x.shape:
@@ -305,7 +356,8 @@ def spread(x: tf.Tensor, rows: int) -> tf.Tensor:
 def moments(rows: tf.Tensor):
     """Mean and biased variance of each column: [T, n, columns] -> two of [T, 1, columns].
 
-    `tf.nn.moments` stops the gradient of the mean inside the variance: right at first order, silently wrong at second.
+    `tf.nn.moments` stops the gradient of the mean inside the variance: right at first order,
+    silently wrong at second.
     """
     n = sizes(rows)[1]
     count = number(n, rows)
@@ -316,17 +368,14 @@ def moments(rows: tf.Tensor):
     def pull_back(rows, of_mean, of_variance):  # gradients of [T, 1, columns] back to the rows
         def derivative(gradient):
             centred = gradient - spread(sum_rows(gradient) / count, n)
-            # Any constant may be taken from the rows here, and with their mean the least is lost to rounding.
-            product = sum_rows((rows - spread(tf.stop_gradient(mean), n)) * centred)
-            return (
-                2 / count * spread(of_variance, n) * centred,
-                sum_rows(gradient) / count,
-                2 / count * product,
-            )
+            # Any constant may be taken from the rows; with the mean, rounding loses the least.
+            along = sum_rows((rows - spread(tf.stop_gradient(mean), n)) * centred)
+            of_rows = 2 / count * spread(of_variance, n) * centred
+            return of_rows, sum_rows(gradient) / count, 2 / count * along
 
-        return spread(of_mean / count, n) + spread(2 / count * of_variance, n) * (
-            rows - spread(mean, n)
-        ), derivative
+        centred = rows - spread(mean, n)
+        pulled = spread(of_mean / count, n) + spread(2 / count * of_variance, n) * centred
+        return pulled, derivative
 
     return (mean, variance), lambda of_mean, of_variance: pull_back(rows, of_mean, of_variance)
 
@@ -343,3 +392,213 @@ def standardize(rows: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, offset: tf.T
         return gradient * spread(scale, n), -scale * total, by_scale, total
 
     return (rows - spread(mean, n)) * spread(scale, n) + spread(offset, n), derivative
+
+
+# Layers -------------------------------------------------------------------------------------------
+
+# A weight is [T, ...], or Shared. Of networks, see maml.py.
+
+
+def multiply(rows: tf.Tensor, matrix: tf.Tensor | Shared) -> tf.Tensor:
+    """rows [T, n, in], matrix [T, in, out] -> [T, n, out]."""
+    return product_shared(rows, *matrix) if isinstance(matrix, Shared) else product(rows, matrix)
+
+
+def dense(x: tf.Tensor, matrix: tf.Tensor | Shared, bias: tf.Tensor | Shared) -> tf.Tensor:
+    """x [T, examples, in], matrix [T, in, out], bias [T, out] -> [T, examples, out]."""
+    return multiply(x, matrix) + tf.expand_dims(per_task(bias), 1)
+
+
+def convolve(x: tf.Tensor, kernel: tf.Tensor | Shared, stride: int) -> tf.Tensor:
+    """3x3 convolution ('SAME') of each task's images by its own kernel, as a product of matrices.
+
+    x [T, examples, height, width, C], kernel [T, 3, 3, C, F] -> [T, examples, ceil(height/stride),
+    ceil(width/stride), F]. TensorFlow's own convolution has one kernel for all, so it serves a
+    single task; with a stride its derivatives are slow.
+    """
+    if x.shape[0] == 1 and stride == 1:
+        return tf.expand_dims(tf.nn.conv2d(x[0], per_task(kernel)[0], stride, 'SAME'), 0)
+    return convolve_patches(patches3x3(x, stride), kernel)
+
+
+def convolve_patches(patches: tf.Tensor, kernel: tf.Tensor | Shared) -> tf.Tensor:
+    """Each task's patches by its kernel.
+
+    patches [T, examples, H, W, 9*C], kernel [T, 3, 3, C, F] -> [T, examples, H, W, F].
+    """
+    tasks, examples, height, width, size = sizes(patches)
+    rows = tf.reshape(patches, [tasks, examples * height * width, size])  # [T, rows, 9C]
+    if isinstance(kernel, Shared):
+        value, perturbation = kernel
+        filters = value.shape[-1]
+        matrix = Shared(
+            tf.reshape(value, [size, filters]),  # [9C, F]
+            tf.reshape(perturbation, [*perturbation.shape[:1], size, filters]),  # [T, 9C, F]
+        )
+    else:
+        matrix = tf.reshape(kernel, [tasks, size, kernel.shape[-1]])  # [T, 9C, F]
+    output = multiply(rows, matrix)
+    return tf.reshape(output, [tasks, examples, height, width, output.shape[-1]])
+
+
+class NormalizedPatches(NamedTuple):
+    """Patches of the input images, made ready for `convolve_normalized`."""
+
+    # [T, examples, H, W, 9*C + 1], the task's mean taken away, and a last channel of ones
+    patches: tf.Tensor
+    # [T, 1, 9*C], what rounding left of the mean
+    mean: tf.Tensor
+    # [T, 9*C, 9*C], float64: neighbouring pixels are so alike that it is nearly singular
+    covariance: tf.Tensor
+
+
+def normalize_patches(
+    patches: tf.Tensor, leading: int | tf.Tensor | None = None
+) -> NormalizedPatches:
+    """patches: [T, examples, H, W, 9*C]; leading: see `batch_norm`.
+
+    Products within pieces of the rows, and a sum of the pieces in float64.
+    """
+    tasks, examples, height, width, size = sizes(patches)
+    rows = tf.reshape(patches, [tasks, examples * height * width, size])  # [T, rows, 9C]
+    count = (examples if leading is None else leading) * height * width  # of rows with a say
+    divisor = number(count, rows)
+    rows -= spread(sum_rows(rows[:, :count]) / divisor, examples * height * width)
+    relevant = rows[:, :count]
+    pieces = divisor_near_root(count) if isinstance(count, int) else count // width
+    pieces = tf.reshape(relevant, [tasks, pieces, -1, size])  # [T, pieces, rows of a piece, 9C]
+    products = tf.matmul(pieces, pieces, transpose_a=True)  # [T, pieces, 9C, 9C]
+    with_ones = tf.concat([rows, tf.ones_like(rows[..., :1])], axis=-1)
+    return NormalizedPatches(
+        tf.reshape(with_ones, [tasks, examples, height, width, size + 1]),
+        sum_rows(relevant) / divisor,
+        tf.reduce_sum(tf.cast(products, tf.float64), axis=1) / tf.cast(count, tf.float64),
+    )
+
+
+def convolve_normalized(
+    x: NormalizedPatches, kernel: tf.Tensor | Shared, beta: tf.Tensor
+) -> tf.Tensor:
+    """Convolution and batch normalisation of the input images, as one matrix product: [T, examples,
+    H, W, F].
+
+    kernel: [T, 3, 3, C, F]; beta: [F]. The output before normalisation is patches P times kernel k,
+    so its variance is k^T cov(P) k, and cov(P) does not change while the weights do: no statistics
+    of the large output are needed.
+    """
+    kernel = per_task(kernel)
+    tasks, filters = sizes(kernel)[0], kernel.shape[-1]
+    matrix = tf.reshape(kernel, [tasks, -1, filters])  # [T, 9C, F]
+    exact = tf.cast(matrix, tf.float64)
+    variance = tf.reduce_sum(exact * (x.covariance @ exact), axis=1, keepdims=True)  # [T, 1, F]
+    scaled = tf.cast(exact * tf.math.rsqrt(variance + BATCH_NORM_EPSILON), kernel.dtype)
+    return convolve_patches(x.patches, tf.concat([scaled, beta - x.mean @ scaled], axis=1))
+
+
+# Normalisation ------------------------------------------------------------------------------------
+
+
+def batch_norm(
+    x: tf.Tensor, beta: tf.Tensor, leading: int | tf.Tensor | None = None, max_pool: bool = False
+) -> tf.Tensor:
+    """Batch normalisation per channel, over examples and space, then pooling if asked.
+
+    The statistics are always those of the batch at hand, the variance the biased one; there is an
+    offset but no gain. Not with `tf.nn.moments`, whose second derivatives are silently wrong, see
+    `moments`.
+
+    x: [T, examples, ..., channels]; beta: [channels], the same for all tasks and inner steps;
+    leading: how many of the examples, from the first on, give the statistics (None: all).
+    """
+    tasks, channels = sizes(x)[0], x.shape[-1]
+    mean, variance = moments(tf.reshape(x[:, :leading], [tasks, -1, channels]))  # [T, 1, channels]
+    # Without a gain larger stays larger: pooling first gives the same, for less work, and equal
+    # inputs stay equal.
+    x = max_pool2x2(x) if max_pool else x
+    scale = tf.math.rsqrt(variance + BATCH_NORM_EPSILON)
+    offset = tf.broadcast_to(beta, [tasks, 1, channels])
+    rows = standardize(tf.reshape(x, [tasks, -1, channels]), mean, scale, offset)
+    return tf.reshape(rows, sizes(x))
+
+
+def layer_norm(x: tf.Tensor, beta: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
+    """Layer normalisation per example over all its axes; gain and offset over the last one.
+
+    x: [T, examples, ..., channels]; beta, gamma: [channels].
+    """
+    size = int(np.prod(x.shape[2:]))
+    values = tf.reshape(x, [-1, size, 1])  # [T*examples, size, 1]
+    centred = values - spread(sum_rows(values) / size, size)
+    variance = sum_rows(tf.square(centred)) / size  # [T*examples, 1, 1]
+    standard = centred * spread(tf.math.rsqrt(variance + LAYER_NORM_EPSILON), size)
+    return tf.reshape(standard, sizes(x)) * gamma + beta
+
+
+class Normalization:
+    """What follows the layers of a network; what networks take as `norm`, the user's own too.
+
+    A normalisation of your own says which parameters it has and what it makes of a layer's output,
+    see `LayerNorm` below. `tf.nn.moments` is wrong at second order: take means, or `moments`.
+    """
+
+    removes_mean = False  # of each channel: a bias added before would change nothing but rounding
+
+    def parameters(self, channels: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """{name: (kind of initial value, shape)} of one layer's; see maml.initial_value."""
+        return {}
+
+    def normalize(
+        self, x: tf.Tensor, parameters: dict, leading: int | tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """x normalised, of the same shape [T, examples, ..., channels].
+
+        parameters: {name: tensor}; leading: how many of the examples, from the first on, give the
+        statistics (None: all).
+        """
+        return x
+
+    def __call__(
+        self,
+        x: tf.Tensor,
+        parameters: dict,
+        leading: int | tf.Tensor | None = None,
+        max_pool: bool = False,
+    ) -> tf.Tensor:
+        """`normalize`, then 2x2 max-pooling of [T, examples, height, width, channels] if asked."""
+        x = self.normalize(x, parameters, leading)
+        return max_pool2x2(x) if max_pool else x
+
+
+class BatchNorm(Normalization):
+    """See `batch_norm`."""
+
+    removes_mean = True
+
+    def parameters(self, channels: int) -> dict:
+        return {'beta': ('zeros', (channels,))}
+
+    def __call__(self, x, parameters, leading=None, max_pool=False) -> tf.Tensor:
+        return batch_norm(x, parameters['beta'], leading, max_pool)
+
+
+class LayerNorm(Normalization):
+    """See `layer_norm`."""
+
+    def parameters(self, channels: int) -> dict:
+        return {'beta': ('zeros', (channels,)), 'gamma': ('ones', (channels,))}
+
+    def normalize(self, x, parameters, leading=None) -> tf.Tensor:
+        return layer_norm(x, parameters['beta'], parameters['gamma'])
+
+
+NORMALIZATIONS = {'batch_norm': BatchNorm, 'layer_norm': LayerNorm, 'None': Normalization}
+
+
+def normalization(norm: str | Normalization) -> Normalization:
+    """A normalisation by its name, or the one that is given. Raises ValueError."""
+    if isinstance(norm, Normalization):
+        return norm
+    if norm not in NORMALIZATIONS:
+        names = ', '.join(map(repr, NORMALIZATIONS))
+        raise ValueError(f'norm must be one of {names}, or a Normalization, but it is {norm!r}')
+    return NORMALIZATIONS[norm]()

@@ -28,7 +28,7 @@ from command_line import (
 
 import main
 from data_generator import SinusoidGenerator
-from maml import MAML
+from maml import Learner
 from utils import checkpoints
 
 pytest.importorskip('matplotlib')
@@ -243,11 +243,11 @@ def test_step_sizes_of_errors(trained):
         and whole[1] == halved[1]
         and whole[2:5] != halved[2:5]
     )
-    model = MAML.load(folders[0])
+    model = Learner.load(folders[0])
     batch = SinusoidGenerator(3, 3).batch('test', 1, 50)
     np.testing.assert_allclose(
         step_sizes.outcomes(model, batch, halved=False)[1:],
-        model.evaluate(batch, 10).losses2,
+        model.model.evaluate(batch, 10).losses2,
         rtol=1e-4,
     )
 
@@ -270,9 +270,9 @@ def test_step_sizes_of_accuracies(tmp_path, eager):
     outcome = succeeded(
         in_process(step_sizes.main, [str(folder), '--tasks=20', f'--data_dir={tmp_path}/data'])
     )
-    model = MAML.load(folder)
+    model = Learner.load(folder)
     batch = step_sizes.test_tasks(model.settings, 2, f'{tmp_path}/data').batch('test', 0, 20)
-    accuracies = 100 * np.array(model.evaluate(batch, 10).accuracies2).mean(1)  # [10]
+    accuracies = 100 * np.array(model.model.evaluate(batch, 10).accuracies2).mean(1)  # [10]
     found = [float(cell.split('±')[0]) for cell in outcome.lines[2].split('|')[2:-1]]
     np.testing.assert_allclose(found, accuracies[[i - 1 for i in step_sizes.SHOWN]], atol=0.006)
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from maml import MAML, Convolutional, FullyConnected, make_model, make_network
+from maml import Convolutional, FastMAML, FullyConnected, make_model, make_network
+from special_grads import BatchNorm, LayerNorm
 from utils import Batch, cross_entropy, mean_squared_error
 
 FOLDER = Path(os.environ.get('MAML_REFERENCE_DIR', Path(__file__).parent / 'reference'))
@@ -65,7 +66,7 @@ def random_batch(
     return Batch(*(tf.constant(x, dtype) for x in (*draw(shots), *draw(queries))))
 
 
-def exact_model(network, loss=None, perturbed: bool = True, **settings) -> MAML:
+def exact_model(network, loss=None, perturbed: bool = True, **settings) -> FastMAML:
     """An uncompiled float64 model, two inner updates; `perturbed`: with biases, offsets and gains far from 0 and 1."""
     settings = {
         'update_lr': 0.05,
@@ -73,7 +74,7 @@ def exact_model(network, loss=None, perturbed: bool = True, **settings) -> MAML:
         'dtype': tf.float64,
         'compiled': False,
     } | settings
-    model = MAML(network, loss or cross_entropy(2), **settings)
+    model = FastMAML(network, loss or cross_entropy(2), **settings)
     random = np.random.default_rng(3)
     for variable in model.parameters if perturbed else ():
         variable.assign_add(
@@ -82,7 +83,7 @@ def exact_model(network, loss=None, perturbed: bool = True, **settings) -> MAML:
     return model
 
 
-def copy_of(model: MAML, network=None, **settings) -> MAML:
+def copy_of(model: FastMAML, network=None, **settings) -> FastMAML:
     """A model with the same parameters and other settings, or another network with parameters of the same names."""
     other = exact_model(network or model.network, perturbed=False, **settings)
     for name, variable in named(other).items():
@@ -90,11 +91,11 @@ def copy_of(model: MAML, network=None, **settings) -> MAML:
     return other
 
 
-def named(model: MAML) -> dict[str, tf.Variable]:
+def named(model: FastMAML) -> dict[str, tf.Variable]:
     return model.weights | model.norms
 
 
-def named_gradient(model: MAML, batch: Batch) -> dict[str, np.ndarray]:
+def named_gradient(model: FastMAML, batch: Batch) -> dict[str, np.ndarray]:
     return {
         name: gradient.numpy()
         for name, gradient in zip(named(model), model.meta_gradient(batch)[1], strict=True)
@@ -108,7 +109,7 @@ def distance(one: dict, other: dict) -> float:
     )
 
 
-def adapted(model: MAML, batch: Batch, updates: int) -> dict[str, tf.Tensor]:
+def adapted(model: FastMAML, batch: Batch, updates: int) -> dict[str, tf.Tensor]:
     """Weights of each task, {name: [T, ...]}, after inner updates on its support set."""
     weights, support = (
         model.initial_weights(batch.inputa.shape[0]),
@@ -139,7 +140,7 @@ class Linear:
         return x @ weights['w'] + weights['b'][:, None] + norms['c']
 
 
-def linear_model(w=2.0, b=1.0, c=0.0, **settings) -> MAML:
+def linear_model(w=2.0, b=1.0, c=0.0, **settings) -> FastMAML:
     model = exact_model(Linear(), mean_squared_error, perturbed=False, **settings)
     for variable, value in zip(model.parameters, (w, b, c), strict=True):
         variable.assign(tf.fill(variable.shape, tf.cast(value, variable.dtype)))
@@ -253,12 +254,12 @@ def fully_connected(norm: str, inputs: int = 6, classes: int = 3) -> FullyConnec
     return FullyConnected(inputs, (5, 4, 4), classes, norm)
 
 
-def outer_loss(model: MAML, batch: Batch) -> float:
+def outer_loss(model: FastMAML, batch: Batch) -> float:
     return float(np.mean(model.evaluate(batch, model.num_updates).losses2[-1]))
 
 
 def central_difference(
-    model: MAML, batch: Batch, variable: tf.Variable, direction: np.ndarray, step: float
+    model: FastMAML, batch: Batch, variable: tf.Variable, direction: np.ndarray, step: float
 ) -> float:
     value, losses = variable.numpy(), []
     for sign in (1, -1):
@@ -375,9 +376,9 @@ class TaskByTask:
         return x @ weights['w5'] + weights['b5']
 
     def normalize(self, x, parameters):
-        if self.network.norm == 'batch_norm':
+        if isinstance(self.network.norm, BatchNorm):
             return self.norm(x, [0, 1, 2], 1e-3) + parameters['beta']
-        if self.network.norm == 'layer_norm':
+        if isinstance(self.network.norm, LayerNorm):
             return self.norm(x, [1, 2, 3], 1e-12) * parameters['gamma'] + parameters['beta']
         return x
 
@@ -796,11 +797,11 @@ def adam(theta, gradients, learning_rate: float, epsilon: float = 1e-8):
     return theta
 
 
-def values_of(model: MAML) -> np.ndarray:
+def values_of(model: FastMAML) -> np.ndarray:
     return np.array([variable.numpy().item() for variable in model.parameters])
 
 
-def task_with_gradient(model: MAML, gradient: float) -> Batch:
+def task_with_gradient(model: FastMAML, gradient: float) -> Batch:
     """A task whose support and query loss both have `gradient` · (3, 1, 1) for (w, b, c) where the model now stands."""
     y = np.sum(values_of(model) * [3, 1, 1]) - gradient / 2
     return points((3, y, 3, y))
@@ -881,7 +882,7 @@ def test_many_steps_at_once_are_those_steps_one_by_one(pretrain):
         *map(tf.constant, np.random.default_rng(0).standard_normal((4, 6, 2, 5, 1)))
     )  # [count, T, ...]
     for first, last in ((0, 2), (2, 3), (4, 6)):
-        end, loss = together.train(batches, first, last, pretrain)
+        end, loss = together.steps(batches, first, last, pretrain)
         assert end == last
         for i in range(first, last):
             step = single.pretrain_step if pretrain else single.metatrain_step
@@ -890,7 +891,7 @@ def test_many_steps_at_once_are_those_steps_one_by_one(pretrain):
         np.testing.assert_allclose(values_of(together), values_of(single), rtol=1e-12)
     one = Batch(*(values[3:4] for values in batches))
     np.testing.assert_allclose(
-        together.train(one, 0, 1, pretrain)[1], step(tasks_of(one, 0)), rtol=1e-12
+        together.steps(one, 0, 1, pretrain)[1], step(tasks_of(one, 0)), rtol=1e-12
     )
     np.testing.assert_allclose(values_of(together), values_of(single), rtol=1e-12)
 
@@ -934,11 +935,13 @@ def test_meta_batches_that_do_not_fit(method, change, words):
     'make, words',
     [
         (
-            lambda: MAML(FullyConnected(1, (4,), 1), mean_squared_error, update_lr=-1),
+            lambda: FastMAML(FullyConnected(1, (4,), 1), mean_squared_error, update_lr=-1),
             'update_lr is -1',
         ),
         (
-            lambda: MAML(FullyConnected(1, (4,), 1), mean_squared_error, update_lr=float('nan')),
+            lambda: FastMAML(
+                FullyConnected(1, (4,), 1), mean_squared_error, update_lr=float('nan')
+            ),
             'update_lr is nan',
         ),
         (lambda: FullyConnected(1, (0,), 1), r'\[1, 0, 1\]'),
@@ -999,7 +1002,7 @@ def test_functions_are_traced_once():
     assert model.pretrain_step.experimental_get_tracing_count() == 2
 
 
-def compiled_and_not(network: Convolutional) -> list[MAML]:
+def compiled_and_not(network: Convolutional) -> list[FastMAML]:
     return [
         exact_model(network, dtype=tf.float32, num_updates=1, compiled=compiled)
         for compiled in (True, False)

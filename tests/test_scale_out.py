@@ -219,7 +219,7 @@ def test_one_device_is_no_strategy():
     assert (
         replicas.place(batch) is batch
         and replicas.is_chief
-        and replicas.share(6) == slice(0, 6)
+        and replicas.slice_of(6) == slice(0, 6)
         and replicas.any(True, 1)
         and not replicas.any(False, 1)
     )
@@ -238,12 +238,12 @@ class FourWorkers(Replicas):
 
 
 def test_shares_of_the_tasks():
-    assert FourWorkers().share(32) == slice(16, 24)
+    assert FourWorkers().slice_of(32) == slice(16, 24)
     with pytest.raises(
         ValueError,
         match='--meta_batch_size=25 tasks cannot be shared equally by 8 replicas: make it a multiple of 8',
     ):
-        FourWorkers().share(25)
+        FourWorkers().slice_of(25)
 
 
 @pytest.mark.parametrize('config, words', [(None, 'needs TF_CONFIG'), ('none', 'gives no cluster')])

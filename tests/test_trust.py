@@ -32,7 +32,7 @@ from command_line import (
 from test_checkpoints import assert_same, contents
 
 import main
-from maml import MAML
+from maml import Learner
 from utils import checkpoints, event_files, forget_summaries, lock, read_events, read_run_state
 
 SINUSOID = ['--norm=None', '--update_batch_size=5', '--meta_batch_size=4']
@@ -125,7 +125,7 @@ class Stop:
     """Raises a signal in the middle of some outer step."""
 
     def __init__(self, monkeypatch, number: int, iteration: int):
-        original, count = main.MAML.train, [0]
+        original, count = main.FastMAML.steps, [0]
 
         def train(model, *arguments, **named):
             count[0] += 1
@@ -133,7 +133,7 @@ class Stop:
                 signal.raise_signal(number)
             return original(model, *arguments, **named)
 
-        monkeypatch.setattr(main.MAML, 'train', train)
+        monkeypatch.setattr(main.FastMAML, 'steps', train)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_longer_joint_training(tmp_path, eager):
             )
     assert 'Continuing at iteration 2 of 4.' in outcome.lines
     whole, parts = (
-        MAML.load(folder_of(tmp_path / logdir, *joint)) for logdir in ('whole', 'parts')
+        Learner.load(folder_of(tmp_path / logdir, *joint)).model for logdir in ('whole', 'parts')
     )
     assert all(
         (whole.weights[name].numpy() == parts.weights[name].numpy()).all() for name in whole.weights

@@ -28,7 +28,7 @@ from PIL import Image
 
 import main
 from data_generator import folder_layout, load_folder, load_miniimagenet, read_image, run_layout
-from maml import MAML, make_model
+from maml import Learner, make_model
 from scripts.model import classify, export, publish
 from utils import Batch, event_files, read_events, read_scalars, write_checkpoint
 
@@ -236,10 +236,10 @@ def test_folder_from_the_command_line(tmp_path, eager):
     }
     assert_refused(run(*flags, '--train=False', '--split=1,2,1'), '--split=1,1,1 (now 1,2,1)')
     assert_refused(run(*flags, '--train=False', '--image_size=9'), '--image_size=8 (now 9)')
-    model = MAML.load(run_folder)
-    assert model.network.image_shape == (8, 8, 1) and run_layout(model.settings) == folder_layout(
-        8, 1
-    )
+    model = Learner.load(run_folder)
+    assert model.model.network.image_shape == (8, 8, 1) and run_layout(
+        model.settings
+    ) == folder_layout(8, 1)
 
 
 def test_interval_of_small_samples():
@@ -254,8 +254,8 @@ def test_interval_of_small_samples():
 # The API --------------------------------------------------------------------------------------------------------------
 
 
-def small_model(**settings) -> MAML:
-    return make_model(
+def small_model(**settings) -> Learner:
+    model = make_model(
         **{
             'datasource': 'omniglot',
             'update_batch_size': 1,
@@ -268,6 +268,7 @@ def small_model(**settings) -> MAML:
         }
         | settings
     )
+    return Learner(model)
 
 
 def some_tasks(
@@ -295,7 +296,7 @@ def test_api_is_what_evaluation_computes(settings, transductive):
     """Probabilities after two updates are the softmax of evaluation's outputs, for several tasks and for one."""
     model, (x, y, queries) = small_model(update_batch_size=2, **settings), some_tasks()
     labels = np.eye(3)[np.zeros((2, 4), int)]
-    expected = model.evaluate(
+    expected = model.model.evaluate(
         Batch(x.reshape(2, 6, 784), np.eye(3)[y], queries.reshape(2, 4, 784), labels),
         2,
         transductive,
@@ -311,7 +312,7 @@ def test_api_is_what_evaluation_computes(settings, transductive):
         rtol=1e-9,
         atol=1e-12,
     )
-    assert weights.keys() == model.weights.keys() and all(
+    assert weights.keys() == model.model.weights.keys() and all(
         isinstance(value, np.ndarray) for value in weights.values()
     )
 
@@ -337,10 +338,10 @@ def test_alpha_means_the_same_for_any_number_of_examples():
         model.adapt(x, y, 1),
         model.adapt(np.concatenate([x, x], 1), np.concatenate([y, y], 1), 1),
     )
-    trained = model.update(
-        model.initial_weights(2),
-        model.norms,
-        model.network.prepare(tf.constant(x.reshape(2, 3, 784))),
+    trained = model.model.update(
+        model.model.initial_weights(2),
+        model.model.norms,
+        model.model.network.prepare(tf.constant(x.reshape(2, 3, 784))),
         tf.one_hot(y, 3, dtype=tf.float64),
     )
     for name in once:
@@ -432,9 +433,9 @@ SETTINGS = dict(
 
 def test_load(tmp_path):
     folder = saved(tmp_path / 'cls_5', SETTINGS | {'seed': 7})
-    model, same = MAML.load(folder), make_model(**SETTINGS, seed=7, compiled=False)
+    model, same = Learner.load(folder), make_model(**SETTINGS, seed=7, compiled=False)
     assert (
-        all(np.array_equal(a, b) for a, b in zip(model.parameters, same.parameters))
+        all(np.array_equal(a, b) for a, b in zip(model.model.parameters, same.parameters))
         and model.settings['update_lr'] == 0.1
     )
     for path, checkpoint, words in [
@@ -444,7 +445,7 @@ def test_load(tmp_path):
         (saved(tmp_path / 'x', SETTINGS, {}), -1, 'does not tell the flags'),
     ]:
         with pytest.raises(ValueError, match=words):
-            MAML.load(path, checkpoint)
+            Learner.load(path, checkpoint)
 
 
 def test_readme_example():
@@ -601,7 +602,7 @@ np.savez(sys.argv[3], **found)
 
 @pytest.mark.parametrize('transductive', [pytest.param(True, marks=pytest.mark.slow), False])
 def test_saved_model(run_folder, tmp_path, transductive):
-    """In a process of its own that knows nothing of this project, with 1, 3 and 5 shots of two tasks: as MAML.predict."""
+    """In a process of its own that knows nothing of this project, with 1, 3 and 5 shots of two tasks: as Learner.predict."""
     random = np.random.default_rng(1)
     arrays = {'query': random.random((2, 7, 28, 28, 1), np.float32)}
     for shots in (1, 3, 5):
@@ -631,7 +632,7 @@ def test_saved_model(run_folder, tmp_path, transductive):
         cwd=tmp_path,
         timeout=300,
     )
-    found, model = np.load(tmp_path / 'found.npz'), MAML.load(run_folder)
+    found, model = np.load(tmp_path / 'found.npz'), Learner.load(run_folder)
     for shots in (1, 3, 5):
         x, y = arrays[f'x{shots}'], arrays[f'y{shots}']
         weights = model.adapt(x, y, 3, 0.2)
@@ -695,7 +696,7 @@ def test_publish(tmp_path, eager):
     assert command_line[:2] == ['python', 'main.py'] and main.settings(
         parsed(*command_line[2:])
     ) | {'data_dir': '', 'logdir': ''} == (
-        MAML.load(folder).settings | {'data_dir': '', 'logdir': ''}
+        Learner.load(folder).settings | {'data_dir': '', 'logdir': ''}
     )
     assert (kept / 'model1.data-00000-of-00001').stat().st_size < 0.4 * (
         folder / 'model1.data-00000-of-00001'

@@ -8,10 +8,10 @@ import numpy as np
 matplotlib.use('Agg')  # pictures in files, on machines without a display too
 import matplotlib.pyplot as plt
 
-from maml import MAML
-from scripts.lib.cells import CELLS, SINUSOIDS, Cell, Run, pooled
+from maml import Learner
+from scripts.lib.cells import CELLS, DIVERGED, SINUSOIDS, Cell, Run, pooled
 from scripts.paper.plot_sinusoid import CURVES, fits
-from utils import DIVERGED, read_scalars
+from utils import read_scalars
 
 Runs = dict[str, list[Run]]  # by cell
 STYLES = ['-', '--', ':', '-.']  # of a cell's seeds
@@ -168,7 +168,7 @@ def figure_fits(path: Path, runs: Runs) -> str | None:
         for axes, fit in zip(
             row,
             fits(
-                MAML.load(run.folder),
+                Learner.load(run.folder).model,
                 run.flags['update_batch_size'],
                 run.flags['baseline'] == 'oracle',
             ),

@@ -34,7 +34,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import main
-from maml import MAML, FullyConnected, make_model
+from maml import FastMAML, FullyConnected, make_model
 from utils import Batch
 
 
@@ -111,7 +111,7 @@ def case_flags(path: str, values: dict) -> flags.FlagValues:
     return f
 
 
-def case_batch(path: str, values: dict, model: MAML, f: flags.FlagValues) -> Batch:
+def case_batch(path: str, values: dict, model: FastMAML, f: flags.FlagValues) -> Batch:
     """The meta-batch of a case. Raises ValueError for what is missing or of another shape."""
     network, arrays = model.network, {}
     dim_input = (
@@ -145,7 +145,7 @@ def case_batch(path: str, values: dict, model: MAML, f: flags.FlagValues) -> Bat
     return Batch(*(tf.constant(arrays[name], model.dtype) for name in Batch._fields))
 
 
-def initialize(path: str, values: dict, model: MAML):
+def initialize(path: str, values: dict, model: FastMAML):
     """Gives a model the initial parameters of a case. Raises ValueError for what is missing or of another shape."""
     for name, variable in (model.weights | model.norms).items():
         key = f'init/{name}'
@@ -158,7 +158,7 @@ def initialize(path: str, values: dict, model: MAML):
         variable.assign(values[key])
 
 
-def operations(model: MAML, batch: Batch) -> int:
+def operations(model: FastMAML, batch: Batch) -> int:
     """Operations of the matrix products and convolutions of one meta-training step, two per multiplication and addition.
 
     Per layer and example, in units of a forward pass: an inner update takes 3 (forward, and the gradients of inputs and
@@ -221,17 +221,17 @@ def time_case(path: str, steps: int, tune: Callable) -> dict:
 class Stopwatch:
     """Times a training run from outside: when steps end, and how long the loop waits for data."""
 
-    def __init__(self, model: MAML, seconds: float):
+    def __init__(self, model: FastMAML, seconds: float):
         self.seconds, self.first_step, self.first_end, self.end = seconds, None, None, None
-        self.steps, self.waited, self.train = 0, 0.0, model.train
+        self.steps, self.waited, self.run_steps = 0, 0.0, model.steps
         self.early_rss = None  # MB, once a hundred iterations are done
-        model.train = self.step
+        model.steps = self.step
 
     def step(
         self, batches: Batch, first: int, last: int, pretrain: bool = False
     ) -> tuple[int, float]:
-        """MAML.train, watched."""
-        outcome = self.train(batches, first, last, pretrain)
+        """FastMAML.steps, watched."""
+        outcome = self.run_steps(batches, first, last, pretrain)
         self.end = time.perf_counter()
         if self.first_end is None:
             self.first_end, self.first_step, self.waited = self.end, since_start(), 0.0

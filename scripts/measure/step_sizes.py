@@ -21,8 +21,9 @@ from absl import flags
 
 import main as program
 from data_generator import DataGenerator
-from maml import MAML
-from utils import DIVERGED, Batch
+from maml import Learner
+from scripts.lib.cells import DIVERGED
+from utils import Batch
 
 SHOWN = (1, 3, 5, 10)  # updates
 UPDATES = SHOWN[-1]
@@ -40,20 +41,22 @@ def test_tasks(settings: dict, shots: int, data_dir: str) -> DataGenerator:
     return program.make_generators(values)['test']
 
 
-def outcomes(model: MAML, batch: Batch, halved: bool) -> np.ndarray:
+def outcomes(learner: Learner, batch: Batch, halved: bool) -> np.ndarray:
     """Accuracy, or mean squared error, on the query set before and after each update, [1 + UPDATES, T]."""
-    classes = model.is_classifier
+    classes = learner.is_classifier
     labela, labelb = (
         np.argmax(y, -1) if classes else y for y in (batch.labela, batch.labelb)
     )  # [T, examples(, out)]
     weights, found = None, []
     for update in range(1 + UPDATES):
-        alpha = model.update_lr / (2 if halved and update > 1 else 1)
-        weights = model.adapt(batch.inputa, labela, steps=min(update, 1), lr=alpha, weights=weights)
+        alpha = learner.model.update_lr / (2 if halved and update > 1 else 1)
+        weights = learner.adapt(
+            batch.inputa, labela, steps=min(update, 1), lr=alpha, weights=weights
+        )
         if classes:
-            found.append((model.predict(batch.inputb, weights).argmax(-1) == labelb).mean(-1))
+            found.append((learner.predict(batch.inputb, weights).argmax(-1) == labelb).mean(-1))
         else:
-            found.append(model.task_loss(batch.inputb, labelb, weights))
+            found.append(learner.task_loss(batch.inputb, labelb, weights))
     return np.where(np.isfinite(found), found, np.inf)
 
 
@@ -74,16 +77,16 @@ def row(name: str, values: np.ndarray, is_error: bool) -> str:
     return f'| {" | ".join([name, *cells])} |'
 
 
-def table(models: list[MAML], shots: int | None, tasks: int, data_dir: str):
+def table(models: list[Learner], shots: int | None, tasks: int, data_dir: str):
     """Prints it. Raises ValueError if the runs do not belong together."""
     kinds = {
         (
-            model.settings['datasource'],
-            model.settings.get('baseline') or 'None',
-            model.update_lr,
-            model.settings['update_batch_size'],
+            learner.settings['datasource'],
+            learner.settings.get('baseline') or 'None',
+            learner.model.update_lr,
+            learner.settings['update_batch_size'],
         )
-        for model in models
+        for learner in models
     }
     if len(kinds) > 1 or next(iter(kinds))[1] == 'oracle':
         raise ValueError('the runs must be seeds of the same training, and not of the oracle')
@@ -100,13 +103,14 @@ def table(models: list[MAML], shots: int | None, tasks: int, data_dir: str):
     for halved in (False, True):
         values = np.array(
             [
-                np.concatenate([outcomes(model, batch, halved) for batch in batches], -1)
-                for model in models
+                np.concatenate([outcomes(learner, batch, halved) for batch in batches], -1)
+                for learner in models
             ]
         )
         print(
             row(
-                f'{first.update_lr:g}' + (f', then {first.update_lr / 2:g}' if halved else ''),
+                f'{first.model.update_lr:g}'
+                + (f', then {first.model.update_lr / 2:g}' if halved else ''),
                 values,
                 is_error,
             ),
@@ -127,7 +131,10 @@ def main(arguments: list[str]):
         if options.tasks < 1:
             raise ValueError(f'--tasks must be at least 1, but it is {options.tasks}')
         table(
-            [MAML.load(run) for run in options.runs], options.shots, options.tasks, options.data_dir
+            [Learner.load(run) for run in options.runs],
+            options.shots,
+            options.tasks,
+            options.data_dir,
         )
     except (ValueError, OSError) as error:
         sys.exit(f'step_sizes.py: {error}')

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from data_generator import ImageLayout, image_files, read_image, run_layout
-from maml import MAML
+from maml import Learner
 
 
 class Support(NamedTuple):
@@ -75,33 +75,35 @@ def read_queries(paths: list[Path], layout: ImageLayout) -> tuple[list[str], np.
     return files, np.stack([read_image(file, layout) for file in files])
 
 
-def adapt(model: MAML, support: Support, steps: int, lr: float | None) -> tuple[dict, list[float]]:
+def adapt(
+    learner: Learner, support: Support, steps: int, lr: float | None
+) -> tuple[dict, list[float]]:
     """The adapted weights, and the loss on the support set before and after each step."""
-    weights = model.adapt(support.x, support.y, 0)
-    losses = [float(model.task_loss(support.x, support.y, weights))]
+    weights = learner.adapt(support.x, support.y, 0)
+    losses = [float(learner.task_loss(support.x, support.y, weights))]
     for _ in range(steps):
-        weights = model.adapt(support.x, support.y, 1, lr, weights)
-        losses.append(float(model.task_loss(support.x, support.y, weights)))
+        weights = learner.adapt(support.x, support.y, 1, lr, weights)
+        losses.append(float(learner.task_loss(support.x, support.y, weights)))
     return weights, losses
 
 
 def classify(values: argparse.Namespace) -> dict:
     """{'labels': ..., 'losses': ..., 'images': [{'image', 'label', 'probability', 'probabilities'}]}. Raises ValueError."""
-    model = MAML.load(values.run_folder, values.checkpoint)
-    if not model.is_classifier:
+    learner = Learner.load(values.run_folder, values.checkpoint)
+    if not learner.is_classifier:
         raise ValueError(
-            f'{values.run_folder} is a run on {model.settings["datasource"]}, which has no images'
+            f'{values.run_folder} is a run on {learner.settings["datasource"]}, which has no images'
         )
-    layout = run_layout(model.settings)
-    support = read_support(values.support_dir, layout, model.network.dim_output)
+    layout = run_layout(learner.settings)
+    support = read_support(values.support_dir, layout, learner.model.network.dim_output)
     files, x = read_queries(values.image, layout)
-    steps = model.num_updates if values.steps is None else values.steps
+    steps = learner.model.num_updates if values.steps is None else values.steps
     if not 0 <= steps <= 1000 or values.lr is not None and not 0 <= values.lr < float('inf'):
         raise ValueError(
             f'--steps must be from 0 to 1000 and --lr at least 0, but they are {values.steps} and {values.lr}'
         )
-    weights, losses = adapt(model, support, steps, values.lr)
-    probabilities = model.predict(x, weights, None if values.transductive else support.x)[
+    weights, losses = adapt(learner, support, steps, values.lr)
+    probabilities = learner.predict(x, weights, None if values.transductive else support.x)[
         :, : len(support.labels)
     ]
     probabilities /= probabilities.sum(1, keepdims=True)  # outputs without a label do not count

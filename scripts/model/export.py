@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import tensorflow as tf
 
 from data_generator import run_layout
-from maml import MAML
+from maml import Learner
 
 
 class Serving(NamedTuple):
     """What the SavedModel does; tasks and examples are of unknown number."""
 
-    model: MAML
+    learner: Learner
     steps: int
     lr: float
     transductive: bool
@@ -48,24 +48,23 @@ class Serving(NamedTuple):
             function, input_signature=arguments, autograph=False
         )
         module = tf.Module()
-        module.weights, module.norms = self.model.weights, self.model.norms
+        module.weights = self.learner.model.weights
+        module.norms = self.learner.model.norms
         module.adapt = serve(self.adapt, *support)
         module.adapt_and_predict = serve(self.adapt_and_predict, *support, images('query_images'))
         return module
 
     def flat(self, images: tf.Tensor) -> tf.Tensor:
         return tf.reshape(
-            images, [*tf.unstack(tf.shape(images)[:2]), self.model.network.dim_input]
+            images, [*tf.unstack(tf.shape(images)[:2]), self.learner.model.network.dim_input]
         )  # [T, examples, D]
 
     def adapt(self, support_images: tf.Tensor, support_labels: tf.Tensor) -> dict[str, tf.Tensor]:
-        model, label = (
-            self.model,
-            tf.one_hot(support_labels, self.model.network.dim_output),
-        )  # [T, examples, N]
+        model = self.learner.model
+        label = tf.one_hot(support_labels, model.network.dim_output)  # [T, examples, N]
         x = model.network.prepare(self.flat(support_images))
         weights = model.initial_weights(tf.shape(support_images)[0])
-        lr = self.lr * model.example_scale(tf.cast(tf.shape(label)[1], tf.float32))
+        lr = self.lr * self.learner.example_scale(tf.cast(tf.shape(label)[1], tf.float32))
         for _ in range(self.steps):
             weights = model.update(weights, model.norms, x, label, lr)
         return weights
@@ -73,7 +72,7 @@ class Serving(NamedTuple):
     def adapt_and_predict(
         self, support_images: tf.Tensor, support_labels: tf.Tensor, query_images: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        model, weights = self.model, self.adapt(support_images, support_labels)
+        model, weights = self.learner.model, self.adapt(support_images, support_labels)
         x, leading = self.flat(query_images), None
         if not self.transductive:
             x, leading = (
@@ -86,10 +85,12 @@ class Serving(NamedTuple):
 
 def export(values: argparse.Namespace) -> str:
     """Writes the SavedModel, whole or not at all, and returns a report. Raises ValueError and OSError."""
-    model = MAML.load(values.run_folder, {'last': -1}.get(values.checkpoint, values.checkpoint))
-    if not model.is_classifier:
+    which = {'last': -1}.get(values.checkpoint, values.checkpoint)
+    learner = Learner.load(values.run_folder, which)
+    model = learner.model
+    if not learner.is_classifier:
         raise ValueError(
-            f'{values.run_folder} is a run on {model.settings["datasource"]}; only classifiers of images are exported'
+            f'{values.run_folder} is a run on {learner.settings["datasource"]}; only classifiers of images are exported'
         )
     steps, lr = (
         model.num_updates if values.steps is None else values.steps,
@@ -103,8 +104,8 @@ def export(values: argparse.Namespace) -> str:
         raise ValueError(
             f'{values.out} is there already, and is not replaced: remove it, or give another OUT'
         )
-    height, width, channels = run_layout(model.settings).shape(1)[1:]
-    module = Serving(model, steps, lr, values.transductive).module((height, width, channels))
+    height, width, channels = run_layout(learner.settings).shape(1)[1:]
+    module = Serving(learner, steps, lr, values.transductive).module((height, width, channels))
     values.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=values.out.parent, prefix='.export') as beside:
         tf.saved_model.save(

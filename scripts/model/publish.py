@@ -4,7 +4,7 @@ the newest and the best checkpoint without Adam's state.
 
     python scripts/model/publish.py RUN_FOLDER TARGET
 
-TARGET/NAME, where NAME is the run folder's, is a fifth of the size. main.py evaluates it, and MAML.load,
+TARGET/NAME, where NAME is the run folder's, is a fifth of the size. main.py evaluates it, and Learner.load,
 scripts/model/classify.py and scripts/model/export.py use it, as the run itself; training that continues from it starts with a fresh Adam.
 """
 
@@ -22,7 +22,7 @@ import tensorflow as tf
 from absl import flags
 
 from main import define_flags
-from maml import MAML
+from maml import Learner
 from utils import checkpoints, event_files, read_events, read_run_state, write_checkpoint
 
 SUMMARIES, PICTURES = 500, 20000  # the iterations between those that are kept
@@ -66,7 +66,7 @@ def publish(run_folder: Path, target: Path) -> Path:
         for kind, which in ('model', -1), ('best', 'best'):
             if not (found := checkpoints(run_folder, kind)) and kind == 'best':  # as of sinusoids
                 continue
-            model = MAML.load(run_folder, which)
+            model = Learner.load(run_folder, which).model
             beside.mkdir(parents=True, exist_ok=True)
             weights = tf.train.Checkpoint(weights=model.weights, norms=model.norms)
             write_checkpoint(weights, beside, max(found), read_run_state(found[max(found)]), kind)
@@ -74,7 +74,9 @@ def publish(run_folder: Path, target: Path) -> Path:
             shutil.copy(path, beside)
         for path in event_files(run_folder):
             thin(path, beside / path.name)
-        (beside / 'command.txt').write_text(training_command(MAML.load(run_folder).settings) + '\n')
+        (beside / 'command.txt').write_text(
+            training_command(Learner.load(run_folder).settings) + '\n'
+        )
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -98,9 +98,8 @@ def draw(all_fits: list[Fit], errors: list[Errors], output: Path) -> None:
       ValueError: there is no such format.
       OSError: the file cannot be written.
     """
-    from main import (
-        write_whole,
-    )  # here and below: what fails before needs no TensorFlow, which takes seconds to start
+    # Here and below: what fails before needs no TensorFlow, which takes seconds to start.
+    from utils import write_whole
 
     figure, axes = plt.subplots(
         1, len(all_fits) + 1, figsize=(5 * len(all_fits) + 5, 4.2), layout='constrained'

@@ -16,10 +16,9 @@ from pathlib import Path
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from main import write_whole
-from scripts.lib.cells import CELLS, SINUSOIDS, Cell, Run, Table, pooled, read_runs
+from scripts.lib.cells import CELLS, DIVERGED, SINUSOIDS, Cell, Run, Table, pooled, read_runs
 from scripts.lib.report_figures import FIGURES, Runs
-from utils import DIVERGED
+from utils import write_whole
 
 
 def percent(table: Table, update: int) -> str:

@@ -28,15 +28,8 @@ from absl import app
 
 import main
 import maml
-from special_grads import patches3x3
-from utils import (
-    BATCH_NORM_EPSILON,
-    Batch,
-    convolve,
-    convolve_patches,
-    read_evaluation,
-    read_scalars,
-)
+from special_grads import BATCH_NORM_EPSILON, Normalization
+from utils import Batch, read_evaluation, read_scalars
 
 AXES = [1, 2, 3]  # examples, height, width
 
@@ -65,51 +58,37 @@ def moments(x: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
     return (x - mean) * tf.math.rsqrt(variance + BATCH_NORM_EPSILON) + beta
 
 
-NORMALISATIONS = {'exact': None, 'held': held, 'moments': moments, 'first_order': None}
+class Variant(Normalization):
+    """Batch normalisation by one of the functions above."""
+
+    removes_mean = True
+
+    def __init__(self, function):
+        self.function = function
+
+    def parameters(self, channels: int) -> dict:
+        return {'beta': ('zeros', (channels,))}
+
+    def normalize(self, x: tf.Tensor, parameters: dict, leading: int | None = None) -> tf.Tensor:
+        return self.function(x, parameters['beta'])
 
 
-class Variant(maml.Convolutional):
-    """The paper's network for Omniglot with another batch normalisation."""
-
-    def __init__(self, normalisation, *arguments, **named):
-        super().__init__(*arguments, **named)
-        self.normalisation = normalisation
-
-    def prepare(self, inputs: tf.Tensor, leading: int | None = None) -> tf.Tensor:
-        """The plain patches."""
-        return patches3x3(tf.reshape(inputs, [*inputs.shape[:2], *self.image_shape]), self.stride)
-
-    def _block(self, i: int, x, kernel, bias, norms: dict, leading: int | None) -> tf.Tensor:
-        x = convolve_patches(x, kernel) if i == 1 else convolve(x, kernel, self.stride)
-        return tf.nn.relu(self.normalisation(x, norms[f'{i - 1}/beta']))
-
-
-def install(variant: str):
-    """From now on models are made with a variant's network."""
-    normalisation = NORMALISATIONS[variant]
-    if normalisation:
-
-        def make_network(datasource, num_classes=5, num_filters=64, **_):
-            return Variant(normalisation, *maml.IMAGE_SHAPES[datasource], num_filters, num_classes)
-
-        maml.make_network = make_network
+NORMALISATIONS = {
+    'exact': None,
+    'held': Variant(held),
+    'moments': Variant(moments),
+    'first_order': None,
+}
 
 
 def train(variant: str, arguments: list[str]):
     """main.py's training of a variant, in a folder of its own."""
     main.define_flags()
     logdir = re.findall(r'--logdir=(\S+)', ' '.join(arguments))
-    install(variant)
     more = ['--stop_grad=True'] if variant == 'first_order' else []
-    app.run(
-        main.program,
-        [
-            'second_order_ablation.py',
-            *arguments,
-            *more,
-            f'--logdir={(logdir or ["logs/ablation"])[-1]}/{variant}',
-        ],
-    )
+    folder = f'{(logdir or ["logs/ablation"])[-1]}/{variant}'
+    line = ['second_order_ablation.py', *arguments, *more, f'--logdir={folder}']
+    app.run(lambda rest: main.program(rest, NORMALISATIONS[variant]), line)
 
 
 def check(path: str):
@@ -122,10 +101,7 @@ def check(path: str):
     directions = {
         name: random.randn(*case[f'init/{name}'].shape) for name in ('conv1', 'conv2', 'conv4')
     }
-    make_network = maml.make_network
-    for variant in NORMALISATIONS:
-        maml.make_network = make_network
-        install(variant)
+    for variant, norm in NORMALISATIONS.items():
         model = maml.make_model(
             flags['datasource'],
             int(flags['update_batch_size']),
@@ -136,6 +112,7 @@ def check(path: str):
             compiled=False,
             num_classes=int(flags['num_classes']),
             num_filters=int(flags.get('num_filters', 64)),
+            norm=norm or 'batch_norm',
         )
         variables = model.weights | model.norms
         for name, variable in variables.items():
