@@ -1,13 +1,14 @@
-"""Where tasks come from: random sinusoids, and class folders of images (Omniglot, miniImagenet, your own).
+"""Where tasks come from: random sinusoids, and class folders of images (Omniglot, your own, ...).
 
-A generator turns (seed, split, iteration) into a meta-batch of tasks and keeps no state:
+A source turns (seed, split, iteration) into a meta-batch of tasks and keeps no state:
 
     folders = load_omniglot('data')
-    generator = ImageGenerator(folders, num_classes=5, num_support=1, num_query=1, rotate=True)
-    inputa, labela, inputb, labelb = generator.batch('train', iteration=0, num_tasks=32)
+    source = OmniglotGenerator(folders, num_classes=5, num_support=1, num_query=1)
+    inputa, labela, inputb, labelb = source.batch('train', iteration=0, num_tasks=32)
 
-Images are decoded once. The pixels are kept beside the data (`omniglot_resized.cache`, `miniImagenet.train.cache`, ...)
-in folders that are made again when the files change and may be deleted at any time.
+Images are decoded once. The pixels are kept beside the data (`omniglot_resized.cache`,
+`miniImagenet.train.cache`, ...) in folders that are made again when the files change and may be
+deleted at any time.
 """
 
 import hashlib
@@ -31,18 +32,17 @@ from PIL import Image, ImageDraw, ImageOps
 from utils import Batch
 
 SPLITS = ('train', 'val', 'test')
+EVALUATION_SEED = 1  # of tasks that are the same for every run and checkpoint
 
 
 class ClassImages(NamedTuple):
-    """The decoded images of some classes: class c owns images[starts[c]:starts[c] + counts[c]]."""
+    """The decoded images of some classes; class c owns counts[c] of them, from starts[c] on."""
 
     folder: str  # where they come from, for messages
     names: list  # of the classes, e.g. 'Greek/character01'
     starts: np.ndarray  # [classes] int64
     counts: np.ndarray  # [classes] int64
-    images: (
-        np.ndarray
-    )  # [total, height, width, channels] uint8, usually memory-mapped; value = stored / 255
+    images: np.ndarray  # [total, height, width, channels] uint8, mostly memory-mapped; 255 * value
 
     def select(self, classes: Sequence[int]) -> 'ClassImages':
         """Some of the classes, in the order given, on the same images."""
@@ -50,11 +50,23 @@ class ClassImages(NamedTuple):
         return self._replace(names=names, starts=self.starts[classes], counts=self.counts[classes])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks
-# ---------------------------------------------------------------------------------------------------------------------
+# Tasks --------------------------------------------------------------------------------------------
+
+
 class DataGenerator:
-    """Draws meta-batches. Everything random about a task is one row of uniform numbers; `_tasks` reads it."""
+    """Draws meta-batches, and says how its tasks are trained on, evaluated and shown.
+
+    Everything random about a task is one row of uniform numbers; `_tasks` reads it.
+    Raises ValueError if the seed is negative.
+    """
+
+    objective = 'accuracy'  # what is printed of a task and evaluated: 'accuracy', or 'loss'
+    validates = True  # whether held-out classes are evaluated during training
+    iterations_at_once = 1  # meta-batches that run as one program: many of tiny tasks
+    print_factor = 1  # printed lines are this many times further apart
+    updates_shown = 1  # inner updates evaluated during training, at least
+    tasks_at_once = 4  # tasks evaluated together, which bounds the memory; divides 600
+    picture_name = 'task'  # the tag of `picture` in TensorBoard
 
     def __init__(self, dim_input: int, dim_output: int, num_draws: int, seed: int):
         if seed < 0:
@@ -67,12 +79,9 @@ class DataGenerator:
     ) -> Batch:
         """The meta-batch of an iteration, a pure function of (seed, split, iteration).
 
-        Args:
-          split: 'train', 'val' or 'test'.
-          iteration: not negative.
-          num_tasks: T. Task i is the same whatever T is.
-          tasks: returns this share of the T tasks only, the same tasks as slicing the whole meta-batch would give,
-            without the cost of the others.
+        split: 'train', 'val' or 'test'; iteration: not negative.
+        num_tasks: T. Task i is the same whatever T is.
+        tasks: a slice of the T tasks, to get these only and without the cost of the others.
         """
         return self._tasks(split, self._draw(split, iteration, num_tasks)[tasks])
 
@@ -84,13 +93,20 @@ class DataGenerator:
         num_tasks: int,
         tasks: slice = slice(None),
     ) -> Batch:
-        """The meta-batches of `count` successive iterations, stacked: [count, T, ...]; equal to batch() of each."""
-        draws = [
-            self._draw(split, i, num_tasks)[tasks]
-            for i in range(first_iteration, first_iteration + count)
-        ]
+        """Those of `count` successive iterations, stacked: [count, T, ...]; as batch() of each."""
+        iterations = range(first_iteration, first_iteration + count)
+        draws = [self._draw(split, i, num_tasks)[tasks] for i in iterations]
         batch = self._tasks(split, np.concatenate(draws))  # [count*T, ...]
         return Batch(*(array.reshape(count, len(draws[0]), *array.shape[1:]) for array in batch))
+
+    def picture(self, batch: Batch, evaluate: Callable[[Batch], np.ndarray]) -> np.ndarray:
+        """What TensorBoard shows now and then during training: [height, width, 3] uint8.
+
+        batch: the meta-batch at hand, arrays.
+        evaluate: gives the outputs on the query set of a Batch after update 1...J,
+        [J, T, examples, out].
+        """
+        raise NotImplementedError
 
     def _draw(self, split: str, iteration: int, num_tasks: int) -> np.ndarray:
         """Uniform numbers in [0, 1), a row for each task: [T, num_draws]."""
@@ -98,33 +114,63 @@ class DataGenerator:
             raise ValueError(f'there is no split {split!r}; the splits are {", ".join(SPLITS)}')
         if num_tasks < 1:
             raise ValueError(f'--meta_batch_size must be at least 1, but it is {num_tasks}')
-        return np.random.default_rng([self.seed, SPLITS.index(split), iteration]).random(
-            (num_tasks, self.num_draws)
-        )
+        generator = np.random.default_rng([self.seed, SPLITS.index(split), iteration])
+        return generator.random((num_tasks, self.num_draws))
 
     def _tasks(self, split: str, uniform: np.ndarray) -> Batch:
+        """The tasks that rows of uniform numbers stand for, [T, num_draws]."""
         raise NotImplementedError
 
 
 class SinusoidGenerator(DataGenerator):
-    """Regression tasks y = A sin(x - phi): A uniform in [0.1, 5], phi in [0, pi], x in [-5, 5].
+    """Regression tasks y = A sin(x - φ): A uniform in [0.1, 5], φ in [0, π], x in [-5, 5].
 
-    A task has K + Q points, the first K of which are the support set. With `oracle` the inputs are (x, A, phi). All
-    splits draw from the same distribution, each from a stream of its own.
-
-    Raises:
-      ValueError: a size or the seed is out of range.
+    A task has K + Q points, the first K of which are the support set. With `oracle` the inputs are
+    (x, A, φ). All splits draw from the same distribution, each from a stream of its own.
+    Raises ValueError if a size or the seed is out of range.
     """
+
+    objective = 'loss'
+    validates = False
+    iterations_at_once = 100
+    print_factor = 10
+    updates_shown = 5
+    tasks_at_once = 600
+    picture_name = 'fit'
 
     def __init__(self, num_support: int, num_query: int, oracle: bool = False, seed: int = 0):
         _check_shots(num_support, num_query)
-        super().__init__(
-            dim_input=3 if oracle else 1,
-            dim_output=1,
-            num_draws=2 + num_support + num_query,
-            seed=seed,
-        )
+        num_draws = 2 + num_support + num_query  # A, φ and the points
+        super().__init__(3 if oracle else 1, dim_output=1, num_draws=num_draws, seed=seed)
         self.num_support, self.num_query, self.oracle = num_support, num_query, oracle
+
+    def picture(self, batch: Batch, evaluate: Callable[[Batch], np.ndarray]) -> np.ndarray:
+        """One sinusoid, fitted after 1 and after all updates.
+
+        Points all over [-5, 5] are the query points of many copies of the task, which makes a
+        meta-batch of the usual shape, for which the evaluation is compiled.
+        """
+        tasks, shots, dim = batch.inputa.shape[0], self.num_support, self.dim_input
+        task = SinusoidGenerator(shots, 0, oracle=True, seed=EVALUATION_SEED).batch('val', 0, 1)
+        amplitude, phase = task.inputa[0, 0, 1:]
+        x = np.linspace(-5, 5, tasks * shots, dtype=np.float32)  # [T*K]
+        truth = amplitude * np.sin(x - phase)
+        inputs = np.stack([x, np.full_like(x, amplitude), np.full_like(x, phase)], axis=1)
+        outputs = evaluate(
+            Batch(
+                np.repeat(task.inputa[..., :dim], tasks, axis=0),  # [T, K, D]
+                np.repeat(task.labela, tasks, axis=0),  # [T, K, 1]
+                inputs[:, :dim].reshape(tasks, shots, dim),
+                truth.reshape(tasks, shots, 1),
+            )
+        )  # [J, T, K, 1]
+        curves = {'red truth': truth}
+        for colour, update in (('green', 1), ('blue', len(outputs))):
+            curves[f'{colour} after {update} updates'] = np.reshape(outputs[update - 1], -1)
+        return fit_picture(
+            {name: np.stack([x, y], axis=1) for name, y in curves.items()},
+            points=np.stack([task.inputa[0, :, 0], task.labela[0, :, 0]], axis=1),
+        )
 
     def _tasks(self, split: str, uniform: np.ndarray) -> Batch:
         amplitude = 0.1 + 4.9 * uniform[:, :1]  # [T, 1]
@@ -136,35 +182,27 @@ class SinusoidGenerator(DataGenerator):
             inputs[..., 1], inputs[..., 2] = amplitude, phase
         labels = (amplitude * np.sin(x - phase)).astype(np.float32)[..., None]
         support, query = np.s_[:, : self.num_support], np.s_[:, self.num_support :]
-        return Batch(
-            *(
-                np.ascontiguousarray(part)
-                for part in (inputs[support], labels[support], inputs[query], labels[query])
-            )
-        )
+        parts = (inputs[support], labels[support], inputs[query], labels[query])
+        return Batch(*map(np.ascontiguousarray, parts))
 
 
 class ImageGenerator(DataGenerator):
     """N-way classification tasks from class folders.
 
-    A task draws N classes without replacement, K + Q images of each without replacement (the first K are the support
-    set) and, with `rotate`, a rotation by 0, 90, 180 or 270 degrees (counter-clockwise) for each class. Class i of
-    those drawn has the label i; within each shot the classes are shuffled.
+    A task draws N classes without replacement, K + Q images of each without replacement (the first
+    K are the support set) and, with `rotate`, a rotation by 0, 90, 180 or 270 degrees
+    (counter-clockwise) for each class. Class i of those drawn has the label i; within each shot
+    the classes are shuffled.
 
-    Generators are cheap and hold no copy of the images: make a second one on the same `folders` for another number of
-    query images.
+    Generators are cheap and hold no copy of the images: make a second one on the same `folders`
+    for another number of query images.
 
-    Args:
-      folders: the decoded classes of each split, from load_omniglot, load_miniimagenet or load_folder.
-      num_classes: N.
-      num_support: K, support images per class.
-      num_query: Q, query images per class; may be 0.
-      rotate: draw rotations.
-      seed: another seed gives other tasks.
-      splits: the splits it will be used on; all that `folders` holds if None.
-
-    Raises:
-      ValueError: a size is out of range, or a split has too few classes or too few images in a class.
+    folders: the decoded classes of each split, from load_omniglot, load_miniimagenet, load_folder.
+    num_classes: N. num_support: K, images per class. num_query: Q, images per class; may be 0.
+    rotate: draw rotations. seed: another one gives other tasks.
+    splits: those it will be used on; all that `folders` holds if None.
+    Raises ValueError if a size is out of range, or a split has too few classes or too few images
+    in a class.
     """
 
     def __init__(
@@ -180,61 +218,58 @@ class ImageGenerator(DataGenerator):
         _check_shots(num_support, num_query)
         if num_classes < 1:
             raise ValueError(f'--num_classes must be at least 1, but it is {num_classes}')
-        self.folders = {split: folders[split] for split in (folders if splits is None else splits)}
+        splits = folders if splits is None else splits
+        self.folders = {split: folders[split] for split in splits}
         self.num_classes, self.num_support, self.num_query = num_classes, num_support, num_query
         self.rotate = rotate
         for split in self.folders:
             self._check(split)
-        self.image_shape = next(iter(self.folders.values())).images.shape[
-            1:
-        ]  # (height, width, channels)
-        if rotate and self.image_shape[0] != self.image_shape[1]:
-            raise ValueError(
-                f'only square images can be rotated, not {self.image_shape[0]}x{self.image_shape[1]}'
-            )
-        # A task draws N classes, N rotations, K + Q images of each class, and an order of the classes for each shot.
-        super().__init__(
-            math.prod(self.image_shape),
-            num_classes,
-            num_draws=2 * num_classes * (1 + num_support + num_query),
-            seed=seed,
-        )
+        first = next(iter(self.folders.values()))
+        self.image_shape = first.images.shape[1:]  # (height, width, channels)
+        height, width, _ = self.image_shape
+        if rotate and height != width:
+            raise ValueError(f'only square images can be rotated, not {height}x{width}')
+        # N classes, N rotations, K + Q images of each class, an order of the classes for each shot
+        num_draws = 2 * num_classes * (1 + num_support + num_query)
+        super().__init__(math.prod(self.image_shape), num_classes, num_draws, seed)
+
+    def picture(self, batch: Batch, evaluate: Callable[[Batch], np.ndarray]) -> np.ndarray:
+        """The first task of the meta-batch."""
+        return task_picture(batch, self.image_shape)
 
     def _check(self, split: str):
-        """Raise ValueError if the split cannot fill a task."""
+        """Raises ValueError if the split cannot fill a task."""
         classes, images = self.folders[split], self.num_support + self.num_query
         if self.num_classes > len(classes.names):
             raise ValueError(
-                f'--num_classes={self.num_classes} is more than the {len(classes.names)} classes of the '
-                f'{split} split in {classes.folder}: use a smaller --num_classes, or give the split more classes'
+                f'--num_classes={self.num_classes} is more than the {len(classes.names)} classes '
+                f'of the {split} split in {classes.folder}: use a smaller --num_classes, or give '
+                'the split more classes'
             )
-        shortest = int(np.argmin(classes.counts))
-        if images > classes.counts[shortest]:
+        smallest = int(np.argmin(classes.counts))
+        if images > classes.counts[smallest]:
             raise ValueError(
-                f'the class {classes.names[shortest]} of the {split} split in {classes.folder} has '
-                f'{classes.counts[shortest]} images, but a task takes {images} of each class ({self.num_support} for '
-                f'support, {self.num_query} for query): use a smaller --update_batch_size'
+                f'the class {classes.names[smallest]} of the {split} split in {classes.folder} '
+                f'has {classes.counts[smallest]} images, but a task takes {images} of each class '
+                f'({self.num_support} for support, {self.num_query} for query): use a smaller '
+                '--update_batch_size'
             )
 
     def _tasks(self, split: str, uniform: np.ndarray) -> Batch:
         if split not in self.folders:
-            raise ValueError(
-                f'this generator was made for the splits {", ".join(self.folders)}, not for {split}'
-            )
+            made_for = ', '.join(self.folders)
+            raise ValueError(f'this generator was made for the splits {made_for}, not for {split}')
         source = self.folders[split]
         ways, shots = self.num_classes, self.num_support + self.num_query
         ends = np.cumsum([ways, ways, ways * shots])
         classes, turns, chosen, order = np.split(uniform, ends, axis=1)
         classes = _distinct(classes, len(source.names))  # [T, N]
         turns = (4 * turns).astype(np.int64)  # [T, N]
-        chosen = _distinct(
-            chosen.reshape(-1, ways, shots), source.counts[classes][..., None]
-        )  # [T, N, K+Q]
+        available = source.counts[classes][..., None]  # [T, N, 1]
+        chosen = _distinct(chosen.reshape(-1, ways, shots), available)  # [T, N, K+Q]
         order = _distinct(order.reshape(-1, shots, ways), ways)  # [T, K+Q, N]: labels
-        images = (source.starts[classes][..., None] + chosen).transpose(
-            0, 2, 1
-        )  # [T, K+Q, N] by class
-        images = np.take_along_axis(images, order, axis=2)
+        images = source.starts[classes][..., None] + chosen  # [T, N, K+Q] by class
+        images = np.take_along_axis(images.transpose(0, 2, 1), order, axis=2)  # [T, K+Q, N]
         turns = np.take_along_axis(turns[:, None], order, axis=2)
         support, query = np.s_[:, : self.num_support], np.s_[:, self.num_support :]
         return Batch(
@@ -245,7 +280,10 @@ class ImageGenerator(DataGenerator):
         )
 
     def _pixels(self, source: ClassImages, index: np.ndarray, turns: np.ndarray) -> np.ndarray:
-        """Images [T, shots, N] by their index, turned and flattened row by row: [T, shots*N, D] float32."""
+        """Images by their index, turned and flattened row by row: [T, shots*N, D] float32.
+
+        index: [T, shots, N]; turns: quarters counter-clockwise, alike.
+        """
         pixels = source.images[index]  # [T, shots, N, height, width, channels] uint8
         for quarter in (1, 2, 3) if self.rotate else ():
             turned = turns == quarter
@@ -259,20 +297,40 @@ class ImageGenerator(DataGenerator):
         return np.eye(ways, dtype=np.float32)[labels].reshape(tasks, shots * ways, ways)
 
 
+class OmniglotGenerator(ImageGenerator):
+    """The same with rotations, so that every character is four classes, and small images."""
+
+    updates_shown = 10
+    tasks_at_once = 20
+
+    def __init__(
+        self,
+        folders: Mapping[str, ClassImages],
+        num_classes: int,
+        num_support: int,
+        num_query: int,
+        rotate: bool = True,
+        seed: int = 0,
+        splits: Iterable[str] | None = None,
+    ):
+        super().__init__(folders, num_classes, num_support, num_query, rotate, seed, splits)
+
+
 def _check_shots(num_support: int, num_query: int):
+    """Raises ValueError if they are out of range."""
     if num_support < 1:
         raise ValueError(f'--update_batch_size must be at least 1, but it is {num_support}')
     if num_query < 0:
-        raise ValueError(
-            f'the number of query examples must not be negative, but it is {num_query}'
-        )
+        message = f'the number of query examples must not be negative, but it is {num_query}'
+        raise ValueError(message)
 
 
 def _distinct(uniform: np.ndarray, counts) -> np.ndarray:
-    """Draws without replacement, in random order: [..., size] uniform numbers -> distinct integers below `counts`.
+    """Draws without replacement, in random order: uniform numbers -> integers below `counts`.
 
-    `counts` is a number or [..., 1]. The i-th draw is one of the counts - i numbers that are left, first as its rank
-    among them (a Lehmer code); stepping over every earlier draw that is not greater turns the rank into the number.
+    uniform: [..., size], as the result; counts: a number or [..., 1]. The i-th draw is one of the
+    counts - i numbers that are left, first as its rank among them (a Lehmer code); stepping over
+    every earlier draw that is not greater turns the rank into the number.
     """
     size = uniform.shape[-1]
     draws = (uniform * (counts - np.arange(size))).astype(np.int64)
@@ -282,13 +340,76 @@ def _distinct(uniform: np.ndarray, counts) -> np.ndarray:
     return draws
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets
-# ---------------------------------------------------------------------------------------------------------------------
+# Pictures: [height, width, 3] uint8 ---------------------------------------------------------------
+
+MARGIN = 14  # pixels, for a line of text
+
+
+def task_picture(batch: Batch, image_shape: tuple[int, int, int], task: int = 0) -> np.ndarray:
+    """A task's support images above its query images, each below its label.
+
+    Both have a row for each of the first two shots.
+    batch: arrays; image_shape: (height, width, channels).
+    """
+    ways = batch.labela.shape[2]
+    first = np.s_[task, : 2 * ways]  # [examples, D] of the inputs, [examples, N] of the labels
+    support = batch.inputa[first], batch.labela[first]
+    query = batch.inputb[first], batch.labelb[first]
+    rows = sum(len(labels) // ways for _, labels in (support, query))
+    width, height = image_shape[1] + 4, image_shape[0] + MARGIN + 2  # of an image and its label
+    canvas = Image.new('RGB', (ways * width, rows * height + 2 * MARGIN), 'white')
+    top = 0
+    for title, (inputs, labels) in (('support', support), ('query', query)):
+        ImageDraw.Draw(canvas).text((2, top), title, fill='red')
+        top += MARGIN
+        for i, (image, label) in enumerate(zip(inputs, labels)):
+            corner = i % ways * width, top + i // ways * height
+            _paste(canvas, corner, image.reshape(image_shape), str(label.argmax()))
+        top += len(labels) // ways * height
+    return np.asarray(canvas)
+
+
+def _paste(canvas: Image.Image, corner: tuple[int, int], image: np.ndarray, label: str):
+    """Puts an image [height, width, channels], values 0 to 1, below its label."""
+    x, y = corner
+    pixels = np.broadcast_to(np.uint8(255 * image), (*image.shape[:2], 3))  # grey in colours
+    ImageDraw.Draw(canvas).text((x + 2, y), label, fill='black')
+    canvas.paste(Image.fromarray(np.ascontiguousarray(pixels)), (x, y + MARGIN))
+
+
+def fit_picture(
+    curves: dict[str, np.ndarray], points: np.ndarray, size: tuple[int, int] = (480, 320)
+) -> np.ndarray:
+    """Curves and points of a regression task, x in [-5, 5] and y in [-6, 6].
+
+    curves: {colour and name, as 'red truth': [n, 2]}; points: [K, 2]; size: (width, height).
+    """
+    canvas = Image.new('RGB', size, 'white')
+    draw = ImageDraw.Draw(canvas)
+    draw.line(_places(np.array([[-5, 0], [5, 0]]), size), fill='lightgray')
+    for i, (name, curve) in enumerate(curves.items()):
+        colour, _, text = name.partition(' ')
+        draw.line(_places(curve, size), fill=colour, width=2)
+        draw.text((4, 2 + i * MARGIN), text, fill=colour)
+    for x, y in _places(points, size):
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill='purple')
+    return np.asarray(canvas)
+
+
+def _places(points: np.ndarray, size: tuple[int, int]) -> list[tuple[float, float]]:
+    """Where points [n, 2] of the plane stand in a picture."""
+    width, height = size
+    places = (np.clip(points, -6, 6) * [1, -1] + [5, 6]) / [10, 12] * [width - 1, height - 1]
+    return [tuple(place) for place in places]
+
+
+# Data sets ----------------------------------------------------------------------------------------
+
+
 class ImageLayout(NamedTuple):
     """How a data set lies on disk, and how its images are to be stored."""
 
-    depth: int  # of a class folder below the data set's folder: 1 for <class>/, 2 for <Alphabet>/<character>/
+    depth: int  # of the class folders: 1 for <class>/, 2 for <Alphabet>/<character>/
     suffixes: tuple  # of its image files, lower case
     size: tuple  # (height, width) of the stored images
     mode: str  # Pillow mode they are converted to: 'L' (one channel) or 'RGB' (three)
@@ -324,9 +445,8 @@ MINIIMAGENET = ImageLayout(
 def folder_layout(image_size: int, channels: int) -> ImageLayout:
     """Of class folders of any images; channels: 1 (grey) or 3 (colour)."""
     Image.init()  # Pillow knows few of its formats before
-    suffixes = sorted(
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    )
+    formats = Image.registered_extensions().items()
+    suffixes = sorted(suffix for suffix, name in formats if name in Image.OPEN)
     return ImageLayout(
         depth=1,
         suffixes=tuple(suffixes),
@@ -339,7 +459,10 @@ def folder_layout(image_size: int, channels: int) -> ImageLayout:
 
 
 def run_layout(settings: Mapping) -> ImageLayout:
-    """For images given to a model that was trained with these flags (datasource, image_size, channels): any file, any size."""
+    """For images given to a trained model: any file, any size.
+
+    settings: the flags it was trained with, of which datasource, image_size and channels count.
+    """
     if settings['datasource'] == 'omniglot':
         return OMNIGLOT._replace(prepared=False, suffixes=folder_layout(28, 1).suffixes)
     if settings['datasource'] == 'miniimagenet':
@@ -348,42 +471,39 @@ def run_layout(settings: Mapping) -> ImageLayout:
 
 
 def load_omniglot(data_dir: str) -> dict[str, ClassImages]:
-    """The train, val and test classes of `data_dir/omniglot_resized/<Alphabet>/<character>/*.png` (28x28).
+    """The classes `data_dir/omniglot_resized/<Alphabet>/<character>/*.png` (28x28) of each split.
 
     Values are 1 - pixel / 255, so ink is 1. See split_classes for which character goes where.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: it is empty or has fewer than three classes, or an image is damaged or not 28x28.
+    Raises FileNotFoundError if there is no such folder, and ValueError if it is empty or has fewer
+    than three classes, or an image is damaged or not 28x28.
     """
     folder = Path(data_dir) / 'omniglot_resized'
     command = (
-        f'`python scripts/data/prepare_omniglot.py {_target(folder)}`, which downloads the archives unless it is '
-        'given a folder that has them by --source=FOLDER'
+        f'`python scripts/data/prepare_omniglot.py {_target(folder)}`, which downloads the '
+        'archives unless it is given a folder that has them by --source=FOLDER'
     )
     characters = load_class_folders(folder, OMNIGLOT, _cache_of(folder), command)
     if len(characters.names) < len(SPLITS):
         raise ValueError(
-            f'{folder} has only {len(characters.names)} character folders, but training, validation and '
-            f'test need at least one each; move it away and make it again with {command}'
+            f'{folder} has only {len(characters.names)} character folders, but training, '
+            'validation and test need at least one each; move it away and make it again with '
+            f'{command}'
         )
-    return {
-        split: characters.select(classes)
-        for split, classes in split_classes(len(characters.names)).items()
-    }
+    classes = split_classes(len(characters.names))
+    return {split: characters.select(chosen) for split, chosen in classes.items()}
 
 
 def load_miniimagenet(data_dir: str, splits: Iterable[str] = SPLITS) -> dict[str, ClassImages]:
-    """The classes of `data_dir/miniImagenet/<split>/<wnid>/*.jpg` (84x84, colour). Only `splits` need exist.
+    """The classes `data_dir/miniImagenet/<split>/<wnid>/*.jpg` (84x84, colour) of each split.
 
-    Raises:
-      FileNotFoundError: the folder of a split is missing.
-      ValueError: it is empty, or an image is damaged or not 84x84.
+    splits: those that are needed; other folders need not exist.
+    Raises FileNotFoundError if the folder of a split is missing, and ValueError if it is empty or
+    an image is damaged or not 84x84.
     """
     folder = Path(data_dir) / 'miniImagenet'
     command = (
-        f'`python scripts/data/prepare_miniimagenet.py --source=FOLDER {_target(folder)}`, where FOLDER holds the '
-        'images and the csv files of the splits'
+        f'`python scripts/data/prepare_miniimagenet.py --source=FOLDER {_target(folder)}`, where '
+        'FOLDER holds the images and the csv files of the splits'
     )
     return {
         split: load_class_folders(folder / split, MINIIMAGENET, _cache_of(folder, split), command)
@@ -395,22 +515,19 @@ def load_folder(
     folder: str,
     image_size: int = 84,
     channels: int = 3,
-    shares: Sequence[float] = (0.64, 0.16, 0.2),
+    proportions: Sequence[float] = (0.64, 0.16, 0.2),
     splits: Iterable[str] = SPLITS,
 ) -> dict[str, ClassImages]:
-    """The classes of `folder/<split>/<class>/*`, or of `folder/<class>/*`, shared out among train, val and test.
+    """The classes `folder/<split>/<class>/*`, or `folder/<class>/*` dealt out, of each split.
 
-    Any format that Pillow reads; images become image_size x image_size whatever their shape was, grey (channels 1) or
-    colour (3), transparency white. The pixels are kept beside the folder.
+    Any format that Pillow reads; images become image_size x image_size whatever their shape was,
+    grey (channels 1) or colour (3), transparency white. The pixels are kept beside the folder.
 
-    Args:
-      shares: of the classes that train, val and test get, in proportion; at least one class each. Which class goes
-        where depends on the classes' names alone. Without effect if there are folders for the splits.
-      splits: those that are needed; other folders need not exist.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: it is empty or has fewer than three classes, or an image cannot be read.
+    proportions: what train, val and test get of the classes; at least one class each. Which class
+    goes where depends on the classes' names alone. Without effect if the splits have folders.
+    splits: those that are needed; other folders need not exist.
+    Raises FileNotFoundError if there is no such folder, and ValueError if it is empty or has fewer
+    than three classes, or an image cannot be read.
     """
     folder, layout = Path(folder), folder_layout(image_size, channels)
     kind = f'{image_size}x{image_size}x{channels}'
@@ -420,43 +537,47 @@ def load_folder(
             for split in splits
         }
     classes = load_class_folders(folder, layout, _cache_of(folder, kind))
-    if len(classes.names) < len(SPLITS):
+    count = len(classes.names)
+    if count < len(SPLITS):
         raise ValueError(
-            f'{folder} has only {len(classes.names)} class folders, but training, validation and test need at '
+            f'{folder} has only {count} class folders, but training, validation and test need at '
             'least one each'
         )
-    total = sum(shares)
-    val, test = (max(1, round(len(classes.names) * share / total)) for share in shares[1:])
-    return {
-        split: classes.select(chosen)
-        for split, chosen in _share_out(len(classes.names), val, test).items()
-    }
+    dealt = _deal_out(count, *_held_out(count, proportions))
+    return {split: classes.select(chosen) for split, chosen in dealt.items()}
 
 
 def _target(folder: Path) -> str:
+    """The flag of the scripts that prepare the data, for messages."""
     return f'--target={shlex.quote(str(folder))}'
 
 
 def _cache_of(folder: Path, *parts: str) -> Path:
-    """Beside the folder, not in it: what is in it belongs to the scripts that prepare the data."""
+    """Beside the folder: what is in it belongs to the user, or to what prepares the data."""
     return folder.with_name('.'.join((folder.name, *parts, 'cache')))
 
 
 def split_classes(num_classes: int) -> dict[str, list[int]]:
-    """Which of the sorted classes of Omniglot belong to which split: shuffled by a fixed seed, then cut.
+    """Which of the sorted classes of Omniglot belong to which split: shuffled, then cut.
 
-    The 1623 official characters give 1100 train, 100 val and 423 test classes; any set of at least 1201 the same 1100
-    and 100, and the rest for test. A smaller set (of at least 3 classes) is shared out in the proportions
-    1100 : 100 : 423, at least one class each.
+    The 1623 official characters give 1100 train, 100 val and 423 test classes; any set of at least
+    1201 the same 1100 and 100, and the rest for test. A smaller set (of at least 3 classes) is
+    dealt out in the proportions 1100 : 100 : 423, at least one class each.
     """
-    val, test = 100, num_classes - 1200
-    if num_classes < 1201:
-        val, test = (max(1, round(num_classes * share / 1623)) for share in (100, 423))
-    return _share_out(num_classes, val, test)
+    if num_classes >= 1201:
+        return _deal_out(num_classes, val=100, test=num_classes - 1200)
+    return _deal_out(num_classes, *_held_out(num_classes, (1100, 100, 423)))
 
 
-def _share_out(num_classes: int, val: int, test: int) -> dict[str, list[int]]:
-    """A shuffle with a fixed seed, cut into train, val and test, of which train gets what is left, and at least one."""
+def _held_out(num_classes: int, proportions: Sequence[float]) -> tuple[int, int]:
+    """How many classes val and test get, at least one each; proportions: of train, val and test."""
+    total = sum(proportions)
+    val, test = (max(1, round(num_classes * part / total)) for part in proportions[1:])
+    return val, test
+
+
+def _deal_out(num_classes: int, val: int, test: int) -> dict[str, list[int]]:
+    """A shuffle with a fixed seed, cut; train gets what val and test leave, and at least one."""
     order = list(range(num_classes))
     random.Random(1).shuffle(order)
     train = max(1, num_classes - val - test)
@@ -464,9 +585,8 @@ def _share_out(num_classes: int, val: int, test: int) -> dict[str, list[int]]:
     return {'train': order[:train], 'val': order[train : train + val], 'test': order[train + val :]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Class folders, decoded once
-# ---------------------------------------------------------------------------------------------------------------------
+# Class folders, decoded once ----------------------------------------------------------------------
+
 CACHE_FORMAT = 2  # raise it when what the cache holds changes
 CHUNK = 256  # images decoded, written and checksummed together
 
@@ -474,71 +594,65 @@ CHUNK = 256  # images decoded, written and checksummed together
 def load_class_folders(
     folder: Path, layout: ImageLayout, cache: Path, command: str | None = None
 ) -> ClassImages:
-    """All images of a folder of class folders, sorted by class and file name; hidden and stray files are ignored.
+    """All images of a folder of class folders, sorted by class and file name.
 
-    They come from the cache if that matches the files (names, sizes, times of change) and its own checksums. Otherwise
-    they are decoded, and the cache is written if it can be.
+    Hidden and stray files are ignored. The images come from the cache if that matches the files
+    (names, sizes, times of change) and its own checksums. Otherwise they are decoded, and the
+    cache is written if it can be.
 
-    Args:
-      folder: the data set, or one split of it.
-      layout: how it lies on disk.
-      cache: the folder for the decoded images.
-      command: what makes the data, for the error messages; None if it is the user's own.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: it holds no classes, a class holds no images, or an image is damaged or has another size.
+    folder: the data set, or one split of it; layout: how it lies on disk.
+    cache: the folder for the decoded images.
+    command: what makes the data, for the error messages; None if it is the user's own.
+    Raises FileNotFoundError if there is no such folder, and ValueError if it holds no classes, a
+    class holds no images, or an image is damaged or has another size.
     """
-    again = f'move {folder} away and make it again with {command}'
     if not folder.is_dir():
-        remedy = (
-            f'make it with {command}'
-            if command
-            else 'give --data_dir the folder that holds a folder of images for each class'
-        )
+        own = 'give --data_dir the folder that holds a folder of images for each class'
+        remedy = f'make it with {command}' if command else own
         raise FileNotFoundError(f'there is no folder {folder}; {remedy}')
-    classes = {
-        name: _image_files(path, layout) for name, path in _class_folders(folder, layout.depth)
-    }
+    found = _class_folders(folder, layout.depth)
+    classes = {name: _image_files(path, layout) for name, path in found}
+    _check_classes(classes, folder, layout, command)
+    files = [file for images in classes.values() for file in images]
+    images = _cached_images(folder, layout, cache, files, command)
+    counts = np.array([len(files) for files in classes.values()])
+    return ClassImages(str(folder), list(classes), np.cumsum(counts) - counts, counts, images)
+
+
+def _check_classes(classes: dict, folder: Path, layout: ImageLayout, command: str | None):
+    """Raises ValueError if there are none, or one holds no images; classes: {name: files}."""
+    again = f'move {folder} away and make it again with {command}'
     if not classes:
-        raise ValueError(
-            f'{folder} holds no class folders; {again if command else "it needs a folder of images for each class"}'
-        )
+        remedy = again if command else 'it needs a folder of images for each class'
+        raise ValueError(f'{folder} holds no class folders; {remedy}')
     for name, files in classes.items():
         if not files and command:
             raise ValueError(
-                f'{folder / name} holds no images ({", ".join(layout.suffixes)}); remove it if it is no class, or {again}'
+                f'{folder / name} holds no images ({", ".join(layout.suffixes)}); remove it if it '
+                f'is no class, or {again}'
             )
         if not files:
             raise ValueError(
-                f'{folder / name} holds no images of a format that Pillow reads; add some, or remove it if it is no class'
+                f'{folder / name} holds no images of a format that Pillow reads; add some, or '
+                'remove it if it is no class'
             )
-    counts = np.array([len(files) for files in classes.values()])
-    images = _cached_images(
-        folder, layout, cache, [file for files in classes.values() for file in files], command
-    )
-    return ClassImages(str(folder), list(classes), np.cumsum(counts) - counts, counts, images)
 
 
 def _visible(folder: str) -> list[os.DirEntry]:
     """The entries of a folder, without the hidden ones, sorted by name."""
     with os.scandir(folder) as entries:
-        return sorted(
-            (entry for entry in entries if not entry.name.startswith('.')),
-            key=lambda entry: entry.name,
-        )
+        visible = [entry for entry in entries if not entry.name.startswith('.')]
+    return sorted(visible, key=lambda entry: entry.name)
 
 
 def _class_folders(folder: Path, depth: int) -> list[tuple[str, str]]:
-    """(name relative to folder, path) of the folders `depth` levels below, sorted level by level."""
+    """(name relative to folder, path) of those `depth` levels below, sorted level by level."""
     found = [('', str(folder))]
     for _ in range(depth):
-        found = [
-            (f'{name}/{entry.name}'.lstrip('/'), entry.path)
-            for name, path in found
-            for entry in _visible(path)
-            if entry.is_dir()
-        ]
+        parents, found = found, []
+        for parent, path in parents:
+            folders = [entry for entry in _visible(path) if entry.is_dir()]
+            found += [(f'{parent}/{entry.name}'.lstrip('/'), entry.path) for entry in folders]
     return found
 
 
@@ -548,19 +662,20 @@ def image_files(folder: str | Path, layout: ImageLayout) -> list[str]:
 
 
 def _image_files(folder: str, layout: ImageLayout) -> list[os.DirEntry]:
-    return [
-        entry
-        for entry in _visible(folder)
-        if entry.name.lower().endswith(layout.suffixes) and entry.is_file()
-    ]
+    """The same as entries, which know the size and the time of change."""
+    files = [entry for entry in _visible(folder) if entry.name.lower().endswith(layout.suffixes)]
+    return [entry for entry in files if entry.is_file()]
 
 
 def _cached_images(
     folder: Path, layout: ImageLayout, cache: Path, files: list[os.DirEntry], command: str | None
 ) -> np.ndarray:
-    """The images of `files` in order, [total, height, width, channels] uint8: mapped from the cache, else decoded."""
+    """The images of `files` in order, mapped from the cache, else decoded.
 
-    def blocks() -> Iterator[np.ndarray]:
+    Returns [total, height, width, channels] uint8.
+    """
+
+    def decoded() -> Iterator[np.ndarray]:
         print(f'Decoding the {len(files)} images of {folder}.', file=sys.stderr, flush=True)
         return _decode_all(files, lambda file: read_image(file.path, layout, command))
 
@@ -568,18 +683,18 @@ def _cached_images(
     images = _read_cache(cache, key, shape)
     if images is None:
         try:
-            _write_cache(cache, key, blocks())
+            _write_cache(cache, key, decoded())
             images = _read_cache(cache, key, shape)
         except OSError as error:
             print(
-                f'The decoded images cannot be kept in {cache} ({error.strerror or error}); they will be decoded at '
-                'every start.',
+                f'The decoded images cannot be kept in {cache} ({error.strerror or error}); they '
+                'will be decoded at every start.',
                 file=sys.stderr,
             )
     if images is None:
         images = np.empty(shape, np.uint8)
-        for part, block in zip(_chunks(images), blocks()):
-            part[:] = block
+        for place, chunk in zip(_chunks(images), decoded()):
+            place[:] = chunk
     return images
 
 
@@ -613,21 +728,18 @@ def _read_cache(cache: Path, key: str, shape: tuple) -> np.ndarray | None:
         return None
 
 
-def _write_cache(cache: Path, key: str, blocks: Iterator[np.ndarray]):
-    """Write the blocks as they come, so that data larger than memory will do, and rename into place at the end.
+def _write_cache(cache: Path, key: str, chunks: Iterator[np.ndarray]):
+    """Writes the chunks as they come, so that data larger than memory will do.
 
-    The index, which holds the checksums of the images, goes last: whatever happens before, they do not match.
+    The files get their names at the end, and the index, which holds the checksums of the images,
+    goes last: whatever happens before, they do not match.
     """
     images, index = (cache / f'{name}.{os.getpid()}.tmp' for name in ('images.raw', 'index.json'))
     try:
         cache.mkdir(exist_ok=True)
-        for leftover in cache.glob(
-            '*.tmp'
-        ):  # of a process that was killed; a live one writes all the time
-            if time.time() - leftover.stat().st_mtime > 3600:
-                leftover.unlink()
+        _remove_leftovers(cache)
         with open(images, 'wb') as file:
-            checksums = [zlib.crc32(block) for block in blocks if file.write(block)]
+            checksums = [zlib.crc32(chunk) for chunk in chunks if file.write(chunk)]
         index.write_text(json.dumps({'key': key, 'checksums': checksums}))
         images.replace(cache / 'images.raw')
         index.replace(cache / 'index.json')
@@ -638,65 +750,81 @@ def _write_cache(cache: Path, key: str, blocks: Iterator[np.ndarray]):
             cache.rmdir()  # only if nothing is in it
 
 
+def _remove_leftovers(cache: Path):
+    """Removes the files of processes that were killed; a live one writes all the time."""
+    for leftover in cache.glob('*.tmp'):
+        if time.time() - leftover.stat().st_mtime > 3600:
+            leftover.unlink()
+
+
 def _decode_all(
     files: list[os.DirEntry], decode: Callable[[os.DirEntry], np.ndarray]
 ) -> Iterator[np.ndarray]:
-    """Yield the decoded files in blocks [CHUNK, height, width, channels] uint8, by all cores, showing the progress."""
+    """Yields the decoded files, [CHUNK, height, width, channels] uint8, showing the progress.
+
+    All cores decode, some chunks ahead: if all were, those that wait would fill the memory.
+    """
+
+    def decode_chunk(chunk: list[os.DirEntry]) -> np.ndarray:
+        return np.stack([decode(file) for file in chunk])
+
     chunks, cores, done = _chunks(files), _cores(), 0
     with ThreadPoolExecutor(cores) as pool:
-        for first in range(
-            0, len(chunks), 8 * cores
-        ):  # not all at once: the blocks that wait would fill the memory
-            for block in pool.map(
-                lambda chunk: np.stack([*map(decode, chunk)]), chunks[first : first + 8 * cores]
-            ):
-                yield block
-                done += len(block)
+        for first in range(0, len(chunks), 8 * cores):
+            for images in pool.map(decode_chunk, chunks[first : first + 8 * cores]):
+                yield images
+                done += len(images)
                 if sys.stderr.isatty():
-                    print(
-                        f'{done} of {len(files)}',
-                        end='\n' if done == len(files) else '\r',
-                        file=sys.stderr,
-                    )
+                    end = '\n' if done == len(files) else '\r'
+                    print(f'{done} of {len(files)}', end=end, file=sys.stderr)
 
 
 def read_image(path: str, layout: ImageLayout, command: str | None = None) -> np.ndarray:
-    """One image, [height, width, channels] uint8; `command` as for load_class_folders.
+    """One image, [height, width, channels] uint8; command: as for load_class_folders.
 
-    Raises:
-      ValueError: it cannot be decoded, or is not of the layout's size if that is for prepared images.
+    Raises ValueError if it cannot be decoded, or is not of the layout's size if that is for
+    prepared images.
     """
     again = f', or move the data away and make it again with {command}' if command else ''
+    remedy = f'replace it{again or " or remove it"}'
     try:
         with Image.open(path) as image:
-            size, mode = image.size[::-1], image.mode
-            fits = mode not in ('I', 'F') and not (
-                layout.prepared and (size != layout.size or mode.startswith('I;'))
-            )
+            size, mode, fits = image.size[::-1], image.mode, _fits(image, layout)
             pixels = _pixels(image, layout) if fits else None
-    except (
-        Exception
-    ) as error:  # Pillow raises OSError, SyntaxError, struct.error and others on damaged files
-        raise ValueError(
-            f'{path} cannot be decoded ({error}); replace it{again or " or remove it"}'
-        ) from error
-    if not fits:  # the modes have more than 8 bits
+    except Exception as error:  # on damaged files OSError, SyntaxError, struct.error and others
+        raise ValueError(f'{path} cannot be decoded ({error}); {remedy}') from error
+    if not fits:
         expected = '{}x{} with at most 8'.format(*layout.size) if layout.prepared else 'at most 16'
         raise ValueError(
-            f'{path} is {size[0]}x{size[1]} of mode {mode}, but images of {expected} bits per channel are '
-            f'expected; replace it{again or " or remove it"}'
+            f'{path} is {size[0]}x{size[1]} of mode {mode}, but images of {expected} bits per '
+            f'channel are expected; {remedy}'
         )
     return ~pixels if layout.invert else pixels
 
 
+def _fits(image: Image.Image, layout: ImageLayout) -> bool:
+    """Whether an image has the layout's size, if that is for prepared images, and few enough bits.
+
+    I and F are Pillow's modes of 32 bits, those that begin with I; have 16.
+    """
+    if image.mode in ('I', 'F'):
+        return False
+    fits = image.size[::-1] == layout.size and not image.mode.startswith('I;')
+    return fits or not layout.prepared
+
+
 def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:
-    """The way up that a camera noted, on white where it is transparent, [height, width, channels] uint8."""
+    """Converted to the layout: [height, width, channels] uint8.
+
+    The way up that a camera noted, and on white where it is transparent.
+    """
     if not layout.prepared:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I;'):  # 16 bits, which Pillow's conversion would cut off at 255
         image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
     if image.has_transparency_data and not layout.prepared:
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+        white = Image.new('RGBA', image.size, 'white')
+        image = Image.alpha_composite(white, image.convert('RGBA'))
     image = image.convert(layout.mode)
     if image.size[::-1] != layout.size:
         image = image.resize(layout.size[::-1], layout.resampling)
@@ -704,64 +832,12 @@ def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:
 
 
 def _chunks(items: Sequence) -> list[Sequence]:
+    """Successive stretches of CHUNK items, the last one of what is left."""
     return [items[first : first + CHUNK] for first in range(0, len(items), CHUNK)]
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
-# Pictures of tasks for TensorBoard: [height, width, 3] uint8 --------------------------------------
-
-MARGIN = 14  # pixels, for a line of text
-
-
-def task_picture(batch: Batch, image_shape: tuple[int, int, int], task: int = 0) -> np.ndarray:
-    """A task's support images, a row for each of the first two shots, above its query images alike; labels above images.
-
-    batch: arrays; image_shape: (height, width, channels).
-    """
-    height, width, channels = image_shape
-    ways, gap = batch.labela.shape[2], MARGIN + 2
-    parts = [
-        (inputs[task, : 2 * ways], labels[task, : 2 * ways])  # [examples, D], [examples, N]
-        for inputs, labels in [(batch.inputa, batch.labela), (batch.inputb, batch.labelb)]
-    ]
-    rows = [len(labels) // ways for _, labels in parts]
-    canvas = Image.new(
-        'RGB', (ways * (width + 4), sum(rows) * (height + gap) + 2 * MARGIN), 'white'
-    )
-    draw, top = ImageDraw.Draw(canvas), 0
-    for title, (inputs, labels) in zip(('support', 'query'), parts):
-        draw.text((2, top), title, fill='red')
-        top += MARGIN
-        for i, (image, label) in enumerate(zip(inputs, labels)):
-            x, y = i % ways * (width + 4), top + i // ways * (height + gap)
-            pixels = np.broadcast_to(
-                np.uint8(255 * image.reshape(height, width, channels)), (height, width, 3)
-            )
-            draw.text((x + 2, y), str(label.argmax()), fill='black')
-            canvas.paste(Image.fromarray(np.ascontiguousarray(pixels)), (x, y + MARGIN))
-        top += len(labels) // ways * (height + gap)
-    return np.asarray(canvas)
-
-
-def fit_picture(
-    curves: dict[str, np.ndarray], points: np.ndarray, size: tuple[int, int] = (480, 320)
-) -> np.ndarray:
-    """Curves {colour and name, as 'red truth': [n, 2]} and points [K, 2] of a regression task; x in [-5, 5], y in [-6, 6]."""
-    canvas = Image.new('RGB', size, 'white')
-    draw = ImageDraw.Draw(canvas)
-
-    def place(xy):
-        scaled = (np.clip(xy, -6, 6) * [1, -1] + [5, 6]) / [10, 12]  # 0 to 1
-        return [tuple(point) for point in scaled * [size[0] - 1, size[1] - 1]]
-
-    draw.line(place(np.array([[-5, 0], [5, 0]])), fill='lightgray')
-    for i, (name, curve) in enumerate(curves.items()):
-        colour, _, text = name.partition(' ')
-        draw.line(place(curve), fill=colour, width=2)
-        draw.text((4, 2 + i * MARGIN), text, fill=colour)
-    for x, y in place(points):
-        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill='purple')
-    return np.asarray(canvas)
+    """How many this process may use, which not every system tells."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

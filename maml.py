@@ -1,7 +1,8 @@
 """Model-agnostic meta-learning (Finn, Abbeel and Levine, ICML 2017).
 
-Networks; the algorithm, class MAML, as the paper has it; how it is run fast, class FastMAML; arrays
-in and arrays out, class Learner; and the model that the command line's settings describe.
+Networks; the algorithm, class MAML, as the paper has it; how it is run fast, class FastMAML; the
+training loop, class Trainer; arrays in and arrays out, class Learner; and the model that the
+command line's settings describe.
 
 The task axis is explicit. After the first inner step each task has weights of its own, so weights
 are [T, ...] like the data, and every layer acts on all T tasks of a meta-batch at once. "a" is the
@@ -9,7 +10,8 @@ support set (inner gradient), "b" the query set (outer gradient).
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,18 +40,19 @@ from utils import (
     Replicas,
     accuracy,
     checkpoints,
+    confidence,
     cross_entropy,
     graph,
+    machine,
     mean_squared_error,
     piece,
     read_checkpoint,
     read_run_state,
+    write_checkpoint,
 )
 
 IMAGE_SHAPES = {'omniglot': (28, 1), 'miniimagenet': (84, 3)}  # height = width, channels
-Tensors = dict[
-    str, tf.Tensor
-]  # weights of tasks, {name: [T, ...] or Shared}, or norms, {name: [...]}
+Tensors = dict[str, tf.Tensor]  # weights, {name: [T, ...] or Shared}, or norms, {name: [...]}
 Arrays = dict[str, np.ndarray]  # weights of a task, {name: [...]}; of several, {name: [T, ...]}
 Leading = int | tf.Tensor | None  # how many examples give batch normalisation its statistics
 
@@ -241,6 +244,12 @@ class Results(NamedTuple):
     outputa: tf.Tensor  # [T, examples, out], support, before any update
     outputsb: tf.Tensor  # [J, T, examples, out], query, after update 1...J
 
+    def of(self, objective: str) -> tuple:
+        """'loss' or 'accuracy' of each task, before any update and after each: [T] and [J, T]."""
+        if objective == 'loss':
+            return self.loss1, self.losses2
+        return self.accuracy1, self.accuracies2
+
 
 TASK_AXIS = Results(loss1=0, losses2=1, accuracy1=0, accuracies2=1, outputa=0, outputsb=1)
 
@@ -297,13 +306,17 @@ class MAML(tf.Module):
         """All that the outer loop learns: weights, then normalisation parameters."""
         return [*self.weights.values(), *self.norms.values()]
 
-    # Algorithm 1 (and 2, for regression), line by line. Lines 3 and 4, sampling the tasks, are
-    # data_generator.py's.
+    def is_finite(self) -> bool:
+        """Whether all parameters are numbers."""
+        return all(np.isfinite(parameter.numpy()).all() for parameter in self.parameters)
+
+    # Algorithm 2, line by line; Algorithm 1's lines in brackets. Lines 3 to 5 and 8, which sample
+    # tasks and examples, are data_generator.py's.
 
     def update(
         self, weights: Tensors, norms: Tensors, x: tf.Tensor, y: tf.Tensor, lr=None
     ) -> Tensors:
-        """θ' = θ − α ∇_θ L_Ti(f_θ): lines 5 to 7 (6) and equation 1, for every task Ti.
+        """θ' = θ − α ∇_θ L_Ti(f_θ): lines 6 and 7 (5 and 6), for every task Ti.
 
         weights: θ, {name: [T, ...]}; x: prepared support inputs; y: labels [T, examples, out];
         lr: α, `update_lr` if None. Returns θ', {name: [T, ...]}.
@@ -547,10 +560,7 @@ class FastMAML(MAML):
         return Results(*map(tf.concat, zip(*parts), TASK_AXIS))
 
     def evaluate_together(self, batch: Batch, num_updates: int, transductive: bool = True):
-        """As `evaluate`, each replica its part; without outputs if there are several.
-
-        batch: this process's tasks; returns the results of all.
-        """
+        """Of this process's tasks to the results of all; without outputs if there are replicas."""
         if not self.replicas.strategy:
             return self.evaluate(batch, num_updates, transductive)
         table = self._evaluate_replicas(self.replicas.place(batch), num_updates, transductive)
@@ -611,15 +621,11 @@ class FastMAML(MAML):
 
     def agree(self):
         """Gives the model of every process the variables of the first one's."""
-        adams = self.metatrain_optimizer.variables + self.pretrain_optimizer.variables
-        variables = [*self.parameters, *adams]
+        optimizers = (self.metatrain_optimizer, self.pretrain_optimizer)
+        variables = [*self.parameters, *(v for adam in optimizers for v in adam.variables)]
         values = self.replicas.agree([variable.numpy() for variable in variables])
         for variable, value in zip(variables, values):
             variable.assign(value)
-
-    def is_finite(self) -> bool:
-        """Whether all parameters are numbers."""
-        return all(np.isfinite(parameter.numpy()).all() for parameter in self.parameters)
 
     def restore(self, path: str) -> bool:
         """Loads a checkpoint of this program, or the weights in one of the TensorFlow 1 original.
@@ -703,6 +709,270 @@ def chunks(batch: Batch) -> list[Batch]:
     equal = max(n for n in range(1, most + 1) if tasks % n == 0)
     each = equal if 2 * equal >= most else most
     return [Batch(*(values[i : i + each] for values in batch)) for i in range(0, tasks, each)]
+
+
+# Training -----------------------------------------------------------------------------------------
+
+GROUP = 10  # blocks of tiny meta-batches that are drawn together
+
+
+class Schedule(NamedTuple):
+    """When a training run does what, in iterations, that is, outer steps."""
+
+    pretrain: int  # iterations of joint training, which come before meta-training
+    end: int  # iterations of both
+    summary: int = 100  # between summaries of what adaptation does to a training meta-batch
+    picture: int = 5000  # between pictures, a multiple of the former
+    validation: int = 500  # between validations, likewise
+    save: int = 1000  # between checkpoints, likewise
+
+    def stretches(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Cuts start...end into (first, last + 1) that nothing interrupts.
+
+        Summaries come before, checkpoints and validations after the first iteration of an
+        interval, and pre-training ends with iteration `pretrain` - 1.
+        """
+        while start < end:
+            stop = (start // self.summary + 1) * self.summary
+            if start % self.save == 0:
+                stop = start + 1
+            stop = min(stop, end, self.pretrain if start < self.pretrain else end)
+            yield start, stop
+            start = stop
+
+
+class Diverged(Exception):
+    """The loss, or a weight, is no longer a number; the text is one sentence for the user."""
+
+
+class Observer:
+    """What a Trainer tells of its run: nothing happens here. main.Log prints and writes summaries.
+
+    Attribute: shows_pictures, whether pictures are to be made at all.
+    """
+
+    shows_pictures = False
+
+    def training(self, results: Results, iteration: int):
+        """What adaptation does to the meta-batch of an iteration, before its outer step."""
+
+    def validation(self, results: Results, interval: float, iteration: int):
+        """What it does to the validation tasks; interval: half of the accuracy's 95 % interval."""
+
+    def picture(self, name: str, picture: np.ndarray, iteration: int):
+        """A picture of a task, [height, width, 3] uint8."""
+
+    def steps(self, first: int, last: int, loss: float):
+        """The iterations first...last-1 are done, the last one with this loss."""
+
+    def line(self, text: str):
+        """Something else to tell."""
+
+    def flush(self):
+        """A checkpoint follows: what was told so far is to be on the disk. Raises OSError."""
+
+    def state(self) -> dict:
+        """What the checkpoint is to keep of this, as JSON."""
+        return {}
+
+
+class Trainer:
+    """The training loop: outer steps, and between them summaries, validations and checkpoints.
+
+    model: a FastMAML. sources: {'train': ...} and, if that one validates, {'val': ...}; each a
+    data_generator.DataGenerator or what has its attributes and methods. tasks: T. schedule: a
+    Schedule. folder: of the checkpoints; it exists. log: an Observer. start: the first iteration,
+    and state: of the checkpoint before it, if training continues. settings: what checkpoints keep
+    of how the model was made. validation_tasks: how many a validation takes.
+    Raises ValueError if the model's replicas cannot have equally many tasks.
+    """
+
+    def __init__(
+        self,
+        model: FastMAML,
+        sources: dict,
+        tasks: int,
+        schedule: Schedule,
+        folder: str | Path,
+        log: Observer | None = None,
+        start: int = 0,
+        state: dict | None = None,
+        settings: dict | None = None,
+        validation_tasks: int = 100,
+    ):
+        self.model, self.sources, self.tasks, self.schedule = model, sources, tasks, schedule
+        self.folder, self.log, self.start = Path(folder), log or Observer(), start
+        self.settings, self.validation_tasks = settings or {}, validation_tasks
+        self.source, self.replicas = sources['train'], model.replicas
+        self.slice = self.replicas.slice_of(tasks)  # of the tasks, which this process draws
+        self.updates = max(model.num_updates, self.source.updates_shown)  # that are evaluated
+        self.saved = start - 1  # iteration of the newest checkpoint
+        # Of the best validation: {'iteration', 'accuracy', 'interval'}.
+        self.best = (state or {}).get('best')
+
+    def run(self, stopped: Callable = lambda: False, watch: Callable = iter) -> int:
+        """Trains to the end of the schedule, or until `stopped()` in one of the processes.
+
+        watch: wraps the iterator of the data. Returns the number of iterations done. Raises
+        Diverged, and OSError if something cannot be written.
+        """
+        end, block = self.schedule.end, self.source.iterations_at_once
+        for origin, batches in watch(self.batches()):
+            begin = max(origin, self.start)
+            for first, last in self.schedule.stretches(begin, min(origin + block, end)):
+                if first % self.schedule.summary == 0:
+                    self.summarize(Batch(*(values.numpy() for values in batches)), origin, first)
+                self.steps(batches, origin, first, last)
+                if last < end and self.replicas.any(stopped(), last):
+                    if self.saved != last - 1:
+                        self.save(last - 1)
+                    return last
+        return end
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """Blocks of training meta-batches [block, T, ...] with the iteration of the first.
+
+        The next ones are drawn while those before are in use. Blocks begin at multiples of their
+        length, wherever a run is continued: then all is as if it had not been interrupted. Small
+        ones are drawn ten at a time, since Python's lock makes the loop wait at either's start.
+        """
+        block = self.source.iterations_at_once
+        group = GROUP * block if block > 1 else 1
+
+        def draw(origin: int) -> list[tuple[int, Batch]]:
+            drawn = self.source.batches('train', origin, group, self.tasks, self.slice)
+            blocks = []
+            for i in range(0, group, block):
+                batch = Batch(*(tf.constant(array[i : i + block]) for array in drawn))
+                blocks.append((origin + i, batch))
+            return blocks
+
+        start, end = self.start, self.schedule.end
+        for blocks in ahead(draw, range(start // group * group, end, group)):
+            for origin, batch in blocks:
+                if origin + block > start and origin < end:
+                    yield origin, batch
+
+    def summarize(self, batches: Batch, origin: int, iteration: int):
+        """Tells what adaptation does to the meta-batch of an iteration; batches: arrays."""
+        batch = Batch(*(values[iteration - origin] for values in batches))
+        self.log.training(self.model.evaluate_together(batch, self.updates), iteration)
+        if iteration % self.schedule.picture == 0 and self.log.shows_pictures:
+            picture = self.source.picture(batch, self.outputs)
+            self.log.picture(self.source.picture_name, picture, iteration)
+
+    def outputs(self, batch: Batch) -> np.ndarray:
+        """On the query set after each update, [J, T, examples, out]."""
+        return self.model.evaluate(batch, self.updates).outputsb.numpy()
+
+    def steps(self, batches: Batch, origin: int, first: int, last: int):
+        """The iterations first...last-1, and what is due after them."""
+        positions, pretrain = (first - origin, last - origin), first < self.schedule.pretrain
+        done, loss = self.model.steps(batches, *positions, pretrain=pretrain)
+        if not np.isfinite(loss):
+            self.stop(f'the loss is {loss} in iteration {origin + done - 1}')
+        self.after(first, last, loss)
+
+    def after(self, first: int, last: int, loss: float):
+        """What is due after the iterations first...last-1."""
+        schedule = self.schedule
+        self.log.steps(first, last, loss)
+        if first % schedule.validation == 0 and first != 0 and self.source.validates:
+            self.validate(first)
+        if first % schedule.save == 0 and first != 0 or last == schedule.end:
+            self.save(last - 1)
+
+    def validate(self, iteration: int):
+        """Validation tasks, the same every time; keeps the checkpoint with the best accuracy."""
+        results = self.validation_results()
+        accuracies = results.accuracies2[self.model.num_updates - 1]  # [tasks]
+        accuracy, interval = float(np.mean(accuracies)), float(confidence(accuracies))
+        self.log.validation(results, interval, iteration)
+        if self.best is None or accuracy > self.best['accuracy']:
+            self.best = {'iteration': iteration, 'accuracy': accuracy, 'interval': interval}
+            self.save(iteration, 'best')
+            verdict = 'the best so far'
+        else:
+            best, at = self.best['accuracy'], self.best['iteration']
+            verdict = f'the best was {best:.4f} at iteration {at}'
+        shown = f'{accuracy:.4f} +- {interval:.4f}, {verdict}.'
+        self.log.line(f'Accuracy on {self.validation_tasks} validation tasks: {shown}')
+
+    def validation_results(self) -> Results:
+        """Of as many tasks as a meta-batch has at a time, for which the evaluation is compiled."""
+        whole = -(-self.validation_tasks // self.tasks) * self.tasks
+        parts = []
+        for i in range(0, whole, self.tasks):
+            tasks = slice(i + self.slice.start, i + self.slice.stop)
+            batch = self.sources['val'].batch('val', 0, whole, tasks)
+            parts.append(self.model.evaluate_together(batch, self.updates))
+        kept = range(self.validation_tasks)
+        joined = map(np.concatenate, zip(*parts), TASK_AXIS)
+        return Results(*(values.take(kept, axis) for values, axis in zip(joined, TASK_AXIS)))
+
+    def save(self, iteration: int, kind: str = 'model'):
+        """Writes a checkpoint, after what was told: nothing is missing when the run continues.
+
+        Raises OSError, and Diverged if a weight is not a number.
+        """
+        if not self.model.is_finite():
+            self.stop(f'a weight is not a number after iteration {iteration}')
+        if not self.replicas.is_chief:
+            return
+        self.log.flush()
+        pretraining = iteration < self.schedule.pretrain
+        checkpoint = self.model.pretrain_checkpoint if pretraining else self.model.checkpoint
+        state = {'flags': self.settings, 'best': self.best, 'machine': machine()}
+        write_checkpoint(checkpoint, self.folder, iteration, state | self.log.state(), kind)
+        if kind == 'model':
+            self.saved = iteration
+
+    def stop(self, what: str):
+        """Raises Diverged."""
+        last = f'{self.folder}/model{self.saved} is the last good checkpoint'
+        if self.saved < 0:
+            last = 'there is no checkpoint yet'
+        raise Diverged(
+            f'{what}, so training has stopped; {last}. Try a smaller --update_lr or --meta_lr, or '
+            '--norm=batch_norm'
+        )
+
+
+def evaluate_tasks(
+    model: FastMAML,
+    source,
+    split: str,
+    tasks: int,
+    num_updates: int,
+    transductive: bool = True,
+) -> Iterator[np.ndarray]:
+    """The source's objective for tasks of a split, before and after each update.
+
+    Arguments as of `Trainer` and FastMAML.evaluate. Yields [some tasks, 1 + num_updates] at a
+    time, which bounds the memory, together `tasks` of them or a few more.
+    """
+    chunk = source.tasks_at_once * model.replicas.count
+    part, whole = model.replicas.slice_of(chunk), -(-tasks // chunk) * chunk
+
+    def draw(i: int) -> Batch:
+        return source.batch(split, 0, whole, slice(i + part.start, i + part.stop))
+
+    for batch in ahead(draw, range(0, whole, chunk)):
+        results = model.evaluate_together(batch, num_updates, transductive)
+        before, after = results.of(source.objective)
+        yield np.concatenate([[before], after]).T  # [chunk, 1 + updates]
+
+
+def ahead(draw: Callable, arguments: Iterable) -> Iterator:
+    """draw(argument) for each, in a thread of its own while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for argument in arguments:
+            ready, coming = coming, thread.submit(draw, argument)
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()
 
 
 # Arrays in, arrays out ----------------------------------------------------------------------------

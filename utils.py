@@ -1,8 +1,8 @@
 """Losses; the files of a run; devices.
 
-Losses of tasks, and the meta-batches they are taken of. Checkpoints, summaries and tables in a
-run's folder, each of them written whole or not at all. Compiled pieces of a program, and the
-devices that compute the tasks of a meta-batch together.
+Losses of tasks, the meta-batches they are taken of, and intervals of their means. Checkpoints,
+summaries and tables in a run's folder, each of them written whole or not at all. Compiled pieces of
+a program, and the devices that compute the tasks of a meta-batch together.
 """
 
 import csv
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 import tensorflow as tf
 
-# Meta-batches and losses --------------------------------------------------------------------------
+# Meta-batches, losses and their means -------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -63,6 +64,15 @@ def accuracy(output: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
     """
     hits = tf.equal(tf.argmax(output, axis=-1), tf.argmax(label, axis=-1))
     return tf.reduce_mean(tf.cast(hits, output.dtype), axis=1)
+
+
+def confidence(values: np.ndarray) -> np.ndarray:
+    """Half of the 95 % interval of the mean of a small sample, by Student's t.
+
+    values: [tasks or seeds, ...]. Returns [...]; nan where one is infinite.
+    """
+    with np.errstate(invalid='ignore'):  # inf - inf
+        return scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)
 
 
 # Files of a run: checkpoints ----------------------------------------------------------------------

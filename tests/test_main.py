@@ -27,6 +27,8 @@ from command_line import (
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import main
+import maml
+import utils
 from utils import checkpoints
 
 NUMBER = r'(-?\d+\.\d+(?:e[-+]\d+)?|nan)'
@@ -400,8 +402,8 @@ def test_checkpoint_cannot_be_written(tmp_path, monkeypatch):
         folder.write_text('')
         return real(checkpoint, folder, *more)
 
-    real = main.write_checkpoint
-    monkeypatch.setattr(main, 'write_checkpoint', write)
+    real = maml.write_checkpoint
+    monkeypatch.setattr(maml, 'write_checkpoint', write)
     outcome = run(*SINUSOID, '--metatrain_iterations=1', '--log=False', f'--logdir={tmp_path}/logs')
     assert_refused(outcome, 'model0 cannot be written')
 
@@ -450,6 +452,10 @@ def means_of(written: dict, kind: str, update: int, steps) -> list[float]:
         np.mean([written[tag][step] for step in steps])
         for tag in (f'metatrain_Pre-update_{kind}', f'metatrain_Post-update_{kind}__step_{update}')
     ]
+
+
+def test_table_of_flags_says_what_makes_the_model():
+    assert {flag.name for flag in main.FLAGS if flag.makes_model} == {*maml.MODEL_SETTINGS}
 
 
 def test_lines_of_a_sinusoid(tmp_path, intervals, graphs):
@@ -783,7 +789,7 @@ def test_plain_network_on_miniimagenet(tmp_path, data, monkeypatch):
 def test_nothing_is_half_written(tmp_path):
     (tmp_path / 'there.csv').mkdir()  # whatever cannot be replaced
     with pytest.raises(OSError):
-        main.write_whole(tmp_path / 'there.csv', b'content')
+        utils.write_whole(tmp_path / 'there.csv', b'content')
     assert [path.name for path in tmp_path.iterdir()] == ['there.csv']
 
 

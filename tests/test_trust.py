@@ -32,6 +32,7 @@ from command_line import (
 from test_checkpoints import assert_same, contents
 
 import main
+import maml
 from maml import Learner
 from utils import checkpoints, event_files, forget_summaries, lock, read_events, read_run_state
 
@@ -125,7 +126,7 @@ class Stop:
     """Raises a signal in the middle of some outer step."""
 
     def __init__(self, monkeypatch, number: int, iteration: int):
-        original, count = main.FastMAML.steps, [0]
+        original, count = maml.FastMAML.steps, [0]
 
         def train(model, *arguments, **named):
             count[0] += 1
@@ -133,7 +134,7 @@ class Stop:
                 signal.raise_signal(number)
             return original(model, *arguments, **named)
 
-        monkeypatch.setattr(main.FastMAML, 'steps', train)
+        monkeypatch.setattr(maml.FastMAML, 'steps', train)
 
 
 @pytest.mark.parametrize(
@@ -668,7 +669,7 @@ def test_full_disk(tmp_path, data, small_disk):
 )
 def test_memory_of_100000_iterations(tmp_path, monkeypatch):
     """It grows by less than 20 MB after warm-up, and nothing is traced again."""
-    sizes, models, after, make_model = {}, [], main.Run.after, main.make_model
+    sizes, models, after, make_model = {}, [], maml.Trainer.after, main.make_model
 
     def watched(run, first, *arguments):
         sizes[first] = (
@@ -678,7 +679,7 @@ def test_memory_of_100000_iterations(tmp_path, monkeypatch):
         )
         return after(run, first, *arguments)
 
-    monkeypatch.setattr(main.Run, 'after', watched)
+    monkeypatch.setattr(maml.Trainer, 'after', watched)
     monkeypatch.setattr(
         main, 'make_model', lambda **settings: models.append(make_model(**settings)) or models[0]
     )

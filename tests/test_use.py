@@ -27,6 +27,7 @@ from command_line import (
 from PIL import Image
 
 import main
+import utils
 from data_generator import folder_layout, load_folder, load_miniimagenet, read_image, run_layout
 from maml import Learner, make_model
 from scripts.model import classify, export, publish
@@ -64,7 +65,7 @@ def test_folders_of_splits_equal_miniimagenet(tmp_path):
 def test_classes_are_shared_out(tmp_path, capsys):
     """By their names alone; each in one split; again without decoding."""
     folder = make_folder(tmp_path / 'photos')
-    loaded = load_folder(folder, image_size=10, channels=1, shares=(2, 1, 1))
+    loaded = load_folder(folder, image_size=10, channels=1, proportions=(2, 1, 1))
     assert {split: len(classes.names) for split, classes in loaded.items()} == {
         'train': 6,
         'val': 3,
@@ -74,7 +75,7 @@ def test_classes_are_shared_out(tmp_path, capsys):
         f'class{c:02d}' for c in range(12)
     ]
     assert loaded['train'].images.shape == (48, 10, 10, 1) and 'Decoding' in capsys.readouterr().err
-    again = load_folder(folder, image_size=10, channels=1, shares=(2, 1, 1))
+    again = load_folder(folder, image_size=10, channels=1, proportions=(2, 1, 1))
     assert again['val'].names == loaded['val'].names and not capsys.readouterr().err
     assert load_folder(folder, image_size=9)['train'].images.shape == (48, 9, 9, 3)  # another cache
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -96,7 +97,7 @@ def test_classes_are_shared_out(tmp_path, capsys):
 )
 def test_every_split_gets_a_class(tmp_path, classes, shares, sizes):
     make_folder(tmp_path / 'photos', classes, images=1)
-    loaded = load_folder(tmp_path / 'photos', 4, shares=shares)
+    loaded = load_folder(tmp_path / 'photos', 4, proportions=shares)
     counts = [len(loaded[split].names) for split in ('train', 'val', 'test')]
     assert sum(counts) == classes and min(counts) >= 1
     assert classes == 5 or tuple(counts) == sizes
@@ -246,8 +247,8 @@ def test_interval_of_small_samples():
     values = np.random.default_rng(0).random(12)
     low, high = scipy.stats.t.interval(0.95, 11, values.mean(), scipy.stats.sem(values))
     assert (
-        main.confidence(values) == pytest.approx((high - low) / 2)
-        and main.confidence(values) > 1.05 * 1.96 * values.std(ddof=1) / 12**0.5
+        utils.confidence(values) == pytest.approx((high - low) / 2)
+        and utils.confidence(values) > 1.05 * 1.96 * values.std(ddof=1) / 12**0.5
     )
 
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from main import confidence
 from utils import (
     DamagedCheckpoint,
     checkpoints,
+    confidence,
     event_files,
     first_line,
     read_evaluation,

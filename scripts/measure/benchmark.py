@@ -277,9 +277,9 @@ def time_training(f: flags.FlagValues, seconds: float) -> dict:
         ExitStack() as held,
     ):
         f.logdir = folder
-        model, generators, run, start, state = main.prepare(f, held)
-        watch = Stopwatch(model, seconds)
-        main.train(main.Run(model, generators, f, run, start, state), watch.watch)
+        run = main.prepare(f, held)
+        watch = Stopwatch(run.model, seconds)
+        main.train(main.make_trainer(run, f), watch.watch)
     return watch.report()
 
 
@@ -290,7 +290,8 @@ def time_evaluation(f: flags.FlagValues) -> dict:
     model, generators = make_model(**main.model_settings(f)), main.make_generators(f)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         start = time.perf_counter()
-        main.test(model, generators, f, Path(folder))
+        run = main.Prepared(model, generators, Path(folder), start=0, state={})
+        main.evaluate(run, f)
     elapsed = time.perf_counter() - start
     return {
         'tasks': main.EVALUATION_TASKS,

@@ -23,7 +23,7 @@ import main as program
 from data_generator import DataGenerator
 from maml import Learner
 from scripts.lib.cells import DIVERGED
-from utils import Batch
+from utils import Batch, confidence
 
 SHOWN = (1, 3, 5, 10)  # updates
 UPDATES = SHOWN[-1]
@@ -64,7 +64,7 @@ def row(name: str, values: np.ndarray, is_error: bool) -> str:
     """A line of the table; values: [seeds, 1 + UPDATES, tasks]."""
     values = values[:, list(SHOWN)] * (1 if is_error else 100)
     means = values.mean(-1)
-    halves = program.confidence(means if len(means) > 1 else values[0].T)
+    halves = confidence(means if len(means) > 1 else values[0].T)
     cells = [
         'diverges' if is_error and not mean < DIVERGED else f'{mean:.2f} ± {half:.2f}'
         for mean, half in zip(means.mean(0), halves)
@@ -96,7 +96,7 @@ def table(models: list[Learner], shots: int | None, tasks: int, data_dir: str):
     more = ['medians', f'above {DIVERGED:.0f} after {UPDATES}'] if is_error else []
     print(f'| {" | ".join(["step size", *(f"after {i}" for i in SHOWN), *more])} |')
     print('|---' * (1 + len(SHOWN) + len(more)) + '|')
-    chunk = program.tasks_at_once(first.settings['datasource'])
+    chunk = generator.tasks_at_once
     batches = [
         generator.batch('test', 0, tasks, slice(i, i + chunk)) for i in range(0, tasks, chunk)
     ]
