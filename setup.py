@@ -1,8 +1,14 @@
-"""`pip install -e .` for training and evaluation, `'.[plots]'` for the pictures too, `'.[test]'` for the tests."""
+"""`pip install -e .` for training and evaluation, `'.[plots]'` for the pictures too.
+
+`'.[test]'` adds what the tests need, `'.[dev]'` the linter and formatter as well.
+"""
 
 from setuptools import setup
 
 PLOTS = ['matplotlib>=3.7']
+TEST = [*PLOTS, 'pytest>=7']
+# One version, since another formats otherwise.
+DEV = [*TEST, 'ruff==0.17.6']
 
 setup(
     name='maml-tf2',
@@ -11,7 +17,7 @@ setup(
     license='MIT',
     py_modules=['main', 'maml', 'data_generator', 'utils', 'special_grads'],
     python_requires='>=3.10,<3.14',
-    # TensorFlow no longer brings TensorBoard (since 2.21), but tf.summary.scalar does not work without it.
+    # TensorFlow no longer brings TensorBoard (since 2.21), but tf.summary.scalar needs it.
     install_requires=[
         'tensorflow>=2.16',
         'tensorboard>=2.16',
@@ -20,5 +26,5 @@ setup(
         'pillow>=10.1',
         'scipy',
     ],
-    extras_require={'plots': PLOTS, 'test': PLOTS + ['pytest>=7']},
+    extras_require={'plots': PLOTS, 'test': TEST, 'dev': DEV},
 )

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Runs the tests in their own environment, which it makes at the first call; arguments go to pytest:
-#   bash scripts/test.sh                     all but the slow ones
+# Runs linter and tests in their own environment, which it makes at the first call; arguments go to
+# pytest:
+#   bash scripts/test.sh                     all but the slow tests
 #   bash scripts/test.sh --slow -k sinusoid  the slow ones too
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/lib/environment.sh
-set_up test
+set_up dev
+ruff check .
+ruff format --check .
 exec python -m pytest "$@"

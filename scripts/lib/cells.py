@@ -1,4 +1,7 @@
-"""The cells of the paper's tables, and their runs as scripts/paper/omniglot_5way_1shot.sh and its like leave them."""
+"""The cells of the paper's tables, and their runs.
+
+The runs are as scripts/paper/omniglot_5way_1shot.sh and its like leave them.
+"""
 
 import pickle
 import re
@@ -38,7 +41,10 @@ class Cell(NamedTuple):
 
     @property
     def numbers(self) -> list[float]:
-        """The numbers in `paper`: a value and half of its interval; of sinusoids the errors after 1, 5 and 10 updates."""
+        """The numbers in `paper`: a value and half of its interval.
+
+        Of sinusoids they are the errors after 1, 5 and 10 updates.
+        """
         return [float(number) for number in re.findall(r'[\d.]+', self.paper)]
 
 
@@ -128,7 +134,7 @@ SINUSOIDS = [
     sinusoid('sinusoid_pretrain', 'pre-trained on all tasks', '2.41 / 2.23 / 2.19'),
     sinusoid('sinusoid_oracle', 'oracle', '', 'oracle'),
 ]
-# Flags that make a run another cell's, or none's, where other settings only make it another run of the cell.
+# Flags that make a run another cell's, or none's; other settings make it another run of the cell.
 TELLING = {'datasource', 'num_classes', 'update_batch_size', 'conv', 'stop_grad', 'baseline'}
 
 
@@ -149,9 +155,8 @@ class Run(NamedTuple):
     hours: float  # of training, by the time stamps of its summaries
     machine: str
     tables: dict[tuple, Table]  # by shots and by 'last' or 'best'
-    deviations: dict[
-        str, tuple
-    ]  # {flag: (its value, the cell's)} of settings that are not the cell's
+    # {flag: (its value, the cell's)} of settings that are not the cell's
+    deviations: dict[str, tuple]
 
     @property
     def seed(self) -> int:
@@ -163,7 +168,10 @@ class Run(NamedTuple):
         return ''.join(f', --{name}={value}' for name, (value, _) in self.deviations.items())
 
     def evaluated(self, shots: int) -> int:
-        """The iterations after which the last checkpoint was evaluated: fewer than all if it was trained further since."""
+        """The iterations after which the last checkpoint was evaluated.
+
+        They are fewer than all if the run was trained further since.
+        """
         iteration = self.tables[shots, 'last'].iteration if (shots, 'last') in self.tables else -1
         return self.iterations if iteration < 0 else iteration + 1
 
@@ -174,43 +182,47 @@ def read_table(path: Path) -> Table:
         means, _, interval = read_evaluation(path)
         stored = pickle.loads(path.with_suffix('.pkl').read_bytes())
         values = stored['mses']  # [600, 1 + updates]
-        assert values.shape[1:] == means.shape and np.allclose(
-            values.mean(0), means, rtol=1e-4, equal_nan=True
-        )
+        assert values.shape[1:] == means.shape
+        assert np.allclose(values.mean(0), means, rtol=1e-4, equal_nan=True)
         medians = np.median(np.where(np.isnan(values), np.inf, values), axis=0)
-        return Table(
-            means, interval, medians, int(stored.get('iteration', -1)), str(stored.get('split', ''))
-        )
+        iteration, split = int(stored.get('iteration', -1)), str(stored.get('split', ''))
+        return Table(means, interval, medians, iteration, split)
     except Exception:  # pickle has no error of its own
         raise ValueError(
-            f'{path} and {path.stem}.pkl are not the tables that main.py writes, or not of one evaluation'
+            f'{path} and {path.stem}.pkl are not the tables that main.py writes, '
+            'or not of one evaluation'
         ) from None
 
 
+def same(value, wanted) -> bool:
+    """Whether two values of a flag are the same; --baseline=None is the text 'None'."""
+    return (None if value == 'None' else value) == (None if wanted == 'None' else wanted)
+
+
 def deviations(folder: Path, flags: dict, cell: Cell) -> dict[str, tuple]:
-    """{flag: (value, the cell's)} where a run has other settings. Raises ValueError if it is no run of the cell."""
+    """{flag: (value, the cell's)} where a run has other settings.
+
+    Raises ValueError if it is no run of the cell.
+    """
     if not flags:
         raise ValueError(f'{folder} does not tell the flags it was trained with')
-    value_of = lambda value: None if value == 'None' else value  # --baseline=None is the text
     found = {
         name: (flags[name], wanted)
         for name, wanted in cell.settings.items()
-        if name in flags and value_of(flags[name]) != value_of(wanted)
+        if name in flags and not same(flags[name], wanted)
     }
     joint = flags.get('metatrain_iterations') == 0 and flags.get('baseline') != 'oracle'
+    no_run = f'{folder} is no run of {cell.name}: it was'
     if joint != (cell.name == 'sinusoid_pretrain'):
-        raise ValueError(
-            f'{folder} is no run of {cell.name}: it was {"jointly trained" if joint else "meta-trained"}'
-        )
+        raise ValueError(f'{no_run} {"jointly trained" if joint else "meta-trained"}')
     telling = TELLING | {'update_lr'} if cell in SINUSOIDS else TELLING
-    if wrong := [
+    wrong = [
         f'--{name}={value}, not {wanted}'
         for name, (value, wanted) in found.items()
         if name in telling
-    ]:
-        raise ValueError(
-            f'{folder} is no run of {cell.name}: it was trained with {"; ".join(wrong)}'
-        )
+    ]
+    if wrong:
+        raise ValueError(f'{no_run} trained with {"; ".join(wrong)}')
     return found
 
 
@@ -223,8 +235,24 @@ def training_hours(folder: Path) -> float:
     return seconds / 3600
 
 
+def read_tables(folder: Path, update_lr: str | None) -> dict[tuple, Table]:
+    """By shots and by 'last' or 'best', what evaluations with this step size wrote.
+
+    update_lr: as in files' names; None: any. Raises ValueError if a file is damaged.
+    """
+    tables = {}
+    for path in sorted(folder.glob('test_ubs*_stepsize*.csv')):
+        match = re.fullmatch(r'test_ubs(\d+)_stepsize([^_]+)(_best)?\.csv', path.name)
+        if match and update_lr in (None, match[2]):  # others are of --test_query and the like
+            tables[int(match[1]), 'best' if match[3] else 'last'] = read_table(path)
+    return tables
+
+
 def read_run(folder: Path, cell: Cell) -> Run:
-    """Raises ValueError, with what is missing, wrong or damaged, for a run that cannot be reported, and OSError."""
+    """Raises OSError, and ValueError for a run that cannot be reported.
+
+    The latter says what is missing, wrong or damaged.
+    """
     found = checkpoints(folder)
     if not found:
         raise ValueError(f'{folder} holds no checkpoint')
@@ -232,25 +260,13 @@ def read_run(folder: Path, cell: Cell) -> Run:
         state = read_run_state(found[max(found)])
     except DamagedCheckpoint as error:
         raise ValueError(str(error)) from None
-    flags, tables = state.get('flags', {}), {}
+    flags, machine = state.get('flags', {}), state.get('machine', '')
     differing = deviations(folder, flags, cell)
-    for path in sorted(folder.glob('test_ubs*_stepsize*.csv')):
-        if match := re.fullmatch(
-            r'test_ubs(\d+)_stepsize([^_]+)(_best)?\.csv', path.name
-        ):  # others are of --test_query and the like
-            if match[2] == str(flags.get('update_lr', match[2])):
-                tables[int(match[1]), 'best' if match[3] else 'last'] = read_table(path)
+    tables = read_tables(folder, str(flags['update_lr']) if 'update_lr' in flags else None)
     if not tables:
         raise ValueError(f'{folder} has not been evaluated')
-    return Run(
-        folder,
-        flags,
-        max(found) + 1,
-        training_hours(folder),
-        state.get('machine', ''),
-        tables,
-        differing,
-    )
+    hours = training_hours(folder)
+    return Run(folder, flags, max(found) + 1, hours, machine, tables, differing)
 
 
 def read_runs(logs: Path, cell: Cell) -> Iterator[Run]:
@@ -261,20 +277,18 @@ def read_runs(logs: Path, cell: Cell) -> Iterator[Run]:
         except (ValueError, OSError) as error:
             print(f'report.py: left out: {error}.', file=sys.stderr)
         except tf.errors.OpError as error:
-            print(
-                f'report.py: left out: {folder} has summaries that cannot be read ({first_line(error)}).',
-                file=sys.stderr,
-            )
+            fault = f'has summaries that cannot be read ({first_line(error)})'
+            print(f'report.py: left out: {folder} {fault}.', file=sys.stderr)
 
 
 def pooled(tables: list[Table]) -> Table:
-    """Of several seeds: the mean, and the 95 % interval of it by Student's t over seeds; of one, its own over tasks."""
+    """Of several seeds: the mean, and its 95 % interval by Student's t over seeds.
+
+    Of one seed, its own table, whose interval is over tasks.
+    """
     if len(tables) == 1:
         return tables[0]
     size = min(len(table.means) for table in tables)
-    means = np.array([table.means[:size] for table in tables])
-    return Table(
-        means.mean(0),
-        confidence(means),
-        np.mean([table.medians[:size] for table in tables], axis=0),
-    )
+    means = np.array([table.means[:size] for table in tables])  # [seeds, 1 + updates]
+    medians = np.array([table.medians[:size] for table in tables])
+    return Table(means.mean(0), confidence(means), medians.mean(0))

@@ -1,30 +1,36 @@
-# Sourced by the other scripts, in the checkout: `set_up EXTRA` makes sure that .venv holds the project with that extra
-# of setup.py ('plots' or 'test'), and that `python` runs it.
-# PYTHON=/path/to/python3.12 chooses the Python for a new .venv; to change it later, remove .venv first.
+# Sourced by the other scripts, in the checkout: `set_up EXTRA` makes sure that .venv holds the
+# project with that extra of setup.py ('plots' or 'dev'), and that `python` runs it.
+# PYTHON=/path/to/python3.12 chooses the Python for a new .venv; to change it later, remove .venv
+# first.
 
 fail() { echo "$*" >&2; exit 1; }
 
-# Python 3.10-3.13, as setup.py says, and able to make environments with pip in them. Running it is the only sure test:
-# a pyenv shim is found on the PATH and fails, and Debian's python3 comes without ensurepip.
+# Python 3.10-3.13, as setup.py says, and able to make environments with pip in them. Running it is
+# the only sure test: a pyenv shim is found on the PATH and fails, and Debian's python3 comes without
+# ensurepip.
 usable() {
-    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+        2>/dev/null
 }
 
 find_python() {
     local python
     if [ -n "${PYTHON:-}" ]; then
-        usable "$PYTHON" || fail "PYTHON=$PYTHON does not run Python 3.10, 3.11, 3.12 or 3.13 with its venv module."
+        usable "$PYTHON" || fail "PYTHON=$PYTHON does not run Python 3.10, 3.11, 3.12 or 3.13" \
+                                 "with its venv module."
         echo "$PYTHON"
         return
     fi
     for python in python3.13 python3.12 python3.11 python3.10 python3 python; do
         usable "$python" && echo "$python" && return
     done
-    fail 'No Python 3.10, 3.11, 3.12 or 3.13 with its venv module was found; install one (Debian, Ubuntu: apt install' \
-         'python3 python3-venv), or name one: PYTHON=/path/to/python3.12 bash scripts/run.sh'
+    fail 'No Python 3.10, 3.11, 3.12 or 3.13 with its venv module was found; install one' \
+         '(Debian, Ubuntu: apt install python3 python3-venv), or name one:' \
+         'PYTHON=/path/to/python3.12 bash scripts/run.sh'
 }
 
-# What an installation depends on; it is written down only after pip has succeeded, so an interrupted one is done again.
+# What an installation depends on; it is written down only after pip has succeeded, so an interrupted
+# one is done again.
 fingerprint() { echo "$PWD"; cksum < setup.py; }
 
 install() {
@@ -33,18 +39,20 @@ install() {
     if ! usable .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         python=$(find_python) || exit 1
         echo "Creating .venv with $("$python" --version)" >&2
-        "$python" -m venv --clear .venv || fail "The environment $PWD/.venv could not be created; see the lines above."
+        "$python" -m venv --clear .venv ||
+            fail "The environment $PWD/.venv could not be created; see the lines above."
     fi
-    echo "Installing TensorFlow and the other packages of setup.py[$extra] into .venv (once; takes a few minutes)" >&2
-    .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[$extra]" ||
+    echo "Installing TensorFlow and the other packages of setup.py[$extra] into .venv" \
+         "(once; takes a few minutes)" >&2
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --editable ".[$extra]" ||
         fail "The packages could not be installed into $PWD/.venv; see pip's lines above, then run" \
              "this again (if that does not help, after removing .venv)."
     fingerprint > "$stamp.$$" && mv "$stamp.$$" "$stamp"
 }
 
 set_up() {
-    # One set-up at a time: a second caller waits, then finds the work done. Only where flock exists (Linux), and only
-    # until the end of the set-up, so that two runs may train at once.
+    # One set-up at a time: a second caller waits, then finds the work done. Only where flock exists
+    # (Linux), and only until the end of the set-up, so that two runs may train at once.
     exec 9<setup.py
     if command -v flock >/dev/null && ! flock --nonblock 9; then
         echo 'Waiting for another set-up of .venv to finish' >&2
@@ -54,5 +62,6 @@ set_up() {
     install "$1"
     exec 9<&-
     PATH=$PWD/.venv/bin:$PATH
-    export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}  # errors only: no lines about CPU features and missing GPUs
+    # Errors only: no lines about CPU features and missing GPUs.
+    export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
 }

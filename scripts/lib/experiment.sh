@@ -1,8 +1,10 @@
-# Sourced by the scripts of the paper's cells with their arguments, which main.py gets after the cell's own flags:
-#   bash scripts/paper/omniglot_5way_1shot.sh                                  as in the paper
-#   bash scripts/paper/omniglot_5way_1shot.sh --metatrain_iterations=5000      a short run
-#   bash scripts/paper/omniglot_5way_1shot.sh --seed=1                         another seed, beside the first
-# Runs are kept in logs/CELL/seedN. Started again, a script continues: what is trained is not trained twice.
+# Sourced by the scripts of the paper's cells with their arguments, which main.py gets after the
+# cell's own flags:
+#   bash scripts/paper/omniglot_5way_1shot.sh                               as in the paper
+#   bash scripts/paper/omniglot_5way_1shot.sh --metatrain_iterations=5000   a short run
+#   bash scripts/paper/omniglot_5way_1shot.sh --seed=1                      another seed, beside it
+# Runs are kept in logs/CELL/seedN. Started again, a script continues: what is trained is not trained
+# twice.
 # OMNIGLOT=FOLDER and MINIIMAGENET=FOLDER name what the data is made from, if it has to be made.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -10,7 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 set_up plots
 given=("$@")
 
-# The value of --NAME=VALUE or --NAME VALUE among the arguments, the last one counts; else the default.
+# option NAME DEFAULT: the value of --NAME=VALUE or --NAME VALUE among the arguments, the last one
+# counts; else the default.
 option() {
     local name=$1 value=$2 argument before=
     for argument in ${given[@]+"${given[@]}"}; do
@@ -40,10 +43,12 @@ prepare() {
     case $1 in
     omniglot)
         [ -d "$data_dir/omniglot_resized" ] ||
-            python scripts/data/prepare_omniglot.py --target="$data_dir/omniglot_resized" ${OMNIGLOT:+--source="$OMNIGLOT"};;
+            python scripts/data/prepare_omniglot.py --target="$data_dir/omniglot_resized" \
+                ${OMNIGLOT:+--source="$OMNIGLOT"};;
     miniImagenet)
         [ -d "$data_dir/miniImagenet" ] ||
-            python scripts/data/prepare_miniimagenet.py --target="$data_dir/miniImagenet" ${MINIIMAGENET:+--source="$MINIIMAGENET"};;
+            python scripts/data/prepare_miniimagenet.py --target="$data_dir/miniImagenet" \
+                ${MINIIMAGENET:+--source="$MINIIMAGENET"};;
     esac
 }
 
@@ -56,11 +61,12 @@ train() {
     python main.py "${flags[@]}"
 }
 
-# evaluate FLAGS: the last checkpoint of what was trained, and the best of the validations, on 600 tasks of the test classes.
+# evaluate FLAGS: the last checkpoint of what was trained, and the best of the validations, on 600
+# tasks of the test classes.
 evaluate() {
-    local split=--test_set=True
-    if [[ " ${flags[*]} " == *" --datasource=miniimagenet "* ]] && ! [ -d "$data_dir/miniImagenet/test" ]; then
-        echo "There is no $data_dir/miniImagenet/test: the validation classes are used." >&2
+    local split=--test_set=True test_classes=$data_dir/miniImagenet/test
+    if [[ " ${flags[*]} " == *" --datasource=miniimagenet "* ]] && ! [ -d "$test_classes" ]; then
+        echo "There is no $test_classes: the validation classes are used." >&2
         split=--test_set=False
     fi
     python main.py "${flags[@]}" --train=False $split "$@"

@@ -1,7 +1,8 @@
-"""What the two prepare_*.py share: images out of untrusted archives, into a folder that is either whole or absent.
+"""What the two prepare_*.py share: images out of untrusted archives, into a folder.
 
-Images are read from the archives one at a time, in memory; nothing is unpacked to disk. One thread does it all, in
-seconds: with images this small most of the work is Python's own, and more threads, which take turns at it, are slower.
+The folder is whole or absent, never half made. Images are read from the archives one at a time, in
+memory; nothing is unpacked to disk. One thread does it all, in seconds: with images this small most
+of the work is Python's own, and more threads, which take turns at it, are slower.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ DAMAGE = (
     OSError,
 )
 MAX_BYTES = 32 * 2**20  # of one image; ImageNet's largest has half of that
+UNPACKABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 class PreparationError(Exception):
@@ -50,7 +52,10 @@ class Item(NamedTuple):
 
 @contextlib.contextmanager
 def blaming(what: str) -> Iterator[None]:
-    """Turns what reading a damaged archive or file raises (far more than BadZipFile) into a PreparationError."""
+    """Turns what reading a damaged archive or file raises into a PreparationError.
+
+    That is far more than BadZipFile.
+    """
     try:
         yield
     except DAMAGE as error:
@@ -59,24 +64,22 @@ def blaming(what: str) -> Iterator[None]:
         ) from error
 
 
+def is_safe(name: str) -> bool:
+    """Whether a member's path stays within the archive, on every system."""
+    printable = bool(name) and name.isprintable() and not set('\\:') & set(name)
+    return printable and not name.startswith('/') and '..' not in PurePosixPath(name).parts
+
+
 def check_member(info: zipfile.ZipInfo, archive: str) -> None:
     """Raises PreparationError on a member that a plain archive of images does not have."""
-    name, kind = (
-        info.orig_filename,
-        stat.S_IFMT(info.external_attr >> 16),
-    )  # the upper half holds the Unix mode, if any
+    name = info.orig_filename
+    kind = stat.S_IFMT(info.external_attr >> 16)  # the upper half holds the Unix mode, if any
     fault = None
-    if (
-        not name
-        or not name.isprintable()
-        or set('\\:') & set(name)
-        or name.startswith('/')
-        or '..' in PurePosixPath(name).parts
-    ):
+    if not is_safe(name):
         fault = 'has an unsafe path'
     elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         fault = 'is a link or a device'
-    elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    elif info.compress_type not in UNPACKABLE:
         # zipfile cannot unpack the others piece by piece, so they have no bound.
         fault = 'is neither stored nor deflated'
     elif info.file_size > MAX_BYTES:
@@ -91,7 +94,10 @@ def hidden(path: PurePosixPath) -> bool:
 
 
 def archive_items(file: Path | BinaryIO, name: str) -> list[Item]:
-    """The files in a zip archive, every member checked before the first is read; `name` stands for it in messages."""
+    """The files in a zip archive, every member checked before the first is read.
+
+    name: stands for the archive in messages.
+    """
     with blaming(name):
         archive = zipfile.ZipFile(file)  # open for as long as its items are about
     for info in archive.infolist():
@@ -99,21 +105,18 @@ def archive_items(file: Path | BinaryIO, name: str) -> list[Item]:
 
     def read(info: zipfile.ZipInfo) -> bytes:
         with blaming(name), archive.open(info) as member:
-            data = member.read(
-                MAX_BYTES + 1
-            )  # the header's size is only a claim; at the end, the CRC is checked
+            # The header's size is only a claim; at the end, the CRC is checked.
+            data = member.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise PreparationError(f'{name} is refused: its member {info.filename!r} is too large.')
         return data
 
-    members = [
-        (PurePosixPath(info.filename), info) for info in archive.infolist() if not info.is_dir()
-    ]
-    return [
-        Item(path, f'{name}: {path}', functools.partial(read, info))
-        for path, info in members
-        if not hidden(path)
-    ]
+    items = []
+    for info in archive.infolist():
+        path = PurePosixPath(info.filename)
+        if not info.is_dir() and not hidden(path):
+            items.append(Item(path, f'{name}: {path}', functools.partial(read, info)))
+    return items
 
 
 def folder_items(folder: Path, pattern: str) -> list[Item]:
@@ -126,20 +129,20 @@ def folder_items(folder: Path, pattern: str) -> list[Item]:
             raise PreparationError(f'{path} is too large for an image.')
         return data
 
-    paths = [
-        (PurePosixPath(path.relative_to(folder).as_posix()), path)
-        for path in sorted(folder.glob(pattern))
-    ]
-    return [
-        Item(inner, str(path), functools.partial(read, path))
-        for inner, path in paths
-        if not hidden(inner) and path.is_file()
-    ]
+    items = []
+    for path in sorted(folder.glob(pattern)):
+        inner = PurePosixPath(path.relative_to(folder).as_posix())
+        if not hidden(inner) and path.is_file():
+            items.append(Item(inner, str(path), functools.partial(read, path)))
+    return items
 
 
 @contextlib.contextmanager
 def decoding(item: Item) -> Iterator[None]:
-    """Turns whatever Pillow raises on the image, and it is nearly everything, into a PreparationError that names it."""
+    """Turns what Pillow raises on the image, and it is nearly everything, into a PreparationError.
+
+    Its sentence names the image.
+    """
     try:
         yield
     except PreparationError:
@@ -152,28 +155,31 @@ def decoding(item: Item) -> Iterator[None]:
 
 
 def is_prepared(target: Path, complete: Callable[[set[str]], bool], size: tuple[int, int]) -> bool:
-    """Whether the target holds all that would be written: `complete` judges the relative paths, `size` is each image's.
+    """Whether the target holds all that would be written.
 
-    False if there is nothing yet; PreparationError if there is anything else, which is never overwritten.
+    complete: judges the relative paths; size: each image's. False if there is nothing yet;
+    PreparationError if there is anything else, which is never overwritten.
     """
     if not target.exists():
         return False
     if target.is_dir():
-        found = [
-            Path(folder, file)
-            for folder, _, files in os.walk(target)
-            for file in files
-            if file[0] != '.'
-        ]
         if not any(target.iterdir()):
             return False
-        if complete({path.relative_to(target).as_posix() for path in found}) and all(
-            has_size(p, size) for p in found
-        ):
+        found = visible_files(target)
+        paths = {path.relative_to(target).as_posix() for path in found}
+        if complete(paths) and all(has_size(path, size) for path in found):
             return True
     raise PreparationError(
         f'{target} exists and is not the complete data; move it away, or name another --target.'
     )
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files below a folder, but for those whose names begin with a dot."""
+    found = []
+    for parent, _, files in os.walk(folder):
+        found += [Path(parent, file) for file in files if file[0] != '.']
+    return found
 
 
 def has_size(path: Path, size: tuple[int, int]) -> bool:
@@ -186,15 +192,16 @@ def has_size(path: Path, size: tuple[int, int]) -> bool:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside the target, renamed to it at the end; after an exception nothing of it is left."""
+    """An empty folder beside the target, renamed to it at the end.
+
+    After an exception nothing of it is left.
+    """
     target = Path(os.path.realpath(target))  # the target may be a link to a larger disk
     absent_parents = [parent for parent in target.parents if not parent.exists()]  # nearest first
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as private:
-            folder = Path(
-                private, target.name
-            )  # one deeper, as the upper one is closed to other users
+            folder = Path(private, target.name)  # as the upper one is closed to other users
             folder.mkdir()
             yield folder
             os.rename(folder, target)
@@ -206,44 +213,49 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def write_images(target: Path, images: Mapping[str, Callable[[], bytes]]) -> None:
-    """Writes the files (relative path: function that makes the contents), showing progress; all of them or none."""
+    """Writes the files, all of them or none, showing progress.
+
+    images: {relative path: function that makes the contents}.
+    """
+    terminal = sys.stderr.isatty()
+    interval = 0.1 if terminal else 5  # seconds between lines of progress
     with new_folder(target) as folder:
         for parent in {(folder / name).parent for name in images}:
             parent.mkdir(parents=True, exist_ok=True)
         shown = time.monotonic()
         for count, (name, contents) in enumerate(images.items(), 1):
             (folder / name).write_bytes(contents())
-            if count == len(images) or time.monotonic() > shown + (
-                0.1 if sys.stderr.isatty() else 5
-            ):
+            last = count == len(images)
+            if last or time.monotonic() > shown + interval:
                 shown = time.monotonic()
-                end = (
-                    '\r' if sys.stderr.isatty() and count < len(images) else '\n'
-                )  # a terminal keeps one line
+                end = '\r' if terminal and not last else '\n'  # a terminal keeps one line
                 print(f'{count}/{len(images)} images', end=end, file=sys.stderr, flush=True)
 
 
+def is_plain(name: str) -> bool:
+    """Whether it is the name of a file, without folders, on every system."""
+    return (
+        bool(name)
+        and not name.startswith('.')
+        and name.isprintable()
+        and not set('/\\:') & set(name)
+    )
+
+
 def read_csv(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
-    """The rows of a csv file, only the named columns, all of which must be plain file names without folders."""
+    """The rows of a csv file, only the named columns; all fields must be plain names of files."""
     rows = []
     try:
         with path.open(newline='', encoding='utf-8-sig') as file:
             for row in (reader := csv.DictReader(file)):
                 rows.append([row[column] for column in columns])
                 for name in rows[-1]:
-                    if (
-                        not name
-                        or name.startswith('.')
-                        or not name.isprintable()
-                        or set('/\\:') & set(name)
-                    ):
-                        raise PreparationError(
-                            f'{path}, line {reader.line_num}: {name!r} is not a plain name.'
-                        )
+                    if not is_plain(name):
+                        where = f'{path}, line {reader.line_num}'
+                        raise PreparationError(f'{where}: {name!r} is not a plain name.')
     except KeyError as error:
-        raise PreparationError(
-            f'{path} has no column {error}; it should have {" and ".join(columns)}.'
-        ) from error
+        wanted = ' and '.join(columns)
+        raise PreparationError(f'{path} has no column {error}; it should have {wanted}.') from error
     except (csv.Error, ValueError) as error:
         raise PreparationError(f'{path} is not a csv file ({error}); get it again.') from error
     return rows
@@ -254,13 +266,15 @@ def as_path(flag: str) -> Path:
 
 
 def run(prepare: Callable[[], str]) -> None:
-    """Runs a command and prints its report; errors end it with one sentence and status 1, signals after cleaning up."""
+    """Runs a command and prints its report.
+
+    Errors end it with one sentence and status 1, signals after cleaning up.
+    """
 
     def stop(number, _):
         for ignored in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(
-                ignored, signal.SIG_IGN
-            )  # a second Ctrl-C would break off the cleaning up
+            # A second Ctrl-C would break off the cleaning up.
+            signal.signal(ignored, signal.SIG_IGN)
         print('\nStopped; cleaning up.', file=sys.stderr)
         sys.exit(128 + number)
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 from maml import Learner
 from scripts.lib.cells import CELLS, DIVERGED, SINUSOIDS, Cell, Run, pooled
-from scripts.paper.plot_sinusoid import CURVES, fits
+from scripts.lib.sinusoid_fits import CURVES, fits
 from utils import read_scalars
 
 Runs = dict[str, list[Run]]  # by cell

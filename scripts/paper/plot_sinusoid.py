@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Draws what a trained sinusoid model does: its fits to two new tasks, and its error after each update.
+"""Draws what a trained sinusoid model does.
 
     python scripts/paper/plot_sinusoid.py logs/sine/cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm
 
-The errors are those that `main.py --train=False` wrote into the run's folder.
+The picture shows its fits to two new tasks, and its error after each update. The errors are those that `main.py --train=False` wrote into the run's folder.
 """
 
 import argparse
@@ -21,21 +21,9 @@ import numpy as np
 matplotlib.use('Agg')  # a picture in a file, on machines without a display too
 import matplotlib.pyplot as plt
 
-CURVES = {  # number of updates: how it is drawn
-    0: dict(label='before the first update', linestyle=':', color='tab:gray'),
-    1: dict(label='after 1 update', linestyle='--', color='tab:green'),
-    10: dict(label='after 10 updates', color='tab:blue'),
-}
+from scripts.lib.sinusoid_fits import CURVES, Fit, fits
 
-
-class Fit(NamedTuple):
-    """One task, and the model's predictions for it."""
-
-    x: np.ndarray  # [points], evenly spaced
-    truth: np.ndarray  # [points]
-    support: np.ndarray  # [K, 2]: x, y
-    predictions: dict  # {number of updates: [points]}
-
+NORMS = {'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}
 
 class Errors(NamedTuple):
     """The results of one evaluation, each an array over updates 0, 1, ..."""
@@ -50,7 +38,8 @@ def read_errors(run_folder: Path) -> list[Errors]:
 
     Raises:
       FileNotFoundError: the run has not been evaluated.
-      ValueError: a file does not hold the three rows of numbers (means, standard deviations, confidence intervals).
+      ValueError: a file does not hold the three rows of numbers (means, standard deviations,
+        confidence intervals).
     """
     from utils import read_evaluation
 
@@ -92,7 +81,9 @@ def draw_errors(axes, errors: list[Errors]) -> None:
 
 
 def draw(all_fits: list[Fit], errors: list[Errors], output: Path) -> None:
-    """Writes the picture, in the format that the ending of `output` says; the file is complete or untouched.
+    """Writes the picture, in the format that the ending of `output` says.
+
+    The file is complete or untouched.
 
     Raises:
       ValueError: there is no such format.
@@ -101,9 +92,8 @@ def draw(all_fits: list[Fit], errors: list[Errors], output: Path) -> None:
     # Here and below: what fails before needs no TensorFlow, which takes seconds to start.
     from utils import write_whole
 
-    figure, axes = plt.subplots(
-        1, len(all_fits) + 1, figsize=(5 * len(all_fits) + 5, 4.2), layout='constrained'
-    )
+    size = (5 * len(all_fits) + 5, 4.2)
+    figure, axes = plt.subplots(1, len(all_fits) + 1, figsize=size, layout='constrained')
     for panel, fit in zip(axes, all_fits):
         draw_fit(panel, fit)
     axes[0].legend(fontsize='small')
@@ -119,7 +109,7 @@ def draw(all_fits: list[Fit], errors: list[Errors], output: Path) -> None:
 
 
 def load_model(run_folder: Path):
-    """(the run's model with the newest weights, K, whether it is the oracle), as the folder's name says.
+    """(the model with the newest weights, K, whether it is the oracle), as the folder's name says.
 
     Raises:
       ValueError: the name is not that of a sinusoid run, or the checkpoint does not fit it.
@@ -135,20 +125,21 @@ def load_model(run_folder: Path):
     )
     if not name:
         raise ValueError(
-            f'{run_folder} is not named like a run (cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm); '
+            f'{run_folder} is not named like a run '
+            '(cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm); '
             'give the folder that main.py made in --logdir'
         )
     shots, num_updates, update_lr, stop_grad, baseline, norm = name.groups()
     model = make_model(
         'sinusoid',
-        norm={'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}[norm],
+        norm=NORMS[norm],
         update_batch_size=int(shots),
         num_updates=int(num_updates),
         update_lr=float(update_lr),
         stop_grad=bool(stop_grad),
         baseline=baseline,
-        compiled=False,
-    )  # a few steps, once
+        compiled=False,  # a few steps, once
+    )
     found = checkpoints(run_folder)
     if not found:
         raise FileNotFoundError(f'{run_folder} holds no checkpoint; train it first')
@@ -156,55 +147,23 @@ def load_model(run_folder: Path):
     return model, int(shots), bool(baseline)
 
 
-def fits(
-    model, shots: int, oracle: bool, tasks: int = 2, seed: int = 0, points: int = 201
-) -> list[Fit]:
-    """A sinusoid model before and after 1 and 10 updates on random tasks, at points all over [-5, 5]."""
-    from data_generator import SinusoidGenerator
-    from maml import Batch
-
-    batch = SinusoidGenerator(shots, 0, oracle=True, seed=seed).batch('test', 0, tasks)
-    dim = 3 if oracle else 1  # inputs: (x, A, φ) or x
-    a, phi = batch.inputa[:, :1, 1], batch.inputa[:, :1, 2]  # [T, 1]
-    x = np.linspace(-5, 5, points, dtype=np.float32)
-    truth = a * np.sin(x - phi)  # [T, points]
-    inputs = np.stack(np.broadcast_arrays(x, a, phi), axis=-1)[..., :dim]  # [T, points, D]
-    support = batch.inputa[..., :dim]  # [T, K, D]
-    results = model.evaluate(Batch(support, batch.labela, inputs, truth[..., None]), max(CURVES))
-    before = model.network(
-        model.network.prepare(inputs), model.initial_weights(tasks), model.norms
-    )  # [T, points, 1]
-    outputs = {
-        updates: np.asarray(results.outputsb[updates - 1] if updates else before)[..., 0]
-        for updates in CURVES
-    }
-    points_of = np.concatenate([support[..., :1], batch.labela], axis=-1)  # [T, K, 2]
-    return [
-        Fit(x, truth[i], points_of[i], {updates: output[i] for updates, output in outputs.items()})
-        for i in range(tasks)
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description='Draws the fits and errors of a trained and evaluated sinusoid run.'
     )
-    parser.add_argument(
-        'run_folder', type=Path, help='the folder with checkpoints and results that main.py made'
-    )
-    parser.add_argument(
-        '--output', type=Path, help='picture to write (default: sinusoid.png in the run folder)'
-    )
+    of_folder = 'the folder with checkpoints and results that main.py made'
+    of_output = 'picture to write (default: sinusoid.png in the run folder)'
+    parser.add_argument('run_folder', type=Path, help=of_folder)
+    parser.add_argument('--output', type=Path, help=of_output)
     parser.add_argument('--seed', type=int, default=0, help='of the tasks drawn')
     args = parser.parse_args()
-    output = args.output or args.run_folder / 'sinusoid.png'
+    folder = args.run_folder
+    output = args.output or folder / 'sinusoid.png'
     try:
-        if not args.run_folder.is_dir():
-            raise FileNotFoundError(
-                f'there is no folder {args.run_folder}; train a sinusoid run first'
-            )
-        errors = read_errors(args.run_folder)
-        draw(fits(*load_model(args.run_folder), seed=args.seed), errors, output)
+        if not folder.is_dir():
+            raise FileNotFoundError(f'there is no folder {folder}; train a sinusoid run first')
+        errors = read_errors(folder)
+        draw(fits(*load_model(folder), seed=args.seed), errors, output)
     except (OSError, ValueError) as error:
         sys.exit(f'{parser.prog}: {error}')
     print(f'Wrote {output}')

@@ -3,6 +3,6 @@
 . "$(dirname "${BASH_SOURCE[0]}")/../lib/experiment.sh"
 iterations=$(option metatrain_iterations 70000)
 drop metatrain_iterations
-train sinusoid_oracle --datasource=sinusoid --norm=None --update_batch_size=10 --update_lr=0.01 --baseline=oracle \
-    --pretrain_iterations="$iterations" --metatrain_iterations=0
+train sinusoid_oracle --datasource=sinusoid --norm=None --update_batch_size=10 --update_lr=0.01 \
+    --baseline=oracle --pretrain_iterations="$iterations" --metatrain_iterations=0
 evaluate

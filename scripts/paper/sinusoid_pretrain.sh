@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sinusoid regression, one network trained on all tasks together, then fine-tuned: the baseline of section 5.1.
+# Sinusoid regression, one network trained on all tasks together, then fine-tuned: the baseline of
+# section 5.1.
 . "$(dirname "${BASH_SOURCE[0]}")/../lib/experiment.sh"
 iterations=$(option metatrain_iterations 70000)
 drop metatrain_iterations
