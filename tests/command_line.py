@@ -43,7 +43,9 @@ def parsed(*arguments: str) -> flags.FlagValues:
 
 
 def in_process(program, *arguments) -> Outcome:
-    """Calls a main function and collects what it prints and how it ends: far faster than a process of its own."""
+    """Calls a main function and collects what it prints and how it ends: far faster than a process
+    of its own.
+    """
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -64,7 +66,9 @@ def run(*arguments: str) -> Outcome:
 
 @contextlib.contextmanager
 def running_eagerly(patch) -> Iterator[None]:
-    """main.py without compilation, evaluating few tasks, for tests that run many models for a moment; patch: a MonkeyPatch."""
+    """main.py without compilation, evaluating few tasks, for tests that run many models for a
+    moment; patch: a MonkeyPatch.
+    """
     patch.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
     patch.setattr(main, 'EVALUATION_TASKS', 20)
     patch.setattr(main, 'EVALUATION_UPDATES', 2)
@@ -99,7 +103,9 @@ def listing(folder: Path) -> dict[str, tuple]:
 
 
 def draw(path: Path, size: tuple[int, int], mode: str, seed: int, noise: int):
-    """An image of a class: `seed` sets its shape, `noise` what differs between images of the class."""
+    """An image of a class: `seed` sets its shape, `noise` what differs between images of the
+    class.
+    """
     shape, other = (np.random.default_rng(s).random((7, 7, 3)) for s in (seed, [seed, noise]))
     image = Image.fromarray(np.uint8(255 * (0.8 * shape + 0.2 * other))).resize(
         size, Image.Resampling.NEAREST
@@ -109,7 +115,9 @@ def draw(path: Path, size: tuple[int, int], mode: str, seed: int, noise: int):
 
 
 def make_omniglot(data: Path, characters: int = 26, images: int = 4, size: int = 28) -> Path:
-    """Prepared Omniglot-like data: 26 characters make 17 training, 2 validation and 7 test classes."""
+    """Prepared Omniglot-like data: 26 characters make 17 training, 2 validation and 7 test
+    classes.
+    """
     for c in range(characters):
         for i in range(images):
             folder = data / f'omniglot_resized/Alphabet{c % 2}/character{c:02d}'

@@ -63,7 +63,8 @@ def test_step():
     assert (
         0 < got['min_ms'] <= got['median_ms'] < 1e3 * got['compile_s'] and got['peak_rss_mb'] > 100
     )
-    # 25 tasks of 10 + 10 points; 2 operations per weight, point and pass: w1 takes 4 + 2 passes, w2 and w3 9 + 3.
+    # 25 tasks of 10 + 10 points; 2 operations per weight, point and pass: w1 takes 4 + 2 passes, w2
+    # and w3 9 + 3.
     count = 25 * 10 * 2 * (40 * (4 + 2) + (1600 + 40) * (9 + 3))
     assert got['gflops_per_s'] == pytest.approx(count / got['median_ms'] / 1e6, abs=0.011)
 
@@ -196,7 +197,7 @@ def test_as_a_program():
     assert figures(outcome)['workload'] == 'sinusoid_5shot_5steps'
 
 
-# The plot of the cost -------------------------------------------------------------------------------------------------
+# The plot of the cost -----------------------------------------------------------------------------
 
 
 def test_variants_of_a_case():

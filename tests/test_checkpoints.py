@@ -1,4 +1,6 @@
-"""Checkpoints: resuming, keeping ten, refusing others; those of the original (TensorFlow 1), its published model."""
+"""Checkpoints: resuming, keeping ten, refusing others; those of the original (TensorFlow 1), its
+published model.
+"""
 
 import pickle
 import re
@@ -42,7 +44,9 @@ def omniglot(tmp_path_factory) -> str:
 
 
 def contents(path) -> dict[str, np.ndarray]:
-    """Every variable in a checkpoint by TensorFlow's own keys: parameters, Adam's moments and step counts."""
+    """Every variable in a checkpoint by TensorFlow's own keys: parameters, Adam's moments and step
+    counts.
+    """
     reader = tf.train.load_checkpoint(str(path))
     return {
         key: reader.get_tensor(key)
@@ -69,7 +73,7 @@ def folder_of(logdir: Path, *flags: str) -> Path:
     return logdir / main.run_name(parsed(*flags))
 
 
-# Resuming -----------------------------------------------------------------------------------------------------------
+# Resuming -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,9 @@ def test_resuming_from_an_earlier_checkpoint(tmp_path, eager):
 
 
 def test_ten_are_kept(tmp_path, eager, monkeypatch):
-    """One every so often and one at the end, not at 0; the newest ten stay, whichever run wrote them."""
+    """One every so often and one at the end, not at 0; the newest ten stay, whichever run wrote
+    them.
+    """
     monkeypatch.setattr(main, 'SAVE_INTERVAL', 2)
     monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 2)  # of which the others are multiples
     train = [*SINUSOID, '--norm=None', f'--logdir={tmp_path}']
@@ -128,7 +134,7 @@ def test_ten_are_kept(tmp_path, eager, monkeypatch):
     assert f'model{23}' in succeeded(run(*train, '--train=False')).lines[0]  # the newest
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------
 
 
 def write_run(logdir: Path, *flags: str, iterations=(0,)) -> Path:
@@ -195,7 +201,8 @@ def flip(path: Path):
     ids=['absent', 'empty', 'cut early', 'cut halfway', 'cut late', 'bit flipped'],
 )
 def test_damaged_checkpoint(tmp_path, eager, suffix, damage):
-    """Named with --test_iter, it is refused and nothing changes; else the one before it is used, with a warning.
+    """Named with --test_iter, it is refused and nothing changes; else the one before it is used,
+    with a warning.
 
     Without its index, it is not there."""
     train = [*SINUSOID, f'--logdir={tmp_path}']
@@ -224,11 +231,13 @@ def test_the_checkpoint_before_a_damaged_one(tmp_path, eager):
     assert 'model2' in succeeded(run(*train, '--train=False')).lines[0]
 
 
-# The original's checkpoints -------------------------------------------------------------------------------------------
+# The original's checkpoints -----------------------------------------------------------------------
 
 
 class Original:
-    """A checkpoint as the original writes it: a TensorFlow 1 graph whose biases, or all weights, have no names."""
+    """A checkpoint as the original writes it: a TensorFlow 1 graph whose biases, or all weights,
+    have no names.
+    """
 
     def __init__(self, seed: int = 0):
         self.graph, self.random = tf.Graph(), np.random.default_rng(seed)
@@ -368,7 +377,7 @@ def test_original_of_another_architecture(tmp_path, eager, omniglot, build, flag
     assert listing(tmp_path) == before
 
 
-# Converting the original's checkpoints --------------------------------------------------------------------------------
+# Converting the original's checkpoints ------------------------------------------------------------
 
 
 def convert(*arguments):
@@ -488,7 +497,7 @@ def test_conversion_refused(sources, monkeypatch, arguments, words):
     assert listing(sources) == before
 
 
-# The published model --------------------------------------------------------------------------------------------------
+# The published model ------------------------------------------------------------------------------
 
 PUBLISHED = ORIGINAL / 'miniimagenet1shot' / 'model59000'
 FLAGS = [
@@ -514,7 +523,9 @@ images = pytest.mark.skipif(
 
 @pytest.fixture(scope='session')
 def validation_classes(tmp_path_factory) -> Path:
-    """A data folder with the 16 real validation classes: prepared already, or made from the archive."""
+    """A data folder with the 16 real validation classes: prepared already, or made from the
+    archive.
+    """
     if (ARCHIVES / 'val').is_dir():
         return DATA
     folder = tmp_path_factory.mktemp('real')
@@ -555,7 +566,9 @@ def test_published_model_by_value(published_run):
 
 
 def assert_figures(values: np.ndarray):
-    """Means within the sampling errors (99.9 %) of these tasks and of the 600 others the original was measured on."""
+    """Means within the sampling errors (99.9 %) of these tasks and of the 600 others the original
+    was measured on.
+    """
     measured = {
         0: (0.2007, 0),
         1: (0.3637, 0.0130),

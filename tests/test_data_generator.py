@@ -1,4 +1,6 @@
-"""Tasks and class folders, on generated data; on the real data where it is prepared (MAML_TEST_DATA)."""
+"""Tasks and class folders, on generated data; on the real data where it is prepared
+(MAML_TEST_DATA).
+"""
 
 import itertools
 import json
@@ -41,12 +43,14 @@ def assert_differ(one: Batch, other: Batch):
     )
 
 
-# --- every generator -------------------------------------------------------------------------------------------------
+# --- every generator ------------------------------------------------------------------------------
 SIDE = 4
 
 
 def class_images(counts, channels=1) -> ClassImages:
-    """Images that say what they are: pixel (0, 0) is 1 + class, (0, 1) is 1 + image, the others are 0."""
+    """Images that say what they are: pixel (0, 0) is 1 + class, (0, 1) is 1 + image, the others are
+    0.
+    """
     images = np.zeros((sum(counts), SIDE, SIDE, channels), np.uint8)
     owner = np.repeat(np.arange(len(counts)), counts)
     images[:, 0, 0] = 1 + owner[:, None]
@@ -58,7 +62,9 @@ def class_images(counts, channels=1) -> ClassImages:
 
 
 def read_back(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(class, image, quarter turns counter-clockwise) [T, shots*N] of images [T, shots*N, D] from class_images."""
+    """(class, image, quarter turns counter-clockwise) [T, shots*N] of images [T, shots*N, D] from
+    class_images.
+    """
     pixels = np.rint(inputs * 255).astype(int).reshape(*inputs.shape[:2], SIDE, SIDE)
     last = SIDE - 1
     corners = [
@@ -165,7 +171,7 @@ def test_unknown_split_and_bad_numbers(make):
         make(-1)
 
 
-# --- sinusoids -------------------------------------------------------------------------------------------------------
+# --- sinusoids ------------------------------------------------------------------------------------
 def test_sinusoid_shapes_and_ranges():
     batch = SinusoidGenerator(10, 15, oracle=True).batch('train', 0, 4000)
     assert [array.shape for array in batch] == [
@@ -219,9 +225,11 @@ def test_sinusoid_sizes(sizes, message):
         SinusoidGenerator(*sizes)
 
 
-# --- image tasks -----------------------------------------------------------------------------------------------------
+# --- image tasks ----------------------------------------------------------------------------------
 def test_distinct_gives_every_ordered_sample_once():
-    """Cell (i, j, k) of a 5 x 4 x 3 grid of uniform numbers is one of the 60 ordered samples of 3 out of 5."""
+    """Cell (i, j, k) of a 5 x 4 x 3 grid of uniform numbers is one of the 60 ordered samples of 3
+    out of 5.
+    """
     cells = [
         [(i + 0.5) / 5, (j + 0.5) / 4, (k + 0.5) / 3]
         for i, j, k in itertools.product(range(5), range(4), range(3))
@@ -395,7 +403,7 @@ def test_only_square_images_rotate():
         ImageGenerator(folders, 1, 1, 1, rotate=True)
 
 
-# --- splits ----------------------------------------------------------------------------------------------------------
+# --- splits ---------------------------------------------------------------------------------------
 def test_official_split():
     names = [f'character{i:04}' for i in range(1623)]
     splits = split_classes(1623)
@@ -429,7 +437,7 @@ def test_split_of_other_sets(total, sizes):
     assert sorted(sum(splits.values(), [])) == list(range(total))
 
 
-# --- class folders ---------------------------------------------------------------------------------------------------
+# --- class folders --------------------------------------------------------------------------------
 ALPHABETS, CHARACTERS, IMAGES = ('Aa', 'Bb_(x)', 'Bb'), 4, 3
 
 
@@ -594,7 +602,7 @@ def test_jpeg_and_other_modes(tmp_path):
     assert np.abs(images.astype(int) - grey[..., None]).max() <= 3
 
 
-# --- the cache of decoded images -------------------------------------------------------------------------------------
+# --- the cache of decoded images ------------------------------------------------------------------
 def test_second_start_decodes_nothing(omniglot, capsys, monkeypatch):
     first, printed = load(omniglot, capsys)
     assert 'Decoding the 36 images of' in printed and 'damaged' not in printed
@@ -776,7 +784,7 @@ def test_many_chunks_keep_their_order(tmp_path, monkeypatch):
             assert all(data == (255 - characters[name]).tobytes() for name, data in classes.items())
 
 
-# --- what can be wrong with the data ---------------------------------------------------------------------------------
+# --- what can be wrong with the data --------------------------------------------------------------
 def test_missing_folders(tmp_path):
     folder = tmp_path / 'my data'
     with pytest.raises(FileNotFoundError) as error:
@@ -887,7 +895,7 @@ def test_decompression_bomb_is_refused_like_any_damage(omniglot):
         load_omniglot(omniglot)
 
 
-# --- real data -------------------------------------------------------------------------------------------------------
+# --- real data ------------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def real_omniglot():
     if not (REAL / 'omniglot_resized').is_dir():

@@ -1,4 +1,6 @@
-"""Prepare, train, resume and evaluate as a user does: by the commands, on a dozen generated classes."""
+"""Prepare, train, resume and evaluate as a user does: by the commands, on a dozen generated
+classes.
+"""
 
 import csv
 import pickle

@@ -1,4 +1,6 @@
-"""The scripts of the paper's cells, the report on their runs, and the ablation of second derivatives."""
+"""The scripts of the paper's cells, the report on their runs, and the ablation of second
+derivatives.
+"""
 
 import csv
 import itertools
@@ -43,7 +45,9 @@ ABLATION = 'scripts/paper/second_order_ablation.py'
 
 @pytest.mark.slow
 def test_meta_gradients_of_the_ablation():
-    """Those that were measured with the original under TensorFlow 1.2.1, 1.15.5 and 1.3.0, and with stop_grad."""
+    """Those that were measured with the original under TensorFlow 1.2.1, 1.15.5 and 1.3.0, and with
+    stop_grad.
+    """
     outcome = succeeded(command(ABLATION, 'check', CASE))
     found = {
         line.split()[0]: [float(x) for x in re.findall(r'-?\d\.\d{4}', line)]
@@ -91,7 +95,7 @@ def test_validations_of_the_ablation(tmp_path):
     assert (tmp_path / 'ablation.png').exists()
 
 
-# The report ---------------------------------------------------------------------------------------------------------
+# The report ---------------------------------------------------------------------------------------
 
 
 def write_table(folder: Path, name: str, means: list[float]):
@@ -143,7 +147,8 @@ def test_report(logs):
     outcome = succeeded(in_process(report.main, [str(logs)]))
     assert outcome.lines == [f'{logs}/report/report.md'] and not outcome.err
     text = (logs / 'report/report.md').read_text()
-    # Means of 2 and 6; the standard error is 2, and 12.706 of them are the 95 % interval of two values.
+    # Means of 2 and 6; the standard error is 2, and 12.706 of them are the 95 % interval of two
+    # values.
     assert (
         '| MAML | 5 | .67 / .38 / .35 | 6 ± 38 | 4 ± 25 | 3.2 ± 20 | 2.2 ± 14 | 2 / 1.6 / 1.1 | 3 | 0, 1 |'
         in text
@@ -232,7 +237,9 @@ def test_report_quotes_notes(logs):
 
 
 def test_step_sizes_of_errors(trained):
-    """Two seeds: main.py's evaluation, and α halved after the first update, so that this one is the same."""
+    """Two seeds: main.py's evaluation, and α halved after the first update, so that this one is the
+    same.
+    """
     folders = [str(folder) for folder in sorted(trained.glob('sinusoid/seed*/cls_*'))]
     outcome = succeeded(in_process(step_sizes.main, [*folders, '--shots=3', '--tasks=700']))
     _, _, whole, halved = (
@@ -411,7 +418,7 @@ def test_cells_are_what_the_scripts_train():
         )
 
 
-# The cells, as a user calls them ---------------------------------------------------------------------------------------
+# The cells, as a user calls them ------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -507,7 +514,9 @@ def test_arguments_of_the_scripts(tmp_path, arguments):
     ],
 )
 def test_interrupted_cell(checkout, cell, name, iterations, seen, number, status):
-    """As by Ctrl-C, by a batch system or by force, all of which reach main.py too: the same command goes on, and evaluates."""
+    """As by Ctrl-C, by a batch system or by force, all of which reach main.py too: the same command
+    goes on, and evaluates.
+    """
     shutil.rmtree(checkout / 'logs', ignore_errors=True)
     line = ['bash', f'scripts/paper/{cell}.sh', f'--metatrain_iterations={iterations}']
     with subprocess.Popen(

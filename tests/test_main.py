@@ -34,7 +34,9 @@ NUMBER = r'(-?\d+\.\d+(?:e[-+]\d+)?|nan)'
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
-    """No compilation: these tests take a few steps of many models. test_reference.py compares both ways."""
+    """No compilation: these tests take a few steps of many models. test_reference.py compares both
+    ways.
+    """
     monkeypatch.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
     tf.config.run_functions_eagerly(True)
     yield
@@ -103,7 +105,7 @@ def only(folder: Path) -> Path:
     return run_folder
 
 
-# Flags and names ------------------------------------------------------------------------------------------------------
+# Flags and names ----------------------------------------------------------------------------------
 
 DEFAULTS = dict(
     datasource='sinusoid',
@@ -219,7 +221,7 @@ def test_query_images(data, line, queries):
     assert {split: generator.num_query for split, generator in generators.items()} == queries
 
 
-# Refusals: one sentence, and nothing written --------------------------------------------------------------------------
+# Refusals: one sentence, and nothing written ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -442,7 +444,7 @@ def test_refused_as_a_process(tmp_path, arguments, words):
     assert all(word in outcome.err for word in words)
 
 
-# What is printed ------------------------------------------------------------------------------------------------------
+# What is printed ----------------------------------------------------------------------------------
 
 
 def means_of(written: dict, kind: str, update: int, steps) -> list[float]:
@@ -470,7 +472,9 @@ def test_lines_of_a_sinusoid(tmp_path, intervals, graphs):
 
 
 def test_lines_of_images(tmp_path, data, intervals, graphs):
-    """Accuracies; pre-training has a count and a name of its own; validation classes every so often."""
+    """Accuracies; pre-training has a count and a name of its own; validation classes every so
+    often.
+    """
     intervals(summary=2, line=4, validation=6)
     outcome = succeeded(
         run(
@@ -524,7 +528,7 @@ def test_restoring_is_printed(tmp_path):
     assert outcome.lines[0] == f'Restoring model weights from {path}'
 
 
-# Summaries ------------------------------------------------------------------------------------------------------------
+# Summaries ----------------------------------------------------------------------------------------
 
 
 def tags(prefix: str, kinds: list[str], updates: int) -> set[str]:
@@ -614,7 +618,8 @@ def test_summaries_of_a_continued_run(tmp_path, intervals):
     for iterations in (5, 9):
         succeeded(run(*SINUSOID, f'--metatrain_iterations={iterations}', f'--logdir={tmp_path}'))
     assert len([*only(tmp_path).glob('events.*')]) == 2
-    # The names of files made in the same second end in a counter, so they do not sort as they were made.
+    # The names of files made in the same second end in a counter, so they do not sort as they were
+    # made.
     assert sorted(summaries(only(tmp_path))['metatrain_Pre-update_loss']) == [0, 2, 4, 6, 8]
 
 
@@ -623,7 +628,7 @@ def test_no_summaries(tmp_path):
     assert not [*tmp_path.rglob('events.*')]
 
 
-# Evaluation -----------------------------------------------------------------------------------------------------------
+# Evaluation ---------------------------------------------------------------------------------------
 
 
 def results(folder: Path, name: str) -> np.ndarray:
@@ -757,7 +762,9 @@ def test_more_updates_than_ten(tmp_path):
 
 
 def test_plain_network_on_miniimagenet(tmp_path, data, monkeypatch):
-    """--metatrain_iterations=0 takes one image per class: nothing to query, hence no figures after an update."""
+    """--metatrain_iterations=0 takes one image per class: nothing to query, hence no figures after
+    an update.
+    """
     monkeypatch.setattr(main, 'EVALUATION_TASKS', 8)
     monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
     train = [
@@ -787,7 +794,7 @@ def test_nothing_is_half_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['there.csv']
 
 
-# Starting again -------------------------------------------------------------------------------------------------------
+# Starting again -----------------------------------------------------------------------------------
 
 
 def test_complete_run(tmp_path):
@@ -806,7 +813,9 @@ def test_complete_run(tmp_path):
 
 
 def test_run_afresh(tmp_path):
-    """--resume=False never takes the place of an earlier run unasked; --overwrite asks, and leaves other files alone."""
+    """--resume=False never takes the place of an earlier run unasked; --overwrite asks, and leaves
+    other files alone.
+    """
     train = [*SINUSOID, f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=5'))
     succeeded(run(*train, '--metatrain_iterations=5', '--train=False'))

@@ -1,7 +1,9 @@
-"""Networks, inner loop, meta-gradient, outer step: by hand, by finite differences, and against TensorFlow's own layers.
+"""Networks, inner loop, meta-gradient, outer step: by hand, by finite differences, and against
+TensorFlow's own layers.
 
-Everything goes through the public interface of maml.py, so that layers may be rewritten for speed without touching it.
-Tests are in float64 and uncompiled, hence exact and quick, where nothing else is said.
+Everything goes through the public interface of maml.py, so that layers may be rewritten for speed
+without touching it. Tests are in float64 and uncompiled, hence exact and quick, where nothing else
+is said.
 """
 
 import os
@@ -35,7 +37,7 @@ def eagerly():
         yield
 
 
-# Ingredients -------------------------------------------------------------------------------------------------------
+# Ingredients --------------------------------------------------------------------------------------
 
 
 def one_hot(random, tasks: int, classes: int, shots: int) -> np.ndarray:
@@ -53,7 +55,9 @@ def random_batch(
     seed: int = 0,
     dtype=tf.float64,
 ) -> Batch:
-    """Images of noise, of the size that `network` wants, and labels that have nothing to do with them."""
+    """Images of noise, of the size that `network` wants, and labels that have nothing to do with
+    them.
+    """
     random = np.random.default_rng(seed)
     if isinstance(network, FullyConnected):
         size = network.parameters['w1'][1][0]
@@ -67,7 +71,9 @@ def random_batch(
 
 
 def exact_model(network, loss=None, perturbed: bool = True, **settings) -> FastMAML:
-    """An uncompiled float64 model, two inner updates; `perturbed`: with biases, offsets and gains far from 0 and 1."""
+    """An uncompiled float64 model, two inner updates; `perturbed`: with biases, offsets and gains
+    far from 0 and 1.
+    """
     settings = {
         'update_lr': 0.05,
         'num_updates': 2,
@@ -84,7 +90,9 @@ def exact_model(network, loss=None, perturbed: bool = True, **settings) -> FastM
 
 
 def copy_of(model: FastMAML, network=None, **settings) -> FastMAML:
-    """A model with the same parameters and other settings, or another network with parameters of the same names."""
+    """A model with the same parameters and other settings, or another network with parameters of
+    the same names.
+    """
     other = exact_model(network or model.network, perturbed=False, **settings)
     for name, variable in named(other).items():
         variable.assign(tf.cast(named(model)[name], variable.dtype))
@@ -124,11 +132,13 @@ def tasks_of(batch: Batch, tasks) -> Batch:
     return Batch(*(x[tasks] for x in batch))
 
 
-# Two parameters, by hand -------------------------------------------------------------------------------------------
+# Two parameters, by hand --------------------------------------------------------------------------
 
 
 class Linear:
-    """f(x) = w x + b + c: w and b are adapted, c is shared by all tasks, as the offset of a normalisation is."""
+    """f(x) = w x + b + c: w and b are adapted, c is shared by all tasks, as the offset of a
+    normalisation is.
+    """
 
     parameters = {'w': ('zeros', (1, 1)), 'b': ('zeros', (1,))}
     norm_parameters = {'c': ('zeros', (1,))}
@@ -157,22 +167,26 @@ def points(*tasks) -> Batch:
     [(1, False, (8, 0, 0)), (1, True, (12, 4, 4)), (2, False, (3, -1, -1)), (2, True, (6, 2, 2))],
 )
 def test_meta_gradient_by_hand(updates, stop_grad, expected):
-    """f(x) = w x + b + c with w = 2, b = 1, c = 0; squared error; α = 1/8; support (1, 1), query (3, 3).
+    """f(x) = w x + b + c with w = 2, b = 1, c = 0; squared error; α = 1/8; support (1, 1), query
+    (3, 3).
 
-    The support error is e1 = w x1 + b + c - y1 = 2 and its gradient for (w, b) is 2 e1 (x1, 1). An update therefore
-    multiplies e1 by r = 1 - 2 α (x1² + 1) = 1/2 and takes 2 α e1 (x1, 1) from (w, b). c is not updated. The query
-    error after M updates, s being 1 + r + ... + r^(M-1), is
+    The support error is e1 = w x1 + b + c - y1 = 2 and its gradient for (w, b) is 2 e1 (x1, 1). An
+    update therefore multiplies e1 by r = 1 - 2 α (x1² + 1) = 1/2 and takes 2 α e1 (x1, 1) from (w,
+    b). c is not updated. The query error after M updates, s being 1 + r + ... + r^(M-1), is
 
-        e2 = w x2 + b + c - y2 - 2 α s (x1 x2 + 1) e1 = 4 - 2 s,   that is 2 after one update and 1 after two.
+        e2 = w x2 + b + c - y2 - 2 α s (x1 x2 + 1) e1 = 4 - 2 s,   that is 2 after one update and 1
+        after two.
 
-    By the chain rule through the updates, e1 having the derivatives (x1, 1, 1) for (w, b, c), those of e2² are
+    By the chain rule through the updates, e1 having the derivatives (x1, 1, 1) for (w, b, c), those
+    of e2² are
 
-        2 e2 (x2 - 2 α s (x1 x2 + 1) x1,  1 - 2 α s (x1 x2 + 1),  1 - 2 α s (x1 x2 + 1)) = 2 e2 (3 - s, 1 - s, 1 - s):
+        2 e2 (x2 - 2 α s (x1 x2 + 1) x1,  1 - 2 α s (x1 x2 + 1),  1 - 2 α s (x1 x2 + 1)) = 2 e2 (3 -
+        s, 1 - s, 1 - s):
 
     M = 1, s = 1: 4 (2, 0, 0) = (8, 0, 0);   M = 2, s = 3/2: 2 (3/2, -1/2, -1/2) = (3, -1, -1).
 
-    At first order the updates count as constants: 2 e2 (x2, 1, 1) = (12, 4, 4) and (6, 2, 2); c, the offset, keeps its
-    direct gradient.
+    At first order the updates count as constants: 2 e2 (x2, 1, 1) = (12, 4, 4) and (6, 2, 2); c,
+    the offset, keeps its direct gradient.
     """
     model = linear_model(update_lr=1 / 8, num_updates=updates, stop_grad=stop_grad)
     loss, gradients = model.meta_gradient(points((1, 1, 3, 3)))
@@ -183,10 +197,11 @@ def test_meta_gradient_by_hand(updates, stop_grad, expected):
 @pytest.mark.usefixtures('eagerly')
 @pytest.mark.parametrize('stop_grad', [False, True])
 def test_losses_after_each_update_by_hand(stop_grad):
-    """As above, e1² = 4 before, and e2 = 4 - 2 s = 2, 1, 1/2, 1/4 after one to four updates; the first task of two.
+    """As above, e1² = 4 before, and e2 = 4 - 2 s = 2, 1, 1/2, 1/4 after one to four updates; the
+    first task of two.
 
-    The other has support (0, 0) and query (2, 1): e1 = 1, r = 1 - 2 α = 3/4, e2 = 4 - s/4 with s = 1, 7/4, 37/16,
-    175/64.
+    The other has support (0, 0) and query (2, 1): e1 = 1, r = 1 - 2 α = 3/4, e2 = 4 - s/4 with s =
+    1, 7/4, 37/16, 175/64.
     """
     model = linear_model(update_lr=1 / 8, num_updates=1, stop_grad=stop_grad)
     results = model.evaluate(points((1, 1, 3, 3), (0, 0, 2, 1)), 4)
@@ -199,7 +214,9 @@ def test_losses_after_each_update_by_hand(stop_grad):
 
 @pytest.mark.usefixtures('eagerly')
 def test_one_update_by_hand():
-    """θ' = θ - α ∇: as above, (w, b) = (2, 1) - 1/8 · 4 (1, 1) = (3/2, 1/2); the second task has e1 = 1 and x1 = 0."""
+    """θ' = θ - α ∇: as above, (w, b) = (2, 1) - 1/8 · 4 (1, 1) = (3/2, 1/2); the second task has e1
+    = 1 and x1 = 0.
+    """
     model = linear_model(update_lr=1 / 8)
     batch = points((1, 1, 3, 3), (0, 0, 2, 1))
     weights = adapted(model, batch, 1)
@@ -211,7 +228,9 @@ def test_one_update_by_hand():
 
 @pytest.mark.usefixtures('eagerly')
 def test_totals_are_means_over_tasks_by_hand():
-    """The two tasks above: e2² = 4 and (15/4)²; the second's gradient is 2 e2 (x2, 1 - 2 α, 1 - 2 α)."""
+    """The two tasks above: e2² = 4 and (15/4)²; the second's gradient is 2 e2 (x2, 1 - 2 α, 1 - 2
+    α).
+    """
     loss, gradients = linear_model(update_lr=1 / 8, num_updates=1).meta_gradient(
         points((1, 1, 3, 3), (0, 0, 2, 1))
     )
@@ -223,10 +242,11 @@ def test_totals_are_means_over_tasks_by_hand():
     ]
 
 
-# The meta-gradient against finite differences -----------------------------------------------------------------------
+# The meta-gradient against finite differences -----------------------------------------------------
 
-# Image sizes. Strides round up: 11 -> 6 -> 3 -> 2 -> 1 and 17 -> 9 -> 5 -> 3 -> 2 (more than one pixel to flatten).
-# Pooling rounds down, hence needs at least 16 pixels: 19 -> 9 -> 4 -> 2 -> 1 and 33 -> 16 -> 8 -> 4 -> 2.
+# Image sizes. Strides round up: 11 -> 6 -> 3 -> 2 -> 1 and 17 -> 9 -> 5 -> 3 -> 2 (more than one
+# pixel to flatten). Pooling rounds down, hence needs at least 16 pixels: 19 -> 9 -> 4 -> 2 -> 1 and
+# 33 -> 16 -> 8 -> 4 -> 2.
 SIZES = {
     ('stride', 'mean'): 11,
     ('stride', 'flatten'): 17,
@@ -270,7 +290,9 @@ def central_difference(
 
 
 def assert_exact_meta_gradient(network):
-    """Along a random direction in each variable; second order differs from first, and offsets count in both."""
+    """Along a random direction in each variable; second order differs from first, and offsets count
+    in both.
+    """
     model, batch, random = (
         exact_model(network),
         random_batch(network, shots=1, queries=1),
@@ -282,8 +304,9 @@ def assert_exact_meta_gradient(network):
     for name, variable in named(model).items():
         direction = random.standard_normal(variable.shape)
         direction /= np.linalg.norm(direction)
-        # 1e-8: rounding error of the difference, all there is for a bias that batch normalisation cancels.
-        # The shorter step is for a ReLU's or a maximum's kink that the longer one happens to cross.
+        # 1e-8: rounding error of the difference, all there is for a bias that batch normalisation
+        # cancels. The shorter step is for a ReLU's or a maximum's kink that the longer one happens
+        # to cross.
         tolerance = 1e-6 * np.linalg.norm(gradients[name]) + 1e-8
         slope = np.sum(gradients[name] * direction)
         assert any(
@@ -314,7 +337,9 @@ def test_meta_gradient_of_fully_connected_networks(norm):
     ids=[f'{kind}-{norm}' for kind in ('fully_connected', 'convolutional') for norm in NORMS],
 )
 def test_first_order_meta_gradient(network):
-    """stop_grad: the query loss's gradient at the adapted weights, and its direct gradient for offsets and gains."""
+    """stop_grad: the query loss's gradient at the adapted weights, and its direct gradient for
+    offsets and gains.
+    """
     model, batch = exact_model(network, stop_grad=True), random_batch(network)
     weights = adapted(model, batch, model.num_updates)
     with tf.GradientTape() as tape:
@@ -332,7 +357,7 @@ def test_first_order_meta_gradient(network):
         )
 
 
-# The networks against TensorFlow's own layers, task by task -----------------------------------------------------------
+# The networks against TensorFlow's own layers, task by task ---------------------------------------
 
 
 def means_norm(x, axes, epsilon):
@@ -347,7 +372,9 @@ def moments_norm(x, axes, epsilon):
 
 
 class TaskByTask:
-    """A convolutional network as one would write it for a single task, with the parameters of `network`."""
+    """A convolutional network as one would write it for a single task, with the parameters of
+    `network`.
+    """
 
     def __init__(self, network: Convolutional, norm=means_norm):
         self.network, self.norm = network, norm
@@ -386,7 +413,9 @@ class TaskByTask:
 @pytest.mark.usefixtures('eagerly')
 @pytest.mark.parametrize('settings', CONVOLUTIONAL)
 def test_network_is_that_of_tensorflows_layers(settings):
-    """Outputs and meta-gradient. One task is noise; the other has blank regions, hence equal pixels to pool."""
+    """Outputs and meta-gradient. One task is noise; the other has blank regions, hence equal pixels
+    to pool.
+    """
     network = small_network(**settings)
     model, batch = exact_model(network, num_updates=1), random_batch(network)
     blank = lambda x: tf.stack([x[0], tf.where(x[1] < 0.95, 0.0, x[1])])
@@ -433,9 +462,11 @@ def test_fully_connected_network_by_its_formula(norm):
 
 @pytest.mark.usefixtures('eagerly')
 def test_moments_would_spoil_the_meta_gradient(reference):
-    """The measured case: with tf.nn.moments all losses are right and conv1's meta-gradient is off by far.
+    """The measured case: with tf.nn.moments all losses are right and conv1's meta-gradient is off
+    by far.
 
-    The project's own is the float64 reference's, and so is that of TensorFlow's layers with the means written out.
+    The project's own is the float64 reference's, and so is that of TensorFlow's layers with the
+    means written out.
     """
     settings = dict(image_size=28, channels=1, filters=8, classes=5)
     ours = exact_model(small_network(**settings), cross_entropy(1), update_lr=0.4, num_updates=1)
@@ -461,7 +492,7 @@ def reference():
     return np.load(path)
 
 
-# Independence of tasks, of the query labels, of what went before -----------------------------------------------------
+# Independence of tasks, of the query labels, of what went before ----------------------------------
 
 INDEPENDENCE = [
     small_network(),
@@ -475,7 +506,9 @@ INDEPENDENCE = [
     'network', INDEPENDENCE, ids=['batch_norm', 'layer_norm', 'fully_connected']
 )
 def test_tasks_are_independent(network):
-    """Evaluated together as alone; and the meta-gradient of a meta-batch is the mean of its tasks'."""
+    """Evaluated together as alone; and the meta-gradient of a meta-batch is the mean of its
+    tasks'.
+    """
     model, batch = exact_model(network, num_updates=1), random_batch(network, tasks=2)
     together, alone = (
         model.evaluate(batch, 2),
@@ -504,7 +537,8 @@ def test_tasks_are_independent(network):
 
 @pytest.mark.usefixtures('eagerly')
 def test_parts_of_a_large_meta_batch():
-    """Whatever parts it is worked on in: twelve tasks have the mean of three times four tasks' meta-gradients.
+    """Whatever parts it is worked on in: twelve tasks have the mean of three times four tasks'
+    meta-gradients.
 
     And evaluation gives each task its own results, in order.
     """
@@ -554,7 +588,9 @@ def test_shapes_of_results():
 
 @pytest.mark.usefixtures('eagerly')
 def test_losses_and_accuracies_are_those_of_the_outputs():
-    """Support before any update, query after each; summed over examples and divided by K, here 2."""
+    """Support before any update, query after each; summed over examples and divided by K, here
+    2.
+    """
     network = small_network()
     batch = random_batch(network, queries=5)
     results = exact_model(network).evaluate(batch, 3)
@@ -612,7 +648,9 @@ def test_only_batch_norm_lets_query_images_see_each_other(norm):
 @pytest.mark.usefixtures('eagerly')
 @pytest.mark.parametrize('norm', ['batch_norm', 'layer_norm'])
 def test_evaluation_changes_nothing(norm):
-    """Neither θ nor offsets; and no running statistics: another batch in between leaves no trace."""
+    """Neither θ nor offsets; and no running statistics: another batch in between leaves no
+    trace.
+    """
     network = small_network(norm=norm)
     model, batch = exact_model(network), random_batch(network)
     before, values = model.evaluate(batch, 2), [variable.numpy() for variable in model.parameters]
@@ -625,9 +663,11 @@ def test_evaluation_changes_nothing(norm):
 
 @pytest.mark.usefixtures('eagerly')
 def test_chance_accuracy_on_noise():
-    """Fresh weights know nothing: 1/N before an update, and 1/N on the query set of noise after updates, too.
+    """Fresh weights know nothing: 1/N before an update, and 1/N on the query set of noise after
+    updates, too.
 
-    240 tasks of 5 images: the standard error of a mean accuracy is about sqrt(0.2 · 0.8 / 1200) = 0.012.
+    240 tasks of 5 images: the standard error of a mean accuracy is about sqrt(0.2 · 0.8 / 1200) =
+    0.012.
     """
     network = small_network(9, channels=1, filters=8, classes=5)
     model = exact_model(network, cross_entropy(1), perturbed=False, update_lr=0.4, dtype=tf.float32)
@@ -639,7 +679,7 @@ def test_chance_accuracy_on_noise():
     assert np.mean(on_support.accuracies2[-1]) > 0.5  # the updates did learn something, to no avail
 
 
-# Initial values ----------------------------------------------------------------------------------------------------
+# Initial values -----------------------------------------------------------------------------------
 
 
 def blocks(channels: int, filters: int, last: tuple[int, int]) -> dict:
@@ -713,7 +753,9 @@ def test_names_and_shapes_of_parameters(settings, weights, norms):
 
 
 def assert_uniform(values: np.ndarray, fan_in: int, fan_out: int):
-    """Glorot: within ±sqrt(6 / (fan in + fan out)), up to the rim, with a uniform distribution's deviation."""
+    """Glorot: within ±sqrt(6 / (fan in + fan out)), up to the rim, with a uniform distribution's
+    deviation.
+    """
     limit = np.sqrt(6 / (fan_in + fan_out))
     assert limit * (1 - 20 / values.size) < np.abs(values).max() <= limit
     np.testing.assert_allclose(values.std(), limit / np.sqrt(3), rtol=3 / np.sqrt(values.size))
@@ -736,7 +778,9 @@ def test_initial_values_of_convolutional_networks():
 
 
 def test_initial_values_of_the_last_layer():
-    """Omniglot: normal of stddev 1, not truncated; miniImagenet, with pooling or without: Glorot uniform."""
+    """Omniglot: normal of stddev 1, not truncated; miniImagenet, with pooling or without: Glorot
+    uniform.
+    """
     w5 = make_model('omniglot', num_classes=20, compiled=False).weights['w5'].numpy()
     assert abs(w5.std() - 1) < 0.06 and abs(w5.mean()) < 0.1
     assert abs(np.mean(np.abs(w5) > 2) - 0.0455) < 0.02 and np.abs(w5).max() > 2.7
@@ -771,7 +815,9 @@ def test_initial_values_of_fully_connected_networks():
 
 
 def test_initial_values_follow_the_seed():
-    """Equal for equal seeds; for others all differ, as do those of equally shaped parameters of one network."""
+    """Equal for equal seeds; for others all differ, as do those of equally shaped parameters of one
+    network.
+    """
     tf.random.set_seed(1)
     one, two = (make_model('omniglot', seed=4, num_filters=8, compiled=False) for _ in range(2))
     tf.random.set_seed(2)
@@ -782,7 +828,7 @@ def test_initial_values_follow_the_seed():
     assert not np.any(one.weights['conv2'] == one.weights['conv3'])
 
 
-# The outer step ------------------------------------------------------------------------------------------------------
+# The outer step -----------------------------------------------------------------------------------
 
 ADAM = 2e-5  # relative tolerance: Keras takes β₂ for the float32 next to 0.999, in float64 too
 
@@ -802,7 +848,9 @@ def values_of(model: FastMAML) -> np.ndarray:
 
 
 def task_with_gradient(model: FastMAML, gradient: float) -> Batch:
-    """A task whose support and query loss both have `gradient` · (3, 1, 1) for (w, b, c) where the model now stands."""
+    """A task whose support and query loss both have `gradient` · (3, 1, 1) for (w, b, c) where the
+    model now stands.
+    """
     y = np.sum(values_of(model) * [3, 1, 1]) - gradient / 2
     return points((3, y, 3, y))
 
@@ -816,8 +864,8 @@ def task_with_gradient(model: FastMAML, gradient: float) -> Batch:
 def test_adam_by_its_formula(step, clip, gradients):
     """Both outer steps, epsilon 1e-8; only meta-training clips, each element on its own.
 
-    Gradients of 1e-7 tell epsilons apart: a first step is β g / (|g| + ε / sqrt(0.001)), 0.24 β for ε = 1e-8 and
-    0.03 β for Keras's 1e-7.
+    Gradients of 1e-7 tell epsilons apart: a first step is β g / (|g| + ε / sqrt(0.001)), 0.24 β for
+    ε = 1e-8 and 0.03 β for Keras's 1e-7.
     """
     model = linear_model(update_lr=0.0, num_updates=1, meta_lr=0.01, clip=clip)
     before, given = values_of(model), []
@@ -835,7 +883,9 @@ def test_adam_by_its_formula(step, clip, gradients):
 
 @pytest.mark.usefixtures('eagerly')
 def test_pre_training_minimises_the_support_loss_of_all_tasks():
-    """Its gradient is the mean over tasks, nothing is adapted, and its Adam knows nothing of the other one."""
+    """Its gradient is the mean over tasks, nothing is adapted, and its Adam knows nothing of the
+    other one.
+    """
     model = linear_model(update_lr=1 / 8, meta_lr=0.01)
     model.metatrain_step(points((1, 1, 3, 3)))
     before, inputs, given = values_of(model), np.array([[1, 1, 1], [2, 1, 1]]), []
@@ -853,7 +903,9 @@ def test_pre_training_minimises_the_support_loss_of_all_tasks():
 @pytest.mark.parametrize('source, clipped', [('miniimagenet', True), ('omniglot', False)])
 @pytest.mark.usefixtures('eagerly')
 def test_only_miniimagenet_clips_the_meta_gradient(source, clipped):
-    """To ±10 for each element. Adam's first step has no scale; the second shows how large the first gradient was."""
+    """To ±10 for each element. Adam's first step has no scale; the second shows how large the first
+    gradient was.
+    """
     model = make_model(
         source, update_batch_size=1, update_lr=1e-6, dtype=tf.float64, compiled=False, num_filters=2
     )
@@ -876,7 +928,9 @@ def test_only_miniimagenet_clips_the_meta_gradient(source, clipped):
 
 @pytest.mark.parametrize('pretrain', [False, True])
 def test_many_steps_at_once_are_those_steps_one_by_one(pretrain):
-    """Training on the meta-batches first...last-1 of several; Adam's count of steps goes on from call to call."""
+    """Training on the meta-batches first...last-1 of several; Adam's count of steps goes on from
+    call to call.
+    """
     together, single = (linear_model(update_lr=1 / 8, num_updates=1) for _ in range(2))
     batches = Batch(
         *map(tf.constant, np.random.default_rng(0).standard_normal((4, 6, 2, 5, 1)))
@@ -896,7 +950,7 @@ def test_many_steps_at_once_are_those_steps_one_by_one(pretrain):
     np.testing.assert_allclose(values_of(together), values_of(single), rtol=1e-12)
 
 
-# Errors ------------------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -961,7 +1015,7 @@ def test_settings_that_make_no_sense(make, words):
         make()
 
 
-# Compilation -------------------------------------------------------------------------------------------------------
+# Compilation --------------------------------------------------------------------------------------
 
 
 class Counting:
@@ -981,7 +1035,9 @@ class Counting:
 
 
 def test_functions_are_traced_once():
-    """Fresh batches, further steps and more updates trace nothing anew; another number of tasks does, once."""
+    """Fresh batches, further steps and more updates trace nothing anew; another number of tasks
+    does, once.
+    """
     model = exact_model(Counting(Linear()), mean_squared_error)
     random = np.random.default_rng(0)
     draw = lambda tasks: Batch(*random.standard_normal((4, tasks, 5, 1)))
@@ -1031,6 +1087,7 @@ def test_compiled_meta_training():
         [compiled.metatrain_step(batch) for batch in batches], expected, rtol=1e-5
     )
     for name, variable in named(plain).items():
-        # Not the biases before batch normalisation: Adam makes a full step of a rounding error in their gradient.
+        # Not the biases before batch normalisation: Adam makes a full step of a rounding error in
+        # their gradient.
         if name not in ('b1', 'b2', 'b3', 'b4'):
             np.testing.assert_allclose(named(compiled)[name], variable, atol=2e-5, err_msg=name)

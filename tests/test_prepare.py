@@ -1,4 +1,6 @@
-"""Data preparation: official layouts in, whole folders out, and nothing at all from damaged or malicious sources."""
+"""Data preparation: official layouts in, whole folders out, and nothing at all from damaged or
+malicious sources.
+"""
 
 import csv
 import functools
@@ -22,10 +24,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
-from scripts.data import (
-    prepare_miniimagenet,
-    prepare_omniglot,
-)
+from scripts.data import prepare_miniimagenet, prepare_omniglot
 from scripts.lib import preparation
 from scripts.lib.preparation import PreparationError
 
@@ -112,7 +111,9 @@ def omniglot(tmp_path):
 
 @pytest.fixture
 def target(tmp_path):
-    """A target whose folder does not exist either; afterwards nothing half-made may be beside it."""
+    """A target whose folder does not exist either; afterwards nothing half-made may be beside
+    it.
+    """
     path = tmp_path / 'made' / 'target'
     yield path
     assert not path.parent.exists() or [entry.name for entry in path.parent.iterdir()] == ['target']
@@ -384,7 +385,9 @@ def test_damaged_archives(omniglot, target, damage):
 
 
 def test_any_damage_is_a_sentence_or_harmless(omniglot, tmp_path):
-    """Random bytes changed anywhere: either PreparationError and nothing written, or a whole target."""
+    """Random bytes changed anywhere: either PreparationError and nothing written, or a whole
+    target.
+    """
     path = omniglot / 'images_evaluation.zip'
     good, generator = path.read_bytes(), random.Random(1)
     for trial in range(150):
@@ -461,7 +464,9 @@ def test_download_that_fails(mirror, omniglot, target):
 
 
 def listed(source, splits, images, archive=None):
-    """A source folder: csv files from {split: [(filename, label)]}; {filename: bytes} in images/ or in an archive."""
+    """A source folder: csv files from {split: [(filename, label)]}; {filename: bytes} in images/ or
+    in an archive.
+    """
     source.mkdir(exist_ok=True)
     for split, rows in splits.items():
         with (source / f'{split}.csv').open('w', newline='') as file:
@@ -623,7 +628,9 @@ def test_bad_csv(tmp_path, target, text, complaint):
 
 
 def test_any_damage_to_a_csv_is_a_sentence_or_what_it_says(tmp_path):
-    """Cut, with bits flipped, empty, absent or swapped: never a traceback, and a target that holds what the file lists, or none."""
+    """Cut, with bits flipped, empty, absent or swapped: never a traceback, and a target that holds
+    what the file lists, or none.
+    """
     for seed in range(40):
         dice, target = random.Random(seed), tmp_path / f'target{seed}'
         source = listed(tmp_path / f'source{seed}', SPLITS, IMAGES)
@@ -747,7 +754,9 @@ def test_interrupted(tmp_path, number):
 
 @needs_data('omniglot')
 def test_official_omniglot_pixels_are_those_of_lanczos_on_1_bit():
-    """What the published results were trained on: Pillow asked for Lanczos, giving nearest neighbour."""
+    """What the published results were trained on: Pillow asked for Lanczos, giving nearest
+    neighbour.
+    """
     images = prepare_omniglot.merge(prepare_omniglot.find(DATA / 'omniglot'))
     assert prepare_omniglot.fault(images, prepare_omniglot.Counts()) is None
     for item in list(images.values())[::301]:

@@ -1,8 +1,10 @@
-"""The port against the original's losses, gradients and updates, and against exact float64 arithmetic.
+"""The port against the original's losses, gradients and updates, and against exact float64
+arithmetic.
 
-The cases are the .npz files of the folder MAML_REFERENCE_DIR, by default tests/reference. Each holds one meta-batch, the
-flags, the initial parameters and what the original program computed from them under TensorFlow 1.2.1, whose
-meta-gradient is exact; under `float64/` stands what independent float64 arithmetic gives.
+The cases are the .npz files of the folder MAML_REFERENCE_DIR, by default tests/reference. Each
+holds one meta-batch, the flags, the initial parameters and what the original program computed from
+them under TensorFlow 1.2.1, whose meta-gradient is exact; under `float64/` stands what independent
+float64 arithmetic gives.
 """
 
 import json
@@ -29,8 +31,8 @@ FAST_COMPILED = (
 
 def modes(name: str):
     for dtype in (tf.float32, tf.float64):
-        # Uncompiled in float32, images say little that compiled float32 and uncompiled float64 do not; the
-        # first-order case little that the smaller ones do not.
+        # Uncompiled in float32, images say little that compiled float32 and uncompiled float64 do
+        # not; the first-order case little that the smaller ones do not.
         repeated = (
             dtype == tf.float32
             and not name.startswith('sinusoid')
@@ -64,7 +66,9 @@ def modes(name: str):
 
 
 class Case:
-    """A case file: settings as the command line would parse them, the meta-batch, and the expected values."""
+    """A case file: settings as the command line would parse them, the meta-batch, and the expected
+    values.
+    """
 
     def __init__(self, name: str):
         self.values = dict(np.load(FOLDER / f'{name}.npz'))
@@ -109,7 +113,9 @@ def names(model) -> list[str]:
 
 
 def cancelled_bias(values: dict, name: str) -> bool:
-    """Whether batch normalisation takes the mean, and with it this bias, away again: its gradient is rounding error."""
+    """Whether batch normalisation takes the mean, and with it this bias, away again: its gradient
+    is rounding error.
+    """
     key = f'float64/meta_grad/{name}'
     return key in values and np.linalg.norm(values[key]) < 1e-9
 
@@ -145,9 +151,9 @@ def check_outcomes(case: Case, model, batch: Batch):
 def check_gradients(values: dict, model, gradients, tolerance: float):
     """Per variable, relative to the exact gradient's norm.
 
-    Where rounding decides between two all but equal pixels of a pooling window, the gradient jumps. The original's does
-    so in one of the miniImagenet cases, where it is up to 2.7e-2 away from the exact one; a float32 gradient may be half
-    as far away again as the original's.
+    Where rounding decides between two all but equal pixels of a pooling window, the gradient jumps.
+    The original's does so in one of the miniImagenet cases, where it is up to 2.7e-2 away from the
+    exact one; a float32 gradient may be half as far away again as the original's.
     """
     for name, gradient in zip(names(model), gradients):
         exact = values[f'float64/meta_grad/{name}']
@@ -167,8 +173,9 @@ def check_gradients(values: dict, model, gradients, tolerance: float):
 def check_step(values: dict, key: str, model, gradients, tolerance: float):
     """Variables after one Adam step, compared where the gradient is well above its rounding error.
 
-    Adam's first step is β times the gradient's sign, so an element whose sign is rounding error may differ by 2β. The
-    error is this program's own (`tolerance`) and that of the original's float32, seen where its gradient is given.
+    Adam's first step is β times the gradient's sign, so an element whose sign is rounding error may
+    differ by 2β. The error is this program's own (`tolerance`) and that of the original's float32,
+    seen where its gradient is given.
     """
     for name, variable, gradient in zip(names(model), model.parameters, gradients):
         error = tolerance * rms(gradient)
@@ -184,7 +191,9 @@ def check_step(values: dict, key: str, model, gradients, tolerance: float):
 
 
 def given(optimizer) -> list[np.ndarray]:
-    """The gradients that a fresh Adam was given in its first step: its first moments are a tenth of them."""
+    """The gradients that a fresh Adam was given in its first step: its first moments are a tenth of
+    them.
+    """
     return [moment.numpy() / 0.1 for moment in optimizer._momentums]
 
 

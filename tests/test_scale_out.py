@@ -1,4 +1,6 @@
-"""--strategy: the same weights from one device, from two of a process, and from two processes; what happens when one is lost."""
+"""--strategy: the same weights from one device, from two of a process, and from two processes; what
+happens when one is lost.
+"""
 
 import os
 import re
@@ -160,7 +162,9 @@ def wait_for(folder: Path, pattern: str, process: subprocess.Popen):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc to find the workers')
 def test_a_worker_is_killed(flags, tmp_path):
-    """kill -9 of the second: the first says so and ends; all started again end as if nothing had happened."""
+    """kill -9 of the second: the first says so and ends; all started again end as if nothing had
+    happened.
+    """
     line = [
         *(flag for flag in flags if 'iterations' not in flag),
         '--conv=False',
@@ -211,7 +215,7 @@ def test_a_signal_stops_all_workers(flags, tmp_path):
     ), err[-2000:]
 
 
-# Without other processes --------------------------------------------------------------------------------------------------
+# Without other processes --------------------------------------------------------------------------
 
 
 def test_one_device_is_no_strategy():

@@ -1,4 +1,6 @@
-"""Convolution with one kernel per task and pooling, against TensorFlow's own layers applied task by task."""
+"""Convolution with one kernel per task and pooling, against TensorFlow's own layers applied task by
+task.
+"""
 
 import numpy as np
 import pytest
@@ -42,14 +44,17 @@ def tensorflow_pooling(x):
 
 
 def derivatives(function, *inputs):
-    """function(*inputs), the gradient of a nonlinear scalar of it, and that gradient's derivative along a direction."""
+    """function(*inputs), the gradient of a nonlinear scalar of it, and that gradient's derivative
+    along a direction.
+    """
     inputs = [tf.convert_to_tensor(x) for x in inputs]
     random = np.random.default_rng(1)
     with tf.GradientTape() as outer:
         outer.watch(inputs)
         with tf.GradientTape() as inner:
             inner.watch(inputs)
-            # Squares of inputs and outputs: the scalar's second derivative passes through the layer in every way.
+            # Squares of inputs and outputs: the scalar's second derivative passes through the layer
+            # in every way.
             value = function(*(x + tf.square(x) / 4 for x in inputs))
             weights = random.standard_normal(value.shape)
             scalar = tf.reduce_sum(weights * (value + tf.square(value)))
@@ -66,7 +71,9 @@ def assert_same(one, other):
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('size', SIZES, ids=str)
 def test_convolution_is_tensorflows_of_each_task(size, stride):
-    """Value, gradients for images and kernels, and second derivatives; three tasks with a kernel each."""
+    """Value, gradients for images and kernels, and second derivatives; three tasks with a kernel
+    each.
+    """
     random = np.random.default_rng(0)
     x, kernel = random.standard_normal((3, 2, *size, 2)), random.standard_normal((3, 3, 3, 2, 4))
     ours = derivatives(lambda *inputs: convolution(*inputs, stride), x, kernel)
@@ -103,7 +110,8 @@ def test_each_task_has_its_own_kernel(stride):
 def test_max_pooling_is_tensorflows(size, ties):
     """Value, gradient and second derivative; an odd last row and column are dropped.
 
-    Blank paper makes constant regions, whose maxima are ties: the gradient then goes where TensorFlow sends it.
+    Blank paper makes constant regions, whose maxima are ties: the gradient then goes where
+    TensorFlow sends it.
     """
     random = np.random.default_rng(0)
     x = random.standard_normal((2, 3, *size, 2))
@@ -117,7 +125,9 @@ def test_max_pooling_is_tensorflows(size, ties):
 
 @pytest.mark.parametrize('shape', [(2, 3, 5, 7, 2), (1, 1, 2, 2, 1)], ids=str)
 def test_ties_of_max_pooling_share_nothing(shape):
-    """One element of each window gets the whole gradient, so that the sum over a window is that of its output."""
+    """One element of each window gets the whole gradient, so that the sum over a window is that of
+    its output.
+    """
     x = tf.ones(shape)
     with tf.GradientTape() as tape:
         tape.watch(x)
@@ -214,7 +224,9 @@ def test_derivatives_by_hand(ours, plain, shapes):
 
 @pytest.mark.parametrize('rows', [5, FEW_ROWS + 1])
 def test_shared_weights_have_a_gradient_for_each_task(rows):
-    """It is that of weights of each task's own, and so are its derivatives: what an inner update is made of."""
+    """It is that of weights of each task's own, and so are its derivatives: what an inner update is
+    made of.
+    """
     random = np.random.default_rng(0)
     x, matrix = (tf.constant(random.standard_normal(shape)) for shape in [(2, rows, 3), (3, 4)])
     perturbation = tf.zeros([2, 3, 4], tf.float64)

@@ -1,6 +1,7 @@
 """What happens to a run when the machine, the disk or the user does something unforeseen.
 
-The fast tests call main.py in this process; the slow ones start it, kill it and look at what is left.
+The fast tests call main.py in this process; the slow ones start it, kill it and look at what is
+left.
 """
 
 import os
@@ -86,7 +87,9 @@ def folder_of(logdir: Path, *arguments: str) -> Path:
 
 
 def scalars(folder: Path) -> list[tuple]:
-    """(step, tag, value) of all summaries in a folder, in order of step and tag, repetitions included."""
+    """(step, tag, value) of all summaries in a folder, in order of step and tag, repetitions
+    included.
+    """
     events = [
         tf.compat.v1.Event.FromString(record)
         for path in event_files(folder)
@@ -118,7 +121,7 @@ def assert_same_run(one: Path, other: Path, last: int):
     assert scalars(one) == scalars(other)
 
 
-# Continuing -----------------------------------------------------------------------------------------------------------
+# Continuing ---------------------------------------------------------------------------------------
 
 
 class Stop:
@@ -142,7 +145,9 @@ class Stop:
 def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(
     tmp_path, eager, data, often, monkeypatch, number
 ):
-    """Status 128 + signal, a checkpoint of that very iteration; printed lines, too, go on as if nothing had happened."""
+    """Status 128 + signal, a checkpoint of that very iteration; printed lines, too, go on as if
+    nothing had happened.
+    """
     monkeypatch.setattr(main, 'SAVE_INTERVAL', 1000)
     train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=35']
     once = succeeded(run(*train, f'--logdir={tmp_path}/once'))
@@ -175,7 +180,9 @@ def test_a_second_signal_stops_at_once(tmp_path, eager, monkeypatch):
 
 
 def test_summaries_of_a_process_that_died(tmp_path):
-    """Those of later iterations than the checkpoint, and half a record, go; the others stay, in place."""
+    """Those of later iterations than the checkpoint, and half a record, go; the others stay, in
+    place.
+    """
     for steps in ((0, 1, 2), (3, 4), (5,)):
         writer = tf.summary.create_file_writer(str(tmp_path), filename_suffix=f'.{steps[0]}')
         with writer.as_default():
@@ -207,7 +214,7 @@ def test_leftovers_of_a_process_that_died(tmp_path, eager):
     assert not names & set(left) and set(kept) <= names
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -235,7 +242,9 @@ def test_flags_that_contradict_the_run(tmp_path, eager, change, words):
 
 
 def test_longer_joint_training(tmp_path, eager):
-    """While it lasts, it may be made longer: the same weights as in one go; not once meta-training has begun."""
+    """While it lasts, it may be made longer: the same weights as in one go; not once meta-training
+    has begun.
+    """
     joint = [*SINUSOID, '--log=False', '--metatrain_iterations=0']
     for logdir, lengths in ('whole', [4]), ('parts', [2, 4]):
         for length in lengths:
@@ -366,7 +375,7 @@ def test_malformed_command_line(tmp_path, eager, line):
     assert not [*tmp_path.iterdir()]
 
 
-# Failures -------------------------------------------------------------------------------------------------------------
+# Failures -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -397,7 +406,9 @@ def test_loss_that_is_no_number(tmp_path, eager, data, often, source, iteration)
 
 
 def test_best_checkpoint(tmp_path, eager, data, often):
-    """That of the best validation, the earliest of equals; --test_iter=best evaluates it, beside the results of the last."""
+    """That of the best validation, the earliest of equals; --test_iter=best evaluates it, beside
+    the results of the last.
+    """
     train = [
         *OMNIGLOT,
         f'--data_dir={data}',
@@ -455,11 +466,13 @@ def test_image_that_becomes_unreadable(tmp_path, eager):
     )
 
 
-# Damage ---------------------------------------------------------------------------------------------------------------
+# Damage -------------------------------------------------------------------------------------------
 
 
 def spoil(folder: Path, names: list[str], dice: random.Random) -> str:
-    """Damages one file at random: cuts, empties, flips bits of, removes or swaps it. Returns what was done."""
+    """Damages one file at random: cuts, empties, flips bits of, removes or swaps it. Returns what
+    was done.
+    """
     path = folder / dice.choice(names)
     how = dice.choice(['cut', 'flip', 'flips', 'empty', 'remove', 'swap', 'garbage'])
     content = bytearray(path.read_bytes())
@@ -480,7 +493,9 @@ def spoil(folder: Path, names: list[str], dice: random.Random) -> str:
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """A run with checkpoints of the iterations 0...3, and its errors in evaluation from each: (logdir, {iteration: values})."""
+    """A run with checkpoints of the iterations 0...3, and its errors in evaluation from each:
+    (logdir, {iteration: values}).
+    """
     logdir = tmp_path_factory.mktemp('trained')
     with pytest.MonkeyPatch.context() as patch, running_eagerly(patch):
         patch.setattr(main, 'SAVE_INTERVAL', 1)
@@ -506,7 +521,9 @@ def evaluated(*arguments: str) -> tuple[Outcome, str]:
     ids=['60', '80 more'],
 )
 def test_damaged_checkpoints_at_random(tmp_path, eager, trained, seeds):
-    """The newest whole checkpoint is used, with a warning if it is not the newest; or one sentence says that there is none."""
+    """The newest whole checkpoint is used, with a warning if it is not the newest; or one sentence
+    says that there is none.
+    """
     logdir, values = trained
     for seed in seeds:
         dice, copy = random.Random(seed), tmp_path / str(seed)
@@ -548,7 +565,7 @@ def test_damaged_caches_at_random(tmp_path, eager, data, seeds=range(60)):
             np.testing.assert_array_equal(one, other)
 
 
-# Killed, and out of space: processes of their own ---------------------------------------------------------------------
+# Killed, and out of space: processes of their own -------------------------------------------------
 
 
 class Process:
@@ -581,7 +598,9 @@ class Process:
 
 
 def killed_again_and_again(train: list[str], kills: int, seconds: float, intervals: dict) -> int:
-    """Starts a run and kills it at random moments, `kills` times; then lets it finish. Returns how many kills hit it."""
+    """Starts a run and kills it at random moments, `kills` times; then lets it finish. Returns how
+    many kills hit it.
+    """
     dice, hits = random.Random(0), 0
     for _ in range(kills):
         text = dice.choice(
@@ -628,7 +647,9 @@ def test_two_processes_with_one_seed(tmp_path, data):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 20 MB, if this user may mount one; else a limit of the size of files, as arguments for Popen."""
+    """A file system of 20 MB, if this user may mount one; else a limit of the size of files, as
+    arguments for Popen.
+    """
     folder = tmp_path / 'disk'
     folder.mkdir()
     mounted = (
@@ -699,7 +720,8 @@ def test_memory_of_100000_iterations(tmp_path, monkeypatch):
         name: getattr(models[0], name).experimental_get_tracing_count()
         for name in ('_steps', '_evaluate', 'metatrain_step')
     }
-    # The step is traced once for a checkpoint's single iteration and once within the program of many.
+    # The step is traced once for a checkpoint's single iteration and once within the program of
+    # many.
     assert (
         counts == {'_steps': 1, '_evaluate': 1, 'metatrain_step': 2}
         or counts['metatrain_step'] == 1

@@ -1,4 +1,6 @@
-"""A user's own images and tasks: --datasource=folder, the API of MAML, scripts/model/classify.py and scripts/model/export.py."""
+"""A user's own images and tasks: --datasource=folder, the API of MAML, scripts/model/classify.py
+and scripts/model/export.py.
+"""
 
 import json
 import re
@@ -50,7 +52,7 @@ def make_folder(folder: Path, classes: int = 12, images: int = 4) -> Path:
     return folder
 
 
-# Folders --------------------------------------------------------------------------------------------------------------
+# Folders ------------------------------------------------------------------------------------------
 
 
 def test_folders_of_splits_equal_miniimagenet(tmp_path):
@@ -103,7 +105,9 @@ def test_every_split_gets_a_class(tmp_path, classes, shares, sizes):
 
 
 def test_what_pillow_reads(tmp_path):
-    """Transparency is white, 16 bits are scaled, a camera's orientation is kept, other modes are converted."""
+    """Transparency is white, 16 bits are scaled, a camera's orientation is kept, other modes are
+    converted.
+    """
 
     def read(name, channels=3):
         return read_image(str(tmp_path / name), folder_layout(2, channels))
@@ -203,7 +207,9 @@ def test_flags_refused(tmp_path, flag, words):
 
 
 def test_folder_from_the_command_line(tmp_path, eager):
-    """Trains, continues, evaluates on each split, with more queries and without their statistics; another split is refused."""
+    """Trains, continues, evaluates on each split, with more queries and without their statistics;
+    another split is refused.
+    """
     folder = make_folder(tmp_path / 'photos')
     flags = [
         '--datasource=folder',
@@ -251,7 +257,7 @@ def test_interval_of_small_samples():
     )
 
 
-# The API --------------------------------------------------------------------------------------------------------------
+# The API ------------------------------------------------------------------------------------------
 
 
 def small_model(**settings) -> Learner:
@@ -293,7 +299,9 @@ def some_tasks(
 )
 @pytest.mark.parametrize('transductive', [True, False])
 def test_api_is_what_evaluation_computes(settings, transductive):
-    """Probabilities after two updates are the softmax of evaluation's outputs, for several tasks and for one."""
+    """Probabilities after two updates are the softmax of evaluation's outputs, for several tasks
+    and for one.
+    """
     model, (x, y, queries) = small_model(update_batch_size=2, **settings), some_tasks()
     labels = np.eye(3)[np.zeros((2, 4), int)]
     expected = model.model.evaluate(
@@ -332,7 +340,9 @@ def test_without_the_queries_statistics_an_answer_stands_alone(norm, conv):
 
 
 def test_alpha_means_the_same_for_any_number_of_examples():
-    """Every example twice changes nothing, and training's own number of examples gives training's own step."""
+    """Every example twice changes nothing, and training's own number of examples gives training's
+    own step.
+    """
     model, (x, y, _) = small_model(), some_tasks(shots=1)
     once, twice = (
         model.adapt(x, y, 1),
@@ -465,7 +475,7 @@ def test_readme_example():
         assert done.stdout.split('\n')[:-1] == printed
 
 
-# scripts/model/classify.py ------------------------------------------------------------------------------------------------------
+# scripts/model/classify.py ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -582,7 +592,7 @@ def test_classify_refuses(run_folder, tmp_path):
         assert_refused(in_process(classify.main, arguments), 'classify.py: ', words)
 
 
-# scripts/model/export.py ------------------------------------------------------------------------------------------------------
+# scripts/model/export.py --------------------------------------------------------------------------
 
 SERVE = """
 import sys
@@ -602,7 +612,9 @@ np.savez(sys.argv[3], **found)
 
 @pytest.mark.parametrize('transductive', [pytest.param(True, marks=pytest.mark.slow), False])
 def test_saved_model(run_folder, tmp_path, transductive):
-    """In a process of its own that knows nothing of this project, with 1, 3 and 5 shots of two tasks: as Learner.predict."""
+    """In a process of its own that knows nothing of this project, with 1, 3 and 5 shots of two
+    tasks: as Learner.predict.
+    """
     random = np.random.default_rng(1)
     arrays = {'query': random.random((2, 7, 28, 28, 1), np.float32)}
     for shots in (1, 3, 5):
@@ -669,11 +681,13 @@ def test_export_refuses(tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-# scripts/model/publish.py -------------------------------------------------------------------------------------------------------
+# scripts/model/publish.py -------------------------------------------------------------------------
 
 
 def test_publish(tmp_path, eager):
-    """Evaluates to the same figures; Adam's state is left out, so that training goes on with a fresh one."""
+    """Evaluates to the same figures; Adam's state is left out, so that training goes on with a
+    fresh one.
+    """
     make_omniglot(tmp_path)
     flags = [
         '--datasource=omniglot',

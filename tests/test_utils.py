@@ -21,7 +21,7 @@ from utils import (
 LOG = np.log
 
 
-# Losses ------------------------------------------------------------------------------------------------------------
+# Losses -------------------------------------------------------------------------------------------
 
 
 def test_mean_squared_error_is_a_mean_over_the_points_of_each_task():
@@ -34,8 +34,8 @@ def test_mean_squared_error_is_a_mean_over_the_points_of_each_task():
 def test_cross_entropy_is_summed_and_divided_by_the_shots():
     """Logits (0, ln 3) are probabilities 1/4 and 3/4, logits (0, 0) one half each.
 
-    Task 0 has labels 0, 1, 1 -> ln 4 + ln(4/3) + ln 2 = ln(32/3); task 1 has 1, 1, 0 -> ln(4/3) + ln(4/3) + ln 2 =
-    ln(32/9). With K shots both are divided by K, whatever the number of examples.
+    Task 0 has labels 0, 1, 1 -> ln 4 + ln(4/3) + ln 2 = ln(32/3); task 1 has 1, 1, 0 -> ln(4/3) +
+    ln(4/3) + ln 2 = ln(32/9). With K shots both are divided by K, whatever the number of examples.
     """
     logits = tf.constant(2 * [[[0.0, LOG(3.0)], [0.0, LOG(3.0)], [0.0, 0.0]]], tf.float64)
     label = tf.constant(np.eye(2)[[[0, 1, 1], [1, 1, 0]]])
@@ -48,7 +48,9 @@ def test_cross_entropy_is_summed_and_divided_by_the_shots():
 
 
 def test_cross_entropy_scale_of_support_and_query():
-    """Untrained (equal) logits cost N ln N on N*K support images and N*15/K ln N on 15 query images per class."""
+    """Untrained (equal) logits cost N ln N on N*K support images and N*15/K ln N on 15 query images
+    per class.
+    """
     loss = cross_entropy(5)
     for examples, expected in ((5 * 5, 5 * LOG(5)), (5 * 15, 15 * LOG(5))):
         label = tf.constant(np.eye(5)[np.arange(examples) % 5][None])
@@ -73,7 +75,7 @@ def test_accuracy_is_the_share_of_largest_logits():
     np.testing.assert_array_equal(accuracy(output, label), [0.75, 0.25])
 
 
-# Normalisation -----------------------------------------------------------------------------------------------------
+# Normalisation ------------------------------------------------------------------------------------
 
 
 SHAPES = [
@@ -85,7 +87,9 @@ SHAPES = [
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 @pytest.mark.parametrize('scale', [1.0, 0.03])
 def test_batch_norm_by_its_formula(shape, scale):
-    """Biased variance, epsilon 0.001 in the root, per task and channel; at scale 0.03 epsilon rivals the variance."""
+    """Biased variance, epsilon 0.001 in the root, per task and channel; at scale 0.03 epsilon
+    rivals the variance.
+    """
     random = np.random.default_rng(0)
     x, beta = scale * random.standard_normal(shape) + 2, random.standard_normal(3)
     for task in range(2):
@@ -104,7 +108,9 @@ def test_batch_norm_by_its_formula(shape, scale):
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 @pytest.mark.parametrize('scale', [1.0, 1e-6])
 def test_layer_norm_by_its_formula(shape, scale):
-    """Biased variance over all axes of an example, epsilon 1e-12 inside the root, gain and offset of the last axis."""
+    """Biased variance over all axes of an example, epsilon 1e-12 inside the root, gain and offset
+    of the last axis.
+    """
     random = np.random.default_rng(0)
     x, beta, gamma = (
         scale * random.standard_normal(shape),
@@ -131,7 +137,9 @@ def test_constant_inputs_are_normalised_to_the_offset():
 
 
 def test_statistics_are_those_of_the_batch_at_hand():
-    """No running averages: what was normalised before leaves no trace, at training and test time alike."""
+    """No running averages: what was normalised before leaves no trace, at training and test time
+    alike.
+    """
     x, beta = tf.random.stateless_normal([2, 5, 3], [0, 0]), tf.zeros(3)
     before = batch_norm(x, beta)
     batch_norm(100 * x + 50, beta)
@@ -140,7 +148,9 @@ def test_statistics_are_those_of_the_batch_at_hand():
 
 @pytest.mark.parametrize('norm', ['batch_norm', 'layer_norm'])
 def test_each_layer_has_its_own_offset(norm):
-    """A layer's normalisation takes the parameters of its own scope; without normalisation nothing happens."""
+    """A layer's normalisation takes the parameters of its own scope; without normalisation nothing
+    happens.
+    """
     x = tf.random.stateless_normal([2, 5, 3], [0, 0])
     norms = {
         f'{scope}/{name}': tf.fill([3], float(scope))
@@ -173,7 +183,7 @@ def test_parameters_of_each_normalisation():
     }
 
 
-# Its derivatives: TensorFlow's known trap ---------------------------------------------------------------------------
+# Its derivatives: TensorFlow's known trap ---------------------------------------------------------
 
 
 def moments_norm(x, axes, epsilon):
@@ -195,7 +205,9 @@ NORMS = {
 
 
 def derivatives(norm, x, direction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """norm(x), the gradient of a scalar of it, and that gradient's derivative along `direction`, by automatic means."""
+    """norm(x), the gradient of a scalar of it, and that gradient's derivative along `direction`, by
+    automatic means.
+    """
     x = tf.constant(x)
     weights = np.random.default_rng(1).standard_normal(x.shape)
     with tf.GradientTape() as outer:
@@ -216,10 +228,12 @@ def relative(one, other) -> float:
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 @pytest.mark.parametrize('name', NORMS)
 def test_second_derivative_of_normalisation_is_exact(name, shape):
-    """Against finite differences of the first derivative, itself checked against those of the value.
+    """Against finite differences of the first derivative, itself checked against those of the
+    value.
 
-    tf.nn.moments takes the gradient of the mean inside the variance for zero, which it is: values and first derivatives
-    are right. Its derivative is not zero, so second derivatives are wrong, and no warning is given.
+    tf.nn.moments takes the gradient of the mean inside the variance for zero, which it is: values
+    and first derivatives are right. Its derivative is not zero, so second derivatives are wrong,
+    and no warning is given.
     """
     random = np.random.default_rng(0)
     x, direction, (ours, naive), step = (
@@ -245,7 +259,7 @@ def test_second_derivative_of_normalisation_is_exact(name, shape):
     assert relative(naive_second, second) > 0.01
 
 
-# Initial values ----------------------------------------------------------------------------------------------------
+# Initial values -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('kind', ['glorot', 'normal', 'truncated'])
@@ -260,7 +274,7 @@ def test_initial_values_are_a_function_of_the_seed_alone(kind):
         assert not np.any(initial_value(kind, (5, 6), other) == one)
 
 
-# Checkpoints -------------------------------------------------------------------------------------------------------
+# Checkpoints --------------------------------------------------------------------------------------
 
 
 def test_ten_newest_checkpoints_are_kept(tmp_path):
@@ -340,7 +354,7 @@ def test_unreadable_checkpoint(tmp_path, damage):
         read_checkpoint(path, ['w1'])
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
+# Pictures -----------------------------------------------------------------------------------------
 
 
 def test_picture_of_a_task():
