@@ -43,15 +43,16 @@ def parsed(*arguments: str) -> flags.FlagValues:
 
 
 def in_process(program, *arguments) -> Outcome:
-    """Calls a main function and collects what it prints and how it ends: far faster than a process of its own."""
+    """Calls a main function and collects what it prints and how it ends, without a process."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             program(*arguments)
         except SystemExit as end:  # as Python itself treats it
-            status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+            status = end.code or 0
             if isinstance(end.code, str):
                 print(end.code, file=err)
+                status = 1
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
@@ -64,7 +65,7 @@ def run(*arguments: str) -> Outcome:
 
 @contextlib.contextmanager
 def running_eagerly(patch) -> Iterator[None]:
-    """main.py without compilation, evaluating few tasks, for tests that run many models for a moment; patch: a MonkeyPatch."""
+    """main.py uncompiled and on few tasks, for many models for a moment; patch: a MonkeyPatch."""
     patch.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
     patch.setattr(main, 'EVALUATION_TASKS', 20)
     patch.setattr(main, 'EVALUATION_UPDATES', 2)
@@ -94,22 +95,24 @@ def assert_refused(outcome: Outcome, *words: str):
 
 def listing(folder: Path) -> dict[str, tuple]:
     """Everything below a folder: {relative path: (size, time of change)}."""
-    status = lambda path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
+
+    def status(path: Path) -> tuple:
+        return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else ()
+
     return {path.relative_to(folder).as_posix(): status(path) for path in folder.rglob('*')}
 
 
 def draw(path: Path, size: tuple[int, int], mode: str, seed: int, noise: int):
-    """An image of a class: `seed` sets its shape, `noise` what differs between images of the class."""
+    """An image of a class: `seed` sets its shape, `noise` what the class's images differ in."""
     shape, other = (np.random.default_rng(s).random((7, 7, 3)) for s in (seed, [seed, noise]))
-    image = Image.fromarray(np.uint8(255 * (0.8 * shape + 0.2 * other))).resize(
-        size, Image.Resampling.NEAREST
-    )
+    small = Image.fromarray(np.uint8(255 * (0.8 * shape + 0.2 * other)))
+    image = small.resize(size, Image.Resampling.NEAREST)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.convert(mode, dither=Image.Dither.NONE).save(path)
 
 
 def make_omniglot(data: Path, characters: int = 26, images: int = 4, size: int = 28) -> Path:
-    """Prepared Omniglot-like data: 26 characters make 17 training, 2 validation and 7 test classes."""
+    """Omniglot-like prepared data: 26 characters make 17 training, 2 validation, 7 test classes."""
     for c in range(characters):
         for i in range(images):
             folder = data / f'omniglot_resized/Alphabet{c % 2}/character{c:02d}'
@@ -123,12 +126,7 @@ def make_miniimagenet(
     """Prepared miniImagenet-like data."""
     for s, split in enumerate(splits):
         for c in range(classes):
+            folder = data / f'miniImagenet/{split}/n{s}{c:07d}'
             for i in range(images):
-                draw(
-                    data / f'miniImagenet/{split}/n{s}{c:07d}/image{i:03d}.jpg',
-                    (84, 84),
-                    'RGB',
-                    100 * s + c,
-                    i,
-                )
+                draw(folder / f'image{i:03d}.jpg', (84, 84), 'RGB', 100 * s + c, i)
     return data

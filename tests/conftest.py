@@ -13,12 +13,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if (
-        config.getoption('--slow')
-        or config.getoption('-m')
-        or any('::' in argument for argument in config.args)
-    ):
-        return  # asked for, the last by its own name
+    by_name = any('::' in argument for argument in config.args)
+    if config.getoption('--slow') or config.getoption('-m') or by_name:
+        return  # they are asked for
     slow = [item for item in items if item.get_closest_marker('slow')]
     if slow:
         config.hook.pytest_deselected(items=slow)

@@ -26,6 +26,10 @@ TINY = [
     '--num_filters=2',
     '--meta_batch_size=2',
 ]
+FIGURES = {
+    *('workload', 'first_loss', 'compile_s', 'median_ms', 'min_ms'),
+    *('peak_rss_mb', 'gflops_per_s', 'versions'),
+}
 
 
 def run(*arguments):
@@ -46,26 +50,19 @@ def case(name: str) -> dict[str, np.ndarray]:
 def test_step():
     """The first loss is the original's; the figures hang together."""
     got = figures(run(CASES / 'sinusoid_10shot.npz', '--steps=5'))
-    assert {
-        'workload',
-        'first_loss',
-        'compile_s',
-        'median_ms',
-        'min_ms',
-        'peak_rss_mb',
-        'gflops_per_s',
-        'versions',
-    } <= {*got}
+    assert {*got} >= FIGURES
     assert got['workload'] == 'sinusoid_10shot' and got['steps'] == 5
-    assert got['first_loss'] == pytest.approx(
-        float(case('sinusoid_10shot')['total_losses2'][0]), rel=1e-4
-    )
-    assert (
-        0 < got['min_ms'] <= got['median_ms'] < 1e3 * got['compile_s'] and got['peak_rss_mb'] > 100
-    )
-    # 25 tasks of 10 + 10 points; 2 operations per weight, point and pass: w1 takes 4 + 2 passes, w2 and w3 9 + 3.
+    expected = float(case('sinusoid_10shot')['total_losses2'][0])
+    assert got['first_loss'] == pytest.approx(expected, rel=1e-4)
+    assert 0 < got['min_ms'] <= got['median_ms'] < 1e3 * got['compile_s']
+    assert got['peak_rss_mb'] > 100
+    # 25 tasks of 10 + 10 points; 2 operations per weight, point and pass: w1 takes 4 + 2 passes, w2
+    # and w3 9 + 3.
     count = 25 * 10 * 2 * (40 * (4 + 2) + (1600 + 40) * (9 + 3))
     assert got['gflops_per_s'] == pytest.approx(count / got['median_ms'] / 1e6, abs=0.011)
+
+
+MINIIMAGENET = dict(datasource='miniimagenet', num_updates=5, num_filters=32, max_pool=True)
 
 
 @pytest.mark.parametrize(
@@ -73,17 +70,13 @@ def test_step():
     [
         (dict(datasource='omniglot', num_updates=1), (32, 5, 5, 10.0)),
         (dict(datasource='omniglot', num_updates=5), (16, 20, 20, 79.6)),
-        (
-            dict(datasource='miniimagenet', num_updates=5, num_filters=32, max_pool=True),
-            (4, 5, 75, 88.6),
-        ),
+        (MINIIMAGENET, (4, 5, 75, 88.6)),
     ],
 )
 def test_operations_of_the_paper_s_experiments(settings, giga):
     tasks, support, query, expected = giga
-    batch = benchmark.Batch(
-        *(np.zeros((tasks, examples, 1)) for examples in (support, support, query, query))
-    )
+    sizes = (support, support, query, query)
+    batch = benchmark.Batch(*(np.zeros((tasks, examples, 1)) for examples in sizes))
     model = benchmark.make_model(**settings, num_classes=20 if support == 20 else 5)
     assert benchmark.operations(model, batch) / 1e9 == pytest.approx(expected, rel=0.01)
 
@@ -93,9 +86,8 @@ def test_training_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 4)
     data = make_omniglot(tmp_path / 'data')
     monkeypatch.chdir(tmp_path)
-    got = figures(
-        run('--train', *TINY, f'--data_dir={data}', '--metatrain_iterations=12', '--seconds=100')
-    )
+    images = [*TINY, f'--data_dir={data}']
+    got = figures(run('--train', *images, '--metatrain_iterations=12', '--seconds=100'))
     assert got['iterations'] == 11 and got['iterations_per_s'] > 0 and 0 <= got['input_share'] < 1
     assert got['first_step_s'] > 0 and got['flags']['num_filters'] == 2
     assert {path.name for path in tmp_path.iterdir()} == {'data'}, 'the run is not kept'
@@ -113,11 +105,12 @@ def test_evaluation(tmp_path, monkeypatch):
 
 def changed(**arrays):
     """A case with arrays in place of its own, or without those that are None."""
-    return {
-        name: value
-        for name, value in (case('sinusoid_10shot') | arrays).items()
-        if value is not None
-    }
+    values = case('sinusoid_10shot') | arrays
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def resized(name: str, *shape: int):
+    return changed(**{name: np.zeros(shape)})
 
 
 @pytest.mark.parametrize(
@@ -129,17 +122,11 @@ def changed(**arrays):
         (changed(flags=np.array('{"no_such": 1}')), ['"flags" does not hold flags', 'no_such']),
         (changed(flags=np.array('{"num_updates": 0}')), ['--num_updates must be at least 1']),
         (changed(**{'input/inputb': None}), ['no array "input/inputb"']),
-        (
-            changed(**{'input/inputa': np.zeros((25, 10, 2))}),
-            ['"input/inputa" is [25, 10, 2]', '[25, ?, 1]'],
-        ),
-        (
-            changed(**{'input/labelb': np.zeros((25, 9, 1))}),
-            ['"input/labelb" is [25, 9, 1]', '[25, 10, 1]'],
-        ),
-        (changed(**{'input/inputb': np.zeros(3)}), ['"input/inputb" is [3]']),
+        (resized('input/inputa', 25, 10, 2), ['"input/inputa" is [25, 10, 2]', '[25, ?, 1]']),
+        (resized('input/labelb', 25, 9, 1), ['"input/labelb" is [25, 9, 1]', '[25, 10, 1]']),
+        (resized('input/inputb', 3), ['"input/inputb" is [3]']),
         (changed(**{'init/w2': None}), ['no array "init/w2"']),
-        (changed(**{'init/w2': np.zeros((40, 41))}), ['"init/w2" is [40, 41]', '[40, 40]']),
+        (resized('init/w2', 40, 41), ['"init/w2" is [40, 41]', '[40, 40]']),
     ],
     ids=lambda value: '' if isinstance(value, dict) else value[0],
 )
@@ -158,6 +145,11 @@ def test_files_that_are_no_cases(tmp_path, content):
     assert_refused(run(tmp_path / 'case.npz'), 'case.npz is no case file')
 
 
+ABSENT = ['--datasource=omniglot', '--data_dir=absent']
+NO_FOLDER = ['there is no folder absent/omniglot_resized']
+ONE_STEP = ['--train', '--norm=None', '--metatrain_iterations=1']
+
+
 @pytest.mark.parametrize(
     'arguments, words',
     [
@@ -168,18 +160,9 @@ def test_files_that_are_no_cases(tmp_path, content):
         (['a.npz', '--train'], ['give either']),
         (['--train', '--evaluate'], ['give either']),
         (['--train', '--num_classes=0'], ['--num_classes must be at least 1']),
-        (
-            ['--train', '--datasource=omniglot', '--data_dir=absent'],
-            ['there is no folder absent/omniglot_resized'],
-        ),
-        (
-            ['--evaluate', '--datasource=omniglot', '--data_dir=absent'],
-            ['there is no folder absent/omniglot_resized'],
-        ),
-        (
-            ['--train', '--norm=None', '--metatrain_iterations=1'],
-            ['there was time for one step only'],
-        ),
+        (['--train', *ABSENT], NO_FOLDER),
+        (['--evaluate', *ABSENT], NO_FOLDER),
+        (ONE_STEP, ['there was time for one step only']),
     ],
     ids=str,
 )
@@ -190,13 +173,12 @@ def test_refusals(tmp_path, monkeypatch, arguments, words):
 
 
 def test_as_a_program():
-    outcome = command(
-        'scripts/measure/benchmark.py', CASES / 'sinusoid_5shot_5steps.npz', '--steps=2'
-    )
+    file = CASES / 'sinusoid_5shot_5steps.npz'
+    outcome = command('scripts/measure/benchmark.py', file, '--steps=2')
     assert figures(outcome)['workload'] == 'sinusoid_5shot_5steps'
 
 
-# The plot of the cost -------------------------------------------------------------------------------------------------
+# The plot of the cost -----------------------------------------------------------------------------
 
 
 def test_variants_of_a_case():
@@ -209,43 +191,26 @@ def test_variants_of_a_case():
     for count in (1, 2 * tasks + 1):
         other = plot_cost.variant(values, count, 3)
         assert json.loads(str(other['flags']))['num_updates'] == 3
-        np.testing.assert_array_equal(
-            other['input/inputa'][-1], values['input/inputa'][(count - 1) % tasks]
-        )
+        last = values['input/inputa'][(count - 1) % tasks]
+        np.testing.assert_array_equal(other['input/inputa'][-1], last)
         assert all(other[name] is values[name] for name in values if name.startswith('init/'))
 
 
 def test_cost_of_a_file_that_is_no_case(tmp_path):
     pytest.importorskip('matplotlib')
     (tmp_path / 'x.npz').write_text('text')
-    assert_refused(
-        command('scripts/measure/plot_cost.py', tmp_path / 'x.npz', tmp_path / 'out'),
-        'plot_cost.py',
-        'x.npz',
-    )
+    outcome = command('scripts/measure/plot_cost.py', tmp_path / 'x.npz', tmp_path / 'out')
+    assert_refused(outcome, 'plot_cost.py', 'x.npz')
 
 
 @pytest.mark.slow
 def test_cost_is_measured_and_drawn(tmp_path):
     pytest.importorskip('matplotlib')
-    arguments = [
-        CASES / 'sinusoid_10shot.npz',
-        tmp_path,
-        '--tasks',
-        '2',
-        '4',
-        '--updates',
-        '1',
-        '2',
-        '--steps',
-        '2',
-    ]
-    outcome = succeeded(command('scripts/measure/plot_cost.py', *arguments))
+    counts = '--tasks 2 4 --updates 1 2 --steps 2'.split()
+    file = CASES / 'sinusoid_10shot.npz'
+    outcome = succeeded(command('scripts/measure/plot_cost.py', file, tmp_path, *counts))
     lines = [json.loads(line) for line in (tmp_path / 'cost.jsonl').read_text().splitlines()]
-    assert [(line['tasks'], line['updates']) for line in lines][:2] == [(2, 1), (4, 1)] and len(
-        outcome.lines
-    ) == len(lines)
-    assert (
-        all(line['median_ms'] > 0 for line in lines)
-        and (tmp_path / 'cost.png').stat().st_size > 10000
-    )
+    assert [(line['tasks'], line['updates']) for line in lines][:2] == [(2, 1), (4, 1)]
+    assert len(outcome.lines) == len(lines)
+    assert all(line['median_ms'] > 0 for line in lines)
+    assert (tmp_path / 'cost.png').stat().st_size > 10000

@@ -1,4 +1,4 @@
-"""Checkpoints: resuming, keeping ten, refusing others; those of the original (TensorFlow 1), its published model."""
+"""Checkpoints: resuming, keeping ten, refusing others; the original's, and its published model."""
 
 import pickle
 import re
@@ -42,13 +42,12 @@ def omniglot(tmp_path_factory) -> str:
 
 
 def contents(path) -> dict[str, np.ndarray]:
-    """Every variable in a checkpoint by TensorFlow's own keys: parameters, Adam's moments and step counts."""
+    """Every variable by TensorFlow's own keys: parameters, Adam's moments and step counts."""
     reader = tf.train.load_checkpoint(str(path))
-    return {
-        key: reader.get_tensor(key)
-        for key, kind in reader.get_variable_to_dtype_map().items()
-        if kind != tf.string and key != 'save_counter/.ATTRIBUTES/VARIABLE_VALUE'
-    }
+    kinds = reader.get_variable_to_dtype_map()
+    keys = [key for key, kind in kinds.items() if kind != tf.string]
+    counter = 'save_counter/.ATTRIBUTES/VARIABLE_VALUE'
+    return {key: reader.get_tensor(key) for key in keys if key != counter}
 
 
 def values_of(model) -> dict[str, np.ndarray]:
@@ -69,17 +68,15 @@ def folder_of(logdir: Path, *flags: str) -> Path:
     return logdir / main.run_name(parsed(*flags))
 
 
-# Resuming -----------------------------------------------------------------------------------------------------------
+# Resuming -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     'flags, iterations',
     [
         (SINUSOID, (2, 3, 6)),
-        (
-            [*SINUSOID, '--pretrain_iterations=4'],
-            (0, 1, 3),
-        ),  # on top of the 4, after which the first part ends
+        # On top of the 4, after which the first part ends.
+        ([*SINUSOID, '--pretrain_iterations=4'], (0, 1, 3)),
         ([*OMNIGLOT, '--conv=False'], (2, 4)),
     ],
     ids=['meta-training', 'from pre-training', 'images'],
@@ -89,15 +86,12 @@ def test_resumed_run_is_exact(tmp_path, eager, omniglot, flags, iterations):
     train = [*flags, omniglot, '--meta_lr=.01']
     succeeded(run(*train, f'--metatrain_iterations={iterations[-1]}', f'--logdir={tmp_path}/once'))
     for i in iterations:
-        outcome = succeeded(
-            run(*train, f'--metatrain_iterations={i}', f'--logdir={tmp_path}/often')
-        )
-    total = sum(main.iterations(parsed(*train, f'--metatrain_iterations={i}')))
+        flags = [*train, f'--metatrain_iterations={i}']
+        outcome = succeeded(run(*flags, f'--logdir={tmp_path}/often'))
+    total = sum(main.iterations(parsed(*flags)))
     assert f'Continuing at iteration {total - i + iterations[-2]} of {total}' in outcome.out
-    once, often = (
-        folder_of(tmp_path / name, *train) / f'model{total - 1}' for name in ('once', 'often')
-    )
-    assert_same(contents(once), contents(often))
+    once, often = (folder_of(tmp_path / name, *train) for name in ('once', 'often'))
+    assert_same(contents(once / f'model{total - 1}'), contents(often / f'model{total - 1}'))
 
 
 def test_resuming_from_an_earlier_checkpoint(tmp_path, eager):
@@ -113,7 +107,7 @@ def test_resuming_from_an_earlier_checkpoint(tmp_path, eager):
 
 
 def test_ten_are_kept(tmp_path, eager, monkeypatch):
-    """One every so often and one at the end, not at 0; the newest ten stay, whichever run wrote them."""
+    """One every so often and one at the end, not at 0; the newest ten of all runs stay."""
     monkeypatch.setattr(main, 'SAVE_INTERVAL', 2)
     monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 2)  # of which the others are multiples
     train = [*SINUSOID, '--norm=None', f'--logdir={tmp_path}']
@@ -122,13 +116,13 @@ def test_ten_are_kept(tmp_path, eager, monkeypatch):
     assert [*checkpoints(folder)] == [2, 4, 5]
     succeeded(run(*train, '--metatrain_iterations=24'))
     assert [*checkpoints(folder)] == [5, *range(6, 23, 2), 23][-10:]
-    assert {path.name for path in folder.iterdir()} == {
-        f'model{i}.{end}' for i in checkpoints(folder) for end in ('index', 'data-00000-of-00001')
-    }
+    names = {path.name for path in folder.iterdir()}
+    suffixes = ('index', 'data-00000-of-00001')
+    assert names == {f'model{i}.{end}' for i in checkpoints(folder) for end in suffixes}
     assert f'model{23}' in succeeded(run(*train, '--train=False')).lines[0]  # the newest
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------
 
 
 def write_run(logdir: Path, *flags: str, iterations=(0,)) -> Path:
@@ -146,15 +140,12 @@ def test_test_iter_that_does_not_exist(tmp_path, eager):
     write_run(tmp_path, *train, iterations=(0, 2))
     before = listing(tmp_path)
     for more in (['--train=False'], ['--metatrain_iterations=9']):
-        assert_refused(
-            run(*train, '--test_iter=1', *more), '--test_iter=1', 'those of the iterations 0, 2'
-        )
+        outcome = run(*train, '--test_iter=1', *more)
+        assert_refused(outcome, '--test_iter=1', 'those of the iterations 0, 2')
     assert listing(tmp_path) == before
     for iteration in (0, 2):
-        assert (
-            f'model{iteration}'
-            in succeeded(run(*train, '--train=False', f'--test_iter={iteration}')).lines[0]
-        )
+        outcome = succeeded(run(*train, '--train=False', f'--test_iter={iteration}'))
+        assert f'model{iteration}' in outcome.lines[0]
 
 
 @pytest.mark.parametrize(
@@ -195,9 +186,10 @@ def flip(path: Path):
     ids=['absent', 'empty', 'cut early', 'cut halfway', 'cut late', 'bit flipped'],
 )
 def test_damaged_checkpoint(tmp_path, eager, suffix, damage):
-    """Named with --test_iter, it is refused and nothing changes; else the one before it is used, with a warning.
+    """Named with --test_iter, it is refused and nothing changes; else the one before it is used.
 
-    Without its index, it is not there."""
+    A warning says so. Without its index, it is not there.
+    """
     train = [*SINUSOID, f'--logdir={tmp_path}']
     folder = write_run(tmp_path, *train, iterations=(0, 1))
     damage(folder / f'model1.{suffix}')
@@ -206,9 +198,8 @@ def test_damaged_checkpoint(tmp_path, eager, suffix, damage):
         assert suffix == 'index' and damage == Path.unlink
         return
     for more in (['--metatrain_iterations=3'], ['--train=False']):
-        assert_refused(
-            run(*train, *more, '--test_iter=1'), 'model1 cannot be read', 'remove it', '--test_iter'
-        )
+        outcome = run(*train, *more, '--test_iter=1')
+        assert_refused(outcome, 'model1 cannot be read', 'remove it', '--test_iter')
     assert listing(tmp_path) == before
     outcome = succeeded(run(*train, '--metatrain_iterations=3'))
     assert 'model1 cannot be read' in outcome.err and 'the one before it is used' in outcome.err
@@ -224,11 +215,11 @@ def test_the_checkpoint_before_a_damaged_one(tmp_path, eager):
     assert 'model2' in succeeded(run(*train, '--train=False')).lines[0]
 
 
-# The original's checkpoints -------------------------------------------------------------------------------------------
+# The original's checkpoints -----------------------------------------------------------------------
 
 
 class Original:
-    """A checkpoint as the original writes it: a TensorFlow 1 graph whose biases, or all weights, have no names."""
+    """As the original writes it: a TensorFlow 1 graph; biases, or all weights, have no names."""
 
     def __init__(self, seed: int = 0):
         self.graph, self.random = tf.Graph(), np.random.default_rng(seed)
@@ -266,14 +257,11 @@ class Original:
     def write(self, folder: Path, iteration: int, build) -> Path:
         """build: called with self, in the original's scope, to make the variables."""
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            self.graph.as_default(),
-            tf.compat.v1.Session() as session,
-            tf.compat.v1.variable_scope('model'),
-        ):
+        v1 = tf.compat.v1
+        with self.graph.as_default(), v1.Session() as session, v1.variable_scope('model'):
             build(self)
-            session.run(tf.compat.v1.global_variables_initializer())
-            saver = tf.compat.v1.train.Saver(tf.compat.v1.trainable_variables(), max_to_keep=10)
+            session.run(v1.global_variables_initializer())
+            saver = v1.train.Saver(v1.trainable_variables(), max_to_keep=10)
             return Path(saver.save(session, str(folder / f'model{iteration}')))
 
 
@@ -345,9 +333,8 @@ def test_damaged_original(tmp_path, eager, damage):
     path = Original().write(folder_of(tmp_path, *SINUSOID), 700, sinusoid)
     damage(path.with_name('model700.data-00000-of-00001'))
     before = listing(tmp_path)
-    assert_refused(
-        run(*SINUSOID, f'--logdir={tmp_path}', '--train=False'), 'model700 cannot be read'
-    )
+    outcome = run(*SINUSOID, f'--logdir={tmp_path}', '--train=False')
+    assert_refused(outcome, 'model700 cannot be read')
     assert listing(tmp_path) == before
 
 
@@ -368,7 +355,7 @@ def test_original_of_another_architecture(tmp_path, eager, omniglot, build, flag
     assert listing(tmp_path) == before
 
 
-# Converting the original's checkpoints --------------------------------------------------------------------------------
+# Converting the original's checkpoints ------------------------------------------------------------
 
 
 def convert(*arguments):
@@ -379,39 +366,30 @@ def convert(*arguments):
     'suffix', ['/model700', '/model700.index', '/model700.data-00000-of-00001', '']
 )
 def test_source_and_target_of_a_conversion(tmp_path, suffix):
-    path, target = (
-        Original().write(tmp_path / 'original', 700, sinusoid),
-        folder_of(tmp_path, *SINUSOID),
-    )
+    path = Original().write(tmp_path / 'original', 700, sinusoid)
+    target = folder_of(tmp_path, *SINUSOID)
     before = listing(path.parent)
     succeeded(convert(f'{path.parent}{suffix}', f'--target={target}'))
     assert listing(path.parent) == before
-    assert {file.name for file in target.iterdir()} == {
-        'model700.index',
-        'model700.data-00000-of-00001',
-    }
+    names = {file.name for file in target.iterdir()}
+    assert names == {'model700.index', 'model700.data-00000-of-00001'}
 
 
 @networks
 def test_converted_checkpoint_evaluates_alike(tmp_path, eager, omniglot, build, flags):
     """And main.py finds it by the flags that the report gives."""
     name = main.run_name(parsed(*flags))
-    path, target = (
-        Original().write(tmp_path / 'original' / name, 700, build),
-        tmp_path / 'converted' / name,
-    )
+    path = Original().write(tmp_path / 'original' / name, 700, build)
+    target = tmp_path / 'converted' / name
     outcome = succeeded(convert(path, f'--target={target}'))
     told = re.search(r'python main.py (.*)', outcome.out)[1].split()
     assert f'--logdir={tmp_path}/converted' in told
     succeeded(run(*flags, omniglot, '--train=False', f'--logdir={tmp_path}/original'))
     succeeded(run(*told, omniglot))
-    shots = parsed(*flags).update_batch_size
-    np.testing.assert_array_equal(
-        *(mses(folder, f'ubs{shots}_stepsize0.001') for folder in (path.parent, target))
-    )
-    outcome = succeeded(
-        run(*told, omniglot, '--train=True', '--metatrain_iterations=702', '--log=False')
-    )
+    table = f'ubs{parsed(*flags).update_batch_size}_stepsize0.001'
+    np.testing.assert_array_equal(mses(target, table), mses(path.parent, table))
+    more = ['--train=True', '--metatrain_iterations=702', '--log=False']
+    outcome = succeeded(run(*told, omniglot, *more))
     assert 'Adam' not in outcome.out and 'Continuing at iteration 701' in outcome.out
 
 
@@ -423,6 +401,7 @@ def test_target_is_named_after_the_source(tmp_path, monkeypatch):
 
 
 NAME = 'cls_5.mbs_4.ubs_5.numstep1.updatelr0.001batchnorm'
+NEW = f'new/{NAME}'
 
 
 @pytest.fixture(scope='module')
@@ -436,59 +415,45 @@ def sources(tmp_path_factory) -> Path:
         shutil.copy(folder / f'source/model700.{suffix}', folder / f'source/other.{suffix}')
     Original().write(folder / 'images', 700, convolutional)
     Original().write(folder / 'strange', 700, lambda original: original.fully_connected(17, 4))
-    tf.train.Checkpoint(weights={'w1': tf.Variable([1.0])}).write(
-        str(folder / 'converted' / 'model700')
-    )
+    converted = tf.train.Checkpoint(weights={'w1': tf.Variable([1.0])})
+    converted.write(str(folder / 'converted' / 'model700'))
     (folder / 'empty').mkdir()
     (folder / 'file').write_text('')
     return folder
 
 
+def renamed(old: str, new: str) -> str:
+    return f'new/{NAME.replace(old, new)}'
+
+
 @pytest.mark.parametrize(
-    'arguments, words',
+    'source, target, words',
     [
-        (
-            ['absent/model5', f'--target=new/{NAME}'],
-            ['no checkpoint absent/model5', 'model5.index is missing'],
-        ),
-        (['empty', f'--target=new/{NAME}'], ['empty holds no checkpoint']),
-        (
-            ['source/other', f'--target=new/{NAME}'],
-            ['other is not called model{iteration}', 'rename'],
-        ),
-        (['source/model700'], ['source is not the name of a run', '--target']),
-        (['source', '--target=new/mine'], ['mine is not the name of a run', '--target']),
-        (
-            ['source', f'--target=new/{NAME.replace("batchnorm", "nonorm")}'],
-            ['norm=batch_norm', 'nonorm', 'None'],
-        ),
-        (
-            ['source', f'--target=new/{NAME.replace("batchnorm", "oraclebatchnorm")}'],
-            ['baseline=None', 'oracle'],
-        ),
-        (['images', f'--target=new/{NAME}'], ['num_classes=2', '5']),
-        (['images', f'--target=new/{NAME.replace("cls_5", "cls_2")}'], ['num_filters=4', '64']),
-        (
-            ['source', f'--target=full/{NAME}'],
-            ['model700 already', 'never overwritten', '--target'],
-        ),
-        (['source', f'--target=file/{NAME}'], ['file']),
-        (['converted', f'--target=new/{NAME}'], ['TensorFlow 2 already']),
-        (['damaged', f'--target=new/{NAME}'], ['model700 cannot be read']),
-        (
-            ['strange', f'--target=new/{NAME}'],
-            ['of no network of the original program', 'model/Variable'],
-        ),
+        ('absent/model5', NEW, ['no checkpoint absent/model5', 'model5.index is missing']),
+        ('empty', NEW, ['empty holds no checkpoint']),
+        ('source/other', NEW, ['other is not called model{iteration}', 'rename']),
+        ('source/model700', None, ['source is not the name of a run', '--target']),
+        ('source', 'new/mine', ['mine is not the name of a run', '--target']),
+        ('source', renamed('batchnorm', 'nonorm'), ['norm=batch_norm', 'nonorm', 'None']),
+        ('source', renamed('batchnorm', 'oraclebatchnorm'), ['baseline=None', 'oracle']),
+        ('images', NEW, ['num_classes=2', '5']),
+        ('images', renamed('cls_5', 'cls_2'), ['num_filters=4', '64']),
+        ('source', f'full/{NAME}', ['model700 already', 'never overwritten', '--target']),
+        ('source', f'file/{NAME}', ['file']),
+        ('converted', NEW, ['TensorFlow 2 already']),
+        ('damaged', NEW, ['model700 cannot be read']),
+        ('strange', NEW, ['of no network of the original program', 'model/Variable']),
     ],
 )
-def test_conversion_refused(sources, monkeypatch, arguments, words):
+def test_conversion_refused(sources, monkeypatch, source, target, words):
     monkeypatch.chdir(sources)
+    arguments = [source] if target is None else [source, f'--target={target}']
     before = listing(sources)
     assert_refused(convert(*arguments), *words)
     assert listing(sources) == before
 
 
-# The published model --------------------------------------------------------------------------------------------------
+# The published model ------------------------------------------------------------------------------
 
 PUBLISHED = ORIGINAL / 'miniimagenet1shot' / 'model59000'
 FLAGS = [
@@ -514,7 +479,7 @@ images = pytest.mark.skipif(
 
 @pytest.fixture(scope='session')
 def validation_classes(tmp_path_factory) -> Path:
-    """A data folder with the 16 real validation classes: prepared already, or made from the archive."""
+    """A data folder with the 16 real validation classes, prepared already or from the archive."""
     if (ARCHIVES / 'val').is_dir():
         return DATA
     folder = tmp_path_factory.mktemp('real')
@@ -541,35 +506,23 @@ def test_published_model_by_value(published_run):
     model = main.make_model(**main.model_settings(parsed(*FLAGS)))
     assert not model.restore(str(published_run / 'model59000'))
     reader = tf.train.load_checkpoint(str(PUBLISHED))
-    names = {name: name for name in model.weights | model.norms} | {
-        'b1': 'Variable',
-        'b2': 'Variable_1',
-        'b3': 'Variable_2',
-        'b4': 'Variable_3',
-    }
-    assert {f'model/{name}' for name in names.values()} == reader.get_variable_to_shape_map().keys()
+    keys = {name: f'model/{name}' for name in model.weights | model.norms}
+    for i, suffix in enumerate(['', '_1', '_2', '_3'], start=1):
+        keys[f'b{i}'] = f'model/Variable{suffix}'
+    assert {*keys.values()} == reader.get_variable_to_shape_map().keys()
     for name, variable in (model.weights | model.norms).items():
-        np.testing.assert_array_equal(
-            variable, reader.get_tensor(f'model/{names[name]}'), err_msg=name
-        )
+        expected = reader.get_tensor(keys[name])
+        np.testing.assert_array_equal(variable, expected, err_msg=name)
 
 
 def assert_figures(values: np.ndarray):
-    """Means within the sampling errors (99.9 %) of these tasks and of the 600 others the original was measured on."""
-    measured = {
-        0: (0.2007, 0),
-        1: (0.3637, 0.0130),
-        4: (0.4783, 0.0177),
-        10: (0.4783, 0.0179),
-    }  # update: mean, ci95
-    for update, (mean, ci95) in measured.items():
+    """Means within the sampling errors (99.9 %) of these tasks and of the original's 600 others."""
+    measured = [(0, 0.2007, 0), (1, 0.3637, 0.0130), (4, 0.4783, 0.0177), (10, 0.4783, 0.0179)]
+    for update, mean, ci95 in measured:
+        found = values[:, update].mean()
         own = values[:, update].std() / np.sqrt(len(values))
         error = 3.3 * np.hypot(own, ci95 / 1.96)
-        assert abs(values[:, update].mean() - mean) <= max(error, 0.01), (
-            update,
-            values[:, update].mean(),
-            error,
-        )
+        assert abs(found - mean) <= max(error, 0.01), (update, found, error)
 
 
 @published

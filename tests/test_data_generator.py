@@ -1,4 +1,4 @@
-"""Tasks and class folders, on generated data; on the real data where it is prepared (MAML_TEST_DATA)."""
+"""Tasks and class folders, on generated data; on real data if prepared (MAML_TEST_DATA)."""
 
 import itertools
 import json
@@ -36,58 +36,52 @@ def assert_equal(actual: Batch, expected: Batch):
 
 
 def assert_differ(one: Batch, other: Batch):
-    assert not np.array_equal(one.inputa, other.inputa) and not np.array_equal(
-        one.inputb, other.inputb
-    )
+    assert not np.array_equal(one.inputa, other.inputa)
+    assert not np.array_equal(one.inputb, other.inputb)
 
 
-# --- every generator -------------------------------------------------------------------------------------------------
+# Every generator ----------------------------------------------------------------------------------
+
 SIDE = 4
 
 
 def class_images(counts, channels=1) -> ClassImages:
-    """Images that say what they are: pixel (0, 0) is 1 + class, (0, 1) is 1 + image, the others are 0."""
+    """Images that tell: pixel (0, 0) is 1 + class, (0, 1) is 1 + image, the others are 0."""
     images = np.zeros((sum(counts), SIDE, SIDE, channels), np.uint8)
     owner = np.repeat(np.arange(len(counts)), counts)
     images[:, 0, 0] = 1 + owner[:, None]
     images[:, 0, 1] = 1 + np.concatenate([np.arange(n) for n in counts])[:, None]
-    starts = np.cumsum(counts) - counts
-    return ClassImages(
-        'generated', [f'class{c}' for c in range(len(counts))], starts, np.array(counts), images
-    )
+    names, starts = [f'class{c}' for c in range(len(counts))], np.cumsum(counts) - counts
+    return ClassImages('generated', names, starts, np.array(counts), images)
 
 
 def read_back(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(class, image, quarter turns counter-clockwise) [T, shots*N] of images [T, shots*N, D] from class_images."""
+    """(class, image, quarter turns counter-clockwise) [T, shots*N] of images by class_images.
+
+    inputs: [T, shots*N, D].
+    """
     pixels = np.rint(inputs * 255).astype(int).reshape(*inputs.shape[:2], SIDE, SIDE)
     last = SIDE - 1
-    corners = [
-        (0, 0),
-        (last, 0),
-        (last, last),
-        (0, last),
-    ]  # where pixel (0, 0) is after 0, 1, 2, 3 quarter turns
+    # Where pixels (0, 0) and (0, 1) are after 0, 1, 2, 3 quarter turns.
+    corners = [(0, 0), (last, 0), (last, last), (0, last)]
     beside = [(0, 1), (last - 1, 0), (last, last - 1), (1, last)]
     turns = sum(k * (pixels[..., r, c] > 0) for k, (r, c) in enumerate(corners))
     assert ((pixels > 0).sum((-2, -1)) == 2).all()
-    classes, images = (
-        np.choose(turns, [pixels[..., r, c] for r, c in place]) - 1 for place in (corners, beside)
-    )
+    classes = np.choose(turns, [pixels[..., r, c] for r, c in corners]) - 1
+    images = np.choose(turns, [pixels[..., r, c] for r, c in beside]) - 1
     assert (classes >= 0).all() and (images >= 0).all()
     return classes, images, turns
+
+
+def rotated_images(seed: int) -> ImageGenerator:
+    folders = dict.fromkeys(data_generator.SPLITS, class_images([20] * 30, channels=3))
+    return ImageGenerator(folders, 5, 2, 3, rotate=True, seed=seed)
 
 
 GENERATORS = {
     'sinusoid': lambda seed: SinusoidGenerator(5, 7, seed=seed),
     'oracle': lambda seed: SinusoidGenerator(5, 5, oracle=True, seed=seed),
-    'images': lambda seed: ImageGenerator(
-        dict.fromkeys(data_generator.SPLITS, class_images([20] * 30, channels=3)),
-        5,
-        2,
-        3,
-        rotate=True,
-        seed=seed,
-    ),
+    'images': rotated_images,
 }
 
 
@@ -102,13 +96,9 @@ def test_batch_is_a_pure_function_of_seed_split_and_iteration(make):
     generator.batch('val', 5, 9)
     assert_equal(generator.batch('train', 11, 4), batch)
     assert_equal(generator.batch('train', 11, 4), batch)
-    for other in (
-        make(4).batch('train', 11, 4),
-        generator.batch('val', 11, 4),
-        generator.batch('test', 11, 4),
-        generator.batch('train', 12, 4),
-    ):
-        assert_differ(batch, other)
+    assert_differ(batch, make(4).batch('train', 11, 4))
+    for split, iteration in ('val', 11), ('test', 11), ('train', 12):
+        assert_differ(batch, generator.batch(split, iteration, 4))
     tasks = batch.inputa.reshape(4, -1)
     assert len(np.unique(tasks, axis=0)) == 4
 
@@ -124,10 +114,8 @@ def test_share_of_the_tasks_equals_slice_of_the_batch(make, tasks):
 
 def test_first_tasks_do_not_depend_on_the_number_of_tasks(make):
     generator = make(0)
-    assert_equal(
-        generator.batch('val', 0, 3),
-        Batch(*(array[:3] for array in generator.batch('val', 0, 600))),
-    )
+    many = generator.batch('val', 0, 600)
+    assert_equal(generator.batch('val', 0, 3), Batch(*(array[:3] for array in many)))
 
 
 def test_batches_equal_single_ones(make):
@@ -138,12 +126,14 @@ def test_batches_equal_single_ones(make):
 
 
 def test_a_share_does_not_gather_the_images_of_the_rest(monkeypatch):
-    generator = GENERATORS['images'](0)
-    gathered = []
+    generator, gathered = GENERATORS['images'](0), []
     pixels = generator._pixels
-    monkeypatch.setattr(
-        generator, '_pixels', lambda *args: gathered.append(args[1].size) or pixels(*args)
-    )
+
+    def counted(classes, indices, turns):
+        gathered.append(indices.size)
+        return pixels(classes, indices, turns)
+
+    monkeypatch.setattr(generator, '_pixels', counted)
     generator.batch('val', 0, 600, slice(100, 102))
     assert gathered == [2 * 5 * 2, 2 * 5 * 3]
 
@@ -165,23 +155,20 @@ def test_unknown_split_and_bad_numbers(make):
         make(-1)
 
 
-# --- sinusoids -------------------------------------------------------------------------------------------------------
+# Sinusoids ----------------------------------------------------------------------------------------
+
+
 def test_sinusoid_shapes_and_ranges():
     batch = SinusoidGenerator(10, 15, oracle=True).batch('train', 0, 4000)
-    assert [array.shape for array in batch] == [
-        (4000, 10, 3),
-        (4000, 10, 1),
-        (4000, 15, 3),
-        (4000, 15, 1),
-    ]
+    shapes = [(4000, 10, 3), (4000, 10, 1), (4000, 15, 3), (4000, 15, 1)]
+    assert [array.shape for array in batch] == shapes
     inputs = np.concatenate([batch.inputa, batch.inputb], axis=1)
     for column, low, high in ((0, -5, 5), (1, 0.1, 5), (2, 0, np.pi)):
         values = inputs[..., column].astype(np.float64)
         assert low - 1e-6 <= values.min() < low + 0.01 and high - 0.01 < values.max() <= high + 1e-6
         quarters = np.histogram(values, bins=4, range=(low, high))[0] / values.size
-        np.testing.assert_allclose(
-            quarters, 0.25, atol=0.03
-        )  # uniform: the standard error of 4000 tasks is .007
+        # Uniform: the standard error of 4000 tasks is .007.
+        np.testing.assert_allclose(quarters, 0.25, atol=0.03)
     assert (inputs[..., 1:] == inputs[:, :1, 1:]).all()  # one amplitude and phase per task
 
 
@@ -199,9 +186,8 @@ def test_sinusoid_support_and_query_points_are_different():
 
 
 def test_oracle_sees_the_same_tasks():
-    plain, oracle = (
-        SinusoidGenerator(5, 5, oracle).batch('train', 1, 8) for oracle in (False, True)
-    )
+    plain = SinusoidGenerator(5, 5).batch('train', 1, 8)
+    oracle = SinusoidGenerator(5, 5, oracle=True).batch('train', 1, 8)
     assert plain.inputa.shape == (8, 5, 1)
     np.testing.assert_array_equal(plain.inputa[..., 0], oracle.inputa[..., 0])
     np.testing.assert_array_equal(plain.labelb, oracle.labelb)
@@ -219,14 +205,13 @@ def test_sinusoid_sizes(sizes, message):
         SinusoidGenerator(*sizes)
 
 
-# --- image tasks -----------------------------------------------------------------------------------------------------
+# Image tasks --------------------------------------------------------------------------------------
+
+
 def test_distinct_gives_every_ordered_sample_once():
-    """Cell (i, j, k) of a 5 x 4 x 3 grid of uniform numbers is one of the 60 ordered samples of 3 out of 5."""
-    cells = [
-        [(i + 0.5) / 5, (j + 0.5) / 4, (k + 0.5) / 3]
-        for i, j, k in itertools.product(range(5), range(4), range(3))
-    ]
-    draws = data_generator._distinct(np.array(cells), 5)
+    """The cells of a 5 x 4 x 3 grid of uniform numbers are the 60 ordered samples of 3 of 5."""
+    cells = np.array(list(itertools.product(range(5), range(4), range(3))))
+    draws = data_generator._distinct((cells + 0.5) / [5, 4, 3], 5)
     assert sorted(map(tuple, draws.tolist())) == sorted(itertools.permutations(range(5), 3))
 
 
@@ -246,16 +231,10 @@ def test_image_tasks(ways, shots, queries, rotate):
     counts = list(range(20, 50))
     generator = ImageGenerator({'train': class_images(counts)}, ways, shots, queries, rotate)
     batch = generator.batch('train', 0, 40)
-    assert batch.inputa.shape == (40, ways * shots, SIDE * SIDE) and batch.labela.shape == (
-        40,
-        ways * shots,
-        ways,
-    )
-    assert batch.inputb.shape == (40, ways * queries, SIDE * SIDE) and batch.labelb.shape == (
-        40,
-        ways * queries,
-        ways,
-    )
+    assert batch.inputa.shape == (40, ways * shots, SIDE * SIDE)
+    assert batch.labela.shape == (40, ways * shots, ways)
+    assert batch.inputb.shape == (40, ways * queries, SIDE * SIDE)
+    assert batch.labelb.shape == (40, ways * queries, ways)
     inputs = np.concatenate([batch.inputa, batch.inputb], axis=1)
     labels = np.concatenate([batch.labela, batch.labelb], axis=1)
     assert ((labels == 0) | (labels == 1)).all() and (labels.sum(-1) == 1).all()
@@ -263,9 +242,8 @@ def test_image_tasks(ways, shots, queries, rotate):
         shots_of = numbers.reshape(-1, ways)
         assert (np.sort(shots_of, axis=1) == np.arange(ways)).all()  # each shot has each class once
         assert len(set(classes)) == ways
-        assert len(set(zip(classes, images))) == len(
-            classes
-        )  # no image twice, in particular not in both sets
+        # No image twice, in particular not in both sets.
+        assert len(set(zip(classes, images))) == len(classes)
         for label in range(ways):
             mine = numbers == label
             assert len(set(classes[mine])) == 1 and len(set(turns[mine])) == 1
@@ -292,9 +270,8 @@ def test_image_draws_are_uniform():
     for position in range(2 * ways):
         assert_uniform(labels[:, position], ways)
     first, second = labels[:, :ways], labels[:, ways:]
-    assert (
-        np.mean((first == second).all(1)) < 0.05
-    )  # each shot has its own order: 1 / 120 agree by chance
+    # Each shot has its own order: 1 / 120 agree by chance.
+    assert np.mean((first == second).all(1)) < 0.05
     pairs = turns[:, 0] * 4 + turns[:, 1]  # classes of a task turn independently
     assert_uniform(pairs, 16)
     query = read_back(batch.inputb)
@@ -306,22 +283,15 @@ def test_pixels_are_stored_values_over_255_flattened_row_by_row():
     images = rng.integers(0, 256, (1, 2, 3, 3), dtype=np.uint8)
     source = ClassImages('generated', ['only'], np.array([0]), np.array([1]), images)
     inputs = ImageGenerator({'train': source}, 1, 1, 0).batch('train', 0, 1).inputa[0, 0]
-    expected = [
-        np.float32(images[0, row, column, channel]) / np.float32(255)
-        for row in range(2)
-        for column in range(3)
-        for channel in range(3)
-    ]
+    places = itertools.product(range(2), range(3), range(3))  # row, column, channel
+    expected = [np.float32(images[0][place]) / np.float32(255) for place in places]
     np.testing.assert_array_equal(inputs, expected)
 
 
 def test_rotation_keeps_the_colours_of_a_pixel_together():
     folders = {'train': class_images([1] * 8, channels=3)}
-    inputs = (
-        ImageGenerator(folders, 8, 1, 0, rotate=True)
-        .batch('train', 0, 5)
-        .inputa.reshape(5, 8, SIDE, SIDE, 3)
-    )
+    batch = ImageGenerator(folders, 8, 1, 0, rotate=True).batch('train', 0, 5)
+    inputs = batch.inputa.reshape(5, 8, SIDE, SIDE, 3)
     assert (inputs == inputs[..., :1]).all()
     assert len(np.unique(read_back(inputs[..., 0].reshape(5, 8, -1))[2])) == 4
 
@@ -329,15 +299,12 @@ def test_rotation_keeps_the_colours_of_a_pixel_together():
 def test_turns_are_counter_clockwise():
     folders = {'train': class_images([1])}
     generator = ImageGenerator(folders, 1, 1, 0, rotate=True)
-    turned = generator._pixels(
-        folders['train'], np.zeros((1, 4, 1), int), np.arange(4).reshape(1, 4, 1)
-    )
+    turns = np.arange(4).reshape(1, 4, 1)
+    turned = generator._pixels(folders['train'], np.zeros_like(turns), turns)
     np.testing.assert_array_equal(read_back(turned)[2], [[0, 1, 2, 3]])
     picture = Image.fromarray(folders['train'].images[0, :, :, 0])
     for quarter in range(4):
-        expected = np.asarray(
-            picture.rotate(90 * quarter)
-        ).ravel()  # Pillow turns counter-clockwise
+        expected = np.asarray(picture.rotate(90 * quarter)).ravel()  # counter-clockwise
         np.testing.assert_array_equal(np.rint(turned[0, quarter] * 255), expected)
 
 
@@ -345,11 +312,8 @@ def test_second_generator_on_the_same_folders_shares_the_images():
     folders = {'train': class_images([20] * 6), 'val': class_images([20] * 6)}
     first, second = (ImageGenerator(folders, 5, 1, queries) for queries in (15, 1))
     assert first.folders['val'].images is second.folders['val'].images
-    assert (
-        first.image_shape == (SIDE, SIDE, 1)
-        and first.dim_input == SIDE * SIDE
-        and first.dim_output == 5
-    )
+    assert first.image_shape == (SIDE, SIDE, 1)
+    assert (first.dim_input, first.dim_output) == (SIDE * SIDE, 5)
 
 
 @pytest.mark.parametrize(
@@ -364,16 +328,16 @@ def test_second_generator_on_the_same_folders_shares_the_images():
         (dict(num_query=-2), 'must not be negative, but it is -2'),
         (
             dict(num_support=3, num_query=2),
-            'class class1 of the val split in generated has 4 images, but a task takes 5 .*smaller --update_batch_size',
+            'class class1 of the val split in generated has 4 images, but a task takes 5 '
+            '.*smaller --update_batch_size',
         ),
     ],
 )
 def test_image_sizes_are_checked_at_construction(arguments, message):
     folders = {'train': class_images([9] * 5), 'val': class_images([9, 4, 6])}
+    defaults = dict(num_classes=2, num_support=1, num_query=1)
     with pytest.raises(ValueError, match=message):
-        ImageGenerator(
-            folders, **dict(dict(num_classes=2, num_support=1, num_query=1), **arguments)
-        )
+        ImageGenerator(folders, **defaults | arguments)
 
 
 def test_only_the_splits_in_use_are_checked():
@@ -385,30 +349,25 @@ def test_only_the_splits_in_use_are_checked():
 
 
 def test_only_square_images_rotate():
-    folders = {
-        'train': ClassImages(
-            'x', ['a'], np.array([0]), np.array([2]), np.zeros((2, 3, 4, 1), np.uint8)
-        )
-    }
+    images = np.zeros((2, 3, 4, 1), np.uint8)
+    folders = {'train': ClassImages('x', ['a'], np.array([0]), np.array([2]), images)}
     ImageGenerator(folders, 1, 1, 1)
     with pytest.raises(ValueError, match='square'):
         ImageGenerator(folders, 1, 1, 1, rotate=True)
 
 
-# --- splits ----------------------------------------------------------------------------------------------------------
+# Splits -------------------------------------------------------------------------------------------
+
+
 def test_official_split():
     names = [f'character{i:04}' for i in range(1623)]
     splits = split_classes(1623)
-    assert {split: len(classes) for split, classes in splits.items()} == {
-        'train': 1100,
-        'val': 100,
-        'test': 423,
-    }
+    sizes = {split: len(classes) for split, classes in splits.items()}
+    assert sizes == {'train': 1100, 'val': 100, 'test': 423}
     random.seed(1)
     random.shuffle(names)  # the original shuffles the names themselves, by the global generator
-    assert [
-        f'character{i:04}' for split in ('train', 'val', 'test') for i in splits[split]
-    ] == names
+    found = [*splits['train'], *splits['val'], *splits['test']]
+    assert [f'character{i:04}' for i in found] == names
 
 
 @pytest.mark.parametrize(
@@ -429,7 +388,8 @@ def test_split_of_other_sets(total, sizes):
     assert sorted(sum(splits.values(), [])) == list(range(total))
 
 
-# --- class folders ---------------------------------------------------------------------------------------------------
+# Class folders ------------------------------------------------------------------------------------
+
 ALPHABETS, CHARACTERS, IMAGES = ('Aa', 'Bb_(x)', 'Bb'), 4, 3
 
 
@@ -441,17 +401,15 @@ def save(path: Path, pixels: np.ndarray, **options):
 def make_omniglot(folder: Path, reverse: bool = False) -> dict[str, np.ndarray]:
     """A small Omniglot of random images; returns the pixels of each character, [images, 28, 28]."""
     rng = np.random.default_rng(0)
-    characters = {
-        f'{alphabet}/character{c:02}': 255 * rng.integers(0, 2, (IMAGES, 28, 28), dtype=np.uint8)
-        for alphabet in ALPHABETS
-        for c in range(1, CHARACTERS + 1)
-    }
+    characters = {}
+    for alphabet, c in itertools.product(ALPHABETS, range(1, CHARACTERS + 1)):
+        images = 255 * rng.integers(0, 2, (IMAGES, 28, 28), dtype=np.uint8)
+        characters[f'{alphabet}/character{c:02}'] = images
     for name, images in reversed(characters.items()) if reverse else characters.items():
         for i, pixels in enumerate(images):
             path = folder / 'omniglot_resized' / name / f'{i:02}.png'
-            save(
-                path, pixels > 0, compress_level=0
-            )  # 1-bit PNG, as in the real data, but all of one size
+            # 1-bit PNG, as in the real data, but all of one size
+            save(path, pixels > 0, compress_level=0)
             os.utime(path, (10**9, 10**9))  # and of one time, as if unpacked from an archive
     return characters
 
@@ -461,12 +419,10 @@ def make_miniimagenet(
 ) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     pixels = {}
-    for split in splits:
-        for c in range(2):
-            for i in range(3):
-                path = folder / 'miniImagenet' / split / f'n{c}' / f'{i}.png'
-                pixels[f'{split}/n{c}/{i}'] = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
-                save(path, pixels[f'{split}/n{c}/{i}'])
+    for split, c, i in itertools.product(splits, range(2), range(3)):
+        name = f'{split}/n{c}/{i}'
+        pixels[name] = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        save(folder / 'miniImagenet' / f'{name}.png', pixels[name])
     return pixels
 
 
@@ -477,15 +433,13 @@ def omniglot(tmp_path):
 
 
 def contents(folders) -> dict[str, dict[str, bytes]]:
-    return {
-        split: {
-            name: classes.images[start : start + count].tobytes()
-            for name, start, count in zip(
-                classes.names, classes.starts, classes.counts, strict=True
-            )
-        }
-        for split, classes in folders.items()
-    }
+    """{split: {class: pixels}}."""
+    found = {}
+    for split, classes in folders.items():
+        places = zip(classes.starts, classes.counts, strict=True)
+        pixels = [classes.images[start : start + count].tobytes() for start, count in places]
+        found[split] = dict(zip(classes.names, pixels, strict=True))
+    return found
 
 
 def load(folder: Path, capsys) -> tuple[dict, str]:
@@ -499,18 +453,16 @@ def test_omniglot_folders(tmp_path):
     characters = make_omniglot(tmp_path)
     folders = load_omniglot(str(tmp_path))
     names = [name for split in ('train', 'val', 'test') for name in folders[split].names]
-    expected = sorted(
-        characters, key=lambda name: name.split('/')
-    )  # Bb before Bb_(x), which '/' would turn round
+    # Bb before Bb_(x), which '/' would turn round.
+    expected = sorted(characters, key=lambda name: name.split('/'))
     random.seed(1)
     random.shuffle(expected)
     assert names == expected
     assert [len(folders[split].names) for split in ('train', 'val', 'test')] == [8, 1, 3]
-    for split, classes in contents(folders).items():
+    for classes in contents(folders).values():
         for name, data in classes.items():
-            assert (
-                data == (255 - characters[name]).tobytes()
-            )  # stored inverted, in the order of the file names
+            # Stored inverted, in the order of the file names.
+            assert data == (255 - characters[name]).tobytes()
     assert folders['train'].images.shape[1:] == (28, 28, 1)
     inputs = ImageGenerator(folders, 3, 1, 1, splits=['train']).batch('train', 0, 5).inputa
     assert set(np.unique(inputs)) == {0, 1}
@@ -549,14 +501,10 @@ def test_directory_order_does_not_matter(tmp_path, monkeypatch):
 def test_hidden_and_stray_files_are_ignored(omniglot, capsys):
     expected, _ = load(omniglot, capsys)
     data = omniglot / 'omniglot_resized'
-    for stray in (
-        '.DS_Store',
-        'README.txt',
-        'Aa/notes',
-        'Aa/character01/._00.png',
-        'Aa/character01/Thumbs.db',
-    ):
+    for stray in ('.DS_Store', 'README.txt', 'Aa/notes'):
         (data / stray).write_text('?')
+    for stray in ('._00.png', 'Thumbs.db'):
+        (data / 'Aa/character01' / stray).write_text('?')
     for folder in ('.git/x', 'Aa/.hidden', 'Aa/character01/folder.png'):
         (data / folder).mkdir(parents=True)
     found, printed = load(omniglot, capsys)
@@ -568,18 +516,16 @@ def test_miniimagenet_folders(tmp_path, capsys):
     folders = load_miniimagenet(tmp_path)
     assert list(folders) == ['train', 'val', 'test']
     for split, classes in contents(folders).items():
-        assert classes == {
-            f'n{c}': b''.join(pixels[f'{split}/n{c}/{i}'].tobytes() for i in range(3))
-            for c in range(2)
-        }
+        assert [*classes] == ['n0', 'n1']
+        for name, data in classes.items():
+            images = [pixels[f'{split}/{name}/{i}'].tobytes() for i in range(3)]
+            assert data == b''.join(images)
     shutil.rmtree(tmp_path / 'miniImagenet' / 'test')
     capsys.readouterr()
-    assert (
-        contents(load_miniimagenet(tmp_path, ['train', 'val']))['val'] == contents(folders)['val']
-    )
-    assert (
-        capsys.readouterr().err == ''
-    )  # each split has a cache of its own, and none lies among the data
+    found = contents(load_miniimagenet(tmp_path, ['train', 'val']))
+    assert found['val'] == contents(folders)['val']
+    # Each split has a cache of its own, and none lies among the data.
+    assert capsys.readouterr().err == ''
     assert sorted(os.listdir(tmp_path / 'miniImagenet')) == ['train', 'val']
 
 
@@ -594,7 +540,9 @@ def test_jpeg_and_other_modes(tmp_path):
     assert np.abs(images.astype(int) - grey[..., None]).max() <= 3
 
 
-# --- the cache of decoded images -------------------------------------------------------------------------------------
+# The cache of decoded images ----------------------------------------------------------------------
+
+
 def test_second_start_decodes_nothing(omniglot, capsys, monkeypatch):
     first, printed = load(omniglot, capsys)
     assert 'Decoding the 36 images of' in printed and 'damaged' not in printed
@@ -632,6 +580,10 @@ def rename_image(data: Path):
     (data / 'Aa' / 'character01' / '00.png').rename(data / 'Aa' / 'character01' / '99.png')
 
 
+def add_image(data: Path):
+    save(data / 'Aa' / 'character01' / 'new.png', np.zeros((28, 28), bool))
+
+
 CHANGES = {
     'replaced': replace_image,
     'resized': resize_image,
@@ -639,9 +591,7 @@ CHANGES = {
     'image removed': lambda data: (data / 'Aa' / 'character01' / '00.png').unlink(),
     'class removed': lambda data: shutil.rmtree(data / 'Aa' / 'character01'),
     'class renamed': lambda data: (data / 'Aa').rename(data / 'Zz'),
-    'image added': lambda data: save(
-        data / 'Aa' / 'character01' / 'new.png', np.zeros((28, 28), bool)
-    ),
+    'image added': add_image,
 }
 
 
@@ -667,6 +617,11 @@ def edit_index(cache: Path, **changes):
     (cache / 'index.json').write_text(json.dumps(dict(index, **changes)))
 
 
+def images_a_folder(cache: Path):
+    (cache / 'images.raw').unlink()
+    (cache / 'images.raw').mkdir()
+
+
 DAMAGES = {
     'truncated': lambda cache: os.truncate(cache / 'images.raw', 28 * 28 * 35),
     'one byte short': lambda cache: os.truncate(cache / 'images.raw', 28 * 28 * 36 - 1),
@@ -676,9 +631,7 @@ DAMAGES = {
     'middle bit': lambda cache: flip(cache / 'images.raw', 10007),
     'last bit': lambda cache: flip(cache / 'images.raw', -1),
     'no images': lambda cache: (cache / 'images.raw').unlink(),
-    'images a folder': lambda cache: (
-        (cache / 'images.raw').unlink() or (cache / 'images.raw').mkdir()
-    ),
+    'images a folder': images_a_folder,
     'no index': lambda cache: (cache / 'index.json').unlink(),
     'index empty': lambda cache: (cache / 'index.json').write_text(''),
     'index cut': lambda cache: os.truncate(cache / 'index.json', 30),
@@ -741,10 +694,8 @@ def test_full_disk_leaves_nothing_behind(omniglot, capsys):
 def test_temporary_files_of_killed_processes_are_removed(omniglot, capsys):
     cache = omniglot / 'omniglot_resized.cache'
     cache.mkdir()
-    for name, age in (
-        ('images.raw.1.tmp', 4000),
-        ('images.raw.2.tmp', 10),
-    ):  # the second may still be at work
+    # The second may still be at work.
+    for name, age in ('images.raw.1.tmp', 4000), ('images.raw.2.tmp', 10):
         (cache / name).write_text('half')
         os.utime(cache / name, (time.time() - age,) * 2)
     load(omniglot, capsys)
@@ -752,15 +703,14 @@ def test_temporary_files_of_killed_processes_are_removed(omniglot, capsys):
 
 
 def test_processes_that_start_together(omniglot, capsys):
+    # Without the import of TensorFlow.
     code = f"""if True:
         import sys, types
-        sys.modules['utils'] = types.SimpleNamespace(Batch=tuple)  # which spares each process the import of TensorFlow
+        sys.modules['utils'] = types.SimpleNamespace(Batch=tuple)
         import data_generator
         print(data_generator.load_omniglot({str(omniglot)!r})['train'].images.sum())"""
-    runs = [
-        subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    line, pipe = [sys.executable, '-c', code], subprocess.PIPE
+    runs = [subprocess.Popen(line, cwd=ROOT, stdout=pipe, text=True) for _ in range(3)]
     sums = {run.communicate()[0] for run in runs}
     assert all(run.returncode == 0 for run in runs) and len(sums) == 1
     _, printed = load(omniglot, capsys)
@@ -776,22 +726,22 @@ def test_many_chunks_keep_their_order(tmp_path, monkeypatch):
             assert all(data == (255 - characters[name]).tobytes() for name, data in classes.items())
 
 
-# --- what can be wrong with the data ---------------------------------------------------------------------------------
+# What can be wrong with the data ------------------------------------------------------------------
+
+
 def test_missing_folders(tmp_path):
     folder = tmp_path / 'my data'
     with pytest.raises(FileNotFoundError) as error:
         load_omniglot(folder)
-    assert f'no folder {folder}/omniglot_resized;' in str(error.value)
-    assert f"`python scripts/data/prepare_omniglot.py --target='{folder}/omniglot_resized'`" in str(
-        error.value
-    )
+    message, target = str(error.value), f"--target='{folder}/omniglot_resized'"
+    assert f'no folder {folder}/omniglot_resized;' in message
+    assert f'`python scripts/data/prepare_omniglot.py {target}`' in message
     make_miniimagenet(tmp_path, ['train'])
     with pytest.raises(FileNotFoundError) as error:
         load_miniimagenet(tmp_path, ['train', 'val'])
-    assert f'no folder {tmp_path}/miniImagenet/val;' in str(error.value)
-    assert f'prepare_miniimagenet.py --source=FOLDER --target={tmp_path}/miniImagenet`' in str(
-        error.value
-    )
+    message, target = str(error.value), f'--target={tmp_path}/miniImagenet'
+    assert f'no folder {tmp_path}/miniImagenet/val;' in message
+    assert f'prepare_miniimagenet.py --source=FOLDER {target}`' in message
 
 
 def named_scripts_exist(message: str) -> bool:
@@ -842,9 +792,8 @@ def not_resized(data: Path) -> str:
 
 def sixteen_bits(data: Path) -> str:
     save(data / 'Aa' / 'character03' / '00.png', np.zeros((28, 28), np.uint16))
-    return (
-        f'{data}/Aa/character03/00.png is 28x28 of mode I'  # I;16, which Pillow before 11 calls I
-    )
+    # I;16, which Pillow before 11 calls I
+    return f'{data}/Aa/character03/00.png is 28x28 of mode I'
 
 
 @pytest.mark.parametrize(
@@ -855,11 +804,9 @@ def test_spoilt_data(omniglot, spoil, capsys):
     expected = spoil(omniglot / 'omniglot_resized')
     with pytest.raises(ValueError) as error:
         load_omniglot(omniglot)
-    message = str(error.value)
+    message, target = str(error.value), f'--target={omniglot}/omniglot_resized'
     assert message.startswith(expected), message
-    assert (
-        f'`python scripts/data/prepare_omniglot.py --target={omniglot}/omniglot_resized`' in message
-    )
+    assert f'`python scripts/data/prepare_omniglot.py {target}`' in message
     assert named_scripts_exist(message) and '\n' not in message
     leftovers = [path.name for path in omniglot.rglob('*.tmp')]
     assert not leftovers
@@ -869,11 +816,9 @@ def test_spoilt_data(omniglot, spoil, capsys):
 
 def test_colour_images_of_another_size(tmp_path):
     make_miniimagenet(tmp_path, ['val'], side=80)
-    with pytest.raises(
-        ValueError,
-        match=r'n0/0\.png is 80x80 of mode RGB, but images of 84x84 .*'
-        r'prepare_miniimagenet\.py --source=FOLDER',
-    ) as error:
+    found = r'n0/0\.png is 80x80 of mode RGB, but images of 84x84 .*'
+    told = r'prepare_miniimagenet\.py --source=FOLDER'
+    with pytest.raises(ValueError, match=found + told) as error:
         load_miniimagenet(tmp_path, ['val'])
     assert named_scripts_exist(str(error.value))
 
@@ -887,7 +832,9 @@ def test_decompression_bomb_is_refused_like_any_damage(omniglot):
         load_omniglot(omniglot)
 
 
-# --- real data -------------------------------------------------------------------------------------------------------
+# Real data ----------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope='module')
 def real_omniglot():
     if not (REAL / 'omniglot_resized').is_dir():
@@ -896,11 +843,8 @@ def real_omniglot():
 
 
 def test_real_omniglot(real_omniglot):
-    assert {split: len(classes.names) for split, classes in real_omniglot.items()} == {
-        'train': 1100,
-        'val': 100,
-        'test': 423,
-    }
+    sizes = {split: len(classes.names) for split, classes in real_omniglot.items()}
+    assert sizes == {'train': 1100, 'val': 100, 'test': 423}
     names = [name for classes in real_omniglot.values() for name in classes.names]
     assert len(set(names)) == 1623 and len({name.split('/')[0] for name in names}) == 50
     assert all((classes.counts == 20).all() for classes in real_omniglot.values())
@@ -918,9 +862,8 @@ def test_real_omniglot_images_against_pillow(real_omniglot):
 
 
 def test_real_miniimagenet():
-    splits = [
-        split for split in ('val', 'train', 'test') if (REAL / 'miniImagenet' / split).is_dir()
-    ][:1]
+    folder = REAL / 'miniImagenet'
+    splits = [split for split in ('val', 'train', 'test') if (folder / split).is_dir()][:1]
     if not splits:
         pytest.skip(f'no prepared miniImagenet in {REAL} (set MAML_TEST_DATA)')
     folders = load_miniimagenet(REAL, splits)

@@ -1,4 +1,4 @@
-"""Prepare, train, resume and evaluate as a user does: by the commands, on a dozen generated classes."""
+"""Prepare, train, resume, evaluate as a user does: by commands, on a dozen generated classes."""
 
 import csv
 import pickle
@@ -39,17 +39,10 @@ def official_omniglot(tmp_path) -> Path:
     """The two archives, of 26 characters in place of 1623, 4 images each; easily told apart."""
     source = tmp_path / 'official'
     for c in range(26):
-        archive, alphabet = (
-            ('images_background', 'Greek') if c < 15 else ('images_evaluation', 'Tengwar')
-        )
+        alphabet = 'images_background/Greek' if c < 15 else 'images_evaluation/Tengwar'
         for i in range(4):
-            draw(
-                source / archive / alphabet / f'character{c:02d}' / f'{c:04d}_{i:02d}.png',
-                (105, 105),
-                '1',
-                c,
-                i,
-            )
+            path = source / alphabet / f'character{c:02d}' / f'{c:04d}_{i:02d}.png'
+            draw(path, (105, 105), '1', c, i)
     for archive in ('images_background', 'images_evaluation'):
         zipped(source / f'{archive}.zip', source / archive)
     return source
@@ -59,24 +52,16 @@ def official_omniglot(tmp_path) -> Path:
 def omniglot(tmp_path, official_omniglot) -> list[str]:
     """Flags, the data prepared."""
     counts = prepare_omniglot.Counts(alphabets=2, characters=26, images=4)
-    prepare_omniglot.prepare(
-        official_omniglot, tmp_path / 'data' / 'omniglot_resized', counts=counts
-    )
-    return [
-        '--datasource=omniglot',
-        '--num_classes=2',
-        '--update_batch_size=1',
-        '--meta_batch_size=4',
-        '--num_filters=8',
-        f'--data_dir={tmp_path}/data',
-        f'--logdir={tmp_path}/logs',
-    ]
+    target = tmp_path / 'data' / 'omniglot_resized'
+    prepare_omniglot.prepare(official_omniglot, target, counts=counts)
+    flags = ['--datasource=omniglot', '--num_classes=2', '--update_batch_size=1']
+    flags += ['--meta_batch_size=4', '--num_filters=8']
+    return [*flags, f'--data_dir={tmp_path}/data', f'--logdir={tmp_path}/logs']
 
 
 def assert_trained(outcome: Outcome, folder: Path, iterations: int):
-    assert re.search(rf'^Iteration 100: {NUMBER}, {NUMBER}$', outcome.out, re.MULTILINE), (
-        outcome.out
-    )
+    line = rf'^Iteration 100: {NUMBER}, {NUMBER}$'
+    assert re.search(line, outcome.out, re.MULTILINE), outcome.out
     assert 'Traceback' not in outcome.err
     assert [*checkpoints(folder)] == [iterations - 1]
 
@@ -108,10 +93,8 @@ def test_omniglot(tmp_path, omniglot):
     run(*flags, '--train=False', '--test_set=True')
     assert results(folder, 'test_ubs1_stepsize0.4')[:, 1].mean() > 0.8
     before = listing(tmp_path / 'logs')
-    assert (
-        'complete' in run(*flags, '--metatrain_iterations=911').out
-        and listing(tmp_path / 'logs') == before
-    )
+    assert 'complete' in run(*flags, '--metatrain_iterations=911').out
+    assert listing(tmp_path / 'logs') == before
     outcome = command('main.py', *flags, '--train=False', '--test_iter=5')
     assert outcome.status == 1 and '--test_iter=5' in outcome.err and '900, 910' in outcome.err
     assert 'Traceback' not in outcome.err and listing(tmp_path / 'logs') == before
@@ -134,24 +117,11 @@ def official_miniimagenet(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_miniimagenet(tmp_path, official_miniimagenet):
-    succeeded(
-        command(
-            'scripts/data/prepare_miniimagenet.py',
-            f'--source={official_miniimagenet}',
-            f'--target={tmp_path}/data/miniImagenet',
-        )
-    )
-    flags = [
-        '--datasource=miniimagenet',
-        '--num_classes=4',
-        '--update_batch_size=1',
-        '--meta_batch_size=2',
-        '--num_filters=4',
-        '--max_pool=True',
-        '--update_lr=0.01',
-        f'--data_dir={tmp_path}/data',
-        f'--logdir={tmp_path}/logs',
-    ]
+    folders = [f'--source={official_miniimagenet}', f'--target={tmp_path}/data/miniImagenet']
+    succeeded(command('scripts/data/prepare_miniimagenet.py', *folders))
+    flags = ['--datasource=miniimagenet', '--num_classes=4', '--update_batch_size=1']
+    flags += ['--meta_batch_size=2', '--num_filters=4', '--max_pool=True', '--update_lr=0.01']
+    flags += [f'--data_dir={tmp_path}/data', f'--logdir={tmp_path}/logs']
     folder = tmp_path / 'logs' / 'cls_4.mbs_2.ubs_1.numstep1.updatelr0.01hidden4maxpoolbatchnorm'
     assert_trained(run(*flags, '--metatrain_iterations=110'), folder, 110)
     assert_continued(run(*flags, '--metatrain_iterations=120'), folder, 110, 120)

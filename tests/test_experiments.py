@@ -1,4 +1,4 @@
-"""The scripts of the paper's cells, the report on their runs, and the ablation of second derivatives."""
+"""The scripts of the paper's cells, the report on their runs, the ablation of second order."""
 
 import csv
 import itertools
@@ -43,12 +43,11 @@ ABLATION = 'scripts/paper/second_order_ablation.py'
 
 @pytest.mark.slow
 def test_meta_gradients_of_the_ablation():
-    """Those that were measured with the original under TensorFlow 1.2.1, 1.15.5 and 1.3.0, and with stop_grad."""
+    """Those of the original under TensorFlow 1.2.1, 1.15.5 and 1.3.0, and with stop_grad."""
     outcome = succeeded(command(ABLATION, 'check', CASE))
-    found = {
-        line.split()[0]: [float(x) for x in re.findall(r'-?\d\.\d{4}', line)]
-        for line in outcome.lines
-    }
+    found = {}
+    for line in outcome.lines:
+        found[line.split()[0]] = [float(x) for x in re.findall(r'-?\d\.\d{4}', line)]
     assert found == {
         'exact': [1.2686, 1.5460],
         'held': [-0.7766, 0.0039],
@@ -61,18 +60,14 @@ def test_meta_gradients_of_the_ablation():
     'arguments', [[], ['neither'], ['check'], ['check', '/nowhere.npz'], ['plot', '/nowhere']]
 )
 def test_ablation_refuses(arguments):
-    assert_refused(
-        in_process(second_order_ablation.program, arguments),
-        'second_order_ablation.py',
-        'exact, held, moments, first_order',
-    )
+    outcome = in_process(second_order_ablation.program, arguments)
+    assert_refused(outcome, 'second_order_ablation.py', 'exact, held, moments, first_order')
 
 
 def test_validations_of_the_ablation(tmp_path):
     """Read from among texts and pictures, which are summaries, too."""
-    run_folder = (
-        tmp_path / 'omniglot_5way_1shot/held/cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm'
-    )
+    name = 'cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm'
+    run_folder = tmp_path / 'omniglot_5way_1shot/held' / name
     writer = tf.summary.create_file_writer(str(run_folder))
     with writer.as_default():
         tf.summary.text('flags', 'x', step=0)
@@ -84,28 +79,24 @@ def test_validations_of_the_ablation(tmp_path):
     write_table(run_folder, 'test_ubs1_stepsize0.4', [0.2, 0.625, 0.65])
     succeeded(in_process(second_order_ablation.program, ['plot', str(tmp_path)]))
     text = (tmp_path / 'ablation.md').read_text()
-    assert (
-        '| Omniglot, 5-way 1-shot | held | 1000 | 75.0 ± 9.4 | 62.5 ± 1.0 |' in text
-        and text.count('not run') == 3
-    )
+    assert '| Omniglot, 5-way 1-shot | held | 1000 | 75.0 ± 9.4 | 62.5 ± 1.0 |' in text
+    assert text.count('not run') == 3
     assert (tmp_path / 'ablation.png').exists()
 
 
-# The report ---------------------------------------------------------------------------------------------------------
+# The report ---------------------------------------------------------------------------------------
+
+
+TABLE = 'test_ubs5_stepsize0.01'
 
 
 def write_table(folder: Path, name: str, means: list[float]):
-    rows = [
-        [f'update{i}' for i in range(len(means))],
-        means,
-        [0.1] * len(means),
-        [0.01] * len(means),
-    ]
+    header = [f'update{i}' for i in range(len(means))]
+    rows = [header, means, [0.1] * len(means), [0.01] * len(means)]
     with open(folder / f'{name}.csv', 'w', newline='') as file:
         csv.writer(file).writerows(rows)
-    (folder / f'{name}.pkl').write_bytes(
-        pickle.dumps({'mses': np.tile(np.float32(means), (3, 1)) * [[0.5], [0.5], [2]]})
-    )
+    tasks = np.tile(np.float32(means), (3, 1)) * [[0.5], [0.5], [2]]
+    (folder / f'{name}.pkl').write_bytes(pickle.dumps({'mses': tasks}))
 
 
 @pytest.fixture(scope='module')
@@ -114,22 +105,11 @@ def trained(tmp_path_factory) -> Path:
     logs = tmp_path_factory.mktemp('report') / 'logs'
     for seed, scale in (0, 1.0), (1, 3.0):
         logdir = logs / f'sinusoid/seed{seed}'
-        succeeded(
-            run(
-                '--norm=None',
-                '--update_batch_size=10',
-                '--update_lr=.01',
-                '--metatrain_iterations=3',
-                f'--seed={seed}',
-                f'--logdir={logdir}',
-            )
-        )
+        cell = ['--norm=None', '--update_batch_size=10', '--update_lr=.01', f'--seed={seed}']
+        succeeded(run(*cell, '--metatrain_iterations=3', f'--logdir={logdir}'))
         (folder,) = logdir.iterdir()
-        write_table(
-            folder,
-            'test_ubs5_stepsize0.01',
-            [scale * x for x in [3.0, 2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3, 1.2, 1.1]],
-        )
+        errors = [3.0, 2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3, 1.2, 1.1]
+        write_table(folder, TABLE, [scale * error for error in errors])
     return logs
 
 
@@ -143,17 +123,15 @@ def test_report(logs):
     outcome = succeeded(in_process(report.main, [str(logs)]))
     assert outcome.lines == [f'{logs}/report/report.md'] and not outcome.err
     text = (logs / 'report/report.md').read_text()
-    # Means of 2 and 6; the standard error is 2, and 12.706 of them are the 95 % interval of two values.
-    assert (
-        '| MAML | 5 | .67 / .38 / .35 | 6 ± 38 | 4 ± 25 | 3.2 ± 20 | 2.2 ± 14 | 2 / 1.6 / 1.1 | 3 | 0, 1 |'
-        in text
+    # Two values, 2 and 6: their standard error is 2, the 95 % interval 12.706 times as large.
+    row = (
+        '| MAML | 5 | .67 / .38 / .35 '
+        '| 6 ± 38 | 4 ± 25 | 3.2 ± 20 | 2.2 ± 14 | 2 / 1.6 / 1.1 | 3 | 0, 1 |'
     )
+    assert row in text
     assert '| oracle | |  | not run |' in text and text.count('not run') == 3 + len(cells.CELLS)
-    assert {path.name for path in (logs / 'report').iterdir()} == {
-        'report.md',
-        'fits.png',
-        'errors.png',
-    }
+    names = {path.name for path in (logs / 'report').iterdir()}
+    assert names == {'report.md', 'fits.png', 'errors.png'}
 
 
 def put_another(folder: Path, *arguments: str):
@@ -162,50 +140,53 @@ def put_another(folder: Path, *arguments: str):
     succeeded(run('--norm=None', '--update_lr=.01', *arguments, f'--logdir={folder.parent}'))
 
 
+def foreign_table(folder: Path):
+    (folder / f'{TABLE}.csv').write_text('update0\n1\n')
+
+
+def foreign_values(folder: Path):
+    (folder / f'{TABLE}.pkl').write_bytes(pickle.dumps([1]))
+
+
+def mixed_tables(folder: Path):
+    write_table(folder, TABLE, [3.0, 2.0])
+    (folder / f'{TABLE}.csv').write_text('update0,update1\n3,1\n1,1\n1,1\n')
+
+
+def trained_with_other_shots(folder: Path):
+    put_another(folder, '--update_batch_size=7', '--metatrain_iterations=2')
+
+
+def jointly_trained(folder: Path):
+    joint = ['--metatrain_iterations=0', '--pretrain_iterations=2']
+    put_another(folder, '--update_batch_size=10', *joint)
+
+
+def no_checkpoints(folder: Path):
+    for path in folder.glob('model*'):
+        path.unlink()
+
+
+def spoilt_checkpoint(folder: Path):
+    (folder / 'model2.data-00000-of-00001').write_bytes(b'x')
+
+
+NO_TABLES = 'are not the tables that main.py writes'
+
+
 @pytest.mark.parametrize(
     'damage, words',
     [
-        (
-            lambda folder: (folder / 'test_ubs5_stepsize0.01.csv').write_text('update0\n1\n'),
-            'are not the tables that main.py writes',
-        ),
-        (
-            lambda folder: (folder / 'test_ubs5_stepsize0.01.pkl').unlink(),
-            'are not the tables that main.py writes',
-        ),
-        (
-            lambda folder: (folder / 'test_ubs5_stepsize0.01.pkl').write_bytes(pickle.dumps([1])),
-            'are not the tables that main.py writes',
-        ),
-        (
-            lambda folder: (
-                write_table(folder, 'test_ubs5_stepsize0.01', [3.0, 2.0])
-                or (folder / 'test_ubs5_stepsize0.01.csv').write_text(
-                    'update0,update1\n3,1\n1,1\n1,1\n'
-                )
-            ),
-            'not of one evaluation',
-        ),
-        (
-            lambda folder: put_another(folder, '--update_batch_size=7', '--metatrain_iterations=2'),
-            'it was trained with --update_batch_size=7, not 10',
-        ),
-        (
-            lambda folder: put_another(
-                folder,
-                '--update_batch_size=10',
-                '--metatrain_iterations=0',
-                '--pretrain_iterations=2',
-            ),
-            'it was jointly trained',
-        ),
-        (lambda folder: (folder / 'test_ubs5_stepsize0.01.csv').unlink(), 'has not been evaluated'),
+        (foreign_table, NO_TABLES),
+        (lambda folder: (folder / f'{TABLE}.pkl').unlink(), NO_TABLES),
+        (foreign_values, NO_TABLES),
+        (mixed_tables, 'not of one evaluation'),
+        (trained_with_other_shots, 'it was trained with --update_batch_size=7, not 10'),
+        (jointly_trained, 'it was jointly trained'),
+        (lambda folder: (folder / f'{TABLE}.csv').unlink(), 'has not been evaluated'),
         (lambda folder: (folder / 'events.out.tfevents.1').mkdir(), 'summaries'),
-        (lambda folder: [path.unlink() for path in folder.glob('model*')], 'holds no checkpoint'),
-        (
-            lambda folder: (folder / 'model2.data-00000-of-00001').write_bytes(b'x'),
-            'cannot be read',
-        ),
+        (no_checkpoints, 'holds no checkpoint'),
+        (spoilt_checkpoint, 'cannot be read'),
     ],
 )
 def test_report_leaves_out_what_is_damaged(logs, eager, damage, words):
@@ -213,11 +194,8 @@ def test_report_leaves_out_what_is_damaged(logs, eager, damage, words):
     folder = next((logs / 'sinusoid/seed1').iterdir())
     damage(folder)
     outcome = succeeded(in_process(report.main, [str(logs)]))
-    assert (
-        outcome.err.startswith(f'report.py: left out: {folder.parent}')
-        and words in outcome.err
-        and len(outcome.err.splitlines()) == 1
-    )
+    (line,) = outcome.err.splitlines()
+    assert line.startswith(f'report.py: left out: {folder.parent}') and words in line
     assert '| MAML | 5 | .67 / .38 / .35 | 3 ± 0.01 |' in (logs / 'report/report.md').read_text()
 
 
@@ -225,51 +203,32 @@ def test_report_quotes_notes(logs):
     (logs / 'omniglot_5way_1shot').mkdir()
     (logs / 'omniglot_5way_1shot/note.txt').write_text('not this year.\n')
     succeeded(in_process(report.main, [str(logs)]))
-    assert (
-        'Omniglot, 5-way 1-shot: not this year.'
-        in (logs / 'report/report.md').read_text().splitlines()
-    )
+    lines = (logs / 'report/report.md').read_text().splitlines()
+    assert 'Omniglot, 5-way 1-shot: not this year.' in lines
 
 
 def test_step_sizes_of_errors(trained):
-    """Two seeds: main.py's evaluation, and α halved after the first update, so that this one is the same."""
+    """Two seeds: main.py's evaluation; α halved after the first update leaves this one the same."""
     folders = [str(folder) for folder in sorted(trained.glob('sinusoid/seed*/cls_*'))]
     outcome = succeeded(in_process(step_sizes.main, [*folders, '--shots=3', '--tasks=700']))
-    _, _, whole, halved = (
-        [cell.strip() for cell in line.split('|')[1:-1]] for line in outcome.lines
-    )
-    assert (
-        (whole[0], halved[0]) == ('0.01', '0.01, then 0.005')
-        and whole[1] == halved[1]
-        and whole[2:5] != halved[2:5]
-    )
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in outcome.lines]
+    _, _, whole, halved = rows
+    assert (whole[0], halved[0]) == ('0.01', '0.01, then 0.005')
+    assert whole[1] == halved[1] and whole[2:5] != halved[2:5]
     model = Learner.load(folders[0])
     batch = SinusoidGenerator(3, 3).batch('test', 1, 50)
-    np.testing.assert_allclose(
-        step_sizes.outcomes(model, batch, halved=False)[1:],
-        model.model.evaluate(batch, 10).losses2,
-        rtol=1e-4,
-    )
+    found = step_sizes.outcomes(model, batch, halved=False)
+    np.testing.assert_allclose(found[1:], model.model.evaluate(batch, 10).losses2, rtol=1e-4)
 
 
 def test_step_sizes_of_accuracies(tmp_path, eager):
     make_omniglot(tmp_path / 'data')
-    succeeded(
-        run(
-            '--datasource=omniglot',
-            '--num_classes=2',
-            '--num_filters=4',
-            '--update_batch_size=2',
-            '--update_lr=.4',
-            '--metatrain_iterations=1',
-            f'--data_dir={tmp_path}/data',
-            f'--logdir={tmp_path}/logs',
-        )
-    )
+    flags = ['--datasource=omniglot', '--num_classes=2', '--num_filters=4', '--update_lr=.4']
+    flags += ['--update_batch_size=2', '--metatrain_iterations=1']
+    data = f'--data_dir={tmp_path}/data'
+    succeeded(run(*flags, data, f'--logdir={tmp_path}/logs'))
     (folder,) = (tmp_path / 'logs').iterdir()
-    outcome = succeeded(
-        in_process(step_sizes.main, [str(folder), '--tasks=20', f'--data_dir={tmp_path}/data'])
-    )
+    outcome = succeeded(in_process(step_sizes.main, [str(folder), '--tasks=20', data]))
     model = Learner.load(folder)
     batch = step_sizes.test_tasks(model.settings, 2, f'{tmp_path}/data').batch('test', 0, 20)
     accuracies = 100 * np.array(model.model.evaluate(batch, 10).accuracies2).mean(1)  # [10]
@@ -279,104 +238,74 @@ def test_step_sizes_of_accuracies(tmp_path, eager):
 
 def test_step_sizes_refuses(tmp_path, trained):
     folder = str(next(trained.glob('sinusoid/seed0/cls_*')))
-    assert_refused(
-        in_process(step_sizes.main, [str(tmp_path)]),
-        'step_sizes.py',
-        str(tmp_path),
-        'no checkpoint',
-    )
+    outcome = in_process(step_sizes.main, [str(tmp_path)])
+    assert_refused(outcome, 'step_sizes.py', str(tmp_path), 'no checkpoint')
     assert_refused(in_process(step_sizes.main, [folder, '--tasks=0']), 'step_sizes.py', '--tasks')
 
 
 def test_report_without_logs(tmp_path):
     assert_refused(in_process(report.main, [str(tmp_path / 'none')]), 'there is no folder', 'none')
     (tmp_path / 'file').touch()
-    assert_refused(
-        in_process(report.main, [str(tmp_path), f'--output={tmp_path}/file']),
-        'file is a file',
-        '--output',
-    )
+    outcome = in_process(report.main, [str(tmp_path), f'--output={tmp_path}/file'])
+    assert_refused(outcome, 'file is a file', '--output')
 
 
 def test_report_tells_other_settings_and_late_training(logs, eager):
     """And on what a run was trained."""
     (folder,) = (logs / 'sinusoid/seed1').iterdir()
     shutil.rmtree(folder)
-    flags = [
-        '--norm=None',
-        '--update_batch_size=10',
-        '--update_lr=.01',
-        '--meta_batch_size=3',
-        '--seed=1',
-        f'--logdir={logs}/sinusoid/seed1',
-    ]
+    flags = ['--norm=None', '--update_batch_size=10', '--update_lr=.01', '--meta_batch_size=3']
+    flags += ['--seed=1', f'--logdir={logs}/sinusoid/seed1']
     succeeded(run(*flags, '--metatrain_iterations=2'))
     succeeded(run(*flags, '--train=False'))
     succeeded(run(*flags, '--metatrain_iterations=3'))
     outcome = succeeded(in_process(report.main, [str(logs)]))
     text = (logs / 'report/report.md').read_text()
     assert not outcome.err
-    assert 'MAML, --meta_batch_size=3, seed 1: the cell has --meta_batch_size=25.' in text
-    assert (
-        'MAML, --meta_batch_size=3, seed 1: trained on to iteration 3, which has not been evaluated.'
-        in text
-    )
+    other = 'MAML, --meta_batch_size=3'
+    assert f'{other}, seed 1: the cell has --meta_batch_size=25.' in text
+    late = 'trained on to iteration 3, which has not been evaluated.'
+    assert f'{other}, seed 1: {late}' in text
     assert '| MAML | 5 | .67 / .38 / .35 | 3 ± 0.01 |' in text  # the other seed, alone
-    (row,) = (
-        line for line in text.splitlines() if line.startswith('| MAML, --meta_batch_size=3 | 10 |')
-    )
-    assert [cell.strip() for cell in row.split('|')][9:11] == [
-        '2',
-        '1',
-    ] and f'TensorFlow {tf.__version__}' in row
+    (row,) = (line for line in text.splitlines() if line.startswith(f'| {other} | 10 |'))
+    assert [cell.strip() for cell in row.split('|')][9:11] == ['2', '1']
+    assert f'TensorFlow {tf.__version__}' in row
 
 
-def test_report_tells_validation_classes(tmp_path, eager):
+def test_report_tells_validation_classes(tmp_path, eager, monkeypatch):
     """Where the images of the test classes were not at hand."""
     make_omniglot(tmp_path)
-    flags = [
-        '--datasource=omniglot',
-        '--conv=False',
-        '--num_classes=2',
-        '--update_batch_size=1',
-        '--update_lr=.4',
-        '--metatrain_iterations=1',
-        '--meta_batch_size=32',
-        f'--data_dir={tmp_path}',
-        f'--logdir={tmp_path}/omniglot_5way_1shot_no_conv/seed0',
-    ]
-    cell = next(cell for cell in cells.CELLS if cell.name == 'omniglot_5way_1shot_no_conv')
+    name = 'omniglot_5way_1shot_no_conv'
+    cell = next(cell for cell in cells.CELLS if cell.name == name)
+    monkeypatch.setitem(cell.settings, 'num_classes', 2)  # so few classes are enough
+    flags = ['--datasource=omniglot', '--conv=False', '--num_classes=2', '--update_batch_size=1']
+    flags += ['--update_lr=.4', '--metatrain_iterations=1', '--meta_batch_size=32']
+    flags += [f'--data_dir={tmp_path}', f'--logdir={tmp_path}/{name}/seed0']
     succeeded(run(*flags))
     for more, told in ([], True), (['--test_set=True'], False):
         succeeded(run(*flags, '--train=False', *more))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(cell.settings, 'num_classes', 2)  # so few classes are enough
-            succeeded(in_process(report.main, [str(tmp_path)]))
+        succeeded(in_process(report.main, [str(tmp_path)]))
         text = (tmp_path / 'report/report.md').read_text()
-        assert (
-            f'{cell.title}, seed 0: evaluated on the validation classes.' in text
-        ) == told and 'seed 0: the cell' not in text
-        assert {path.name for path in (tmp_path / 'report').iterdir()} == {
-            'report.md',
-            'updates.png',
-            'learning.png',
-        }
+        assert (f'{cell.title}, seed 0: evaluated on the validation classes.' in text) == told
+        assert 'seed 0: the cell' not in text
+        names = {path.name for path in (tmp_path / 'report').iterdir()}
+        assert names == {'report.md', 'updates.png', 'learning.png'}
     # Evaluated with another K alone: neither the row nor the figure takes that for the cell's.
-    (folder,) = (tmp_path / 'omniglot_5way_1shot_no_conv/seed0').iterdir()
+    (folder,) = (tmp_path / name / 'seed0').iterdir()
     for path in folder.glob('test_ubs1_*'):
         path.rename(path.with_name(path.name.replace('ubs1', 'ubs2')))
     drawn = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cell.settings, 'num_classes', 2)
-        patch.setattr(
-            report_figures, 'label', lambda *arguments: drawn.append(arguments) or 'a run'
-        )
-        patch.setattr(report_figures, 'draw_learning', lambda *arguments: None)
-        succeeded(in_process(report.main, [str(tmp_path)]))
-    assert (
-        f'| {cell.title} | {cell.paper} | – | – |' in (tmp_path / 'report/report.md').read_text()
-        and len(drawn) == 1
-    )  # for learning
+
+    def label(*arguments):
+        drawn.append(arguments)
+        return 'a run'
+
+    monkeypatch.setattr(report_figures, 'label', label)
+    monkeypatch.setattr(report_figures, 'draw_learning', lambda *arguments: None)
+    succeeded(in_process(report.main, [str(tmp_path)]))
+    text = (tmp_path / 'report/report.md').read_text()
+    assert f'| {cell.title} | {cell.paper} | – | – |' in text
+    assert len(drawn) == 1  # for learning
 
 
 def test_report_of_damaged_summaries(logs):
@@ -390,28 +319,20 @@ def test_report_of_damaged_summaries(logs):
 def test_cells_are_what_the_scripts_train():
     """The settings by which the report knows a cell's runs are the flags in the cell's script."""
     for cell in cells.CELLS + cells.SINUSOIDS:
-        script = (
-            ROOT
-            / 'scripts/paper'
-            / ('sinusoid_10shot.sh' if cell.name == 'sinusoid' else f'{cell.name}.sh')
-        )
-        call = re.search(rf'^train {cell.name} ((?:.*\\\n)*.*)', script.read_text(), re.MULTILINE)[
-            1
-        ].replace('\\\n', ' ')
-        flags = parsed(
-            *(word for word in call.split() if 'iterations' not in word), '--metatrain_iterations=1'
-        )
-        assert (
-            cells.deviations(
-                Path(cell.name),
-                {**main.settings(flags), 'metatrain_iterations': int('pretrain' not in cell.name)},
-                cell,
-            )
-            == {}
-        )
+        name = 'sinusoid_10shot' if cell.name == 'sinusoid' else cell.name
+        script = (ROOT / f'scripts/paper/{name}.sh').read_text()
+        call = re.search(rf'^train {cell.name} ((?:.*\\\n)*.*)', script, re.MULTILINE)[1]
+        words = call.replace('\\\n', ' ').split()
+        flags = parsed(*(word for word in words if 'iterations' not in word))
+        settings = main.settings(flags)
+        settings['metatrain_iterations'] = int('pretrain' not in cell.name)
+        assert cells.deviations(Path(cell.name), settings, cell) == {}
 
 
-# The cells, as a user calls them ---------------------------------------------------------------------------------------
+# The cells, as a user calls them ------------------------------------------------------------------
+
+
+SET_UP = f'set_up() {{ PATH={Path(sys.executable).parent}:$PATH; }}\n'
 
 
 @pytest.fixture(scope='module')
@@ -421,9 +342,7 @@ def checkout(tmp_path_factory) -> Path:
     for path in ROOT.glob('*.py'):
         shutil.copy(path, folder)
     shutil.copytree(ROOT / 'scripts', folder / 'scripts')
-    (folder / 'scripts/lib/environment.sh').write_text(
-        f'set_up() {{ PATH={Path(sys.executable).parent}:$PATH; }}\n'
-    )
+    (folder / 'scripts/lib/environment.sh').write_text(SET_UP)
     make_omniglot(folder / 'data', characters=340, images=10)  # 20 validation classes
     make_miniimagenet(folder / 'data', classes=5, images=20)
     return folder
@@ -442,28 +361,23 @@ def bash(checkout: Path, script: str, *arguments: str) -> subprocess.CompletedPr
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'cell, more',
+    'cell',
     [
-        *[
-            (f'sinusoid_{kind}', [])
-            for kind in ('5shot', '10shot', 'pretrain', 'oracle', 'published_command')
-        ],
-        *[
-            (cell.name, ['--num_filters=4'] if 'no_conv' not in cell.name else [])
-            for cell in cells.CELLS
-        ],
+        *('sinusoid_5shot', 'sinusoid_10shot', 'sinusoid_pretrain', 'sinusoid_oracle'),
+        'sinusoid_published_command',
+        *(cell.name for cell in cells.CELLS),
     ],
 )
-def test_cell(checkout, cell, more):
+def test_cell(checkout, cell):
     """Trains, evaluates, and a second call continues."""
+    more = [] if 'sinusoid' in cell or 'no_conv' in cell else ['--num_filters=4']
     shutil.rmtree(checkout / 'logs', ignore_errors=True)  # two of the cells share a run
     first = bash(checkout, cell, '--metatrain_iterations=2', *more)
     assert first.returncode == 0, first.stderr[-2000:]
     assert 'confidence intervals' in first.stdout
     second = bash(checkout, cell, '--metatrain_iterations=4', *more)
-    assert second.returncode == 0 and 'Continuing at iteration 2 of 4.' in second.stdout, (
-        second.stderr[-2000:]
-    )
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert 'Continuing at iteration 2 of 4.' in second.stdout
     name = 'sinusoid' if cell.endswith(('sinusoid_5shot', 'sinusoid_10shot')) else cell
     folder = next((checkout / f'logs/{name}/seed0').iterdir())
     assert 3 in checkpoints(folder) and [*folder.glob('test_ubs*.csv')]
@@ -480,18 +394,12 @@ def test_cell(checkout, cell, more):
 def test_arguments_of_the_scripts(tmp_path, arguments):
     """As main.py takes them: the last one counts. Here with a main.py that prints its arguments."""
     shutil.copytree(ROOT / 'scripts', tmp_path / 'scripts')
-    (tmp_path / 'scripts/lib/environment.sh').write_text(
-        f'set_up() {{ PATH={Path(sys.executable).parent}:$PATH; }}\n'
-    )
+    (tmp_path / 'scripts/lib/environment.sh').write_text(SET_UP)
     (tmp_path / 'main.py').write_text('import sys\nprint(*sys.argv[1:])\n')
     training, *evaluations = bash(tmp_path, 'sinusoid_pretrain', *arguments).stdout.splitlines()
     flags = parsed(*training.split())
-    assert (flags.pretrain_iterations, flags.metatrain_iterations, flags.seed, flags.logdir) == (
-        4,
-        0,
-        3,
-        'logs/sinusoid_pretrain/seed3',
-    )
+    assert (flags.pretrain_iterations, flags.metatrain_iterations) == (4, 0)
+    assert (flags.seed, flags.logdir) == (3, 'logs/sinusoid_pretrain/seed3')
     assert [parsed(*line.split()).update_batch_size for line in evaluations] == [5, 10, 20]
 
 
@@ -507,7 +415,7 @@ def test_arguments_of_the_scripts(tmp_path, arguments):
     ],
 )
 def test_interrupted_cell(checkout, cell, name, iterations, seen, number, status):
-    """As by Ctrl-C, by a batch system or by force, all of which reach main.py too: the same command goes on, and evaluates."""
+    """As by Ctrl-C, a batch system or force; main.py is reached, too. The same command goes on."""
     shutil.rmtree(checkout / 'logs', ignore_errors=True)
     line = ['bash', f'scripts/paper/{cell}.sh', f'--metatrain_iterations={iterations}']
     with subprocess.Popen(
@@ -521,16 +429,13 @@ def test_interrupted_cell(checkout, cell, name, iterations, seen, number, status
         before = list(itertools.takewhile(lambda line: not line.startswith(seen), process.stdout))
         os.killpg(process.pid, number)
         after = process.stdout.read()
-    assert (
-        process.returncode in (status, -number)
-        and 'confidence intervals' not in ''.join(before) + after
-    )
+    assert process.returncode in (status, -number)
+    assert 'confidence intervals' not in ''.join(before) + after
     last = max(checkpoints(next((checkout / f'logs/{name}/seed0').iterdir())))
     again = bash(checkout, cell, f'--metatrain_iterations={iterations}')
-    assert (
-        f'Continuing at iteration {last + 1} of {iterations}.' in again.stdout
-        and 'confidence intervals' in again.stdout
-    ), again.stderr[-2000:]
+    told = f'Continuing at iteration {last + 1} of {iterations}.'
+    assert told in again.stdout, again.stderr[-2000:]
+    assert 'confidence intervals' in again.stdout
     assert last >= 1000
 
 
@@ -539,9 +444,8 @@ def test_ablation(checkout):
     """All variants, drawn."""
     first = bash(checkout, 'second_order_ablation', '--metatrain_iterations=2', '--num_filters=4')
     assert first.returncode == 0, first.stderr[-2000:]
-    assert (checkout / 'logs/ablation/ablation.md').read_text().count(
-        'not run'
-    ) == 8  # no validation yet
+    text = (checkout / 'logs/ablation/ablation.md').read_text()
+    assert text.count('not run') == 8  # no validation yet
     for cell in ('omniglot_5way_1shot', 'omniglot_20way_1shot'):
         for variant in ('exact', 'held', 'moments', 'first_order'):
             folder = next((checkout / f'logs/ablation/{cell}/{variant}').iterdir())

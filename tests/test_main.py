@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ NUMBER = r'(-?\d+\.\d+(?:e[-+]\d+)?|nan)'
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
-    """No compilation: these tests take a few steps of many models. test_reference.py compares both ways."""
+    """No compilation: a few steps of many models. test_reference.py compares both ways."""
     monkeypatch.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
     tf.config.run_functions_eagerly(True)
     yield
@@ -59,9 +60,8 @@ def intervals(monkeypatch):
     """Summaries, lines and validations more often than every 100 iterations."""
 
     def change(summary: int, line: int, validation: int = 500, save: int = 1000):
-        for name, value in zip(
-            ('SUMMARY', 'PRINT', 'VALIDATION', 'SAVE'), (summary, line, validation, save)
-        ):
+        values = dict(SUMMARY=summary, PRINT=line, VALIDATION=validation, SAVE=save)
+        for name, value in values.items():
             monkeypatch.setattr(main, f'{name}_INTERVAL', value)
 
     return change
@@ -74,6 +74,7 @@ OMNIGLOT = [
     '--meta_batch_size=2',
     '--num_filters=2',
 ]
+PLAIN = [*OMNIGLOT, '--conv=False', '--norm=None']
 MINIIMAGENET = [
     '--datasource=miniimagenet',
     '--num_classes=2',
@@ -85,17 +86,23 @@ MINIIMAGENET = [
 SINUSOID = ['--norm=None', '--meta_batch_size=4']
 
 
-def summaries(folder: Path) -> dict[str, dict[int, float]]:
-    """{tag: {step: value}} of all scalars in a folder's event files."""
-    found = {}
+def values(folder: Path) -> Iterator[tuple]:
+    """(step, value as TensorBoard has it) of all summaries in a folder's event files."""
     for file in sorted(folder.glob('events.*')):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                if value.tag not in ('flags', 'fit', 'task'):
-                    assert value.metadata.plugin_data.plugin_name == 'scalars'
-                    steps = found.setdefault(value.tag, {})
-                    assert event.step not in steps, 'written twice'
-                    steps[event.step] = float(tf.make_ndarray(value.tensor))
+                yield event.step, value
+
+
+def summaries(folder: Path) -> dict[str, dict[int, float]]:
+    """{tag: {step: value}} of all scalars in a folder's event files."""
+    found = {}
+    for step, value in values(folder):
+        if value.tag not in ('flags', 'fit', 'task'):
+            assert value.metadata.plugin_data.plugin_name == 'scalars'
+            steps = found.setdefault(value.tag, {})
+            assert step not in steps, 'written twice'
+            steps[step] = float(tf.make_ndarray(value.tensor))
     return found
 
 
@@ -105,7 +112,7 @@ def only(folder: Path) -> Path:
     return run_folder
 
 
-# Flags and names ------------------------------------------------------------------------------------------------------
+# Flags and names ----------------------------------------------------------------------------------
 
 DEFAULTS = dict(
     datasource='sinusoid',
@@ -162,16 +169,18 @@ def test_flags_and_defaults():
         ),
         ('--baseline=None', 'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001batchnorm'),
         (
-            '--datasource=omniglot --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4 --num_updates=1',
+            '--datasource=omniglot --meta_batch_size=32 --update_batch_size=1 --update_lr=0.4 '
+            '--num_updates=1',
             'cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm',
         ),
         (
-            '--datasource=omniglot --meta_batch_size=16 --update_batch_size=1 --num_classes=20 --update_lr=.1 --num_updates=5',
+            '--datasource=omniglot --meta_batch_size=16 --update_batch_size=1 --num_classes=20 '
+            '--update_lr=.1 --num_updates=5',
             'cls_20.mbs_16.ubs_1.numstep5.updatelr0.1batchnorm',
         ),
         (
-            '--datasource=miniimagenet --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 --num_updates=5 '
-            '--num_classes=5 --num_filters=32 --max_pool=True',
+            '--datasource=miniimagenet --meta_batch_size=4 --update_batch_size=1 --update_lr=0.01 '
+            '--num_updates=5 --num_classes=5 --num_filters=32 --max_pool=True',
             'cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm',
         ),
         (
@@ -181,7 +190,8 @@ def test_flags_and_defaults():
         ('--stop_grad=True', 'cls_5.mbs_25.ubs_5.numstep1.updatelr0.001stopgradbatchnorm'),
         ('--update_lr=1', 'cls_5.mbs_25.ubs_5.numstep1.updatelr1.0batchnorm'),
         (
-            '--update_batch_size=20 --train_update_batch_size=1 --update_lr=.2 --train_update_lr=.1 --train=False',
+            '--update_batch_size=20 --train_update_batch_size=1 --update_lr=.2 '
+            '--train_update_lr=.1 --train=False',
             'cls_5.mbs_25.ubs_1.numstep1.updatelr0.1batchnorm',
         ),
     ],
@@ -191,37 +201,33 @@ def test_run_name(line, name):
 
 
 def test_iterations():
-    assert main.iterations(parsed('--pretrain_iterations=3', '--metatrain_iterations=4')) == (3, 4)
-    assert main.iterations(
-        parsed('--pretrain_iterations=3', '--metatrain_iterations=4', '--baseline=oracle')
-    ) == (7, 0)
+    flags = ['--pretrain_iterations=3', '--metatrain_iterations=4']
+    assert main.iterations(parsed(*flags)) == (3, 4)
+    assert main.iterations(parsed(*flags, '--baseline=oracle')) == (7, 0)
 
 
 @pytest.mark.parametrize(
-    'line, queries',
+    'source, line, queries',
     [
-        ('--datasource=omniglot --update_batch_size=2', {'train': 2, 'val': 2}),
-        ('--datasource=omniglot --update_batch_size=2 --train=False --test_set=True', {'test': 2}),
-        ('--datasource=miniimagenet --update_batch_size=1', {'train': 15, 'val': 15}),
-        ('--datasource=miniimagenet --update_batch_size=3 --train=False', {'val': 3}),
+        ('omniglot', '--update_batch_size=2', {'train': 2, 'val': 2}),
+        ('omniglot', '--update_batch_size=2 --train=False --test_set=True', {'test': 2}),
+        ('miniimagenet', '--update_batch_size=1', {'train': 15, 'val': 15}),
+        ('miniimagenet', '--update_batch_size=3 --train=False', {'val': 3}),
+        ('miniimagenet', '--update_batch_size=1 --metatrain_iterations=0', {'train': 0, 'val': 0}),
         (
-            '--datasource=miniimagenet --update_batch_size=1 --metatrain_iterations=0',
-            {'train': 0, 'val': 0},
-        ),
-        (
-            '--datasource=miniimagenet --update_batch_size=1 --metatrain_iterations=0 --train=False',
+            'miniimagenet',
+            '--update_batch_size=1 --metatrain_iterations=0 --train=False',
             {'val': 0},
         ),
     ],
 )
-def test_query_images(data, line, queries):
-    generators = main.make_generators(
-        parsed('--num_classes=2', f'--data_dir={data}', *line.split())
-    )
+def test_query_images(data, source, line, queries):
+    flags = ['--num_classes=2', f'--data_dir={data}', f'--datasource={source}', *line.split()]
+    generators = main.make_generators(parsed(*flags))
     assert {split: generator.num_query for split, generator in generators.items()} == queries
 
 
-# Refusals: one sentence, and nothing written --------------------------------------------------------------------------
+# Refusals: one sentence, and nothing written ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -245,94 +251,86 @@ def test_flag_that_cannot_be_parsed(argument):
         parsed(argument)
 
 
-@pytest.mark.parametrize(
-    'line, words',
-    [
-        *[
-            (f'--{name}={value}', [f'--{name} must be at least 1', value])
-            for name in (
-                'num_classes',
-                'meta_batch_size',
-                'update_batch_size',
-                'num_updates',
-                'num_filters',
-            )
-            for value in ('0', '-5')
-        ],
-        *[
-            (f'--{name}={value}', [f'--{name} must be a step size', value])
-            for name in ('meta_lr', 'update_lr')
-            for value in ('nan', 'inf', '-0.1')
-        ],
-        (
-            '--train=False --train_update_batch_size=-2',
-            ['--train_update_batch_size must be at least 1'],
-        ),
-        (
-            '--train=False --train_update_batch_size=0',
-            ['--train_update_batch_size must be at least 1'],
-        ),
-        ('--train=False --train_update_lr=nan', ['--train_update_lr must be a step size']),
-        ('--train_update_batch_size=3', ['--train_update_batch_size', '--train=False']),
-        ('--train_update_lr=.1', ['--train_update_lr', '--train=False']),
-        (
-            '--metatrain_iterations=0',
-            ['nothing to train', '--metatrain_iterations', '--pretrain_iterations'],
-        ),
-        ('--baseline=oracle --metatrain_iterations=0', ['nothing to train']),
-        (
-            '--datasource=omniglot --baseline=oracle',
-            ['--baseline=oracle', '--datasource=sinusoid', 'omniglot'],
-        ),
-        (
-            '--datasource=miniimagenet --metatrain_iterations=0 --pretrain_iterations=1',
-            ['--update_batch_size=1', 'not 5'],
-        ),
-        ('--train=False', ['holds no checkpoint', '--logdir']),
-        ('--train=False --test_iter=7', ['holds no checkpoint']),
-        ('--test_iter=7', ['holds no checkpoint']),
-        ('sinusoid', ['"sinusoid" is no flag', '--name=value']),
-        ('--train False', ['"False" is no flag']),
-        (
-            '--datasource=omniglot --data_dir=TMP/absent',
-            ['no folder', 'absent/omniglot_resized', 'prepare_omniglot.py'],
-        ),
-        (
-            '--datasource=omniglot --data_dir=TMP/empty',
-            ['empty/omniglot_resized', 'no class folders', 'prepare_omniglot'],
-        ),
-        (
-            '--datasource=miniimagenet --data_dir=TMP/absent',
-            ['no folder', 'miniImagenet/train', 'prepare_miniimagenet.py'],
-        ),
-        (
-            '--datasource=omniglot --num_classes=18',
-            ['--num_classes=18', '17 classes', 'train split'],
-        ),
-        (
-            '--datasource=omniglot --num_classes=3 --update_batch_size=1',
-            ['--num_classes=3', '2 classes', 'val split'],
-        ),
-        (
-            '--datasource=omniglot --num_classes=2 --update_batch_size=3',
-            ['has 4 images', 'takes 6', '--update_batch_size'],
-        ),
-        (
-            '--datasource=miniimagenet --num_classes=2 --update_batch_size=2',
-            ['has 16 images', 'takes 17'],
-        ),
+COUNTS = ('num_classes', 'meta_batch_size', 'update_batch_size', 'num_updates', 'num_filters')
+# {flags: words of the sentence}; TMP is a folder.
+BAD_COUNTS = {
+    f'--{name}={value}': [f'--{name} must be at least 1', value]
+    for name in COUNTS
+    for value in ('0', '-5')
+}
+BAD_STEP_SIZES = {
+    f'--{name}={value}': [f'--{name} must be a step size', value]
+    for name in ('meta_lr', 'update_lr')
+    for value in ('nan', 'inf', '-0.1')
+}
+SHOTS_TRAINED_WITH = ['--train_update_batch_size must be at least 1']
+REFUSED = {
+    **BAD_COUNTS,
+    **BAD_STEP_SIZES,
+    '--train=False --train_update_batch_size=-2': SHOTS_TRAINED_WITH,
+    '--train=False --train_update_batch_size=0': SHOTS_TRAINED_WITH,
+    '--train=False --train_update_lr=nan': ['--train_update_lr must be a step size'],
+    '--train_update_batch_size=3': ['--train_update_batch_size', '--train=False'],
+    '--train_update_lr=.1': ['--train_update_lr', '--train=False'],
+    '--metatrain_iterations=0': [
+        'nothing to train',
+        '--metatrain_iterations',
+        '--pretrain_iterations',
     ],
-    ids=lambda value: value if isinstance(value, str) else '',
-)
+    '--baseline=oracle --metatrain_iterations=0': ['nothing to train'],
+    '--datasource=omniglot --baseline=oracle': [
+        '--baseline=oracle',
+        '--datasource=sinusoid',
+        'omniglot',
+    ],
+    '--datasource=miniimagenet --metatrain_iterations=0 --pretrain_iterations=1': [
+        '--update_batch_size=1',
+        'not 5',
+    ],
+    '--train=False': ['holds no checkpoint', '--logdir'],
+    '--train=False --test_iter=7': ['holds no checkpoint'],
+    '--test_iter=7': ['holds no checkpoint'],
+    'sinusoid': ['"sinusoid" is no flag', '--name=value'],
+    '--train False': ['"False" is no flag'],
+    '--datasource=omniglot --data_dir=TMP/absent': [
+        'no folder',
+        'absent/omniglot_resized',
+        'prepare_omniglot.py',
+    ],
+    '--datasource=omniglot --data_dir=TMP/empty': [
+        'empty/omniglot_resized',
+        'no class folders',
+        'prepare_omniglot',
+    ],
+    '--datasource=miniimagenet --data_dir=TMP/absent': [
+        'no folder',
+        'miniImagenet/train',
+        'prepare_miniimagenet.py',
+    ],
+    '--datasource=omniglot --num_classes=18': ['--num_classes=18', '17 classes', 'train split'],
+    '--datasource=omniglot --num_classes=3 --update_batch_size=1': [
+        '--num_classes=3',
+        '2 classes',
+        'val split',
+    ],
+    '--datasource=omniglot --num_classes=2 --update_batch_size=3': [
+        'has 4 images',
+        'takes 6',
+        '--update_batch_size',
+    ],
+    '--datasource=miniimagenet --num_classes=2 --update_batch_size=2': [
+        'has 16 images',
+        'takes 17',
+    ],
+}
+
+
+@pytest.mark.parametrize('line, words', REFUSED.items(), ids=REFUSED)
 def test_refused(tmp_path, data, line, words):
     (tmp_path / 'empty/omniglot_resized').mkdir(parents=True)
     before = listing(tmp_path)
-    arguments = [
-        f'--logdir={tmp_path}/logs',
-        f'--data_dir={data}',
-        *line.replace('TMP', str(tmp_path)).split(),
-    ]
-    outcome = run(*arguments)
+    line = line.replace('TMP', str(tmp_path)).split()
+    outcome = run(f'--logdir={tmp_path}/logs', f'--data_dir={data}', *line)
     assert_refused(outcome, *words)
     assert len(outcome.err.splitlines()) == 1 or 'Decoding' in outcome.err
     assert listing(tmp_path) == before
@@ -389,9 +387,8 @@ def test_logdir_is_not_writable(tmp_path):
 
 @pytest.mark.skipif(not Path('/proc/self').is_dir(), reason='no /proc')
 def test_logdir_cannot_be_made():
-    assert_refused(
-        run(*SINUSOID, '--logdir=/proc/logs'), '/proc/logs', 'cannot be written', '--logdir'
-    )
+    outcome = run(*SINUSOID, '--logdir=/proc/logs')
+    assert_refused(outcome, '/proc/logs', 'cannot be written', '--logdir')
 
 
 def test_checkpoint_cannot_be_written(tmp_path, monkeypatch):
@@ -416,10 +413,8 @@ def test_tensorboard_is_absent(tmp_path, monkeypatch):
     for name in ('scalar', 'text', 'create_file_writer'):
         monkeypatch.setattr(tf.summary, name, None)
     succeeded(run(*SINUSOID, f'--logdir={tmp_path}', '--log=False', '--metatrain_iterations=2'))
-    assert {path.name for path in only(tmp_path).iterdir()} == {
-        'model1.index',
-        'model1.data-00000-of-00001',
-    }
+    names = {path.name for path in only(tmp_path).iterdir()}
+    assert names == {'model1.index', 'model1.data-00000-of-00001'}
 
 
 def test_max_pool_without_convolutions(tmp_path):
@@ -444,14 +439,12 @@ def test_refused_as_a_process(tmp_path, arguments, words):
     assert all(word in outcome.err for word in words)
 
 
-# What is printed ------------------------------------------------------------------------------------------------------
+# What is printed ----------------------------------------------------------------------------------
 
 
 def means_of(written: dict, kind: str, update: int, steps) -> list[float]:
-    return [
-        np.mean([written[tag][step] for step in steps])
-        for tag in (f'metatrain_Pre-update_{kind}', f'metatrain_Post-update_{kind}__step_{update}')
-    ]
+    tags = (f'metatrain_Pre-update_{kind}', f'metatrain_Post-update_{kind}__step_{update}')
+    return [np.mean([written[tag][step] for step in steps]) for tag in tags]
 
 
 def test_table_of_flags_says_what_makes_the_model():
@@ -461,55 +454,41 @@ def test_table_of_flags_says_what_makes_the_model():
 def test_lines_of_a_sinusoid(tmp_path, intervals, graphs):
     """A line every tenth summary, each the means of the losses since the line before; not at 0."""
     intervals(summary=2, line=2)
-    outcome = succeeded(
-        run(*SINUSOID, '--metatrain_iterations=45', '--num_updates=2', f'--logdir={tmp_path}')
-    )
+    flags = ['--metatrain_iterations=45', '--num_updates=2', f'--logdir={tmp_path}']
+    outcome = succeeded(run(*SINUSOID, *flags))
     lines = [line for line in outcome.lines if 'Iteration' in line]
     assert outcome.lines[0] == 'Done initializing, starting training.'
     assert [line.split(':')[0] for line in lines] == ['Iteration 20', 'Iteration 40']
     written = summaries(only(tmp_path))
     for line, steps in zip(lines, (range(0, 21, 2), range(22, 41, 2))):
         pre, post = re.fullmatch(rf'Iteration \d+: {NUMBER}, {NUMBER}', line).groups()
-        np.testing.assert_allclose(
-            [float(pre), float(post)], means_of(written, 'loss', 2, steps), rtol=1e-5
-        )
+        expected = means_of(written, 'loss', 2, steps)
+        np.testing.assert_allclose([float(pre), float(post)], expected, rtol=1e-5)
 
 
 def test_lines_of_images(tmp_path, data, intervals, graphs):
-    """Accuracies; pre-training has a count and a name of its own; validation classes every so often."""
+    """Accuracies; pre-training has its own count and name; validation classes every so often."""
     intervals(summary=2, line=4, validation=6)
-    outcome = succeeded(
-        run(
-            *OMNIGLOT,
-            '--conv=False',
-            '--norm=None',
-            '--pretrain_iterations=8',
-            '--metatrain_iterations=9',
-            f'--data_dir={data}',
-            f'--logdir={tmp_path}',
-        )
-    )
+    iterations = ['--pretrain_iterations=8', '--metatrain_iterations=9']
+    outcome = succeeded(run(*PLAIN, *iterations, f'--data_dir={data}', f'--logdir={tmp_path}'))
     written = summaries(only(tmp_path))
-    lines = [line for line in outcome.lines if re.match('(Pretrain )?Iteration|Validation', line)]
+
+    def training(*steps):
+        return means_of(written, 'accuracy', 1, steps)
+
+    def validation(step):
+        tags = ('Pre-update_accuracy', 'Post-update_accuracy__step_1')
+        return [written[f'metaval_{tag}'][step] for tag in tags]
+
+    shown = '(Pretrain )?Iteration|Validation'
+    lines = [line for line in outcome.lines if re.match(shown, line)]
     expected = [
-        ('Pretrain Iteration 4', means_of(written, 'accuracy', 1, (0, 2, 4))),
-        (
-            'Validation results',
-            [
-                written[f'metaval_{tag}'][6]
-                for tag in ('Pre-update_accuracy', 'Post-update_accuracy__step_1')
-            ],
-        ),
-        ('Iteration 0', means_of(written, 'accuracy', 1, (6, 8))),
-        ('Iteration 4', means_of(written, 'accuracy', 1, (10, 12))),
-        (
-            'Validation results',
-            [
-                written[f'metaval_{tag}'][12]
-                for tag in ('Pre-update_accuracy', 'Post-update_accuracy__step_1')
-            ],
-        ),
-        ('Iteration 8', means_of(written, 'accuracy', 1, (14, 16))),
+        ('Pretrain Iteration 4', training(0, 2, 4)),
+        ('Validation results', validation(6)),
+        ('Iteration 0', training(6, 8)),
+        ('Iteration 4', training(10, 12)),
+        ('Validation results', validation(12)),
+        ('Iteration 8', training(14, 16)),
     ]
     assert [line.split(':')[0] for line in lines] == [label for label, _ in expected]
     for line, (_, values) in zip(lines, expected):
@@ -522,26 +501,20 @@ def test_restoring_is_printed(tmp_path):
     succeeded(run(*train, '--metatrain_iterations=2'))
     path = only(tmp_path) / 'model1'
     outcome = succeeded(run(*train, '--metatrain_iterations=4'))
-    assert (
-        outcome.lines[0] == f'Restoring model weights from {path}'
-        and 'at iteration 2 of 4' in outcome.lines[1]
-    )
+    assert outcome.lines[0] == f'Restoring model weights from {path}'
+    assert 'at iteration 2 of 4' in outcome.lines[1]
     outcome = succeeded(run(*train, '--train=False', '--test_iter=1'))
     assert outcome.lines[0] == f'Restoring model weights from {path}'
 
 
-# Summaries ------------------------------------------------------------------------------------------------------------
+# Summaries ----------------------------------------------------------------------------------------
 
 
 def tags(prefix: str, kinds: list[str], updates: int) -> set[str]:
-    return {
-        f'{prefix}_{tag}'
-        for kind in kinds
-        for tag in [
-            f'Pre-update_{kind}',
-            *(f'Post-update_{kind}__step_{j}' for j in range(1, updates + 1)),
-        ]
-    }
+    found = {f'{prefix}_Pre-update_{kind}' for kind in kinds}
+    for kind in kinds:
+        found |= {f'{prefix}_Post-update_{kind}__step_{j}' for j in range(1, updates + 1)}
+    return found
 
 
 def test_tags_of_a_sinusoid(tmp_path, graphs):
@@ -554,43 +527,30 @@ def test_tags_of_a_sinusoid(tmp_path, graphs):
 
 def test_tags_of_images(tmp_path, data, intervals, graphs):
     intervals(summary=100, line=100, validation=100)
-    succeeded(
-        run(
-            *OMNIGLOT,
-            '--conv=False',
-            '--norm=None',
-            '--metatrain_iterations=101',
-            f'--data_dir={data}',
-            f'--logdir={tmp_path}',
-        )
-    )
+    folders = [f'--data_dir={data}', f'--logdir={tmp_path}']
+    succeeded(run(*PLAIN, '--metatrain_iterations=101', *folders))
     written = summaries(only(tmp_path))
-    training, validation = (
-        tags(prefix, ['loss', 'accuracy'], 10) for prefix in ('metatrain', 'metaval')
-    )
+    training = tags('metatrain', ['loss', 'accuracy'], 10)
+    validation = tags('metaval', ['loss', 'accuracy'], 10)
     validation |= {'metaval_Post-update_accuracy_interval'}
     assert written.keys() == training | validation
     assert all([*written[tag]] == [0, 100] for tag in training)
     assert all([*written[tag]] == [100] for tag in validation)
-    assert all(
-        0 <= value <= 1 for tag in written if 'accuracy' in tag for value in written[tag].values()
-    )
+    for tag in written:
+        if 'accuracy' in tag:
+            assert all(0 <= value <= 1 for value in written[tag].values())
 
 
 def test_pictures(tmp_path, data, eager, monkeypatch):
     """At the start and at intervals: the fit of a sinusoid, the images of a task."""
     monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 1)
     monkeypatch.setattr(main, 'PICTURE_INTERVAL', 2)
-    for name, given in (
-        ('fit', SINUSOID),
-        ('task', [*OMNIGLOT, '--conv=False', f'--data_dir={data}']),
-    ):
+    images = [*OMNIGLOT, '--conv=False', f'--data_dir={data}']
+    for name, given in ('fit', SINUSOID), ('task', images):
         succeeded(run(*given, '--metatrain_iterations=4', f'--logdir={tmp_path}/{name}'))
         shown = [
-            (event.step, value.tag, value.metadata.plugin_data.plugin_name)
-            for file in only(tmp_path / name).glob('events.*')
-            for event in EventFileLoader(str(file)).Load()
-            for value in event.summary.value
+            (step, value.tag, value.metadata.plugin_data.plugin_name)
+            for step, value in values(only(tmp_path / name))
             if value.tag in ('fit', 'task')
         ]
         assert shown == [(0, name, 'images'), (2, name, 'images')]
@@ -598,20 +558,12 @@ def test_pictures(tmp_path, data, eager, monkeypatch):
 
 def test_updates_shown_of_miniimagenet(tmp_path, data):
     """One update, but at least those of --num_updates."""
-    for num_updates in (1, 2):
-        logdir = tmp_path / str(num_updates)
-        succeeded(
-            run(
-                *MINIIMAGENET,
-                f'--num_updates={num_updates}',
-                '--metatrain_iterations=1',
-                f'--data_dir={data}',
-                f'--logdir={logdir}',
-            )
-        )
-        assert summaries(only(logdir)).keys() == tags(
-            'metatrain', ['loss', 'accuracy'], num_updates
-        )
+    for updates in (1, 2):
+        logdir = tmp_path / str(updates)
+        flags = [*MINIIMAGENET, f'--num_updates={updates}', f'--data_dir={data}']
+        succeeded(run(*flags, '--metatrain_iterations=1', f'--logdir={logdir}'))
+        written = summaries(only(logdir))
+        assert written.keys() == tags('metatrain', ['loss', 'accuracy'], updates)
 
 
 def test_summaries_of_a_continued_run(tmp_path, intervals):
@@ -620,7 +572,7 @@ def test_summaries_of_a_continued_run(tmp_path, intervals):
     for iterations in (5, 9):
         succeeded(run(*SINUSOID, f'--metatrain_iterations={iterations}', f'--logdir={tmp_path}'))
     assert len([*only(tmp_path).glob('events.*')]) == 2
-    # The names of files made in the same second end in a counter, so they do not sort as they were made.
+    # Files of the same second have a counter at the end of their names: another order.
     assert sorted(summaries(only(tmp_path))['metatrain_Pre-update_loss']) == [0, 2, 4, 6, 8]
 
 
@@ -629,7 +581,7 @@ def test_no_summaries(tmp_path):
     assert not [*tmp_path.rglob('events.*')]
 
 
-# Evaluation -----------------------------------------------------------------------------------------------------------
+# Evaluation ---------------------------------------------------------------------------------------
 
 
 def results(folder: Path, name: str) -> np.ndarray:
@@ -647,13 +599,17 @@ def results(folder: Path, name: str) -> np.ndarray:
 
 def printed(outcome: Outcome) -> np.ndarray:
     """The three vectors after the line that announces them."""
-    title, text = outcome.out.partition(
-        'Mean validation accuracy/loss, stddev, and confidence intervals\n'
-    )[1:]
-    assert title
-    return np.array(
-        [[float(x) for x in row.split(',')] for row in re.findall(r'\[([^\]]*)\]', text)]
-    )
+    title = 'Mean validation accuracy/loss, stddev, and confidence intervals\n'
+    _, found, text = outcome.out.partition(title)
+    assert found
+    rows = re.findall(r'\[([^\]]*)\]', text)
+    return np.array([[float(x) for x in row.split(',')] for row in rows])
+
+
+def once(tmp_path, data) -> list[str]:
+    """Flags for one iteration of Omniglot."""
+    folders = [f'--data_dir={data}', f'--logdir={tmp_path}']
+    return [*OMNIGLOT, *folders, '--log=False', '--metatrain_iterations=1']
 
 
 def test_evaluation_of_a_sinusoid(tmp_path):
@@ -669,25 +625,15 @@ def test_evaluation_of_a_sinusoid(tmp_path):
     np.testing.assert_allclose(printed(outcome), expected, rtol=1e-4)
     again = succeeded(run(*train, '--train=False'))
     assert again.out == outcome.out  # the same tasks
-    assert {path.suffix for path in only(tmp_path).iterdir()} == {
-        '.index',
-        '.data-00000-of-00001',
-        '.csv',
-        '.pkl',
-    }
+    suffixes = {path.suffix for path in only(tmp_path).iterdir()}
+    assert suffixes == {'.index', '.data-00000-of-00001', '.csv', '.pkl'}
 
 
 def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
     """The numbers per task do not depend on how many are evaluated at once."""
     monkeypatch.setattr(main, 'EVALUATION_TASKS', 22)  # a chunk and a bit
     monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
-    train = [
-        *OMNIGLOT,
-        '--metatrain_iterations=1',
-        f'--data_dir={data}',
-        f'--logdir={tmp_path}',
-        '--log=False',
-    ]
+    train = once(tmp_path, data)
     succeeded(run(*train))
     succeeded(run(*train, '--train=False', '--test_set=True'))
     values = results(only(tmp_path), 'test_ubs1_stepsize0.001')
@@ -698,9 +644,8 @@ def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
     for i in (0, 13, 21):
         task = generators['test'].batch('test', 0, 22, slice(i, i + 1))
         single = model.evaluate(task, 2)
-        np.testing.assert_array_equal(
-            values[i], np.concatenate([single.accuracy1, np.squeeze(single.accuracies2, 1)])
-        )
+        expected = np.concatenate([single.accuracy1, np.squeeze(single.accuracies2, 1)])
+        np.testing.assert_array_equal(values[i], expected)
     assert set(values.ravel()) <= {0, 0.5, 1}  # two examples
 
 
@@ -708,23 +653,12 @@ def test_evaluation_with_other_shots_and_step_size(tmp_path, data, monkeypatch):
     """K=2 and α=0.4 on a run trained with K=1 and α=0.001, found by its name."""
     monkeypatch.setattr(main, 'EVALUATION_TASKS', 40)
     monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
-    train = [
-        *OMNIGLOT,
-        f'--data_dir={data}',
-        f'--logdir={tmp_path}',
-        '--log=False',
-        '--metatrain_iterations=1',
-    ]
+    train = once(tmp_path, data)
     succeeded(run(*train))
     other = ['--train=False', '--update_batch_size=2', '--update_lr=.4']
     before = listing(tmp_path)
-    assert_refused(
-        run(*train, *other),
-        'ubs_2',
-        'no checkpoint',
-        '--train_update_batch_size',
-        '--train_update_lr',
-    )
+    words = ['no checkpoint', '--train_update_batch_size', '--train_update_lr']
+    assert_refused(run(*train, *other), 'ubs_2', *words)
     assert listing(tmp_path) == before
     succeeded(run(*train, *other, '--train_update_batch_size=1', '--train_update_lr=0.001'))
     values = results(only(tmp_path), 'test_ubs2_stepsize0.4')
@@ -734,55 +668,34 @@ def test_evaluation_with_other_shots_and_step_size(tmp_path, data, monkeypatch):
 def test_test_classes_are_others(tmp_path, data, monkeypatch):
     monkeypatch.setattr(main, 'EVALUATION_TASKS', 20)
     monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
-    train = [
-        *OMNIGLOT,
-        f'--data_dir={data}',
-        f'--logdir={tmp_path}',
-        '--log=False',
-        '--metatrain_iterations=1',
-    ]
+    train = once(tmp_path, data)
     succeeded(run(*train))
-    vectors = [
-        printed(succeeded(run(*train, '--train=False', *more)))
-        for more in ([], ['--test_set=True'])
-    ]
-    assert not np.array_equal(*vectors)
+    validation = printed(succeeded(run(*train, '--train=False')))
+    test = printed(succeeded(run(*train, '--train=False', '--test_set=True')))
+    assert not np.array_equal(validation, test)
 
 
 def test_more_updates_than_ten(tmp_path):
-    train = [
-        *SINUSOID,
-        '--metatrain_iterations=1',
-        '--num_updates=12',
-        f'--logdir={tmp_path}',
-        '--log=False',
-    ]
+    train = [*SINUSOID, '--num_updates=12', f'--logdir={tmp_path}', '--log=False']
+    train += ['--metatrain_iterations=1']
     succeeded(run(*train))
     succeeded(run(*train, '--train=False'))
     assert results(only(tmp_path), 'test_ubs5_stepsize0.001').shape == (600, 13)
 
 
 def test_plain_network_on_miniimagenet(tmp_path, data, monkeypatch):
-    """--metatrain_iterations=0 takes one image per class: nothing to query, hence no figures after an update."""
+    """Without meta-training, one image per class and no queries: no figures after an update."""
     monkeypatch.setattr(main, 'EVALUATION_TASKS', 8)
     monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
-    train = [
-        *MINIIMAGENET,
-        '--metatrain_iterations=0',
-        '--pretrain_iterations=2',
-        f'--data_dir={data}',
-        f'--logdir={tmp_path}',
-    ]
+    train = [*MINIIMAGENET, '--metatrain_iterations=0', '--pretrain_iterations=2']
+    train += [f'--data_dir={data}', f'--logdir={tmp_path}']
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         succeeded(run(*train))
         outcome = succeeded(run(*train, '--train=False'))
     vectors = printed(outcome)
-    assert (
-        vectors.shape == (3, 3)
-        and np.isfinite(vectors[:, 0]).all()
-        and np.isnan(vectors[:, 1:]).all()
-    )
+    assert vectors.shape == (3, 3)
+    assert np.isfinite(vectors[:, 0]).all() and np.isnan(vectors[:, 1:]).all()
     assert 'Warning' not in outcome.err
 
 
@@ -793,7 +706,7 @@ def test_nothing_is_half_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['there.csv']
 
 
-# Starting again -------------------------------------------------------------------------------------------------------
+# Starting again -----------------------------------------------------------------------------------
 
 
 def test_complete_run(tmp_path):
@@ -801,42 +714,29 @@ def test_complete_run(tmp_path):
     succeeded(run(*train))
     before = listing(tmp_path)
     outcome = succeeded(run(*train))
-    assert (
-        '3 of 3 iterations' in outcome.out
-        and 'complete' in outcome.out
-        and '--metatrain_iterations' in outcome.out
-    )
+    for words in ('3 of 3 iterations', 'complete', '--metatrain_iterations'):
+        assert words in outcome.out
     assert listing(tmp_path) == before
     assert 'complete' in succeeded(run(*train, '--metatrain_iterations=2')).out
     assert listing(tmp_path) == before
 
 
 def test_run_afresh(tmp_path):
-    """--resume=False never takes the place of an earlier run unasked; --overwrite asks, and leaves other files alone."""
+    """--resume=False alone never replaces a run; with --overwrite it does, but no other files."""
     train = [*SINUSOID, f'--logdir={tmp_path}']
-    succeeded(run(*train, '--metatrain_iterations=5'))
-    succeeded(run(*train, '--metatrain_iterations=5', '--train=False'))
+    five, three = ([*train, f'--metatrain_iterations={i}'] for i in (5, 3))
+    succeeded(run(*five))
+    succeeded(run(*five, '--train=False'))
     folder = only(tmp_path)
     (folder / 'notes.txt').write_text('mine')
     before = listing(tmp_path)
-    assert_refused(
-        run(*train, '--metatrain_iterations=3', '--resume=False'),
-        f'{folder} holds a run',
-        '--overwrite',
-        '--logdir',
-    )
-    assert_refused(
-        run(*train, '--metatrain_iterations=3', '--overwrite'), '--overwrite', '--resume=False'
-    )
-    succeeded(
-        run(*train, '--metatrain_iterations=5', '--train=False', '--resume=False')
-    )  # of no consequence here
+    words = [f'{folder} holds a run', '--overwrite', '--logdir']
+    assert_refused(run(*three, '--resume=False'), *words)
+    assert_refused(run(*three, '--overwrite'), '--overwrite', '--resume=False')
+    succeeded(run(*five, '--train=False', '--resume=False'))  # of no consequence here
     assert listing(tmp_path).keys() == before.keys()
-    outcome = succeeded(run(*train, '--metatrain_iterations=3', '--resume=False', '--overwrite'))
+    outcome = succeeded(run(*three, '--resume=False', '--overwrite'))
     assert 'Restoring' not in outcome.out and f'Removed the earlier run in {folder}' in outcome.out
-    assert (
-        [*checkpoints(folder)] == [2]
-        and not [*folder.glob('test_*')]
-        and (folder / 'notes.txt').read_text() == 'mine'
-    )
+    assert [*checkpoints(folder)] == [2] and not [*folder.glob('test_*')]
+    assert (folder / 'notes.txt').read_text() == 'mine'
     assert [*summaries(folder)['metatrain_Pre-update_loss']] == [0]

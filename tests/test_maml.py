@@ -1,7 +1,8 @@
-"""Networks, inner loop, meta-gradient, outer step: by hand, by finite differences, and against TensorFlow's own layers.
+"""Networks, inner loop, meta-gradient, outer step: by hand, by differences, by plain TensorFlow.
 
-Everything goes through the public interface of maml.py, so that layers may be rewritten for speed without touching it.
-Tests are in float64 and uncompiled, hence exact and quick, where nothing else is said.
+Everything but the test of a single block goes through the public interface of maml.py, so that
+layers may be rewritten for speed without touching it. Tests are in float64 and uncompiled, hence
+exact and quick, where nothing else is said.
 """
 
 import os
@@ -12,7 +13,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from maml import Convolutional, FastMAML, FullyConnected, make_model, make_network
+from maml import (
+    Convolutional,
+    FastMAML,
+    FullyConnected,
+    Results,
+    make_model,
+    make_network,
+    plain_block,
+)
 from special_grads import BatchNorm, LayerNorm
 from utils import Batch, cross_entropy, mean_squared_error
 
@@ -35,7 +44,7 @@ def eagerly():
         yield
 
 
-# Ingredients -------------------------------------------------------------------------------------------------------
+# Ingredients --------------------------------------------------------------------------------------
 
 
 def one_hot(random, tasks: int, classes: int, shots: int) -> np.ndarray:
@@ -53,38 +62,33 @@ def random_batch(
     seed: int = 0,
     dtype=tf.float64,
 ) -> Batch:
-    """Images of noise, of the size that `network` wants, and labels that have nothing to do with them."""
+    """Images of noise, of the size that `network` wants, and labels independent of them."""
     random = np.random.default_rng(seed)
     if isinstance(network, FullyConnected):
         size = network.parameters['w1'][1][0]
     else:
         size = np.prod(network.image_shape)
-    draw = lambda shots: (
-        random.random((tasks, shots * classes, size)),
-        one_hot(random, tasks, classes, shots),
-    )
+
+    def draw(shots):
+        images = random.random((tasks, shots * classes, size))
+        return images, one_hot(random, tasks, classes, shots)
+
     return Batch(*(tf.constant(x, dtype) for x in (*draw(shots), *draw(queries))))
 
 
 def exact_model(network, loss=None, perturbed: bool = True, **settings) -> FastMAML:
-    """An uncompiled float64 model, two inner updates; `perturbed`: with biases, offsets and gains far from 0 and 1."""
-    settings = {
-        'update_lr': 0.05,
-        'num_updates': 2,
-        'dtype': tf.float64,
-        'compiled': False,
-    } | settings
-    model = FastMAML(network, loss or cross_entropy(2), **settings)
+    """Uncompiled, float64, two inner updates; `perturbed`: biases, offsets, gains off 0 and 1."""
+    defaults = dict(update_lr=0.05, num_updates=2, dtype=tf.float64, compiled=False)
+    model = FastMAML(network, loss or cross_entropy(2), **defaults | settings)
     random = np.random.default_rng(3)
     for variable in model.parameters if perturbed else ():
-        variable.assign_add(
-            tf.constant(0.3 * random.standard_normal(variable.shape), variable.dtype)
-        )
+        change = 0.3 * random.standard_normal(variable.shape)
+        variable.assign_add(tf.constant(change, variable.dtype))
     return model
 
 
 def copy_of(model: FastMAML, network=None, **settings) -> FastMAML:
-    """A model with the same parameters and other settings, or another network with parameters of the same names."""
+    """The same parameters in a model with other settings, or with a network of the same names."""
     other = exact_model(network or model.network, perturbed=False, **settings)
     for name, variable in named(other).items():
         variable.assign(tf.cast(named(model)[name], variable.dtype))
@@ -96,25 +100,25 @@ def named(model: FastMAML) -> dict[str, tf.Variable]:
 
 
 def named_gradient(model: FastMAML, batch: Batch) -> dict[str, np.ndarray]:
-    return {
-        name: gradient.numpy()
-        for name, gradient in zip(named(model), model.meta_gradient(batch)[1], strict=True)
-    }
+    _, gradients = model.meta_gradient(batch)
+    return {name: value.numpy() for name, value in zip(named(model), gradients, strict=True)}
 
 
 def distance(one: dict, other: dict) -> float:
     """Of two meta-gradients, relative to the second."""
-    return np.sqrt(sum(np.sum((one[name] - other[name]) ** 2) for name in other)) / np.sqrt(
-        sum(np.sum(value**2) for value in other.values())
-    )
+    squares = sum(np.sum((one[name] - other[name]) ** 2) for name in other)
+    return np.sqrt(squares / sum(np.sum(value**2) for value in other.values()))
+
+
+def assert_close(one: dict, other: dict, rtol: float = 1e-9, atol: float = 1e-12):
+    for name, value in other.items():
+        np.testing.assert_allclose(one[name], value, rtol=rtol, atol=atol, err_msg=name)
 
 
 def adapted(model: FastMAML, batch: Batch, updates: int) -> dict[str, tf.Tensor]:
     """Weights of each task, {name: [T, ...]}, after inner updates on its support set."""
-    weights, support = (
-        model.initial_weights(batch.inputa.shape[0]),
-        model.network.prepare(batch.inputa),
-    )
+    weights = model.initial_weights(batch.inputa.shape[0])
+    support = model.network.prepare(batch.inputa)
     for _ in range(updates):
         weights = model.update(weights, model.norms, support, batch.labela)
     return weights
@@ -124,11 +128,11 @@ def tasks_of(batch: Batch, tasks) -> Batch:
     return Batch(*(x[tasks] for x in batch))
 
 
-# Two parameters, by hand -------------------------------------------------------------------------------------------
+# Two parameters, by hand --------------------------------------------------------------------------
 
 
 class Linear:
-    """f(x) = w x + b + c: w and b are adapted, c is shared by all tasks, as the offset of a normalisation is."""
+    """f(x) = w x + b + c: w and b are adapted; c is common to all tasks, as offsets are."""
 
     parameters = {'w': ('zeros', (1, 1)), 'b': ('zeros', (1,))}
     norm_parameters = {'c': ('zeros', (1,))}
@@ -157,22 +161,24 @@ def points(*tasks) -> Batch:
     [(1, False, (8, 0, 0)), (1, True, (12, 4, 4)), (2, False, (3, -1, -1)), (2, True, (6, 2, 2))],
 )
 def test_meta_gradient_by_hand(updates, stop_grad, expected):
-    """f(x) = w x + b + c with w = 2, b = 1, c = 0; squared error; α = 1/8; support (1, 1), query (3, 3).
+    """f(x) = w x + b + c with w = 2, b = 1, c = 0; squared error; α = 1/8.
 
-    The support error is e1 = w x1 + b + c - y1 = 2 and its gradient for (w, b) is 2 e1 (x1, 1). An update therefore
-    multiplies e1 by r = 1 - 2 α (x1² + 1) = 1/2 and takes 2 α e1 (x1, 1) from (w, b). c is not updated. The query
-    error after M updates, s being 1 + r + ... + r^(M-1), is
+    Support (1, 1), query (3, 3). The support error is e1 = w x1 + b + c - y1 = 2 and its gradient
+    for (w, b) is 2 e1 (x1, 1). An update therefore multiplies e1 by r = 1 - 2 α (x1² + 1) = 1/2 and
+    takes 2 α e1 (x1, 1) from (w, b). c is not updated. The query error after M updates, s being
+    1 + r + ... + r^(M-1), is
 
-        e2 = w x2 + b + c - y2 - 2 α s (x1 x2 + 1) e1 = 4 - 2 s,   that is 2 after one update and 1 after two.
+        e2 = w x2 + b + c - y2 - 2 α s (x1 x2 + 1) e1 = 4 - 2 s,
 
-    By the chain rule through the updates, e1 having the derivatives (x1, 1, 1) for (w, b, c), those of e2² are
+    that is 2 after one update and 1 after two. By the chain rule through the updates, e1 having the
+    derivatives (x1, 1, 1) for (w, b, c), those of e2² are, with q = 2 α s (x1 x2 + 1) = s,
 
-        2 e2 (x2 - 2 α s (x1 x2 + 1) x1,  1 - 2 α s (x1 x2 + 1),  1 - 2 α s (x1 x2 + 1)) = 2 e2 (3 - s, 1 - s, 1 - s):
+        2 e2 (x2 - q x1,  1 - q,  1 - q) = 2 e2 (3 - s, 1 - s, 1 - s):
 
     M = 1, s = 1: 4 (2, 0, 0) = (8, 0, 0);   M = 2, s = 3/2: 2 (3/2, -1/2, -1/2) = (3, -1, -1).
 
-    At first order the updates count as constants: 2 e2 (x2, 1, 1) = (12, 4, 4) and (6, 2, 2); c, the offset, keeps its
-    direct gradient.
+    At first order the updates count as constants: 2 e2 (x2, 1, 1) = (12, 4, 4) and (6, 2, 2); c,
+    the offset, keeps its direct gradient.
     """
     model = linear_model(update_lr=1 / 8, num_updates=updates, stop_grad=stop_grad)
     loss, gradients = model.meta_gradient(points((1, 1, 3, 3)))
@@ -183,10 +189,10 @@ def test_meta_gradient_by_hand(updates, stop_grad, expected):
 @pytest.mark.usefixtures('eagerly')
 @pytest.mark.parametrize('stop_grad', [False, True])
 def test_losses_after_each_update_by_hand(stop_grad):
-    """As above, e1² = 4 before, and e2 = 4 - 2 s = 2, 1, 1/2, 1/4 after one to four updates; the first task of two.
+    """As above, e1² = 4 before, and e2 = 4 - 2 s = 2, 1, 1/2, 1/4 after one to four updates.
 
-    The other has support (0, 0) and query (2, 1): e1 = 1, r = 1 - 2 α = 3/4, e2 = 4 - s/4 with s = 1, 7/4, 37/16,
-    175/64.
+    That is the first of two tasks. The other has support (0, 0) and query (2, 1): e1 = 1,
+    r = 1 - 2 α = 3/4, e2 = 4 - s/4 with s = 1, 7/4, 37/16, 175/64.
     """
     model = linear_model(update_lr=1 / 8, num_updates=1, stop_grad=stop_grad)
     results = model.evaluate(points((1, 1, 3, 3), (0, 0, 2, 1)), 4)
@@ -199,7 +205,7 @@ def test_losses_after_each_update_by_hand(stop_grad):
 
 @pytest.mark.usefixtures('eagerly')
 def test_one_update_by_hand():
-    """θ' = θ - α ∇: as above, (w, b) = (2, 1) - 1/8 · 4 (1, 1) = (3/2, 1/2); the second task has e1 = 1 and x1 = 0."""
+    """θ' = θ - α ∇. As above, (w, b) = (2, 1) - 1/8 · 4 (1, 1); the other has e1 = 1, x1 = 0."""
     model = linear_model(update_lr=1 / 8)
     batch = points((1, 1, 3, 3), (0, 0, 2, 1))
     weights = adapted(model, batch, 1)
@@ -211,39 +217,37 @@ def test_one_update_by_hand():
 
 @pytest.mark.usefixtures('eagerly')
 def test_totals_are_means_over_tasks_by_hand():
-    """The two tasks above: e2² = 4 and (15/4)²; the second's gradient is 2 e2 (x2, 1 - 2 α, 1 - 2 α)."""
-    loss, gradients = linear_model(update_lr=1 / 8, num_updates=1).meta_gradient(
-        points((1, 1, 3, 3), (0, 0, 2, 1))
-    )
+    """The two tasks above: e2² = 4 and (15/4)²; the second's gradient is 2 e2 (x2, 3/4, 3/4)."""
+    model = linear_model(update_lr=1 / 8, num_updates=1)
+    loss, gradients = model.meta_gradient(points((1, 1, 3, 3), (0, 0, 2, 1)))
     assert loss == (4 + 225 / 16) / 2
-    assert [g.numpy().item() for g in gradients] == [
-        (8 + 7.5 * 2) / 2,
-        7.5 * 0.75 / 2,
-        7.5 * 0.75 / 2,
-    ]
+    expected = [(8 + 7.5 * 2) / 2, 7.5 * 0.75 / 2, 7.5 * 0.75 / 2]
+    assert [gradient.numpy().item() for gradient in gradients] == expected
 
 
-# The meta-gradient against finite differences -----------------------------------------------------------------------
+# The meta-gradient against finite differences -----------------------------------------------------
 
-# Image sizes. Strides round up: 11 -> 6 -> 3 -> 2 -> 1 and 17 -> 9 -> 5 -> 3 -> 2 (more than one pixel to flatten).
-# Pooling rounds down, hence needs at least 16 pixels: 19 -> 9 -> 4 -> 2 -> 1 and 33 -> 16 -> 8 -> 4 -> 2.
+# Image sizes. Strides round up: 11 -> 6 -> 3 -> 2 -> 1 and 17 -> 9 -> 5 -> 3 -> 2 (more than one
+# pixel to flatten). Pooling rounds down, hence needs at least 16 pixels: 19 -> 9 -> 4 -> 2 -> 1 and
+# 33 -> 16 -> 8 -> 4 -> 2.
 SIZES = {
     ('stride', 'mean'): 11,
     ('stride', 'flatten'): 17,
     ('max_pool', 'mean'): 19,
     ('max_pool', 'flatten'): 33,
 }
-CONVOLUTIONAL = [
-    pytest.param(
-        dict(image_size=size, norm=norm, max_pool=halving == 'max_pool', flatten=head == 'flatten'),
-        id=f'{norm}-{halving}-{head}',
-    )
-    for norm in NORMS
-    for (halving, head), size in SIZES.items()
-]
-HALF = [
-    CONVOLUTIONAL[i] for i in (0, 3, 5, 6, 8, 11)
-]  # each normalisation, both ways to halve, the heads in turns
+
+
+def convolutional(norm: str, halving: str, head: str):
+    """A case: settings of `small_network`."""
+    settings = dict(max_pool=halving == 'max_pool', flatten=head == 'flatten')
+    settings |= dict(image_size=SIZES[halving, head], norm=norm)
+    return pytest.param(settings, id=f'{norm}-{halving}-{head}')
+
+
+CONVOLUTIONAL = [convolutional(norm, *ends) for norm in NORMS for ends in SIZES]
+# Each normalisation, both ways to halve, the heads in turns.
+HALF = [CONVOLUTIONAL[i] for i in (0, 3, 5, 6, 8, 11)]
 
 
 def small_network(image_size=11, channels=2, filters=3, classes=3, **settings) -> Convolutional:
@@ -270,31 +274,29 @@ def central_difference(
 
 
 def assert_exact_meta_gradient(network):
-    """Along a random direction in each variable; second order differs from first, and offsets count in both."""
-    model, batch, random = (
-        exact_model(network),
-        random_batch(network, shots=1, queries=1),
-        np.random.default_rng(7),
-    )
+    """Along random directions; second order differs from first, and offsets count in both."""
+    model, batch = exact_model(network), random_batch(network, shots=1, queries=1)
+    random = np.random.default_rng(7)
     with running_eagerly():
         gradients = named_gradient(model, batch)
         first_order = named_gradient(copy_of(model, stop_grad=True), batch)
     for name, variable in named(model).items():
         direction = random.standard_normal(variable.shape)
         direction /= np.linalg.norm(direction)
-        # 1e-8: rounding error of the difference, all there is for a bias that batch normalisation cancels.
-        # The shorter step is for a ReLU's or a maximum's kink that the longer one happens to cross.
-        tolerance = 1e-6 * np.linalg.norm(gradients[name]) + 1e-8
         slope = np.sum(gradients[name] * direction)
-        assert any(
-            abs(slope - central_difference(model, batch, variable, direction, step)) <= tolerance
+        # The shorter step is for a ReLU's or a maximum's kink that the longer one happens to cross.
+        errors = (
+            abs(slope - central_difference(model, batch, variable, direction, step))
             for step in (1e-6, 1e-7)
-        ), name
+        )
+        # 1e-8: rounding error of the difference, all there is for a bias that batch normalisation
+        # cancels.
+        tolerance = 1e-6 * np.linalg.norm(gradients[name]) + 1e-8
+        assert any(error <= tolerance for error in errors), name
     assert distance(first_order, gradients) > 0.02
     for name in model.norms:
-        assert (
-            np.linalg.norm(gradients[name]) > 1e-3 and np.linalg.norm(first_order[name]) > 1e-3
-        ), name
+        assert np.linalg.norm(gradients[name]) > 1e-3, name
+        assert np.linalg.norm(first_order[name]) > 1e-3, name
 
 
 @pytest.mark.parametrize('settings', HALF)
@@ -314,25 +316,22 @@ def test_meta_gradient_of_fully_connected_networks(norm):
     ids=[f'{kind}-{norm}' for kind in ('fully_connected', 'convolutional') for norm in NORMS],
 )
 def test_first_order_meta_gradient(network):
-    """stop_grad: the query loss's gradient at the adapted weights, and its direct gradient for offsets and gains."""
+    """stop_grad: the query loss's gradient for adapted weights, and the direct one for offsets."""
     model, batch = exact_model(network, stop_grad=True), random_batch(network)
     weights = adapted(model, batch, model.num_updates)
     with tf.GradientTape() as tape:
         tape.watch(weights)
-        losses = model.loss(
-            network(network.prepare(batch.inputb), weights, model.norms), batch.labelb
-        )
+        output = network(network.prepare(batch.inputb), weights, model.norms)
+        losses = model.loss(output, batch.labelb)
     of_weights, direct = tape.gradient(losses, (weights, model.norms), unconnected_gradients='zero')
     expected = {name: np.mean(gradient, axis=0) for name, gradient in of_weights.items()}
     expected |= {name: gradient.numpy() / 2 for name, gradient in direct.items()}
     gradients = named_gradient(model, batch)
-    for name in named(model):
-        np.testing.assert_allclose(
-            gradients[name], expected[name], rtol=1e-9, atol=1e-12, err_msg=name
-        )
+    assert gradients.keys() == expected.keys()
+    assert_close(gradients, expected)
 
 
-# The networks against TensorFlow's own layers, task by task -----------------------------------------------------------
+# The networks against TensorFlow's own layers, task by task ---------------------------------------
 
 
 def means_norm(x, axes, epsilon):
@@ -347,7 +346,7 @@ def moments_norm(x, axes, epsilon):
 
 
 class TaskByTask:
-    """A convolutional network as one would write it for a single task, with the parameters of `network`."""
+    """As one would write `network` for a single task, with its parameters' names."""
 
     def __init__(self, network: Convolutional, norm=means_norm):
         self.network, self.norm = network, norm
@@ -365,11 +364,8 @@ class TaskByTask:
         for i in range(4):
             stride = 1 if self.network.max_pool else 2
             x = tf.nn.conv2d(x, weights[f'conv{i + 1}'], stride, 'SAME') + weights[f'b{i + 1}']
-            x = tf.nn.relu(
-                self.normalize(
-                    x, {name[2:]: norm for name, norm in norms.items() if int(name[0]) == i}
-                )
-            )
+            own = {name[2:]: norm for name, norm in norms.items() if int(name[0]) == i}
+            x = tf.nn.relu(self.normalize(x, own))
             if self.network.max_pool:
                 x = tf.nn.max_pool2d(x, 2, 2, 'VALID')
         x = tf.reshape(x, [x.shape[0], -1]) if self.network.flatten else tf.reduce_mean(x, [1, 2])
@@ -386,24 +382,77 @@ class TaskByTask:
 @pytest.mark.usefixtures('eagerly')
 @pytest.mark.parametrize('settings', CONVOLUTIONAL)
 def test_network_is_that_of_tensorflows_layers(settings):
-    """Outputs and meta-gradient. One task is noise; the other has blank regions, hence equal pixels to pool."""
+    """Outputs and meta-gradient. One task is noise; the other has blank regions, hence ties."""
     network = small_network(**settings)
     model, batch = exact_model(network, num_updates=1), random_batch(network)
-    blank = lambda x: tf.stack([x[0], tf.where(x[1] < 0.95, 0.0, x[1])])
+
+    def blank(x):
+        return tf.stack([x[0], tf.where(x[1] < 0.95, 0.0, x[1])])
+
     batch = batch._replace(inputa=blank(batch.inputa), inputb=blank(batch.inputb))
     other = copy_of(model, TaskByTask(network), num_updates=1)
     gradients, expected = named_gradient(model, batch), named_gradient(other, batch)
-    for name in expected:
-        np.testing.assert_allclose(
-            gradients[name], expected[name], rtol=1e-7, atol=1e-11, err_msg=name
-        )
+    assert_close(gradients, expected, rtol=1e-7, atol=1e-11)
     output = network(network.prepare(batch.inputa), model.initial_weights(2), model.norms)
-    np.testing.assert_allclose(
-        output,
-        other.network(batch.inputa, other.initial_weights(2), other.norms),
-        rtol=1e-9,
-        atol=1e-11,
+    expected = other.network(batch.inputa, other.initial_weights(2), other.norms)
+    np.testing.assert_allclose(output, expected, rtol=1e-9, atol=1e-11)
+
+
+def derivatives(block, inputs, weights, directions) -> tuple:
+    """block(*inputs), gradients of a scalar of it, and gradients of a scalar of those gradients."""
+    with tf.GradientTape() as outer:
+        outer.watch(inputs)
+        with tf.GradientTape() as inner:
+            inner.watch(inputs)
+            value = block(*inputs)
+            scalar = tf.reduce_sum(weights * (value + value**2))
+        first = inner.gradient(scalar, inputs, unconnected_gradients='zero')
+        scalar = tf.add_n([tf.reduce_sum(g * along) for g, along in zip(first, directions)])
+    return value, first, outer.gradient(scalar, inputs, unconnected_gradients='zero')
+
+
+@pytest.mark.parametrize('max_pool', [False, True], ids=['stride', 'max_pool'])
+@pytest.mark.parametrize('number', [1, 3])
+def test_block_is_the_papers(number, max_pool):
+    """`plain_block` and the network's block, two tasks of two kernels: to the second derivative.
+
+    Block 1 is the fused one, on prepared images; the others are alike.
+    """
+    network = small_network(19, max_pool=max_pool)
+    size, channels = (19, 2) if number == 1 else (7, 3)
+    shapes = [(2, 4, size, size, channels), (2, 3, 3, channels, 3), (2, 3), (3,)]
+    random = np.random.default_rng(0)
+    # Images, kernels and biases of each task; beta is common to all.
+    inputs, directions = (
+        [tf.constant(random.standard_normal(shape)) for shape in shapes] for _ in range(2)
     )
+    halved = size // 2 if max_pool else -(-size // 2)
+    weights = tf.constant(random.standard_normal((2, 4, halved, halved, 3)))
+
+    def block(images, kernel, bias, beta):
+        x = network.prepare(tf.reshape(images, [2, 4, -1])) if number == 1 else images
+        return network._block(number, x, kernel, bias, {f'{number - 1}/beta': beta}, None)
+
+    def plain(*arguments):
+        return plain_block(*arguments, max_pool)
+
+    def of_task(task, values):
+        return [value[task] for value in values[:3]] + [values[3]]
+
+    ours = derivatives(block, inputs, weights, directions)
+    tasks = [
+        derivatives(plain, of_task(i, inputs), weights[i], of_task(i, directions)) for i in (0, 1)
+    ]
+    close = dict(rtol=1e-9, atol=1e-9)
+    for i, (value, *gradients) in enumerate(tasks):
+        np.testing.assert_allclose(ours[0][i], value, **close)
+        for order, (images, kernel, bias, _) in enumerate(gradients, start=1):
+            for found, expected in zip(of_task(i, ours[order]), (images, kernel, bias)):
+                np.testing.assert_allclose(found, expected, **close)
+            assert min(np.abs(kernel).max(), np.abs(images).max()) > 0.1
+    for order in (1, 2):
+        np.testing.assert_allclose(ours[order][3], tasks[0][order][3] + tasks[1][order][3], **close)
+        assert np.abs(ours[order][3]).max() > 0.1
 
 
 @pytest.mark.usefixtures('eagerly')
@@ -412,30 +461,28 @@ def test_fully_connected_network_by_its_formula(norm):
     """Affine, normalisation, ReLU, three times; then affine."""
     network = fully_connected(norm)
     model, batch = exact_model(network), random_batch(network)
-    x = batch.inputa
-    weights = {
-        name: value[:, None] if name[0] == 'b' else value
-        for name, value in model.initial_weights(2).items()
-    }
+    x, weights, norms = batch.inputa, model.initial_weights(2), model.norms
+
+    def affine(x, i):
+        return x @ weights[f'w{i}'] + weights[f'b{i}'][:, None]
+
     for i, scope in enumerate(['0', '2', '3'], start=1):
-        x = x @ weights[f'w{i}'] + weights[f'b{i}']
+        x = affine(x, i)
         if norm == 'batch_norm':
-            x = means_norm(x, [1], 1e-3) + model.norms[f'{scope}/beta']
+            x = means_norm(x, [1], 1e-3) + norms[f'{scope}/beta']
         if norm == 'layer_norm':
-            x = (
-                means_norm(x, [2], 1e-12) * model.norms[f'{scope}/gamma']
-                + model.norms[f'{scope}/beta']
-            )
+            x = means_norm(x, [2], 1e-12) * norms[f'{scope}/gamma'] + norms[f'{scope}/beta']
         x = tf.maximum(x, 0)
-    expected = x @ weights['w4'] + weights['b4']
+    expected = affine(x, 4)
     np.testing.assert_allclose(model.evaluate(batch, 1).outputa, expected, rtol=1e-9)
 
 
 @pytest.mark.usefixtures('eagerly')
 def test_moments_would_spoil_the_meta_gradient(reference):
-    """The measured case: with tf.nn.moments all losses are right and conv1's meta-gradient is off by far.
+    """The measured case: with tf.nn.moments all losses are right, conv1's meta-gradient is not.
 
-    The project's own is the float64 reference's, and so is that of TensorFlow's layers with the means written out.
+    The project's own is the float64 reference's, and so is that of TensorFlow's layers with the
+    means written out.
     """
     settings = dict(image_size=28, channels=1, filters=8, classes=5)
     ours = exact_model(small_network(**settings), cross_entropy(1), update_lr=0.4, num_updates=1)
@@ -461,67 +508,50 @@ def reference():
     return np.load(path)
 
 
-# Independence of tasks, of the query labels, of what went before -----------------------------------------------------
+# Independence of tasks, of the query labels, of what went before ----------------------------------
 
 INDEPENDENCE = [
-    small_network(),
-    small_network(17, norm='layer_norm', flatten=True),
-    fully_connected('batch_norm'),
+    pytest.param(small_network(), id='batch_norm'),
+    pytest.param(small_network(17, norm='layer_norm', flatten=True), id='layer_norm'),
+    pytest.param(fully_connected('batch_norm'), id='fully_connected'),
 ]
 
 
 @pytest.mark.usefixtures('eagerly')
-@pytest.mark.parametrize(
-    'network', INDEPENDENCE, ids=['batch_norm', 'layer_norm', 'fully_connected']
-)
+@pytest.mark.parametrize('network', INDEPENDENCE)
 def test_tasks_are_independent(network):
-    """Evaluated together as alone; and the meta-gradient of a meta-batch is the mean of its tasks'."""
+    """Evaluated together as alone; the meta-gradient of a meta-batch is the mean over tasks."""
     model, batch = exact_model(network, num_updates=1), random_batch(network, tasks=2)
-    together, alone = (
-        model.evaluate(batch, 2),
-        [model.evaluate(tasks_of(batch, slice(i, i + 1)), 2) for i in range(2)],
-    )
-    for name, values in together._asdict().items():
+    singles = [tasks_of(batch, slice(i, i + 1)) for i in range(2)]
+    alone = [model.evaluate(single, 2) for single in singles]
+    expected = {}
+    for name in Results._fields:
         axis = 1 if name in ('losses2', 'accuracies2', 'outputsb') else 0
-        np.testing.assert_allclose(
-            values,
-            np.concatenate([getattr(one, name) for one in alone], axis),
-            rtol=1e-9,
-            atol=1e-12,
-            err_msg=name,
-        )
-    gradients = named_gradient(model, batch)
-    singles = [named_gradient(model, tasks_of(batch, slice(i, i + 1))) for i in range(2)]
-    for name in gradients:
-        np.testing.assert_allclose(
-            gradients[name],
-            np.mean([one[name] for one in singles], axis=0),
-            rtol=1e-9,
-            atol=1e-12,
-            err_msg=name,
-        )
+        expected[name] = np.concatenate([getattr(one, name) for one in alone], axis)
+    assert_close(model.evaluate(batch, 2)._asdict(), expected)
+    one, two = (named_gradient(model, single) for single in singles)
+    assert_close(named_gradient(model, batch), {name: (one[name] + two[name]) / 2 for name in one})
 
 
 @pytest.mark.usefixtures('eagerly')
 def test_parts_of_a_large_meta_batch():
-    """Whatever parts it is worked on in: twelve tasks have the mean of three times four tasks' meta-gradients.
+    """The meta-gradient of twelve tasks is the mean of three times four: the parts do not matter.
 
     And evaluation gives each task its own results, in order.
     """
     network = small_network(28, channels=1, filters=2, classes=5)
     model, batch = exact_model(network, num_updates=1), random_batch(network, 12, 5, 1, 1)
     loss, gradients = model.meta_gradient(batch)
-    parts = [model.meta_gradient(tasks_of(batch, slice(i, i + 4))) for i in (0, 4, 8)]
-    np.testing.assert_allclose(loss, np.mean([loss for loss, _ in parts]), rtol=1e-9)
-    for gradient, *of_parts in zip(gradients, *(gradients for _, gradients in parts)):
-        np.testing.assert_allclose(gradient, np.mean(of_parts, axis=0), rtol=1e-9, atol=1e-12)
-    together, part = model.evaluate(batch, 2), model.evaluate(tasks_of(batch, slice(4, 8)), 2)
-    for name, values in part._asdict().items():
-        values_together = getattr(together, name)
-        values_together = (
-            values_together[:, 4:8] if len(values.shape) in (2, 4) else values_together[4:8]
-        )
-        np.testing.assert_allclose(values_together, values, rtol=1e-9, atol=1e-12, err_msg=name)
+    parts = [tasks_of(batch, slice(i, i + 4)) for i in (0, 4, 8)]
+    losses, of_parts = zip(*map(model.meta_gradient, parts))
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-9)
+    for gradient, *one_each in zip(gradients, *of_parts, strict=True):
+        np.testing.assert_allclose(gradient, np.mean(one_each, axis=0), rtol=1e-9, atol=1e-12)
+    second = {}  # of the three
+    for name, values in model.evaluate(batch, 2)._asdict().items():
+        after_updates = name in ('losses2', 'accuracies2', 'outputsb')
+        second[name] = values[:, 4:8] if after_updates else values[4:8]
+    assert_close(second, model.evaluate(parts[1], 2)._asdict())
 
 
 @pytest.mark.usefixtures('eagerly')
@@ -554,7 +584,7 @@ def test_shapes_of_results():
 
 @pytest.mark.usefixtures('eagerly')
 def test_losses_and_accuracies_are_those_of_the_outputs():
-    """Support before any update, query after each; summed over examples and divided by K, here 2."""
+    """Support before any update, query after each; summed over examples, divided by K = 2."""
     network = small_network()
     batch = random_batch(network, queries=5)
     results = exact_model(network).evaluate(batch, 3)
@@ -564,16 +594,12 @@ def test_losses_and_accuracies_are_those_of_the_outputs():
         hits = np.argmax(output, -1) == np.argmax(label, -1)
         return -np.sum(log_probability * label, axis=(-2, -1)) / 2, np.mean(hits, axis=-1)
 
-    for actual, expected in zip(
-        (results.loss1, results.accuracy1),
-        loss_and_accuracy(results.outputa.numpy(), batch.labela.numpy()),
-    ):
-        np.testing.assert_allclose(actual, expected, rtol=1e-9)
-    for actual, expected in zip(
-        (results.losses2, results.accuracies2),
-        loss_and_accuracy(results.outputsb.numpy(), batch.labelb.numpy()),
-    ):
-        np.testing.assert_allclose(actual, expected, rtol=1e-9)
+    loss, accuracy = loss_and_accuracy(results.outputa.numpy(), batch.labela.numpy())
+    np.testing.assert_allclose(results.loss1, loss, rtol=1e-9)
+    np.testing.assert_allclose(results.accuracy1, accuracy, rtol=1e-9)
+    loss, accuracy = loss_and_accuracy(results.outputsb.numpy(), batch.labelb.numpy())
+    np.testing.assert_allclose(results.losses2, loss, rtol=1e-9)
+    np.testing.assert_allclose(results.accuracies2, accuracy, rtol=1e-9)
 
 
 @pytest.mark.usefixtures('eagerly')
@@ -584,9 +610,8 @@ def test_query_labels_do_not_leak_into_predictions():
     other = model.evaluate(batch._replace(labelb=tf.roll(batch.labelb, 1, axis=2)), 3)
     np.testing.assert_array_equal(other.outputsb, expected.outputsb)
     assert not np.any(other.losses2 == expected.losses2)
-    other = model.evaluate(
-        batch._replace(labela=tf.roll(batch.labela, 1, axis=2)), 3
-    )  # those do matter
+    # Those of the support set do matter.
+    other = model.evaluate(batch._replace(labela=tf.roll(batch.labela, 1, axis=2)), 3)
     assert not np.all(other.outputsb == expected.outputsb, axis=(2, 3)).any()
     np.testing.assert_array_equal(other.outputa, expected.outputa)
 
@@ -598,12 +623,10 @@ def test_only_batch_norm_lets_query_images_see_each_other(norm):
     network = small_network(norm=norm)
     model, batch = exact_model(network), random_batch(network, queries=4)
     expected = model.evaluate(batch, 2).outputsb
-    changed = model.evaluate(
-        batch._replace(inputb=tf.concat([batch.inputb[:, :-1], batch.inputb[:, -1:] ** 3], 1)), 2
-    )
-    same = np.all(
-        np.isclose(changed.outputsb[:, :, :-1], expected[:, :, :-1], rtol=1e-9), axis=(2, 3)
-    )  # [J, T]
+    other_last = tf.concat([batch.inputb[:, :-1], batch.inputb[:, -1:] ** 3], 1)
+    changed = model.evaluate(batch._replace(inputb=other_last), 2).outputsb
+    same = np.isclose(changed[:, :, :-1], expected[:, :, :-1], rtol=1e-9)
+    same = np.all(same, axis=(2, 3))  # [J, T]
     assert not np.any(same) if norm == 'batch_norm' else np.all(same)
     turned = model.evaluate(batch._replace(inputb=tf.reverse(batch.inputb, [1])), 2)
     np.testing.assert_allclose(turned.outputsb[:, :, ::-1], expected, rtol=1e-9)
@@ -612,7 +635,7 @@ def test_only_batch_norm_lets_query_images_see_each_other(norm):
 @pytest.mark.usefixtures('eagerly')
 @pytest.mark.parametrize('norm', ['batch_norm', 'layer_norm'])
 def test_evaluation_changes_nothing(norm):
-    """Neither θ nor offsets; and no running statistics: another batch in between leaves no trace."""
+    """Neither θ nor offsets; and no running statistics: batches in between leave no trace."""
     network = small_network(norm=norm)
     model, batch = exact_model(network), random_batch(network)
     before, values = model.evaluate(batch, 2), [variable.numpy() for variable in model.parameters]
@@ -625,9 +648,9 @@ def test_evaluation_changes_nothing(norm):
 
 @pytest.mark.usefixtures('eagerly')
 def test_chance_accuracy_on_noise():
-    """Fresh weights know nothing: 1/N before an update, and 1/N on the query set of noise after updates, too.
+    """Fresh weights know nothing: 1/N before an update, and 1/N on queries of noise after some.
 
-    240 tasks of 5 images: the standard error of a mean accuracy is about sqrt(0.2 · 0.8 / 1200) = 0.012.
+    240 tasks of 5 images: a mean accuracy has a standard error of sqrt(0.2 · 0.8 / 1200) = 0.012.
     """
     network = small_network(9, channels=1, filters=8, classes=5)
     model = exact_model(network, cross_entropy(1), perturbed=False, update_lr=0.4, dtype=tf.float32)
@@ -639,7 +662,7 @@ def test_chance_accuracy_on_noise():
     assert np.mean(on_support.accuracies2[-1]) > 0.5  # the updates did learn something, to no avail
 
 
-# Initial values ----------------------------------------------------------------------------------------------------
+# Initial values -----------------------------------------------------------------------------------
 
 
 def blocks(channels: int, filters: int, last: tuple[int, int]) -> dict:
@@ -649,71 +672,62 @@ def blocks(channels: int, filters: int, last: tuple[int, int]) -> dict:
 
 
 def layers(*sizes: int) -> dict:
-    pairs = list(zip(sizes, sizes[1:]))
-    return {f'w{i}': pair for i, pair in enumerate(pairs, start=1)} | {
-        f'b{i}': pair[1:] for i, pair in enumerate(pairs, start=1)
-    }
+    pairs = list(enumerate(zip(sizes, sizes[1:]), start=1))
+    return {f'w{i}': pair for i, pair in pairs} | {f'b{i}': pair[1:] for i, pair in pairs}
 
 
+def betas(**sizes: int) -> dict:
+    """Offsets of the scopes _0, _2 and so on."""
+    return {f'{scope[1:]}/beta': (size,) for scope, size in sizes.items()}
+
+
+def gammas(**sizes: int) -> dict:
+    return {f'{scope[1:]}/gamma': (size,) for scope, size in sizes.items()}
+
+
+OMNIGLOT, MINIIMAGENET = dict(datasource='omniglot'), dict(datasource='miniimagenet')
+HIDDEN = dict(_0=256, _2=128, _3=64, _4=64)
 SHAPES = [
     (dict(datasource='sinusoid', norm='None'), layers(1, 40, 40, 1), {}),
     (dict(datasource='sinusoid', norm='None', baseline='oracle'), layers(3, 40, 40, 1), {}),
-    (dict(datasource='sinusoid'), layers(1, 40, 40, 1), {'0/beta': (40,), '2/beta': (40,)}),
-    (dict(datasource='omniglot'), blocks(1, 64, (64, 5)), {f'{i}/beta': (64,) for i in range(4)}),
+    (dict(datasource='sinusoid'), layers(1, 40, 40, 1), betas(_0=40, _2=40)),
+    (OMNIGLOT, blocks(1, 64, (64, 5)), betas(_0=64, _1=64, _2=64, _3=64)),
     (
-        dict(
-            datasource='omniglot', num_classes=20, max_pool=True, norm='layer_norm', num_filters=8
-        ),
+        OMNIGLOT | dict(num_classes=20, max_pool=True, norm='layer_norm', num_filters=8),
         blocks(1, 8, (8, 20)),
-        {f'{i}/{name}': (8,) for i in range(4) for name in ('beta', 'gamma')},
+        betas(_0=8, _1=8, _2=8, _3=8) | gammas(_0=8, _1=8, _2=8, _3=8),
     ),
+    (OMNIGLOT | dict(conv=False), layers(784, 256, 128, 64, 64, 5), betas(**HIDDEN)),
     (
-        dict(datasource='omniglot', conv=False),
-        layers(784, 256, 128, 64, 64, 5),
-        {'0/beta': (256,), '2/beta': (128,), '3/beta': (64,), '4/beta': (64,)},
-    ),
-    (
-        dict(datasource='omniglot', conv=False, norm='layer_norm', num_classes=20),
+        OMNIGLOT | dict(conv=False, norm='layer_norm', num_classes=20),
         layers(784, 256, 128, 64, 64, 20),
-        {
-            f'{scope}/{name}': (size,)
-            for scope, size in ((0, 256), (2, 128), (3, 64), (4, 64))
-            for name in ('beta', 'gamma')
-        },
+        betas(**HIDDEN) | gammas(**HIDDEN),
     ),
     (
-        dict(datasource='miniimagenet', num_filters=32, max_pool=True),
+        MINIIMAGENET | dict(num_filters=32, max_pool=True),
         blocks(3, 32, (800, 5)),
-        {f'{i}/beta': (32,) for i in range(4)},
+        betas(_0=32, _1=32, _2=32, _3=32),
     ),
-    (
-        dict(datasource='miniimagenet', conv=False, norm='None'),
-        layers(21168, 256, 128, 64, 64, 5),
-        {},
-    ),
+    (MINIIMAGENET | dict(conv=False, norm='None'), layers(21168, 256, 128, 64, 64, 5), {}),
 ]
+SHAPE_IDS = ['-'.join(map(str, settings.values())) for settings, *_ in SHAPES]
 
 
-@pytest.mark.parametrize(
-    'settings, weights, norms',
-    SHAPES,
-    ids=['-'.join(map(str, settings.values())) for settings, *_ in SHAPES],
-)
+@pytest.mark.parametrize('settings, weights, norms', SHAPES, ids=SHAPE_IDS)
 def test_names_and_shapes_of_parameters(settings, weights, norms):
     """The original's variables: adapted ones, and normalisation parameters, which are not."""
     model = make_model(compiled=False, **settings)
     assert {name: tuple(variable.shape) for name, variable in model.weights.items()} == weights
     assert {name: tuple(variable.shape) for name, variable in model.norms.items()} == norms
-    assert [variable.ref() for variable in model.parameters] == [
-        variable.ref() for variable in named(model).values()
-    ]
+    references = [variable.ref() for variable in named(model).values()]
+    assert [variable.ref() for variable in model.parameters] == references
     network = make_network(**settings)
     assert {name: shape for name, (_, shape) in network.parameters.items()} == weights
     assert {name: shape for name, (_, shape) in network.norm_parameters.items()} == norms
 
 
 def assert_uniform(values: np.ndarray, fan_in: int, fan_out: int):
-    """Glorot: within ±sqrt(6 / (fan in + fan out)), up to the rim, with a uniform distribution's deviation."""
+    """Glorot: within ±sqrt(6 / (fan in + fan out)), up to the rim, and of a uniform's deviation."""
     limit = np.sqrt(6 / (fan_in + fan_out))
     assert limit * (1 - 20 / values.size) < np.abs(values).max() <= limit
     np.testing.assert_allclose(values.std(), limit / np.sqrt(3), rtol=3 / np.sqrt(values.size))
@@ -724,41 +738,30 @@ def test_initial_values_of_convolutional_networks():
     """Glorot uniform kernels, fans counted over 3x3; zero biases and offsets; unit gains."""
     for source, channels in (('omniglot', 1), ('miniimagenet', 3)):
         model = make_model(source, norm='layer_norm', num_filters=32, compiled=False)
-        for i in range(1, 5):
-            assert_uniform(
-                model.weights[f'conv{i}'].numpy(), 9 * (channels if i == 1 else 32), 9 * 32
-            )
+        for i, fan_in in enumerate([channels, 32, 32, 32], start=1):
+            assert_uniform(model.weights[f'conv{i}'].numpy(), 9 * fan_in, 9 * 32)
         for name, variable in named(model).items():
             if name[0] == 'b' or '/' in name:
-                np.testing.assert_array_equal(
-                    variable, np.full(variable.shape, float('gamma' in name)), err_msg=name
-                )
+                expected = np.full(variable.shape, float('gamma' in name))
+                np.testing.assert_array_equal(variable, expected, err_msg=name)
 
 
 def test_initial_values_of_the_last_layer():
-    """Omniglot: normal of stddev 1, not truncated; miniImagenet, with pooling or without: Glorot uniform."""
+    """Omniglot: normal of stddev 1, not truncated; miniImagenet, pooled or not: Glorot uniform."""
     w5 = make_model('omniglot', num_classes=20, compiled=False).weights['w5'].numpy()
     assert abs(w5.std() - 1) < 0.06 and abs(w5.mean()) < 0.1
     assert abs(np.mean(np.abs(w5) > 2) - 0.0455) < 0.02 and np.abs(w5).max() > 2.7
-    for max_pool, pixels in (
-        (True, 25),
-        (False, 36),
-    ):  # 84 -> 42 -> 21 -> 10 -> 5, and 84 -> 42 -> 21 -> 11 -> 6
-        w5 = (
-            make_model('miniimagenet', num_filters=8, max_pool=max_pool, compiled=False)
-            .weights['w5']
-            .numpy()
-        )
+    # 84 -> 42 -> 21 -> 10 -> 5, and 84 -> 42 -> 21 -> 11 -> 6.
+    for max_pool, pixels in (True, 25), (False, 36):
+        model = make_model('miniimagenet', num_filters=8, max_pool=max_pool, compiled=False)
+        w5 = model.weights['w5'].numpy()
         assert w5.shape == (pixels * 8, 5)
         assert_uniform(w5, pixels * 8, 5)
 
 
 def test_initial_values_of_fully_connected_networks():
     """Normal of standard deviation 0.01, cut at two, which leaves 0.0088; zero biases."""
-    for settings in (
-        dict(datasource='sinusoid', norm='None'),
-        dict(datasource='omniglot', conv=False),
-    ):
+    for settings in dict(datasource='sinusoid', norm='None'), OMNIGLOT | dict(conv=False):
         for name, variable in make_model(compiled=False, **settings).weights.items():
             values = variable.numpy()
             if name[0] == 'b':
@@ -771,7 +774,7 @@ def test_initial_values_of_fully_connected_networks():
 
 
 def test_initial_values_follow_the_seed():
-    """Equal for equal seeds; for others all differ, as do those of equally shaped parameters of one network."""
+    """Equal for equal seeds; others differ, as do equally shaped parameters of one network."""
     tf.random.set_seed(1)
     one, two = (make_model('omniglot', seed=4, num_filters=8, compiled=False) for _ in range(2))
     tf.random.set_seed(2)
@@ -782,7 +785,7 @@ def test_initial_values_follow_the_seed():
     assert not np.any(one.weights['conv2'] == one.weights['conv3'])
 
 
-# The outer step ------------------------------------------------------------------------------------------------------
+# The outer step -----------------------------------------------------------------------------------
 
 ADAM = 2e-5  # relative tolerance: Keras takes β₂ for the float32 next to 0.999, in float64 too
 
@@ -802,7 +805,7 @@ def values_of(model: FastMAML) -> np.ndarray:
 
 
 def task_with_gradient(model: FastMAML, gradient: float) -> Batch:
-    """A task whose support and query loss both have `gradient` · (3, 1, 1) for (w, b, c) where the model now stands."""
+    """Support and query loss both have `gradient` · (3, 1, 1) for the present (w, b, c)."""
     y = np.sum(values_of(model) * [3, 1, 1]) - gradient / 2
     return points((3, y, 3, y))
 
@@ -816,8 +819,8 @@ def task_with_gradient(model: FastMAML, gradient: float) -> Batch:
 def test_adam_by_its_formula(step, clip, gradients):
     """Both outer steps, epsilon 1e-8; only meta-training clips, each element on its own.
 
-    Gradients of 1e-7 tell epsilons apart: a first step is β g / (|g| + ε / sqrt(0.001)), 0.24 β for ε = 1e-8 and
-    0.03 β for Keras's 1e-7.
+    Gradients of 1e-7 tell epsilons apart: a first step is β g / (|g| + ε / sqrt(0.001)), 0.24 β for
+    ε = 1e-8 and 0.03 β for Keras's 1e-7.
     """
     model = linear_model(update_lr=0.0, num_updates=1, meta_lr=0.01, clip=clip)
     before, given = values_of(model), []
@@ -835,25 +838,28 @@ def test_adam_by_its_formula(step, clip, gradients):
 
 @pytest.mark.usefixtures('eagerly')
 def test_pre_training_minimises_the_support_loss_of_all_tasks():
-    """Its gradient is the mean over tasks, nothing is adapted, and its Adam knows nothing of the other one."""
+    """Its gradient is the mean over tasks, nothing is adapted, and its Adam is its own."""
     model = linear_model(update_lr=1 / 8, meta_lr=0.01)
     model.metatrain_step(points((1, 1, 3, 3)))
     before, inputs, given = values_of(model), np.array([[1, 1, 1], [2, 1, 1]]), []
     for _ in range(2):
         errors = inputs @ values_of(model) - [1, 7]
         given.append(np.mean(2 * errors[:, None] * inputs, axis=0))
-        np.testing.assert_allclose(
-            model.pretrain_step(points((1, 1, 30, 30), (2, 7, 40, 40))), np.mean(errors**2)
-        )
-    np.testing.assert_allclose(
-        values_of(model) - before, adam(before, given, 0.01) - before, rtol=ADAM
-    )
+        loss = model.pretrain_step(points((1, 1, 30, 30), (2, 7, 40, 40)))
+        np.testing.assert_allclose(loss, np.mean(errors**2))
+    change = adam(before, given, 0.01) - before
+    np.testing.assert_allclose(values_of(model) - before, change, rtol=ADAM)
+
+
+def second_change(gradients):
+    """By the second of Adam's steps for two gradients, from 0."""
+    return adam(0.0, gradients, 0.001) - adam(0.0, gradients[:1], 0.001)
 
 
 @pytest.mark.parametrize('source, clipped', [('miniimagenet', True), ('omniglot', False)])
 @pytest.mark.usefixtures('eagerly')
 def test_only_miniimagenet_clips_the_meta_gradient(source, clipped):
-    """To ±10 for each element. Adam's first step has no scale; the second shows how large the first gradient was."""
+    """Each element to ±10. Adam's first step has no scale; the second shows that of the first."""
     model = make_model(
         source, update_batch_size=1, update_lr=1e-6, dtype=tf.float64, compiled=False, num_filters=2
     )
@@ -868,19 +874,18 @@ def test_only_miniimagenet_clips_the_meta_gradient(source, clipped):
     for name in ('conv1', 'conv4', '0/beta'):
         gradients = [gradient[name] for gradient in given]
         assert np.abs(gradients).max() > 100
-        change = lambda gradients: adam(0.0, gradients, 0.001) - adam(0.0, gradients[:1], 0.001)
-        expected = [change(np.clip(gradients, -10, 10)), change(gradients)][:: 1 if clipped else -1]
-        np.testing.assert_allclose(values[1][name] - values[0][name], expected[0], rtol=ADAM)
-        assert np.abs(expected[1] - expected[0]).max() > 1e-5
+        with_clip, without = second_change(np.clip(gradients, -10, 10)), second_change(gradients)
+        expected = with_clip if clipped else without
+        np.testing.assert_allclose(values[1][name] - values[0][name], expected, rtol=ADAM)
+        assert np.abs(with_clip - without).max() > 1e-5
 
 
 @pytest.mark.parametrize('pretrain', [False, True])
 def test_many_steps_at_once_are_those_steps_one_by_one(pretrain):
-    """Training on the meta-batches first...last-1 of several; Adam's count of steps goes on from call to call."""
+    """Training on the meta-batches first...last-1; Adam's count goes on from call to call."""
     together, single = (linear_model(update_lr=1 / 8, num_updates=1) for _ in range(2))
-    batches = Batch(
-        *map(tf.constant, np.random.default_rng(0).standard_normal((4, 6, 2, 5, 1)))
-    )  # [count, T, ...]
+    arrays = np.random.default_rng(0).standard_normal((4, 6, 2, 5, 1))
+    batches = Batch(*map(tf.constant, arrays))  # [count, T, ...]
     for first, last in ((0, 2), (2, 3), (4, 6)):
         end, loss = together.steps(batches, first, last, pretrain)
         assert end == last
@@ -890,36 +895,32 @@ def test_many_steps_at_once_are_those_steps_one_by_one(pretrain):
         np.testing.assert_allclose(loss, expected, rtol=1e-12)
         np.testing.assert_allclose(values_of(together), values_of(single), rtol=1e-12)
     one = Batch(*(values[3:4] for values in batches))
-    np.testing.assert_allclose(
-        together.steps(one, 0, 1, pretrain)[1], step(tasks_of(one, 0)), rtol=1e-12
-    )
+    _, loss = together.steps(one, 0, 1, pretrain)
+    np.testing.assert_allclose(loss, step(tasks_of(one, 0)), rtol=1e-12)
     np.testing.assert_allclose(values_of(together), values_of(single), rtol=1e-12)
 
 
-# Errors ------------------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     'change, words',
     [
         (
-            lambda b: b._replace(inputa=b.inputa[..., :-1]),
+            ('inputa', lambda x: x[..., :-1]),
             r'inputa is \[2, 6, 35\], but the network takes \[tasks, examples, 36\]',
         ),
         (
-            lambda b: b._replace(labelb=b.labelb[..., :-1]),
+            ('labelb', lambda y: y[..., :-1]),
             r'labelb is \[2, 6, 2\], but the network takes \[tasks, examples, 3\]',
         ),
         (
-            lambda b: b._replace(inputb=b.inputb[:1]),
+            ('inputb', lambda x: x[:1]),
             r'inputb must be .* with the 2 tasks of inputa, but it is \[1, 6, 36\]',
         ),
-        (lambda b: b._replace(labela=b.labela[0]), r'labela must be \[tasks, examples, size\]'),
-        (lambda b: b._replace(inputa=tf.cast(b.inputa, tf.float16)), 'of float16'),
-        (
-            lambda b: b._replace(labela=b.labela[:, 1:]),
-            'inputa has 6 examples per task, but labela has 5',
-        ),
+        (('labela', lambda y: y[0]), r'labela must be \[tasks, examples, size\]'),
+        (('inputa', lambda x: tf.cast(x, tf.float16)), 'of float16'),
+        (('labela', lambda y: y[:, 1:]), 'inputa has 6 examples per task, but labela has 5'),
     ],
 )
 @pytest.mark.parametrize('method', ['meta_gradient', 'metatrain_step', 'pretrain_step', 'evaluate'])
@@ -927,33 +928,31 @@ def test_meta_batches_that_do_not_fit(method, change, words):
     """ValueError, with the shapes."""
     network = FullyConnected(36, (4,), 3)
     model, arguments = exact_model(network), [1] if method == 'evaluate' else []
+    batch, (name, alter) = random_batch(network), change
+    batch = batch._replace(**{name: alter(getattr(batch, name))})
     with pytest.raises(ValueError, match=words):
-        getattr(model, method)(change(random_batch(network)), *arguments)
+        getattr(model, method)(batch, *arguments)
+
+
+def with_step_size(update_lr: float) -> FastMAML:
+    return FastMAML(FullyConnected(1, (4,), 1), mean_squared_error, update_lr=update_lr)
+
+
+def evaluate_after_no_updates():
+    batch = Batch(*[tf.zeros([1, 1, 1], tf.float64)] * 4)
+    exact_model(FullyConnected(1, (4,), 1)).evaluate(batch, 0)
 
 
 @pytest.mark.parametrize(
     'make, words',
     [
-        (
-            lambda: FastMAML(FullyConnected(1, (4,), 1), mean_squared_error, update_lr=-1),
-            'update_lr is -1',
-        ),
-        (
-            lambda: FastMAML(
-                FullyConnected(1, (4,), 1), mean_squared_error, update_lr=float('nan')
-            ),
-            'update_lr is nan',
-        ),
+        (lambda: with_step_size(-1), 'update_lr is -1'),
+        (lambda: with_step_size(float('nan')), 'update_lr is nan'),
         (lambda: FullyConnected(1, (0,), 1), r'\[1, 0, 1\]'),
         (lambda: Convolutional(8, 1, 4, 2, max_pool=True), '8x8x1'),
         (lambda: make_network('imagenet'), 'imagenet'),
         (lambda: make_network('sinusoid', norm='batch'), "'batch'"),
-        (
-            lambda: exact_model(FullyConnected(1, (4,), 1)).evaluate(
-                Batch(*[tf.zeros([1, 1, 1], tf.float64)] * 4), 0
-            ),
-            'num_updates',
-        ),
+        (evaluate_after_no_updates, 'num_updates'),
     ],
 )
 def test_settings_that_make_no_sense(make, words):
@@ -961,7 +960,7 @@ def test_settings_that_make_no_sense(make, words):
         make()
 
 
-# Compilation -------------------------------------------------------------------------------------------------------
+# Compilation --------------------------------------------------------------------------------------
 
 
 class Counting:
@@ -981,20 +980,23 @@ class Counting:
 
 
 def test_functions_are_traced_once():
-    """Fresh batches, further steps and more updates trace nothing anew; another number of tasks does, once."""
+    """Neither fresh batches nor more updates trace anything; another number of tasks does, once."""
     model = exact_model(Counting(Linear()), mean_squared_error)
     random = np.random.default_rng(0)
-    draw = lambda tasks: Batch(*random.standard_normal((4, tasks, 5, 1)))
+
+    def draw(tasks):
+        return Batch(*random.standard_normal((4, tasks, 5, 1)))
 
     def use(batch):
-        model.metatrain_step(batch), model.pretrain_step(batch), model.evaluate(batch, 2)
+        model.metatrain_step(batch)
+        model.pretrain_step(batch)
+        model.evaluate(batch, 2)
         return model.network.calls
 
     calls = use(draw(2))
     for _ in range(3):
-        assert (
-            use(draw(2)) == use(Batch(*map(tf.constant, draw(2)))) == calls
-        )  # arrays and tensors are the same
+        assert use(draw(2)) == calls
+        assert use(Batch(*map(tf.constant, draw(2)))) == calls  # tensors, as arrays
     model.evaluate(draw(2), 5)
     assert model.network.calls == calls
     assert use(draw(3)) == use(draw(3)) <= 2 * calls
@@ -1019,7 +1021,8 @@ def test_compiled_evaluation():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow  # to compile; test_reference.py compiles larger networks, and compares with the original's values
+# Slow to compile; test_reference.py compiles larger networks, and has the original's values.
+@pytest.mark.slow
 def test_compiled_meta_training():
     """Two steps by XLA and by plain TensorFlow, float32."""
     network = Convolutional(6, 1, 2, 3)
@@ -1027,10 +1030,10 @@ def test_compiled_meta_training():
     batches = [random_batch(network, seed=seed, dtype=tf.float32) for seed in range(2)]
     with running_eagerly():
         expected = [plain.metatrain_step(batch) for batch in batches]
-    np.testing.assert_allclose(
-        [compiled.metatrain_step(batch) for batch in batches], expected, rtol=1e-5
-    )
+    losses = [compiled.metatrain_step(batch) for batch in batches]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for name, variable in named(plain).items():
-        # Not the biases before batch normalisation: Adam makes a full step of a rounding error in their gradient.
+        # Not the biases before batch normalisation: Adam makes a full step of a rounding error in
+        # their gradient.
         if name not in ('b1', 'b2', 'b3', 'b4'):
             np.testing.assert_allclose(named(compiled)[name], variable, atol=2e-5, err_msg=name)

@@ -1,4 +1,4 @@
-"""Data preparation: official layouts in, whole folders out, and nothing at all from damaged or malicious sources."""
+"""Data preparation: official layouts in, whole folders out; nothing from damaged sources."""
 
 import csv
 import functools
@@ -20,15 +20,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-
-from scripts.data import (
-    prepare_miniimagenet,
-    prepare_omniglot,
-)
+from scripts.data import prepare_miniimagenet, prepare_omniglot
 from scripts.lib import preparation
 from scripts.lib.preparation import PreparationError
 
+ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get('MAML_TEST_DATA', ROOT.parent / 'shared' / 'data'))
 COUNTS = prepare_omniglot.Counts(alphabets=3, characters=4, images=2)
 BACKGROUND = ('Greek/character01', 'Greek/character02', 'Latin/character01')
@@ -36,19 +32,13 @@ EVALUATION = ('Tengwar/character01',)
 
 
 def needs_data(name):
-    return pytest.mark.skipif(
-        not (DATA / name).is_dir(), reason=f'no {DATA / name} (set MAML_TEST_DATA)'
-    )
+    reason = f'no {DATA / name} (set MAML_TEST_DATA)'
+    return pytest.mark.skipif(not (DATA / name).is_dir(), reason=reason)
 
 
 def command(script, *flags, **options):
-    return subprocess.run(
-        [sys.executable, '-B', ROOT / 'scripts/data' / script, *flags],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        **options,
-    )
+    line = [sys.executable, '-B', ROOT / 'scripts/data' / script, *flags]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, **options)
 
 
 def refused(result, *words):
@@ -60,6 +50,10 @@ def refused(result, *words):
 
 def files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in files(folder)}
 
 
 def encoded(image, form, **options):
@@ -92,12 +86,19 @@ def zipped(path, members):
     return path
 
 
-def characters(top, names):
-    return [
-        (f'{top}/{name}/{1000 + k:04d}_{image:02d}.png', encoded(drawing(100 * k + image), 'PNG'))
-        for k, name in enumerate(names)
+def image_names(characters):
+    """{path of an image: its seed}, two for each character."""
+    return {
+        f'{name}/{1000 + k:04d}_{image:02d}.png': 100 * k + image
+        for k, name in enumerate(characters)
         for image in (1, 2)
-    ]
+    }
+
+
+def characters(top, names):
+    """Members of an archive."""
+    images = image_names(names).items()
+    return [(f'{top}/{path}', encoded(drawing(seed), 'PNG')) for path, seed in images]
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def omniglot(tmp_path):
 
 @pytest.fixture
 def target(tmp_path):
-    """A target whose folder does not exist either; afterwards nothing half-made may be beside it."""
+    """A target whose folder does not exist either; afterwards it stands alone, or not at all."""
     path = tmp_path / 'made' / 'target'
     yield path
     assert not path.parent.exists() or [entry.name for entry in path.parent.iterdir()] == ['target']
@@ -121,17 +122,12 @@ def target(tmp_path):
 prepare = functools.partial(prepare_omniglot.prepare, counts=COUNTS)
 
 
-# Omniglot
+# Omniglot -----------------------------------------------------------------------------------------
 
 
 def test_omniglot_merges_both_archives(omniglot, target):
     assert '3 alphabets, 4 characters, 8 images' in prepare(omniglot, target)
-    assert files(target) == {
-        f'{name}/{1000 + k:04d}_{image:02d}.png'
-        for names in (BACKGROUND, EVALUATION)
-        for k, name in enumerate(names)
-        for image in (1, 2)
-    }
+    assert files(target) == {*image_names(BACKGROUND), *image_names(EVALUATION)}
     mode, _, pixels = read(target / 'Latin/character01/1002_01.png')
     # Centres of the 28 parts of 105 pixels: what nearest neighbour picks.
     centres = ((np.arange(28) + 0.5) * 105 / 28).astype(int)
@@ -160,19 +156,17 @@ def test_omniglot_unpacked(omniglot, target, tmp_path, place):
             alphabet.rename(omniglot / alphabet.name)
     (source / place / '.DS_Store').write_bytes(b'x')
     prepare(source, target)
-    assert files(target) == files(expected)
-    assert all(
-        (target / name).read_bytes() == (expected / name).read_bytes() for name in files(target)
-    )
+    assert contents(target) == contents(expected)
 
 
 def test_grey_copies_become_one_bit(omniglot, target, tmp_path):
     prepare(omniglot, tmp_path / 'expected')
-    grey = [
-        (name, encoded(Image.open(io.BytesIO(data)).convert('L'), 'PNG'))
-        for name, data in characters('images_evaluation', EVALUATION)
-    ]
-    zipped(omniglot / 'images_evaluation.zip', grey)
+
+    def grey(data):
+        return encoded(Image.open(io.BytesIO(data)).convert('L'), 'PNG')
+
+    members = characters('images_evaluation', EVALUATION)
+    zipped(omniglot / 'images_evaluation.zip', [(name, grey(data)) for name, data in members])
     prepare(omniglot, target)
     name = 'Tengwar/character01/1000_01.png'
     assert (target / name).read_bytes() == (tmp_path / 'expected' / name).read_bytes()
@@ -182,9 +176,8 @@ def test_second_run_does_nothing(omniglot, target):
     prepare(omniglot, target)
     before = {name: (target / name).stat().st_mtime_ns for name in files(target)}
     assert 'complete already' in prepare(omniglot, target)
-    assert 'complete already' in prepare(
-        None, target, url='http://127.0.0.1:9'
-    )  # needs no source, and no network
+    # Needs no source, and no network.
+    assert 'complete already' in prepare(None, target, url='http://127.0.0.1:9')
     assert {name: (target / name).stat().st_mtime_ns for name in files(target)} == before
 
 
@@ -205,12 +198,10 @@ def test_other_targets_are_left_alone(omniglot, target, damage):
     else:
         target = target / 'notes.txt'
         target.write_text('mine')
-    kept = {name: (first.parents[2] / name).read_bytes() for name in files(first.parents[2])}
+    kept = contents(first.parents[2])
     with pytest.raises(PreparationError, match=f'{target} exists and is not the complete data'):
         prepare(omniglot, target)
-    assert {
-        name: (first.parents[2] / name).read_bytes() for name in files(first.parents[2])
-    } == kept
+    assert contents(first.parents[2]) == kept
 
 
 def test_empty_target_and_linked_target(omniglot, target, tmp_path):
@@ -218,36 +209,37 @@ def test_empty_target_and_linked_target(omniglot, target, tmp_path):
     prepare(omniglot, target)
     (tmp_path / 'link').symlink_to(tmp_path / 'disk' / 'omniglot')
     prepare(omniglot, tmp_path / 'link')
-    assert (tmp_path / 'link').is_symlink() and files(tmp_path / 'disk' / 'omniglot') == files(
-        target
-    )
+    assert (tmp_path / 'link').is_symlink()
+    assert files(tmp_path / 'disk' / 'omniglot') == files(target)
+
+
+def another_first(data):
+    """The members with these bytes for the first image."""
+    return lambda members: [(members[0][0], data), *members[1:]]
+
+
+def cut_first(members):
+    (name, data), *others = members
+    return [(name, data[:300]), *others]
+
+
+def more(top, name):
+    return lambda members: members + characters(top, [name])
+
+
+WRONG_SIZE = encoded(drawing(0, (105, 104)), 'PNG')
 
 
 @pytest.mark.parametrize(
     'change, complaint',
     [
         (lambda members: members[:-1], '1 images of Tengwar/character01 instead of 2'),
-        (
-            lambda members: members + characters('x', ['Tengwar/character02']),
-            '5 characters instead of 3 with 4',
-        ),
+        (more('x', 'Tengwar/character02'), '5 characters instead of 3 with 4'),
         (lambda members: [], '2 alphabets with 3 characters instead of 3 with 4'),
-        (
-            lambda members: members + characters('images_evaluation', ['Greek/character01']),
-            'are both the same image',
-        ),
-        (
-            lambda members: [(members[0][0], b'not an image')] + members[1:],
-            '1000_01.png cannot be decoded',
-        ),
-        (
-            lambda members: [(members[0][0], members[0][1][:300])] + members[1:],
-            '1000_01.png cannot be decoded',
-        ),
-        (
-            lambda members: [(members[0][0], encoded(drawing(0, (105, 104)), 'PNG'))] + members[1:],
-            'is 105x104',
-        ),
+        (more('images_evaluation', 'Greek/character01'), 'are both the same image'),
+        (another_first(b'not an image'), '1000_01.png cannot be decoded'),
+        (cut_first, '1000_01.png cannot be decoded'),
+        (another_first(WRONG_SIZE), 'is 105x104'),
     ],
 )
 def test_omniglot_contents_are_checked(omniglot, target, change, complaint):
@@ -258,11 +250,8 @@ def test_omniglot_contents_are_checked(omniglot, target, change, complaint):
 
 
 def test_omniglot_command_checks_official_numbers(omniglot, target):
-    refused(
-        command('prepare_omniglot.py', f'--source={omniglot}', f'--target={target}'),
-        str(omniglot),
-        '3 alphabets with 4 characters instead of 50 with 1623',
-    )
+    result = command('prepare_omniglot.py', f'--source={omniglot}', f'--target={target}')
+    refused(result, str(omniglot), '3 alphabets with 4 characters instead of 50 with 1623')
     assert not target.parent.exists()
 
 
@@ -270,15 +259,13 @@ def test_omniglot_command_checks_official_numbers(omniglot, target):
 def test_bad_sources(script, tmp_path, target):
     (tmp_path / 'empty').mkdir()
     for name in ('absent', 'empty'):
-        refused(
-            command(script, f'--source={tmp_path / name}', f'--target={target}'),
-            str(tmp_path / name),
-        )
+        result = command(script, f'--source={tmp_path / name}', f'--target={target}')
+        refused(result, str(tmp_path / name))
     refused(command(script, 'stray', f'--target={target}'), '--help')
     assert not target.parent.exists()
 
 
-# Archives
+# Archives -----------------------------------------------------------------------------------------
 
 IMAGE = encoded(drawing(0), 'PNG')
 
@@ -292,6 +279,11 @@ def member(name, mode=stat.S_IFREG | 0o644, **attributes):
     return info
 
 
+PLAIN = 'a/Greek/character01/x.png'
+TOO_LARGE = bytes(preparation.MAX_BYTES + 1)
+BZIP2 = member(PLAIN, compress_type=zipfile.ZIP_BZIP2)
+
+
 @pytest.mark.parametrize(
     'name, data, complaint',
     [
@@ -301,25 +293,15 @@ def member(name, mode=stat.S_IFREG | 0o644, **attributes):
         ('..\\Greek\\character01\\x.png', IMAGE, 'unsafe path'),
         ('C:/Greek/character01/x.png', IMAGE, 'unsafe path'),
         ('Greek/character01/x\n.png', IMAGE, 'unsafe path'),
-        (member('a/Greek/character01/x.png', stat.S_IFLNK | 0o777), b'/etc/passwd', 'is a link'),
-        (member('a/Greek/character01/x.png', stat.S_IFIFO | 0o644), b'', 'is a link or a device'),
-        (
-            member('a/Greek/character01/x.png'),
-            bytes(preparation.MAX_BYTES + 1),
-            'unpacks to more than 32 MiB',
-        ),
-        (
-            member('a/Greek/character01/x.png', compress_type=zipfile.ZIP_BZIP2),
-            IMAGE,
-            'neither stored nor deflated',
-        ),
+        (member(PLAIN, stat.S_IFLNK | 0o777), b'/etc/passwd', 'is a link'),
+        (member(PLAIN, stat.S_IFIFO | 0o644), b'', 'is a link or a device'),
+        (member(PLAIN), TOO_LARGE, 'unpacks to more than 32 MiB'),
+        (BZIP2, IMAGE, 'neither stored nor deflated'),
     ],
 )
 def test_malicious_members(omniglot, target, name, data, complaint):
-    path = zipped(
-        omniglot / 'images_evaluation.zip',
-        characters('images_evaluation', EVALUATION) + [(name, data)],
-    )
+    members = [*characters('images_evaluation', EVALUATION), (name, data)]
+    path = zipped(omniglot / 'images_evaluation.zip', members)
     with pytest.raises(PreparationError, match=complaint) as caught:
         prepare(omniglot, target)
     assert str(path) in str(caught.value) and '\n' not in str(caught.value)
@@ -337,10 +319,9 @@ def test_encrypted_member(omniglot, target):
 
 def test_bomb_that_understates_its_size(omniglot, target):
     """The header says 100 bytes; no more than those are unpacked, and the CRC tells."""
-    path = zipped(
-        omniglot / 'images_evaluation.zip',
-        [('a/Tengwar/character01/1.png', bytes(2**26)), ('a/Tengwar/character01/2.png', IMAGE)],
-    )
+    names = [f'a/Tengwar/character01/{i}.png' for i in (1, 2)]
+    members = zip(names, [bytes(2**26), IMAGE])
+    path = zipped(omniglot / 'images_evaluation.zip', members)
     data = path.read_bytes().replace((2**26).to_bytes(4, 'little'), (100).to_bytes(4, 'little'))
     path.write_bytes(data)
     with pytest.raises(PreparationError, match='images_evaluation.zip is damaged'):
@@ -348,19 +329,12 @@ def test_bomb_that_understates_its_size(omniglot, target):
     assert not target.parent.exists()
 
 
-@pytest.mark.parametrize(
-    'side', [10000, 14000]
-)  # Pillow warns of the former and refuses the latter
+@pytest.mark.parametrize('side', [10000, 14000])
 def test_image_with_too_many_pixels(tmp_path, target, side):
-    """100 million pixels in 13 kB."""
-    listed(
-        tmp_path / 'source',
-        {'train': [('a.jpg', 'n01')]},
-        {'a.jpg': encoded(Image.new('1', (side, side)), 'PNG')},
-    )
-    result = command(
-        'prepare_miniimagenet.py', f'--source={tmp_path / "source"}', f'--target={target}'
-    )
+    """100 million pixels in 13 kB: Pillow warns of them; of twice as many, it refuses."""
+    images = {'a.jpg': encoded(Image.new('1', (side, side)), 'PNG')}
+    source = listed(tmp_path / 'source', {'train': [('a.jpg', 'n01')]}, images)
+    result = command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}')
     refused(result, 'a.jpg', 'bomb')
     assert not target.parent.exists()
 
@@ -370,21 +344,20 @@ def test_damaged_archives(omniglot, target, damage):
     path = omniglot / 'images_evaluation.zip'
     data = path.read_bytes()
     middle = data.index(b'IDAT') + 60
-    path.write_bytes(
-        {
-            'truncated': data[: len(data) * 2 // 3],
-            'empty': b'',
-            'text': b'<html>Not found</html>',
-            'crc': data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
-        }[damage]
-    )
+    damaged = {
+        'truncated': data[: len(data) * 2 // 3],
+        'empty': b'',
+        'text': b'<html>Not found</html>',
+        'crc': data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+    }
+    path.write_bytes(damaged[damage])
     with pytest.raises(PreparationError, match=f'{path} is damaged'):
         prepare(omniglot, target)
     assert not target.parent.exists()
 
 
 def test_any_damage_is_a_sentence_or_harmless(omniglot, tmp_path):
-    """Random bytes changed anywhere: either PreparationError and nothing written, or a whole target."""
+    """Random bytes changed anywhere: PreparationError and nothing written, or a whole target."""
     path = omniglot / 'images_evaluation.zip'
     good, generator = path.read_bytes(), random.Random(1)
     for trial in range(150):
@@ -402,7 +375,7 @@ def test_any_damage_is_a_sentence_or_harmless(omniglot, tmp_path):
             os.rename(target.parent, tmp_path / f'made{trial}')
 
 
-# Download
+# Download -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -414,17 +387,12 @@ def mirror(omniglot, monkeypatch):
             pass
 
     monkeypatch.setenv('no_proxy', '*')
-    with http.server.ThreadingHTTPServer(
-        ('127.0.0.1', 0), functools.partial(Quiet, directory=omniglot)
-    ) as server:
+    archives = sorted(omniglot.glob('*.zip'))
+    md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in archives}
+    handler = functools.partial(Quiet, directory=omniglot)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield (
-            f'http://127.0.0.1:{server.server_port}/',
-            {
-                path.name: hashlib.md5(path.read_bytes()).hexdigest()
-                for path in sorted(omniglot.glob('*.zip'))
-            },
-        )
+        yield f'http://127.0.0.1:{server.server_port}/', md5
         server.shutdown()
 
 
@@ -437,11 +405,8 @@ def test_download(mirror, omniglot, target, tmp_path):
 
 def test_download_with_wrong_md5_is_refused(mirror, target, tmp_path):
     result = command('prepare_omniglot.py', f'--url={mirror[0]}', cwd=tmp_path)
-    refused(
-        result,
-        f'{mirror[0]}images_background.zip is not the official archive',
-        '68d2efa1b9178cc56df9314c21c6e718',
-    )
+    sentence = f'{mirror[0]}images_background.zip is not the official archive'
+    refused(result, sentence, '68d2efa1b9178cc56df9314c21c6e718')
     assert {path.name for path in tmp_path.iterdir()} == {'official'}
 
 
@@ -450,18 +415,17 @@ def test_download_that_fails(mirror, omniglot, target):
     with pytest.raises(PreparationError, match='images_evaluation.zip cannot be downloaded .*404'):
         prepare(None, target, *mirror)
     for url in ('http://127.0.0.1:9', 'nonsense'):
-        with pytest.raises(
-            PreparationError, match=f'{url}/images_background.zip cannot be downloaded'
-        ):
+        sentence = f'{url}/images_background.zip cannot be downloaded'
+        with pytest.raises(PreparationError, match=sentence):
             prepare(None, target, url)
     assert not target.parent.exists()
 
 
-# miniImagenet
+# miniImagenet -------------------------------------------------------------------------------------
 
 
 def listed(source, splits, images, archive=None):
-    """A source folder: csv files from {split: [(filename, label)]}; {filename: bytes} in images/ or in an archive."""
+    """A source: csv files of {split: [(filename, label)]}; {filename: bytes}, perhaps archived."""
     source.mkdir(exist_ok=True)
     for split, rows in splits.items():
         with (source / f'{split}.csv').open('w', newline='') as file:
@@ -492,33 +456,24 @@ def test_miniimagenet(tmp_path, target, archive):
     source = listed(tmp_path / 'source', SPLITS, IMAGES, archive)
     result = command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}')
     assert result.returncode == 0 and '4/4 images' in result.stderr
-    assert (
-        'train: 2 classes, 3 images' in result.stdout
-        and 'val: 1 classes, 1 images' in result.stdout
-    )
-    assert files(target) == {
-        'train/n01/a1.jpg',
-        'train/n01/a2.jpg',
-        'train/n02/b1.jpg',
-        'val/n03/c1.JPEG',
-    }
+    assert 'train: 2 classes, 3 images' in result.stdout
+    assert 'val: 1 classes, 1 images' in result.stdout
+    train = {'train/n01/a1.jpg', 'train/n01/a2.jpg', 'train/n02/b1.jpg'}
+    assert files(target) == train | {'val/n03/c1.JPEG'}
     assert (target / 'train/n01/a1.jpg').read_bytes() == IMAGES['a1.jpg']
     for path in (target / name for name in files(target)):
-        assert read(path)[:2] == ('RGB', (84, 84)) and path.read_bytes().startswith(
-            b'\xff\xd8'
-        )  # a JPEG's first bytes
+        assert read(path)[:2] == ('RGB', (84, 84))
+        assert path.read_bytes().startswith(b'\xff\xd8')  # as a JPEG does
     again = command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}')
-    assert (
-        again.returncode == 0 and again.stdout == f'{target} is complete already; nothing to do.\n'
-    )
+    assert again.returncode == 0
+    assert again.stdout == f'{target} is complete already; nothing to do.\n'
 
 
 def test_miniimagenet_resizes_with_lanczos(tmp_path, target):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 150), dtype=np.uint8))
     data = encoded(noise.convert('RGB'), 'JPEG', quality=95)
-    prepare_miniimagenet.prepare(
-        listed(tmp_path / 'source', {'test': [('a.jpg', 'n01')]}, {'a.jpg': data}), target
-    )
+    source = listed(tmp_path / 'source', {'test': [('a.jpg', 'n01')]}, {'a.jpg': data})
+    prepare_miniimagenet.prepare(source, target)
 
     def distance(method):  # mean absolute difference in grey levels
         wanted = Image.open(io.BytesIO(data)).resize((84, 84), method)
@@ -531,51 +486,33 @@ def test_miniimagenet_resizes_with_lanczos(tmp_path, target):
 
 def test_padding_is_not_copied(tmp_path, target):
     images = {'a.jpg': IMAGES['a1.jpg'] + bytes(2**20)}
-    prepare_miniimagenet.prepare(
-        listed(tmp_path / 'source', {'test': [('a.jpg', 'n01')]}, images), target
-    )
+    source = listed(tmp_path / 'source', {'test': [('a.jpg', 'n01')]}, images)
+    prepare_miniimagenet.prepare(source, target)
     assert (target / 'test/n01/a.jpg').stat().st_size < 2**16
 
 
 def test_miniimagenet_several_archives_and_no_others_needed(tmp_path, target):
-    listed(
-        tmp_path / 'source',
-        SPLITS,
-        {name: IMAGES[name] for name in ('a1.jpg', 'a2.jpg')},
-        'images_train.zip',
-    )
-    listed(
-        tmp_path / 'source',
-        {},
-        {name: IMAGES[name] for name in ('b1.jpg', 'c1.JPEG')},
-        'images_val.zip',
-    )
-    (tmp_path / 'source/images').mkdir()
-    (tmp_path / 'source/images/a1.jpg').write_bytes(
-        encoded(photo(9), 'JPEG')
-    )  # the folder goes before the archives
-    prepare_miniimagenet.prepare(tmp_path / 'source', target)
-    assert (target / 'train/n01/a1.jpg').read_bytes() == encoded(photo(9), 'JPEG') and len(
-        files(target)
-    ) == 4
+    source, other = tmp_path / 'source', encoded(photo(9), 'JPEG')
+    listed(source, SPLITS, dict([*IMAGES.items()][:2]), 'images_train.zip')
+    listed(source, {}, dict([*IMAGES.items()][2:]), 'images_val.zip')
+    (source / 'images').mkdir()
+    (source / 'images/a1.jpg').write_bytes(other)  # the folder goes before the archives
+    prepare_miniimagenet.prepare(source, target)
+    assert (target / 'train/n01/a1.jpg').read_bytes() == other
+    assert len(files(target)) == 4
 
 
 def test_missing_images(tmp_path, target):
     source = listed(tmp_path / 'source', SPLITS, {'a1.jpg': IMAGES['a1.jpg']}, 'images.zip')
     flags = f'--source={source}', f'--target={target}'
-    refused(
-        command('prepare_miniimagenet.py', *flags),
-        'lacks 3 of the 4 listed images',
-        'a2.jpg (train)',
-        '--allow_missing',
-    )
+    words = ['lacks 3 of the 4 listed images', 'a2.jpg (train)', '--allow_missing']
+    refused(command('prepare_miniimagenet.py', *flags), *words)
     assert not target.parent.exists()
     result = command('prepare_miniimagenet.py', *flags, '--allow_missing')
     assert result.returncode == 0 and '3 listed images are missing' in result.stdout
     assert files(target) == {'train/n01/a1.jpg'}
-    assert (
-        'complete already' in command('prepare_miniimagenet.py', *flags, '--allow_missing').stdout
-    )
+    again = command('prepare_miniimagenet.py', *flags, '--allow_missing')
+    assert 'complete already' in again.stdout
 
 
 def test_all_images_missing_is_never_allowed(tmp_path, target):
@@ -615,52 +552,55 @@ def test_target_of_other_splits_is_left_alone(tmp_path, target):
 def test_bad_csv(tmp_path, target, text, complaint):
     source = listed(tmp_path / 'source', SPLITS, IMAGES)
     (source / 'train.csv').write_bytes(text.encode('latin-1'))
-    with pytest.raises(
-        PreparationError, match='csv.*' + complaint.replace('\\', '\\\\').replace('..', r'\.\.')
-    ):
+    pattern = complaint.replace('\\', '\\\\').replace('..', r'\.\.')
+    with pytest.raises(PreparationError, match=f'csv.*{pattern}'):
         prepare_miniimagenet.prepare(source, target)
     assert not target.parent.exists()
 
 
+def spoil_csv(source, dice):
+    """Cuts, flips a bit of, empties or removes a csv file, or swaps two. Returns what was done."""
+    path = source / f'{dice.choice(["train", "val"])}.csv'
+    content = bytearray(path.read_bytes())
+    how = dice.choice(['cut', 'flip', 'empty', 'absent', 'swap'])
+    if how == 'flip':
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    if how == 'cut':
+        content = content[: dice.randrange(len(content))]
+    path.write_bytes(b'' if how == 'empty' else content)
+    if how == 'absent':
+        path.unlink()
+    if how == 'swap':
+        (source / 'train.csv').rename(source / 'x')
+        (source / 'val.csv').rename(source / 'train.csv')
+        (source / 'x').rename(source / 'val.csv')
+    return how
+
+
+def listed_files(source):
+    """What a source's csv files say that the target should hold."""
+    told = set()
+    for split in SPLITS:
+        if (source / f'{split}.csv').exists():
+            with (source / f'{split}.csv').open(newline='') as file:
+                rows = list(csv.DictReader(file))
+            told |= {f'{split}/{row["label"]}/{row["filename"]}' for row in rows}
+    return told
+
+
 def test_any_damage_to_a_csv_is_a_sentence_or_what_it_says(tmp_path):
-    """Cut, with bits flipped, empty, absent or swapped: never a traceback, and a target that holds what the file lists, or none."""
+    """Never a traceback, and a target that holds what the files list, or none."""
     for seed in range(40):
-        dice, target = random.Random(seed), tmp_path / f'target{seed}'
+        target = tmp_path / f'target{seed}'
         source = listed(tmp_path / f'source{seed}', SPLITS, IMAGES)
-        path = source / f'{dice.choice(["train", "val"])}.csv'
-        content = bytearray(path.read_bytes())
-        how = dice.choice(['cut', 'flip', 'empty', 'absent', 'swap'])
-        if how == 'flip':
-            content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
-        path.write_bytes(
-            content[: dice.randrange(len(content))]
-            if how == 'cut'
-            else b''
-            if how == 'empty'
-            else content
-        )
-        if how == 'absent':
-            path.unlink()
-        if how == 'swap':
-            (source / 'train.csv').rename(source / 'x')
-            (source / 'val.csv').rename(source / 'train.csv')
-            (source / 'x').rename(source / 'val.csv')
+        how = spoil_csv(source, random.Random(seed))
         try:
             prepare_miniimagenet.prepare(source, target)
         except PreparationError as error:
-            assert str(source) in str(error) and '\n' not in str(error) and not target.exists(), (
-                how,
-                error,
-            )
-            continue
-        told = set()
-        for split in SPLITS:
-            if (source / f'{split}.csv').exists():
-                with (source / f'{split}.csv').open(newline='') as file:
-                    told |= {
-                        f'{split}/{row["label"]}/{row["filename"]}' for row in csv.DictReader(file)
-                    }
-        assert files(target) == told, how
+            assert str(source) in str(error) and '\n' not in str(error), (how, error)
+            assert not target.exists(), how
+        else:
+            assert files(target) == listed_files(source), how
 
 
 def test_csv_from_a_spreadsheet(tmp_path, target):
@@ -672,9 +612,8 @@ def test_csv_from_a_spreadsheet(tmp_path, target):
 
 
 def test_images_of_one_name_in_one_archive(tmp_path, target):
-    source = listed(
-        tmp_path / 'source', SPLITS, {**IMAGES, 'n01/a1.jpg': IMAGES['a1.jpg']}, 'images.zip'
-    )
+    images = {**IMAGES, 'n01/a1.jpg': IMAGES['a1.jpg']}
+    source = listed(tmp_path / 'source', SPLITS, images, 'images.zip')
     with pytest.raises(PreparationError, match='have the same file name'):
         prepare_miniimagenet.prepare(source, target)
 
@@ -682,22 +621,14 @@ def test_images_of_one_name_in_one_archive(tmp_path, target):
 def test_undecodable_image_is_named(tmp_path, target):
     images = {**IMAGES, 'b1.jpg': IMAGES['b1.jpg'][:-200]}
     source = listed(tmp_path / 'source', SPLITS, images)
-    refused(
-        command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}'),
-        str(source / 'images/b1.jpg'),
-        'truncated',
-    )
+    result = command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}')
+    refused(result, str(source / 'images/b1.jpg'), 'truncated')
     assert not target.parent.exists()
 
 
 def test_without_source_the_way_to_the_files_is_told(tmp_path):
-    refused(
-        command('prepare_miniimagenet.py', cwd=tmp_path),
-        '--source=FOLDER',
-        'train.csv',
-        'Ravi',
-        'ImageNet',
-    )
+    result = command('prepare_miniimagenet.py', cwd=tmp_path)
+    refused(result, '--source=FOLDER', 'train.csv', 'Ravi', 'ImageNet')
     assert not list(tmp_path.iterdir())
 
 
@@ -710,44 +641,30 @@ def test_interrupted(tmp_path, number):
     for name in names:
         (source / 'images' / name).symlink_to(source / 'large')
     (source / 'large').write_bytes(large)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            '-B',
-            ROOT / 'scripts/data/prepare_miniimagenet.py',
-            f'--source={source}',
-            f'--target={tmp_path / "new/data/target"}',
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    flags = [f'--source={source}', f'--target={tmp_path / "new/data/target"}']
+    line = [sys.executable, '-B', ROOT / 'scripts/data/prepare_miniimagenet.py', *flags]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 20
-    while (
-        not list(tmp_path.glob('new/data/.target.*/target/train/n01/1.jpg'))
-        and time.monotonic() < deadline
-    ):
+    half_made = 'new/data/.target.*/target/train/n01/1.jpg'
+    while not list(tmp_path.glob(half_made)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert list(tmp_path.glob('new/data/.target.*/target/train/n01/1.jpg')), 'did not start in time'
+    assert list(tmp_path.glob(half_made)), 'did not start in time'
+    # Again and again, as an impatient user does: that must not break off the cleaning up.
     while process.poll() is None and time.monotonic() < deadline + 20:
-        process.send_signal(
-            number
-        )  # again and again, as an impatient user does: that must not break off the cleaning up
+        process.send_signal(number)
         time.sleep(0.001)
     stderr = process.communicate(timeout=1)[1]
-    assert (
-        process.returncode == 128 + number
-        and stderr.count('Stopped') == 1
-        and 'Traceback' not in stderr
-    )
+    assert process.returncode == 128 + number
+    assert stderr.count('Stopped') == 1 and 'Traceback' not in stderr
     assert {path.name for path in tmp_path.iterdir()} == {'source'}
 
 
-# Real data
+# Real data ----------------------------------------------------------------------------------------
 
 
 @needs_data('omniglot')
 def test_official_omniglot_pixels_are_those_of_lanczos_on_1_bit():
-    """What the published results were trained on: Pillow asked for Lanczos, giving nearest neighbour."""
+    """What the published results were trained on: asked for Lanczos, Pillow gave the nearest."""
     images = prepare_omniglot.merge(prepare_omniglot.find(DATA / 'omniglot'))
     assert prepare_omniglot.fault(images, prepare_omniglot.Counts()) is None
     for item in list(images.values())[::301]:

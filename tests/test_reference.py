@@ -1,8 +1,9 @@
-"""The port against the original's losses, gradients and updates, and against exact float64 arithmetic.
+"""The port against the original's losses, gradients and updates, and against exact arithmetic.
 
-The cases are the .npz files of the folder MAML_REFERENCE_DIR, by default tests/reference. Each holds one meta-batch, the
-flags, the initial parameters and what the original program computed from them under TensorFlow 1.2.1, whose
-meta-gradient is exact; under `float64/` stands what independent float64 arithmetic gives.
+The cases are the .npz files of the folder MAML_REFERENCE_DIR, by default tests/reference. Each
+holds one meta-batch, the flags, the initial parameters and what the original program computed from
+them under TensorFlow 1.2.1, whose meta-gradient is exact; under `float64/` stands what independent
+float64 arithmetic gives.
 """
 
 import json
@@ -21,64 +22,43 @@ from utils import Batch
 
 FOLDER = Path(os.environ.get('MAML_REFERENCE_DIR', Path(__file__).parent / 'reference'))
 CASES = sorted(path.stem for path in FOLDER.glob('*.npz'))
-FAST_COMPILED = (
-    'sinusoid',
-    'omniglot_5way_1shot',
-)  # XLA takes half a minute for each of the others
+# XLA takes half a minute for each of the others.
+FAST_COMPILED = ('sinusoid', 'omniglot_5way_1shot')
+# Uncompiled, these say little that smaller cases do not.
+REPEATED = (
+    'omniglot_5way_5shot_first_order',
+    'omniglot_20way_1shot_5steps',
+    'omniglot_max_pool',
+    'omniglot_layer_norm',
+)
+
+
+def is_slow(name: str, dtype, compiled: bool) -> bool:
+    single = dtype == tf.float32
+    if compiled:
+        quick = name.startswith(FAST_COMPILED) and not name.endswith('first_order')
+        return not (single and quick)
+    # Images in float32 say little that compiled float32 and uncompiled float64 do not.
+    return name in REPEATED or single and not name.startswith('sinusoid')
 
 
 def modes(name: str):
     for dtype in (tf.float32, tf.float64):
-        # Uncompiled in float32, images say little that compiled float32 and uncompiled float64 do not; the
-        # first-order case little that the smaller ones do not.
-        repeated = (
-            dtype == tf.float32
-            and not name.startswith('sinusoid')
-            or name
-            in (
-                'omniglot_5way_5shot_first_order',
-                'omniglot_20way_1shot_5steps',
-                'omniglot_max_pool',
-                'omniglot_layer_norm',
-            )
-        )
-        yield pytest.param(
-            name,
-            dtype,
-            False,
-            id=f'{name}-{dtype.name}-uncompiled',
-            marks=[pytest.mark.slow] if repeated else [],
-        )
-        fast = (
-            dtype == tf.float32
-            and name.startswith(FAST_COMPILED)
-            and not name.endswith('first_order')
-        )
-        yield pytest.param(
-            name,
-            dtype,
-            True,
-            id=f'{name}-{dtype.name}-compiled',
-            marks=[] if fast else [pytest.mark.slow],
-        )
+        for compiled, word in ((False, 'uncompiled'), (True, 'compiled')):
+            marks = [pytest.mark.slow] if is_slow(name, dtype, compiled) else []
+            label = f'{name}-{dtype.name}-{word}'
+            yield pytest.param(name, dtype, compiled, id=label, marks=marks)
 
 
 class Case:
-    """A case file: settings as the command line would parse them, the meta-batch, and the expected values."""
+    """A case file: settings as of the command line, the meta-batch, and the expected values."""
 
     def __init__(self, name: str):
         self.values = dict(np.load(FOLDER / f'{name}.npz'))
         self.flags = flags.FlagValues()
         main.define_flags(self.flags)
-        self.flags(
-            [
-                'main.py',
-                *(
-                    f'--{name}={value}'
-                    for name, value in json.loads(str(self.values['flags'])).items()
-                ),
-            ]
-        )
+        given = json.loads(str(self.values['flags']))
+        self.flags(['main.py', *(f'--{name}={value}' for name, value in given.items())])
         self.updates = max(int(self.values['test_num_updates']), self.flags.num_updates)
         # 84x84 images with flat regions are ill-conditioned in float32.
         self.gradient_tolerance = 5e-3 if self.flags.datasource == 'miniimagenet' else 2e-4
@@ -109,7 +89,7 @@ def names(model) -> list[str]:
 
 
 def cancelled_bias(values: dict, name: str) -> bool:
-    """Whether batch normalisation takes the mean, and with it this bias, away again: its gradient is rounding error."""
+    """Whether this bias's gradient is rounding error: batch normalisation takes the mean away."""
     key = f'float64/meta_grad/{name}'
     return key in values and np.linalg.norm(values[key]) < 1e-9
 
@@ -118,82 +98,75 @@ def rms(x) -> float:
     return np.sqrt(np.mean(np.square(x)))
 
 
+def norms_of(outputs) -> np.ndarray:
+    """Of each task's outputs [..., examples, out], after each update."""
+    return np.linalg.norm(outputs, axis=(-2, -1))
+
+
 def check_outcomes(case: Case, model, batch: Batch):
     """Losses, accuracies and outputs before and after each update."""
     expected, results = case.values, model.evaluate(batch, case.updates)
     prefix, tolerance = ('float64/', 1e-9) if model.dtype == tf.float64 else ('', 2e-4)
-    np.testing.assert_allclose(
-        np.mean(results.loss1), expected[f'{prefix}total_loss1'], rtol=tolerance
-    )
-    np.testing.assert_allclose(
-        np.mean(results.losses2, axis=1), expected[f'{prefix}total_losses2'], rtol=tolerance
-    )
+    loss1, losses2 = np.mean(results.loss1), np.mean(results.losses2, axis=1)
+    np.testing.assert_allclose(loss1, expected[f'{prefix}total_loss1'], rtol=tolerance)
+    np.testing.assert_allclose(losses2, expected[f'{prefix}total_losses2'], rtol=tolerance)
     for output, key in ((results.outputa, 'outputas'), (results.outputsb, 'outputbs')):
-        error = np.linalg.norm(output - expected[key], axis=(-2, -1)) / np.linalg.norm(
-            expected[key], axis=(-2, -1)
-        )
-        assert error.max() <= 2e-4, key  # per task and update
+        error = norms_of(output - expected[key]) / norms_of(expected[key])
+        assert error.max() <= 2e-4, key
     if 'total_accuracy1' in expected:
-        np.testing.assert_allclose(
-            np.mean(results.accuracy1), expected['total_accuracy1'], atol=1e-6
-        )
-        np.testing.assert_allclose(
-            np.mean(results.accuracies2, axis=1), expected['total_accuracies2'], atol=1e-6
-        )
+        accuracy1, accuracies2 = np.mean(results.accuracy1), np.mean(results.accuracies2, axis=1)
+        np.testing.assert_allclose(accuracy1, expected['total_accuracy1'], atol=1e-6)
+        np.testing.assert_allclose(accuracies2, expected['total_accuracies2'], atol=1e-6)
 
 
 def check_gradients(values: dict, model, gradients, tolerance: float):
     """Per variable, relative to the exact gradient's norm.
 
-    Where rounding decides between two all but equal pixels of a pooling window, the gradient jumps. The original's does
-    so in one of the miniImagenet cases, where it is up to 2.7e-2 away from the exact one; a float32 gradient may be half
-    as far away again as the original's.
+    Where rounding decides between two all but equal pixels of a pooling window, the gradient jumps.
+    The original's does so in one of the miniImagenet cases, where it is up to 2.7e-2 away from the
+    exact one; a float32 gradient may be half as far away again as the original's.
     """
     for name, gradient in zip(names(model), gradients):
         exact = values[f'float64/meta_grad/{name}']
         if cancelled_bias(values, name):
             assert np.abs(gradient).max() <= 1e-3, name
         else:
-            jump = (
-                1.5 * np.linalg.norm(values[f'meta_grad/{name}'] - exact)
-                if tolerance == 5e-3
-                else 0
-            )
-            assert np.linalg.norm(gradient - exact) <= max(
-                jump, tolerance * np.linalg.norm(exact)
-            ), name
+            allowed = tolerance * np.linalg.norm(exact)
+            if tolerance == 5e-3:
+                jump = np.linalg.norm(values[f'meta_grad/{name}'] - exact)
+                allowed = max(1.5 * jump, allowed)
+            assert np.linalg.norm(gradient - exact) <= allowed, name
 
 
 def check_step(values: dict, key: str, model, gradients, tolerance: float):
     """Variables after one Adam step, compared where the gradient is well above its rounding error.
 
-    Adam's first step is β times the gradient's sign, so an element whose sign is rounding error may differ by 2β. The
-    error is this program's own (`tolerance`) and that of the original's float32, seen where its gradient is given.
+    Adam's first step is β times the gradient's sign, so an element whose sign is rounding error may
+    differ by 2β. The error is this program's own (`tolerance`) and that of the original's float32,
+    seen where its gradient is given.
     """
     for name, variable, gradient in zip(names(model), model.parameters, gradients):
         error = tolerance * rms(gradient)
         if key == 'after_metatrain':
-            error = max(
-                error, rms(values[f'meta_grad/{name}'] - values[f'float64/meta_grad/{name}'])
-            )
+            exact = values[f'float64/meta_grad/{name}']
+            error = max(error, rms(values[f'meta_grad/{name}'] - exact))
         clear = np.abs(gradient) > 10 * error
         if clear.any() and not cancelled_bias(values, name):
-            np.testing.assert_allclose(
-                variable.numpy()[clear], values[f'{key}/{name}'][clear], atol=1e-5, rtol=0
-            )
+            found, expected = variable.numpy()[clear], values[f'{key}/{name}'][clear]
+            np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
 def given(optimizer) -> list[np.ndarray]:
-    """The gradients that a fresh Adam was given in its first step: its first moments are a tenth of them."""
+    """A fresh Adam's gradients of its first step: ten times its first moments."""
     return [moment.numpy() / 0.1 for moment in optimizer._momentums]
 
 
 def check_metatrain(case: Case, model, batch: Batch, tolerance: float):
     """The outer gradient as Adam gets it, hence clipped, and all variables after the step."""
-    values = {
-        key: np.clip(value, -model.clip, model.clip) if model.clip and 'meta_grad' in key else value
-        for key, value in case.values.items()
-    }
+    values = dict(case.values)
+    for key in values:
+        if model.clip and 'meta_grad' in key:
+            values[key] = np.clip(values[key], -model.clip, model.clip)
     model.metatrain_step(batch)
     check_gradients(values, model, given(model.metatrain_optimizer), tolerance)
     exact = [values[f'float64/meta_grad/{name}'] for name in names(model)]
@@ -214,10 +187,5 @@ def test_original(name, dtype, compiled):
     if 'after_pretrain/b1' in case.values:
         case.initialize(model)
         model.pretrain_step(batch)
-        check_step(
-            case.values,
-            'after_pretrain',
-            model,
-            given(model.pretrain_optimizer),
-            case.gradient_tolerance,
-        )
+        gradients = given(model.pretrain_optimizer)
+        check_step(case.values, 'after_pretrain', model, gradients, case.gradient_tolerance)

@@ -1,4 +1,4 @@
-"""--strategy: the same weights from one device, from two of a process, and from two processes; what happens when one is lost."""
+"""--strategy: the same weights from one device, two of a process, and two processes."""
 
 import os
 import re
@@ -34,36 +34,24 @@ app.run(main.program)
 def flags(tmp_path_factory) -> list[str]:
     """A network with a normalisation, one that starts fast, and 20 iterations of it."""
     data = make_omniglot(tmp_path_factory.mktemp('scale'))
-    return [
-        '--datasource=omniglot',
-        f'--data_dir={data}',
-        '--num_classes=2',
-        '--update_batch_size=1',
-        '--update_lr=0.4',
-        '--num_filters=8',
-        '--meta_batch_size=32',
-        '--metatrain_iterations=20',
-    ]  # two shares of 16 tasks, on one device and on two
+    source = ['--datasource=omniglot', f'--data_dir={data}', '--num_classes=2']
+    # Two shares of 16 tasks, on one device and on two.
+    tasks = ['--update_batch_size=1', '--meta_batch_size=32', '--num_filters=8']
+    return [*source, *tasks, '--update_lr=0.4', '--metatrain_iterations=20']
 
 
 def two_devices(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, '-B', '-c', TWO_DEVICES, *arguments, '--strategy=mirrored'],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    line = [sys.executable, '-B', '-c', TWO_DEVICES, *arguments, '--strategy=mirrored']
+    return subprocess.run(line, capture_output=True, text=True, timeout=600)
 
 
 def stored(logdir: Path) -> dict[str, np.ndarray]:
     """All variables of the newest checkpoint."""
     (folder,) = logdir.iterdir()
     reader = tf.train.load_checkpoint([*checkpoints(folder).values()][-1])
-    return {
-        name: reader.get_tensor(name)
-        for name in reader.get_variable_to_shape_map()
-        if name.startswith(('weights', 'norms', 'metatrain'))
-    }
+    names = reader.get_variable_to_shape_map()
+    parts = ('weights', 'norms', 'metatrain')
+    return {name: reader.get_tensor(name) for name in names if name.startswith(parts)}
 
 
 def assert_close(logdir: Path, other: Path, tolerance: float = 1e-5):
@@ -73,9 +61,10 @@ def assert_close(logdir: Path, other: Path, tolerance: float = 1e-5):
         assert np.linalg.norm(value - theirs[name]) <= tolerance * np.linalg.norm(value), name
 
 
-def result(logdir: Path) -> str:
+def means(logdir: Path) -> np.ndarray:
+    """Of an evaluation's table."""
     (path,) = logdir.glob('*/test_*.csv')
-    return path.read_text()
+    return np.array(path.read_text().splitlines()[1].split(','), float)
 
 
 @pytest.mark.parametrize('conv', [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -99,13 +88,7 @@ def test_evaluation_is_shared(flags, tmp_path):
     succeeded(command('main.py', *flags, '--train=False', f'--logdir={tmp_path}/one'))
     evaluated = two_devices(*flags, '--train=False', f'--logdir={tmp_path}/mirrored')
     assert evaluated.returncode == 0, evaluated.stderr[-2000:]
-    np.testing.assert_allclose(
-        *(
-            np.array(result(tmp_path / name).splitlines()[1].split(','), float)
-            for name in ('one', 'mirrored')
-        ),
-        rtol=1e-5,
-    )
+    np.testing.assert_allclose(means(tmp_path / 'one'), means(tmp_path / 'mirrored'), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -123,31 +106,30 @@ def test_resume_across_strategies(flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'arguments',
-    [
-        ['--datasource=sinusoid', '--norm=None', '--update_batch_size=5', '--meta_batch_size=8'],
-        [
-            '--datasource=sinusoid',
-            '--norm=None',
-            '--meta_batch_size=8',
-            '--pretrain_iterations=150',
-        ],
-    ],
-)
-def test_sinusoids_too(arguments, tmp_path):
+@pytest.mark.parametrize('more', ['--update_batch_size=5', '--pretrain_iterations=150'])
+def test_sinusoids_too(more, tmp_path):
     """Whose steps are many to a program on one device."""
-    line = [*arguments, '--metatrain_iterations=300']
+    line = ['--datasource=sinusoid', '--norm=None', '--meta_batch_size=8', more]
+    line += ['--metatrain_iterations=300']
     succeeded(command('main.py', *line, f'--logdir={tmp_path}/one'))
     assert two_devices(*line, f'--logdir={tmp_path}/two').returncode == 0
     assert_close(tmp_path / 'one', tmp_path / 'two', 1e-3)  # rounding grows over as many iterations
 
 
 def children(process: subprocess.Popen) -> list[int]:
-    return [
-        int(pid)
-        for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-    ]
+    listed = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text()
+    return [int(pid) for pid in listed.split()]
+
+
+def launched(*arguments: str) -> subprocess.Popen:
+    """Two workers with these flags."""
+    line = [sys.executable, '-B', ROOT / LAUNCH, '2', '--', *arguments]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def longer(flags: list[str], iterations: int) -> list[str]:
+    rest = [flag for flag in flags if 'iterations' not in flag]
+    return [*rest, '--conv=False', f'--metatrain_iterations={iterations}']
 
 
 def wait_for(folder: Path, pattern: str, process: subprocess.Popen):
@@ -160,25 +142,15 @@ def wait_for(folder: Path, pattern: str, process: subprocess.Popen):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc to find the workers')
 def test_a_worker_is_killed(flags, tmp_path):
-    """kill -9 of the second: the first says so and ends; all started again end as if nothing had happened."""
-    line = [
-        *(flag for flag in flags if 'iterations' not in flag),
-        '--conv=False',
-        '--metatrain_iterations=2500',
-    ]
+    """kill -9 of the second: the first says so and ends; started again, they end as if it lived."""
+    line = longer(flags, 2500)
     succeeded(command(LAUNCH, '2', '--', *line, f'--logdir={tmp_path}/whole'))
-    launched = subprocess.Popen(
-        [sys.executable, '-B', ROOT / LAUNCH, '2', '--', *line, f'--logdir={tmp_path}/killed'],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(tmp_path, 'killed/*/model1000.index', launched)
-    os.kill(children(launched)[1], signal.SIGKILL)
-    _, err = launched.communicate(timeout=120)
-    assert launched.returncode != 0 and re.search(
-        r'main\.py: worker 0 lost another one \(.*start all of them again', err
-    ), err[-2000:]
+    process = launched(*line, f'--logdir={tmp_path}/killed')
+    wait_for(tmp_path, 'killed/*/model1000.index', process)
+    os.kill(children(process)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    sentence = r'main\.py: worker 0 lost another one \(.*start all of them again'
+    assert process.returncode != 0 and re.search(sentence, err), err[-2000:]
     assert 'Traceback' not in err
     (folder,) = (tmp_path / 'killed').iterdir()
     assert max(checkpoints(folder)) < 2499
@@ -191,43 +163,25 @@ def test_a_worker_is_killed(flags, tmp_path):
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc to find the workers')
 def test_a_signal_stops_all_workers(flags, tmp_path):
     """SIGTERM to the second alone: both stop after the same iteration, and the run is saved."""
-    line = [
-        *(flag for flag in flags if 'iterations' not in flag),
-        '--conv=False',
-        '--metatrain_iterations=100000',
-        f'--logdir={tmp_path}/logs',
-    ]
-    launched = subprocess.Popen(
-        [sys.executable, '-B', ROOT / LAUNCH, '2', '--', *line],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(tmp_path, 'logs/*/model1000.index', launched)
-    os.kill(children(launched)[1], signal.SIGTERM)
-    out, err = launched.communicate(timeout=120)
-    assert launched.returncode == 143 and re.search(
-        r'Saved .*; the same command continues at iteration', out
-    ), err[-2000:]
+    process = launched(*longer(flags, 100000), f'--logdir={tmp_path}/logs')
+    wait_for(tmp_path, 'logs/*/model1000.index', process)
+    os.kill(children(process)[1], signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    sentence = r'Saved .*; the same command continues at iteration'
+    assert process.returncode == 143 and re.search(sentence, out), err[-2000:]
 
 
-# Without other processes --------------------------------------------------------------------------------------------------
+# Without other processes --------------------------------------------------------------------------
 
 
 def test_one_device_is_no_strategy():
     replicas, batch = Replicas(), Batch(*np.ones([4, 2, 3, 1]))
-    assert (
-        replicas.place(batch) is batch
-        and replicas.is_chief
-        and replicas.slice_of(6) == slice(0, 6)
-        and replicas.any(True, 1)
-        and not replicas.any(False, 1)
-    )
-    assert (
-        replicas.agree([1, 2]) == [1, 2]
-        and replicas.mean(lambda share: share, batch) is batch
-        and replicas.gather(len, batch) == 4
-    )
+    assert replicas.place(batch) is batch and replicas.is_chief
+    assert replicas.slice_of(6) == slice(0, 6)
+    assert replicas.any(True, 1) and not replicas.any(False, 1)
+    assert replicas.agree([1, 2]) == [1, 2]
+    assert replicas.mean(lambda share: share, batch) is batch
+    assert replicas.gather(len, batch) == 4
 
 
 class FourWorkers(Replicas):
@@ -239,10 +193,8 @@ class FourWorkers(Replicas):
 
 def test_shares_of_the_tasks():
     assert FourWorkers().slice_of(32) == slice(16, 24)
-    with pytest.raises(
-        ValueError,
-        match='--meta_batch_size=25 tasks cannot be shared equally by 8 replicas: make it a multiple of 8',
-    ):
+    sentence = 'tasks cannot be shared equally by 8 replicas: make it a multiple of 8'
+    with pytest.raises(ValueError, match=f'--meta_batch_size=25 {sentence}'):
         FourWorkers().slice_of(25)
 
 
@@ -256,11 +208,8 @@ def test_no_cluster(monkeypatch, tmp_path, config, words):
 
 def test_tasks_that_two_devices_cannot_share(flags, tmp_path):
     outcome = two_devices(*flags, '--meta_batch_size=25', f'--logdir={tmp_path}')
-    assert (
-        outcome.returncode == 1
-        and 'multiple of 2' in outcome.stderr.splitlines()[-1]
-        and not [*tmp_path.iterdir()]
-    )
+    assert outcome.returncode == 1 and 'multiple of 2' in outcome.stderr.splitlines()[-1]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_launcher_refuses():

@@ -1,4 +1,4 @@
-"""Convolution with one kernel per task and pooling, against TensorFlow's own layers applied task by task."""
+"""Products, sums and pooling for many tasks at once, against TensorFlow's, task by task."""
 
 import numpy as np
 import pytest
@@ -25,16 +25,13 @@ SIZES = [(6, 6), (5, 5), (7, 4), (4, 7), (3, 2), (2, 2), (1, 3), (1, 1)]
 
 def convolution(x, kernel, stride):
     """x [T, examples, H, W, C], kernel [T, 3, 3, C, F]: each task's patches by its kernel."""
-    patches = patches3x3(x, stride)
-    return tf.einsum(
-        'tehwi,tif->tehwf', patches, tf.reshape(kernel, [kernel.shape[0], -1, kernel.shape[-1]])
-    )
+    matrix = tf.reshape(kernel, [kernel.shape[0], -1, kernel.shape[-1]])  # [T, 9*C, F]
+    return tf.einsum('tehwi,tif->tehwf', patches3x3(x, stride), matrix)
 
 
 def tensorflow_convolution(x, kernel, stride):
-    return tf.stack(
-        [tf.nn.conv2d(*task, strides=stride, padding='SAME') for task in zip(x, kernel)]
-    )
+    tasks = zip(x, kernel)
+    return tf.stack([tf.nn.conv2d(*task, strides=stride, padding='SAME') for task in tasks])
 
 
 def tensorflow_pooling(x):
@@ -42,14 +39,15 @@ def tensorflow_pooling(x):
 
 
 def derivatives(function, *inputs):
-    """function(*inputs), the gradient of a nonlinear scalar of it, and that gradient's derivative along a direction."""
+    """The value, a scalar's gradient, and the derivative of that gradient along a direction."""
     inputs = [tf.convert_to_tensor(x) for x in inputs]
     random = np.random.default_rng(1)
     with tf.GradientTape() as outer:
         outer.watch(inputs)
         with tf.GradientTape() as inner:
             inner.watch(inputs)
-            # Squares of inputs and outputs: the scalar's second derivative passes through the layer in every way.
+            # Squares of inputs and outputs: the scalar's second derivative passes through the layer
+            # in every way.
             value = function(*(x + tf.square(x) / 4 for x in inputs))
             weights = random.standard_normal(value.shape)
             scalar = tf.reduce_sum(weights * (value + tf.square(value)))
@@ -66,14 +64,13 @@ def assert_same(one, other):
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('size', SIZES, ids=str)
 def test_convolution_is_tensorflows_of_each_task(size, stride):
-    """Value, gradients for images and kernels, and second derivatives; three tasks with a kernel each."""
+    """Value, first and second derivatives for images and kernels; a kernel for each task."""
     random = np.random.default_rng(0)
     x, kernel = random.standard_normal((3, 2, *size, 2)), random.standard_normal((3, 3, 3, 2, 4))
     ours = derivatives(lambda *inputs: convolution(*inputs, stride), x, kernel)
     assert ours[0].shape == (3, 2, -(-size[0] // stride), -(-size[1] // stride), 4)
-    assert_same(
-        ours, derivatives(lambda *inputs: tensorflow_convolution(*inputs, stride), x, kernel)
-    )
+    expected = derivatives(lambda *inputs: tensorflow_convolution(*inputs, stride), x, kernel)
+    assert_same(ours, expected)
 
 
 @pytest.mark.parametrize('stride', [1, 2])
@@ -82,19 +79,18 @@ def test_each_task_has_its_own_kernel(stride):
     random = np.random.default_rng(0)
     x, kernel = random.standard_normal((3, 2, 6, 5, 2)), random.standard_normal((3, 3, 3, 2, 4))
 
+    def middle(*inputs):
+        return convolution(*inputs, stride)[1]
+
     def of_middle_task():
-        value, first, second = derivatives(
-            lambda *inputs: convolution(*inputs, stride)[1], x, kernel
-        )
+        value, first, second = derivatives(middle, x, kernel)
         for gradient in (*first, *second):
             assert np.any(gradient[1]) and not np.any(gradient[0]) and not np.any(gradient[2])
         return value, [gradient[1] for gradient in (*first, *second)]
 
     before = of_middle_task()
-    x[[0, 2]], kernel[[0, 2]] = (
-        random.standard_normal((2, 2, 6, 5, 2)),
-        random.standard_normal((2, 3, 3, 2, 4)),
-    )
+    x[[0, 2]] = random.standard_normal((2, 2, 6, 5, 2))
+    kernel[[0, 2]] = random.standard_normal((2, 3, 3, 2, 4))
     assert_same(of_middle_task(), before)
 
 
@@ -103,7 +99,8 @@ def test_each_task_has_its_own_kernel(stride):
 def test_max_pooling_is_tensorflows(size, ties):
     """Value, gradient and second derivative; an odd last row and column are dropped.
 
-    Blank paper makes constant regions, whose maxima are ties: the gradient then goes where TensorFlow sends it.
+    Blank paper makes constant regions, whose maxima are ties: the gradient then goes where
+    TensorFlow sends it.
     """
     random = np.random.default_rng(0)
     x = random.standard_normal((2, 3, *size, 2))
@@ -117,7 +114,7 @@ def test_max_pooling_is_tensorflows(size, ties):
 
 @pytest.mark.parametrize('shape', [(2, 3, 5, 7, 2), (1, 1, 2, 2, 1)], ids=str)
 def test_ties_of_max_pooling_share_nothing(shape):
-    """One element of each window gets the whole gradient, so that the sum over a window is that of its output."""
+    """One element of each window gets all of the gradient that its output has."""
     x = tf.ones(shape)
     with tf.GradientTape() as tape:
         tape.watch(x)
@@ -170,32 +167,32 @@ def plain_moments(x):
     return tf.concat([mean, tf.reduce_mean(tf.square(x - mean), 1, keepdims=True)], 1)
 
 
+def plain_standardize(x, mean, scale, offset):
+    return (x - mean) * scale + offset
+
+
+def plain_outer(x, y):
+    return tf.matmul(x, y, transpose_a=True)
+
+
+def plain_transposed(x, matrix):
+    return tf.matmul(x, matrix, transpose_b=True)
+
+
+def unperturbed(x, matrix):
+    return product_shared(x, matrix, tf.zeros([2, 3, 4], tf.float64))
+
+
 @pytest.mark.parametrize(
     'ours, plain, shapes',
     [
         (product, tf.matmul, [(2, 5, 3), (2, 3, 4)]),
-        (
-            product_transposed,
-            lambda x, matrix: tf.matmul(x, matrix, transpose_b=True),
-            [(2, 5, 3), (2, 4, 3)],
-        ),
-        (product_outer, lambda x, y: tf.matmul(x, y, transpose_a=True), [(2, 5, 3), (2, 5, 4)]),
-        (
-            product_outer,
-            lambda x, y: tf.matmul(x, y, transpose_a=True),
-            [(2, FEW_ROWS + 1, 3), (2, FEW_ROWS + 1, 4)],
-        ),
-        (
-            lambda x, matrix: product_shared(x, matrix, tf.zeros([2, 3, 4], tf.float64)),
-            tf.matmul,
-            [(2, 5, 3), (3, 4)],
-        ),
+        (product_transposed, plain_transposed, [(2, 5, 3), (2, 4, 3)]),
+        (product_outer, plain_outer, [(2, 5, 3), (2, 5, 4)]),
+        (product_outer, plain_outer, [(2, FEW_ROWS + 1, 3), (2, FEW_ROWS + 1, 4)]),
+        (unperturbed, tf.matmul, [(2, 5, 3), (3, 4)]),
         (lambda x: tf.concat(moments(x), 1), plain_moments, [(2, 12, 3)]),
-        (
-            standardize,
-            lambda x, mean, scale, offset: (x - mean) * scale + offset,
-            [(2, 12, 3), *[(2, 1, 3)] * 3],
-        ),
+        (standardize, plain_standardize, [(2, 12, 3), *[(2, 1, 3)] * 3]),
     ],
 )
 def test_derivatives_by_hand(ours, plain, shapes):
@@ -204,17 +201,19 @@ def test_derivatives_by_hand(ours, plain, shapes):
     inputs = [tf.constant(random.standard_normal(shape)) for shape in shapes]
     assert_same(derivatives(ours, *inputs), derivatives(plain, *inputs))
 
-    def second(function):
-        return lambda *inputs: tf.concat(
-            [tf.reshape(g, [-1]) for g in derivatives(function, *inputs)[2]], 0
-        )
+    def third(function):
+        def second(*inputs):
+            gradients = derivatives(function, *inputs)[2]
+            return tf.concat([tf.reshape(gradient, [-1]) for gradient in gradients], 0)
 
-    assert_same(derivatives(second(ours), *inputs)[1], derivatives(second(plain), *inputs)[1])
+        return derivatives(second, *inputs)[1]
+
+    assert_same(third(ours), third(plain))
 
 
 @pytest.mark.parametrize('rows', [5, FEW_ROWS + 1])
 def test_shared_weights_have_a_gradient_for_each_task(rows):
-    """It is that of weights of each task's own, and so are its derivatives: what an inner update is made of."""
+    """As with weights of each task's own; its derivatives, too: an inner update consists of it."""
     random = np.random.default_rng(0)
     x, matrix = (tf.constant(random.standard_normal(shape)) for shape in [(2, rows, 3), (3, 4)])
     perturbation = tf.zeros([2, 3, 4], tf.float64)
@@ -232,6 +231,5 @@ def test_shared_weights_have_a_gradient_for_each_task(rows):
             scalar = tf.reduce_sum(tf.sin(x @ copies))
         return tape.gradient(scalar, copies)
 
-    assert_same(
-        derivatives(gradient_of_shared, x, matrix), derivatives(gradient_of_copies, x, matrix)
-    )
+    shared = derivatives(gradient_of_shared, x, matrix)
+    assert_same(shared, derivatives(gradient_of_copies, x, matrix))

@@ -1,6 +1,6 @@
 """What happens to a run when the machine, the disk or the user does something unforeseen.
 
-The fast tests call main.py in this process; the slow ones start it, kill it and look at what is left.
+The fast tests call main.py in this process; the slow ones start it, kill it, and look.
 """
 
 import os
@@ -87,23 +87,19 @@ def folder_of(logdir: Path, *arguments: str) -> Path:
 
 
 def scalars(folder: Path) -> list[tuple]:
-    """(step, tag, value) of all summaries in a folder, in order of step and tag, repetitions included."""
-    events = [
-        tf.compat.v1.Event.FromString(record)
-        for path in event_files(folder)
-        for record in read_events(path)
-    ]
-    content = lambda value: (
-        float(tf.make_ndarray(value.tensor))
-        if value.tensor.dtype == 1
-        # DT_FLOAT; else a picture
-        else ''
-        if value.tag == 'flags'
-        else list(value.tensor.string_val)
-    )
-    return sorted(
-        (event.step, value.tag, content(value)) for event in events for value in event.summary.value
-    )
+    """(step, tag, value) of a folder's summaries, by step and tag, repetitions included."""
+
+    def content(value):
+        if value.tensor.dtype == tf.float32.as_datatype_enum:
+            return float(tf.make_ndarray(value.tensor))
+        return '' if value.tag == 'flags' else list(value.tensor.string_val)  # a picture's
+
+    found = []
+    for path in event_files(folder):
+        for record in read_events(path):
+            event = tf.compat.v1.Event.FromString(record)
+            found += [(event.step, value.tag, content(value)) for value in event.summary.value]
+    return sorted(found)
 
 
 def assert_same_run(one: Path, other: Path, last: int):
@@ -119,7 +115,7 @@ def assert_same_run(one: Path, other: Path, last: int):
     assert scalars(one) == scalars(other)
 
 
-# Continuing -----------------------------------------------------------------------------------------------------------
+# Continuing ---------------------------------------------------------------------------------------
 
 
 class Stop:
@@ -143,7 +139,7 @@ class Stop:
 def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(
     tmp_path, eager, data, often, monkeypatch, number
 ):
-    """Status 128 + signal, a checkpoint of that very iteration; printed lines, too, go on as if nothing had happened."""
+    """Status 128 + signal, a checkpoint of that very iteration; printed lines go on, too."""
     monkeypatch.setattr(main, 'SAVE_INTERVAL', 1000)
     train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=35']
     once = succeeded(run(*train, f'--logdir={tmp_path}/once'))
@@ -152,18 +148,16 @@ def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(
         stopped = run(*train, f'--logdir={tmp_path}/often')
     folder = folder_of(tmp_path / 'often', *train)
     assert stopped.status == 128 + number and [*checkpoints(folder)] == [22]
-    assert (
-        f'Saved {folder}/model22; the same command continues at iteration 23 of 35.' in stopped.out
-    )
+    told = 'the same command continues at iteration 23 of 35.'
+    assert f'Saved {folder}/model22; {told}' in stopped.out
     continued = succeeded(run(*train, f'--logdir={tmp_path}/often'))
     assert_same_run(folder_of(tmp_path / 'once', *train), folder, 34)
-    figures = lambda *outcomes: [
-        line
-        for o in outcomes
-        for line in o.lines
-        if re.match('Iteration|Validation|Accuracy', line)
-    ]
-    assert figures(once) == figures(stopped, continued) and len(figures(once)) == 6
+
+    def figures(lines):
+        return [line for line in lines if re.match('Iteration|Validation|Accuracy', line)]
+
+    assert figures(once.lines) == figures(stopped.lines + continued.lines)
+    assert len(figures(once.lines)) == 6
 
 
 def test_a_second_signal_stops_at_once(tmp_path, eager, monkeypatch):
@@ -176,7 +170,7 @@ def test_a_second_signal_stops_at_once(tmp_path, eager, monkeypatch):
 
 
 def test_summaries_of_a_process_that_died(tmp_path):
-    """Those of later iterations than the checkpoint, and half a record, go; the others stay, in place."""
+    """Those of later iterations than the checkpoint, and half a record, go; the others stay."""
     for steps in ((0, 1, 2), (3, 4), (5,)):
         writer = tf.summary.create_file_writer(str(tmp_path), filename_suffix=f'.{steps[0]}')
         with writer.as_default():
@@ -195,11 +189,8 @@ def test_leftovers_of_a_process_that_died(tmp_path, eager):
     train = [*SINUSOID, '--log=False', f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=2'))
     folder = folder_of(tmp_path, *train)
-    left = [
-        'model9.data-00000-of-00001',
-        'model1.index.tempstate77',
-        'best3.data-00000-of-00001.tempstate12',
-    ]
+    left = ['model9.data-00000-of-00001', 'model1.index.tempstate77']
+    left += ['best3.data-00000-of-00001.tempstate12']
     kept = ['notes.data-00000-of-00001', 'my.txt']
     for name in left + kept:
         (folder / name).write_text('x')
@@ -208,7 +199,7 @@ def test_leftovers_of_a_process_that_died(tmp_path, eager):
     assert not names & set(left) and set(kept) <= names
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,32 +215,25 @@ def test_flags_that_contradict_the_run(tmp_path, eager, change, words):
     train = [*SINUSOID, '--num_classes=5', '--log=False', f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=2'))
     before = listing(tmp_path)
-    assert_refused(
-        run(*train, '--metatrain_iterations=4', *change),
-        'was trained with',
-        *words,
-        'or another --logdir',
-    )
+    outcome = run(*train, '--metatrain_iterations=4', *change)
+    assert_refused(outcome, 'was trained with', *words, 'or another --logdir')
     assert listing(tmp_path) == before
     succeeded(run(*train, '--train=False', '--seed=1'))  # of no consequence for evaluation
     succeeded(run(*train, '--metatrain_iterations=4', '--validation_tasks=100'))
 
 
 def test_longer_joint_training(tmp_path, eager):
-    """While it lasts, it may be made longer: the same weights as in one go; not once meta-training has begun."""
+    """It may be made longer, with the same weights as in one go, until meta-training begins."""
     joint = [*SINUSOID, '--log=False', '--metatrain_iterations=0']
     for logdir, lengths in ('whole', [4]), ('parts', [2, 4]):
         for length in lengths:
-            outcome = succeeded(
-                run(*joint, f'--pretrain_iterations={length}', f'--logdir={tmp_path}/{logdir}')
-            )
+            flags = [f'--pretrain_iterations={length}', f'--logdir={tmp_path}/{logdir}']
+            outcome = succeeded(run(*joint, *flags))
     assert 'Continuing at iteration 2 of 4.' in outcome.lines
-    whole, parts = (
-        Learner.load(folder_of(tmp_path / logdir, *joint)).model for logdir in ('whole', 'parts')
-    )
-    assert all(
-        (whole.weights[name].numpy() == parts.weights[name].numpy()).all() for name in whole.weights
-    )
+    folders = [folder_of(tmp_path / logdir, *joint) for logdir in ('whole', 'parts')]
+    whole, parts = (Learner.load(folder).model.weights for folder in folders)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(parts[name], value)
     more = ['--metatrain_iterations=2', f'--logdir={tmp_path}/parts', *SINUSOID, '--log=False']
     succeeded(run(*more, '--pretrain_iterations=4'))
     assert_refused(run(*more, '--pretrain_iterations=6'), '--pretrain_iterations=4 (now 6)')
@@ -259,11 +243,10 @@ def test_another_network_in_evaluation(tmp_path, eager, data):
     """The name of the run tells nothing of the source; the checkpoint does."""
     train = [*OMNIGLOT, f'--data_dir={data}', '--log=False', f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=1'))
-    assert_refused(run(*train, '--train=False', '--conv=True'), '--conv=False (now True)')
-    assert_refused(
-        run(*train, '--train=False', '--datasource=sinusoid'),
-        '--datasource=omniglot (now sinusoid)',
-    )
+    evaluate = [*train, '--train=False']
+    assert_refused(run(*evaluate, '--conv=True'), '--conv=False (now True)')
+    outcome = run(*evaluate, '--datasource=sinusoid')
+    assert_refused(outcome, '--datasource=omniglot (now sinusoid)')
 
 
 def test_two_processes_on_one_folder(tmp_path, eager):
@@ -274,57 +257,31 @@ def test_two_processes_on_one_folder(tmp_path, eager):
     before = listing(tmp_path)
     with lock(folder):
         for more in ([], ['--resume=False', '--overwrite']):
-            assert_refused(
-                run(*train, '--metatrain_iterations=4', *more),
-                f'{folder} is in use by another process',
-            )
+            outcome = run(*train, '--metatrain_iterations=4', *more)
+            assert_refused(outcome, f'{folder} is in use by another process')
         assert listing(tmp_path) == before
         succeeded(run(*train, '--train=False'))
     succeeded(run(*train, '--metatrain_iterations=4'))
 
 
+NO_COUNTS = ('0', '-1', 'x', '1.5', '', '1e3')
+# {flags: values that none of them takes}
+BAD_VALUES = {
+    'num_classes meta_batch_size update_batch_size num_updates num_filters': NO_COUNTS,
+    'meta_lr update_lr': ('nan', 'inf', '-inf', '-1', 'x', ''),
+    'metatrain_iterations pretrain_iterations seed': ('-1', 'x', '2.5', ''),
+    'train log resume conv max_pool stop_grad test_set overwrite': ('perhaps',),
+    'datasource norm baseline': ('x', '', 'NONE'),
+    'test_iter': ('-2', 'last', '1.5', ''),
+    'validation_tasks': ('0', '1', 'x'),
+}
 MALFORMED = [
-    *[
-        f'--{name}={value}'
-        for name in (
-            'num_classes',
-            'meta_batch_size',
-            'update_batch_size',
-            'num_updates',
-            'num_filters',
-        )
-        for value in ('0', '-1', 'x', '1.5', '', '1e3')
-    ],
-    *[
-        f'--{name}={value}'
-        for name in ('meta_lr', 'update_lr')
-        for value in ('nan', 'inf', '-inf', '-1', 'x', '')
-    ],
-    *[
-        f'--{name}={value}'
-        for name in ('metatrain_iterations', 'pretrain_iterations', 'seed')
-        for value in ('-1', 'x', '2.5', '')
-    ],
-    *[
-        f'--{name}=perhaps'
-        for name in (
-            'train',
-            'log',
-            'resume',
-            'conv',
-            'max_pool',
-            'stop_grad',
-            'test_set',
-            'overwrite',
-        )
-    ],
-    *[
-        f'--{name}={value}'
-        for name in ('datasource', 'norm', 'baseline')
-        for value in ('x', '', 'NONE')
-    ],
-    *[f'--test_iter={value}' for value in ('-2', 'last', '1.5', '')],
-    *[f'--validation_tasks={value}' for value in ('0', '1', 'x')],
+    f'--{name}={value}'
+    for names, values in BAD_VALUES.items()
+    for name in names.split()
+    for value in values
+]
+MALFORMED += [
     '--no_such_flag=1',
     '-x',
     'train',
@@ -361,28 +318,20 @@ def test_malformed_command_line(tmp_path, eager, line):
         outcome = Outcome(1, '', f'{error}\n')
     assert_refused(outcome)
     culprit = re.match(r'-*([a-z_]*)', line.split(' ')[-1])[1]
-    assert culprit in outcome.err.strip().splitlines()[-1] or re.search(
-        'holds no checkpoint|nothing to train|there is no folder', outcome.err
-    )
+    named = culprit in outcome.err.strip().splitlines()[-1]
+    others = 'holds no checkpoint|nothing to train|there is no folder'
+    assert named or re.search(others, outcome.err)
     assert not [*tmp_path.iterdir()]
 
 
-# Failures -------------------------------------------------------------------------------------------------------------
+# Failures -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    'source, iteration', [(SINUSOID, 2), (OMNIGLOT, 2)], ids=['sinusoid', 'omniglot']
-)
-def test_loss_that_is_no_number(tmp_path, eager, data, often, source, iteration):
+@pytest.mark.parametrize('source', [SINUSOID, OMNIGLOT], ids=['sinusoid', 'omniglot'])
+def test_loss_that_is_no_number(tmp_path, eager, data, often, source):
     """The run names the iteration and the checkpoint before it, in which all numbers are finite."""
-    train = [
-        *source,
-        f'--data_dir={data}',
-        '--log=False',
-        f'--logdir={tmp_path}',
-        '--metatrain_iterations=50',
-        '--meta_lr=1e30',
-    ]
+    train = [*source, f'--data_dir={data}', '--log=False', f'--logdir={tmp_path}']
+    train += ['--metatrain_iterations=50', '--meta_lr=1e30']
     outcome = run(*train)
     assert_refused(outcome, 'so training has stopped', 'Try a smaller --update_lr or --meta_lr')
     told = re.search(r'in iteration (\d+)|after iteration (\d+)', outcome.err)
@@ -398,41 +347,27 @@ def test_loss_that_is_no_number(tmp_path, eager, data, often, source, iteration)
 
 
 def test_best_checkpoint(tmp_path, eager, data, often):
-    """That of the best validation, the earliest of equals; --test_iter=best evaluates it, beside the results of the last."""
-    train = [
-        *OMNIGLOT,
-        f'--data_dir={data}',
-        f'--logdir={tmp_path}',
-        '--metatrain_iterations=46',
-        '--meta_lr=.01',
-    ]
+    """That of the best validation, the earliest of equals; --test_iter=best evaluates it.
+
+    Its results stand beside those of the last.
+    """
+    train = [*OMNIGLOT, f'--data_dir={data}', f'--logdir={tmp_path}']
+    train += ['--metatrain_iterations=46', '--meta_lr=.01']
     outcome = succeeded(run(*train))
-    accuracies = dict(
-        zip(
-            (15, 30, 45),
-            map(float, re.findall(r'validation tasks: ([\d.]+) \+-', outcome.out)),
-            strict=True,
-        )
-    )
+    printed = map(float, re.findall(r'validation tasks: ([\d.]+) \+-', outcome.out))
+    accuracies = dict(zip((15, 30, 45), printed, strict=True))
     best = max(accuracies, key=accuracies.get)
     folder = folder_of(tmp_path, *train)
     assert [*checkpoints(folder, 'best')] == [best]
-    state = read_run_state(str(folder / 'model45'))
-    assert (
-        state['best']['iteration'] == best
-        and round(state['best']['accuracy'], 4) == accuracies[best]
-    )
-    written = {
-        step: value
-        for step, tag, value in scalars(folder)
-        if tag == 'metaval_Post-update_accuracy__step_1'
-    }
-    assert {step: round(value, 4) for step, value in written.items()} == accuracies
-    evaluated = succeeded(run(*train, '--train=False', '--test_iter=best'))
-    assert (
-        f'{folder}/best{best}' in evaluated.lines[0]
-        and (folder / 'test_ubs1_stepsize0.001_best.csv').exists()
-    )
+    state = read_run_state(str(folder / 'model45'))['best']
+    assert state['iteration'] == best
+    assert round(state['accuracy'], 4) == accuracies[best]
+    accuracy = 'metaval_Post-update_accuracy__step_1'
+    written = {step: round(value, 4) for step, tag, value in scalars(folder) if tag == accuracy}
+    assert written == accuracies
+    outcome = succeeded(run(*train, '--train=False', '--test_iter=best'))
+    assert f'{folder}/best{best}' in outcome.lines[0]
+    assert (folder / 'test_ubs1_stepsize0.001_best.csv').exists()
     succeeded(run(*train, '--train=False'))
     assert (folder / 'test_ubs1_stepsize0.001.csv').exists()
 
@@ -440,9 +375,8 @@ def test_best_checkpoint(tmp_path, eager, data, often):
 def test_no_best_checkpoint_yet(tmp_path, eager):
     train = [*SINUSOID, '--log=False', f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=1'))
-    assert_refused(
-        run(*train, '--train=False', '--test_iter=best'), 'no best checkpoint', 'iteration 500'
-    )
+    outcome = run(*train, '--train=False', '--test_iter=best')
+    assert_refused(outcome, 'no best checkpoint', 'iteration 500')
 
 
 def test_image_that_becomes_unreadable(tmp_path, eager):
@@ -451,16 +385,15 @@ def test_image_that_becomes_unreadable(tmp_path, eager):
     succeeded(run(*train, '--metatrain_iterations=1'))
     image = data / 'omniglot_resized/Alphabet1/character05/0005_01.png'
     image.write_bytes(image.read_bytes()[:50])
-    assert_refused(
-        run(*train, '--metatrain_iterations=2'), 'character05/0005_01.png cannot be decoded'
-    )
+    outcome = run(*train, '--metatrain_iterations=2')
+    assert_refused(outcome, 'character05/0005_01.png cannot be decoded')
 
 
-# Damage ---------------------------------------------------------------------------------------------------------------
+# Damage -------------------------------------------------------------------------------------------
 
 
 def spoil(folder: Path, names: list[str], dice: random.Random) -> str:
-    """Damages one file at random: cuts, empties, flips bits of, removes or swaps it. Returns what was done."""
+    """Cuts, empties, flips bits of, removes or swaps one file at random. Returns what was done."""
     path = folder / dice.choice(names)
     how = dice.choice(['cut', 'flip', 'flips', 'empty', 'remove', 'swap', 'garbage'])
     content = bytearray(path.read_bytes())
@@ -481,16 +414,14 @@ def spoil(folder: Path, names: list[str], dice: random.Random) -> str:
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """A run with checkpoints of the iterations 0...3, and its errors in evaluation from each: (logdir, {iteration: values})."""
+    """(logdir of a run with three checkpoints, {iteration: what its evaluation prints})."""
     logdir = tmp_path_factory.mktemp('trained')
     with pytest.MonkeyPatch.context() as patch, running_eagerly(patch):
         patch.setattr(main, 'SAVE_INTERVAL', 1)
         train = [*SINUSOID, '--log=False', f'--logdir={logdir}', '--meta_lr=.1']
         succeeded(run(*train, '--metatrain_iterations=4'))
-        values = {
-            i: evaluated(*train, f'--test_iter={i}')[1]
-            for i in checkpoints(folder_of(logdir, *train))
-        }
+        found = checkpoints(folder_of(logdir, *train))
+        values = {i: evaluated(*train, f'--test_iter={i}')[1] for i in found}
     assert len(values) == 3 and len(set(values.values())) == 3
     return logdir, values
 
@@ -507,18 +438,16 @@ def evaluated(*arguments: str) -> tuple[Outcome, str]:
     ids=['60', '80 more'],
 )
 def test_damaged_checkpoints_at_random(tmp_path, eager, trained, seeds):
-    """The newest whole checkpoint is used, with a warning if it is not the newest; or one sentence says that there is none."""
+    """The newest whole checkpoint is used, with a warning if it is not the newest, or none is."""
     logdir, values = trained
     for seed in seeds:
         dice, copy = random.Random(seed), tmp_path / str(seed)
         shutil.copytree(logdir, copy)
         train = [*SINUSOID, '--log=False', f'--logdir={copy}', '--meta_lr=.1']
         folder = folder_of(copy, *train)
-        files = [path.name for path in folder.glob('model*')]
-        done = [
-            spoil(folder, [name for name in files if (folder / name).exists()], dice)
-            for _ in range(dice.choice([1, 1, 2, 4]))
-        ]
+        files, done = [path.name for path in folder.glob('model*')], []
+        for _ in range(dice.choice([1, 1, 2, 4])):
+            done += [spoil(folder, [name for name in files if (folder / name).exists()], dice)]
         outcome, figures = evaluated(*train)
         assert 'Traceback' not in outcome.err, (seed, done)
         if outcome.status:
@@ -527,11 +456,8 @@ def test_damaged_checkpoints_at_random(tmp_path, eager, trained, seeds):
         used = int(re.search(r'model(\d+)\n', outcome.out)[1])
         assert figures == values[used], (seed, done)
         newer = [i for i in checkpoints(folder) if i > used]
-        assert len(newer) == outcome.err.count('the one before it is used'), (
-            seed,
-            done,
-            outcome.err,
-        )
+        warnings = outcome.err.count('the one before it is used')
+        assert len(newer) == warnings, (seed, done, outcome.err)
         assert not newer or max(newer) <= 3
 
 
@@ -539,7 +465,10 @@ def test_damaged_caches_at_random(tmp_path, eager, data, seeds=range(60)):
     """Decoded images whose checksums are wrong are decoded again: the tasks are always the same."""
     source = make_omniglot(tmp_path / 'data')
     train = [*OMNIGLOT, f'--data_dir={source}', '--log=False', '--metatrain_iterations=1']
-    draw = lambda: main.make_generators(parsed(*train))['train'].batch('train', 0, 4)
+
+    def draw():
+        return main.make_generators(parsed(*train))['train'].batch('train', 0, 4)
+
     expected = draw()
     cache = source / 'omniglot_resized.cache'
     for seed in seeds:
@@ -549,7 +478,7 @@ def test_damaged_caches_at_random(tmp_path, eager, data, seeds=range(60)):
             np.testing.assert_array_equal(one, other)
 
 
-# Killed, and out of space: processes of their own ---------------------------------------------------------------------
+# Killed, and out of space: processes of their own -------------------------------------------------
 
 
 class Process:
@@ -557,13 +486,9 @@ class Process:
 
     def __init__(self, *arguments: str, intervals: dict = INTERVALS, **more):
         code = WITH_INTERVALS.format(root=str(ROOT), intervals=intervals)
-        self.process = subprocess.Popen(
-            [sys.executable, '-B', '-c', code, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **more,
-        )
+        line = [sys.executable, '-B', '-c', code, *arguments]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, **more)
 
     def kill_after(self, text: str, seconds: float) -> bool:
         """Kills it some seconds after it printed a text. Returns whether it was still alive."""
@@ -582,12 +507,10 @@ class Process:
 
 
 def killed_again_and_again(train: list[str], kills: int, seconds: float, intervals: dict) -> int:
-    """Starts a run and kills it at random moments, `kills` times; then lets it finish. Returns how many kills hit it."""
+    """Kills a run at random moments, `kills` times, and lets it finish. Returns how many hit it."""
     dice, hits = random.Random(0), 0
     for _ in range(kills):
-        text = dice.choice(
-            ['starting training', 'The first step', 'The first step', 'The first step']
-        )
+        text = dice.choice(['starting training', *3 * ['The first step']])
         hits += Process(*train, intervals=intervals).kill_after(text, dice.uniform(0, seconds))
     succeeded(Process(*train, intervals=intervals).finish())
     return hits
@@ -600,9 +523,8 @@ def test_fifty_kills_of_an_omniglot_run(tmp_path, data):
     succeeded(Process(*train, f'--logdir={tmp_path}/once').finish())
     hits = killed_again_and_again([*train, f'--logdir={tmp_path}/often'], 50, 0.9, INTERVALS)
     assert hits >= 45
-    assert_same_run(
-        folder_of(tmp_path / 'once', *train), folder_of(tmp_path / 'often', *train), 1499
-    )
+    once, often = (folder_of(tmp_path / name, *train) for name in ('once', 'often'))
+    assert_same_run(once, often, 1499)
 
 
 @pytest.mark.slow
@@ -611,9 +533,8 @@ def test_ten_kills_of_a_sinusoid_run(tmp_path):
     succeeded(Process(*train, f'--logdir={tmp_path}/once', intervals={}).finish())
     hits = killed_again_and_again([*train, f'--logdir={tmp_path}/often'], 10, 1.2, {})
     assert hits >= 8
-    assert_same_run(
-        folder_of(tmp_path / 'once', *train), folder_of(tmp_path / 'often', *train), 39999
-    )
+    once, often = (folder_of(tmp_path / name, *train) for name in ('once', 'often'))
+    assert_same_run(once, often, 39999)
 
 
 @pytest.mark.slow
@@ -629,16 +550,18 @@ def test_two_processes_with_one_seed(tmp_path, data):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 20 MB, if this user may mount one; else a limit of the size of files, as arguments for Popen."""
+    """A file system of 20 MB if this user may mount one, else a limit of the size of files.
+
+    Yields the folder, and arguments for Popen.
+    """
     folder = tmp_path / 'disk'
     folder.mkdir()
-    mounted = (
-        subprocess.run(
-            ['mount', '-t', 'tmpfs', '-o', 'size=20m', 'tmpfs', folder], capture_output=True
-        ).returncode
-        == 0
-    )
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+    line = ['mount', '-t', 'tmpfs', '-o', 'size=20m', 'tmpfs', folder]
+    mounted = subprocess.run(line, capture_output=True).returncode == 0
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+
     yield folder, {} if mounted else {'preexec_fn': limit}
     if mounted:
         subprocess.run(['umount', folder], check=True)
@@ -648,19 +571,20 @@ def small_disk(tmp_path):
 def test_full_disk(tmp_path, data, small_disk):
     """A sentence; what was saved before can be read, and evaluated."""
     folder, limits = small_disk
-    train = [
-        *OMNIGLOT[:-2],
-        '--conv=True',
-        '--norm=batch_norm',
-        f'--data_dir={data}',
-        f'--logdir={folder}',
-    ]
+    train = [*OMNIGLOT[:-2], '--conv=True', '--norm=batch_norm']
+    train += [f'--data_dir={data}', f'--logdir={folder}']
     outcome = Process(*train, '--metatrain_iterations=2000', **limits).finish()
     assert_refused(outcome, 'cannot be written')
     found = checkpoints(folder_of(folder, *train))
     assert (found or limits) and not [*folder.rglob('*tempstate*')]
     for path in found.values():
         contents(path)
+
+
+def memory() -> float:
+    """Of this process, in MB."""
+    pages = int(Path('/proc/self/statm').read_text().split()[1])
+    return pages * os.sysconf('SC_PAGE_SIZE') / 2**20
 
 
 @pytest.mark.slow
@@ -672,36 +596,24 @@ def test_memory_of_100000_iterations(tmp_path, monkeypatch):
     sizes, models, after, make_model = {}, [], maml.Trainer.after, main.make_model
 
     def watched(run, first, *arguments):
-        sizes[first] = (
-            int(Path('/proc/self/statm').read_text().split()[1])
-            * os.sysconf('SC_PAGE_SIZE')
-            / 2**20
-        )
+        sizes[first] = memory()
         return after(run, first, *arguments)
 
+    def kept(**settings):
+        models.append(make_model(**settings))
+        return models[0]
+
     monkeypatch.setattr(maml.Trainer, 'after', watched)
-    monkeypatch.setattr(
-        main, 'make_model', lambda **settings: models.append(make_model(**settings)) or models[0]
-    )
-    succeeded(
-        run(
-            '--norm=None',
-            '--update_batch_size=10',
-            '--metatrain_iterations=100000',
-            f'--logdir={tmp_path}',
-        )
-    )
-    growth = max(size for first, size in sizes.items() if first > 5000) - sizes[5000]
-    print(
-        f'memory after 5,000 iterations {sizes[5000]:.1f} MB, growth to the largest later {growth:.1f} MB'
-    )
+    monkeypatch.setattr(main, 'make_model', kept)
+    flags = ['--norm=None', '--update_batch_size=10', '--metatrain_iterations=100000']
+    succeeded(run(*flags, f'--logdir={tmp_path}'))
+    warm = sizes[5000]
+    growth = max(size for first, size in sizes.items() if first > 5000) - warm
+    print(f'memory after 5,000 iterations {warm:.1f} MB, largest growth {growth:.1f} MB')
     assert growth < 20
-    counts = {
-        name: getattr(models[0], name).experimental_get_tracing_count()
-        for name in ('_steps', '_evaluate', 'metatrain_step')
-    }
-    # The step is traced once for a checkpoint's single iteration and once within the program of many.
-    assert (
-        counts == {'_steps': 1, '_evaluate': 1, 'metatrain_step': 2}
-        or counts['metatrain_step'] == 1
-    ), counts
+    names = ('_steps', '_evaluate', 'metatrain_step')
+    programs = {name: getattr(models[0], name) for name in names}
+    counts = {name: p.experimental_get_tracing_count() for name, p in programs.items()}
+    # The step is traced for a checkpoint's single iteration and within the program of many.
+    expected = {'_steps': 1, '_evaluate': 1, 'metatrain_step': 2}
+    assert counts == expected or counts['metatrain_step'] == 1, counts

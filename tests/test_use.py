@@ -1,4 +1,4 @@
-"""A user's own images and tasks: --datasource=folder, the API of MAML, scripts/model/classify.py and scripts/model/export.py."""
+"""A user's own images and tasks: --datasource=folder, class Learner and scripts/model."""
 
 import json
 import re
@@ -14,6 +14,7 @@ import scipy.stats
 import tensorflow as tf
 from command_line import (
     ROOT,
+    Outcome,
     assert_refused,
     draw,
     in_process,
@@ -33,7 +34,7 @@ from maml import Learner, make_model
 from scripts.model import classify, export, publish
 from utils import Batch, event_files, read_events, read_scalars, write_checkpoint
 
-CHARACTERS = ROOT / 'tests' / 'characters'
+SUPPORT, QUERY = (ROOT / 'tests' / 'characters' / name for name in ('support', 'query'))
 
 
 def make_folder(folder: Path, classes: int = 12, images: int = 4) -> Path:
@@ -41,17 +42,12 @@ def make_folder(folder: Path, classes: int = 12, images: int = 4) -> Path:
     for c in range(classes):
         for i in range(images):
             suffix = ('png', 'jpg', 'bmp', 'gif', 'webp', 'tiff')[(c + i) % 6]
-            draw(
-                folder / f'class{c:02d}' / f'{i}.{suffix}',
-                (20 + c, 30 + i),
-                'L' if suffix == 'gif' else 'RGB',
-                c,
-                i,
-            )
+            path = folder / f'class{c:02d}' / f'{i}.{suffix}'
+            draw(path, (20 + c, 30 + i), 'L' if suffix == 'gif' else 'RGB', c, i)
     return folder
 
 
-# Folders --------------------------------------------------------------------------------------------------------------
+# Folders ------------------------------------------------------------------------------------------
 
 
 def test_folders_of_splits_equal_miniimagenet(tmp_path):
@@ -66,23 +62,16 @@ def test_classes_are_shared_out(tmp_path, capsys):
     """By their names alone; each in one split; again without decoding."""
     folder = make_folder(tmp_path / 'photos')
     loaded = load_folder(folder, image_size=10, channels=1, proportions=(2, 1, 1))
-    assert {split: len(classes.names) for split, classes in loaded.items()} == {
-        'train': 6,
-        'val': 3,
-        'test': 3,
-    }
-    assert sorted(name for classes in loaded.values() for name in classes.names) == [
-        f'class{c:02d}' for c in range(12)
-    ]
+    sizes = {split: len(classes.names) for split, classes in loaded.items()}
+    assert sizes == {'train': 6, 'val': 3, 'test': 3}
+    names = [name for classes in loaded.values() for name in classes.names]
+    assert sorted(names) == [f'class{c:02d}' for c in range(12)]
     assert loaded['train'].images.shape == (48, 10, 10, 1) and 'Decoding' in capsys.readouterr().err
     again = load_folder(folder, image_size=10, channels=1, proportions=(2, 1, 1))
     assert again['val'].names == loaded['val'].names and not capsys.readouterr().err
     assert load_folder(folder, image_size=9)['train'].images.shape == (48, 9, 9, 3)  # another cache
-    assert {path.name for path in tmp_path.iterdir()} == {
-        'photos',
-        'photos.10x10x1.cache',
-        'photos.9x9x3.cache',
-    }
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {'photos', 'photos.10x10x1.cache', 'photos.9x9x3.cache'}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +93,7 @@ def test_every_split_gets_a_class(tmp_path, classes, shares, sizes):
 
 
 def test_what_pillow_reads(tmp_path):
-    """Transparency is white, 16 bits are scaled, a camera's orientation is kept, other modes are converted."""
+    """Transparency is white, 16 bits are scaled, a camera's orientation is kept, and more."""
 
     def read(name, channels=3):
         return read_image(str(tmp_path / name), folder_layout(2, channels))
@@ -151,36 +140,28 @@ def short_class(folder: Path) -> list[str]:
     return ['class01', 'has 1 images', 'a task takes 2']
 
 
+def no_folder(folder: Path) -> list[str]:
+    shutil.rmtree(folder)
+    return ['photos', 'folder of images for each class']
+
+
+def no_classes(folder: Path) -> list[str]:
+    for path in folder.iterdir():
+        shutil.rmtree(path)
+    return ['photos', 'folder of images for each class']
+
+
 @pytest.mark.parametrize(
     'spoil',
-    [
-        unreadable,
-        thirty_two_bits,
-        empty_class,
-        two_classes,
-        short_class,
-        shutil.rmtree,
-        lambda folder: [shutil.rmtree(path) for path in folder.iterdir()],
-    ],
+    [unreadable, thirty_two_bits, empty_class, two_classes, short_class, no_folder, no_classes],
 )
 def test_spoilt_folders(tmp_path, spoil):
     folder = make_folder(tmp_path / 'photos')
     words = spoil(folder)
-    words = words if words and words[0] else ['photos', 'folder of images for each class']
-    flags = [
-        '--datasource=folder',
-        f'--data_dir={folder}',
-        '--num_classes=2',
-        '--update_batch_size=1',
-        '--image_size=8',
-        f'--logdir={tmp_path}/logs',
-    ]
-    splits = (
-        [['--split=10,1,1']]
-        if spoil is not short_class
-        else [[f'--split={s}'] for s in ('10,1,1', '1,10,1')]
-    )
-    outcomes = [run(*flags, *split) for split in splits]
+    flags = ['--datasource=folder', f'--data_dir={folder}', f'--logdir={tmp_path}/logs']
+    flags += ['--num_classes=2', '--update_batch_size=1', '--image_size=8']
+    splits = ['10,1,1', '1,10,1'] if spoil is short_class else ['10,1,1']
+    outcomes = [run(*flags, f'--split={split}') for split in splits]
     assert_refused(next(outcome for outcome in outcomes if outcome.status), 'main.py: ', *words)
 
 
@@ -198,89 +179,67 @@ def test_spoilt_folders(tmp_path, spoil):
     ],
 )
 def test_flags_refused(tmp_path, flag, words):
-    assert_refused(
-        run('--datasource=folder', flag, f'--logdir={tmp_path}'), flag.split('=')[0], words
-    )
+    outcome = run('--datasource=folder', flag, f'--logdir={tmp_path}')
+    assert_refused(outcome, flag.split('=')[0], words)
 
 
 def test_folder_from_the_command_line(tmp_path, eager):
-    """Trains, continues, evaluates on each split, with more queries and without their statistics; another split is refused."""
+    """Trains, continues, evaluates on each split, with more queries, without their statistics.
+
+    Another split is refused.
+    """
     folder = make_folder(tmp_path / 'photos')
-    flags = [
-        '--datasource=folder',
-        f'--data_dir={folder}',
-        '--num_classes=2',
-        '--update_batch_size=1',
-        '--image_size=8',
-        '--channels=1',
-        '--num_filters=4',
-        '--meta_batch_size=2',
-        '--split=1,1,1',
-        f'--logdir={tmp_path}/logs',
-    ]
+    flags = ['--datasource=folder', f'--data_dir={folder}', f'--logdir={tmp_path}/logs']
+    flags += ['--num_classes=2', '--update_batch_size=1', '--image_size=8', '--channels=1']
+    flags += ['--num_filters=4', '--meta_batch_size=2', '--split=1,1,1']
     succeeded(run(*flags, '--metatrain_iterations=2'))
-    assert (
-        'Continuing at iteration 2 of 3.'
-        in succeeded(run(*flags, '--metatrain_iterations=3')).lines
-    )
-    for more in (
-        [],
-        ['--test_set=True'],
-        ['--test_query=3'],
-        ['--transductive=False', '--test_query=2'],
-    ):
+    continued = succeeded(run(*flags, '--metatrain_iterations=3'))
+    assert 'Continuing at iteration 2 of 3.' in continued.lines
+    inductive = ['--transductive=False', '--test_query=2']
+    for more in ([], ['--test_set=True'], ['--test_query=3'], inductive):
         succeeded(run(*flags, '--train=False', *more))
     (run_folder,) = (tmp_path / 'logs').iterdir()
     names = {path.stem for path in run_folder.glob('*.csv')}
-    assert names == {
-        f'test_ubs1_stepsize0.001{more}' for more in ('', '_query3', '_query2_inductive')
-    }
+    evaluated = 'test_ubs1_stepsize0.001'
+    assert names == {evaluated, f'{evaluated}_query3', f'{evaluated}_query2_inductive'}
     assert_refused(run(*flags, '--train=False', '--split=1,2,1'), '--split=1,1,1 (now 1,2,1)')
     assert_refused(run(*flags, '--train=False', '--image_size=9'), '--image_size=8 (now 9)')
     model = Learner.load(run_folder)
-    assert model.model.network.image_shape == (8, 8, 1) and run_layout(
-        model.settings
-    ) == folder_layout(8, 1)
+    assert model.model.network.image_shape == (8, 8, 1)
+    assert run_layout(model.settings) == folder_layout(8, 1)
 
 
 def test_interval_of_small_samples():
     values = np.random.default_rng(0).random(12)
     low, high = scipy.stats.t.interval(0.95, 11, values.mean(), scipy.stats.sem(values))
-    assert (
-        utils.confidence(values) == pytest.approx((high - low) / 2)
-        and utils.confidence(values) > 1.05 * 1.96 * values.std(ddof=1) / 12**0.5
-    )
+    assert utils.confidence(values) == pytest.approx((high - low) / 2)
+    assert utils.confidence(values) > 1.05 * 1.96 * values.std(ddof=1) / 12**0.5
 
 
-# The API --------------------------------------------------------------------------------------------------------------
+# The API ------------------------------------------------------------------------------------------
+
+
+SMALL = dict(
+    datasource='omniglot',
+    update_batch_size=1,
+    update_lr=0.4,
+    num_updates=2,
+    num_filters=4,
+    num_classes=3,
+    compiled=False,
+    dtype=tf.float64,
+)
 
 
 def small_model(**settings) -> Learner:
-    model = make_model(
-        **{
-            'datasource': 'omniglot',
-            'update_batch_size': 1,
-            'update_lr': 0.4,
-            'num_updates': 2,
-            'num_filters': 4,
-            'num_classes': 3,
-            'compiled': False,
-            'dtype': tf.float64,
-        }
-        | settings
-    )
-    return Learner(model)
+    return Learner(make_model(**SMALL | settings))
 
 
-def some_tasks(
-    tasks: int = 2, shots: int = 2, queries: int = 4, size: int = 28
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def some_tasks(shots: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Support images and labels, and four queries, of two tasks."""
     random = np.random.default_rng(0)
-    return (
-        random.random((tasks, 3 * shots, size, size, 1)),
-        np.tile(np.arange(3), (tasks, shots)),
-        random.random((tasks, queries, size, size, 1)),
-    )
+    x = random.random((2, 3 * shots, 28, 28, 1))
+    return x, np.tile(np.arange(3), (2, shots)), random.random((2, 4, 28, 28, 1))
 
 
 @pytest.mark.parametrize(
@@ -294,28 +253,20 @@ def some_tasks(
 )
 @pytest.mark.parametrize('transductive', [True, False])
 def test_api_is_what_evaluation_computes(settings, transductive):
-    """Probabilities after two updates are the softmax of evaluation's outputs, for several tasks and for one."""
+    """Probabilities after two updates are the softmax of evaluation's outputs, of one task, too."""
     model, (x, y, queries) = small_model(update_batch_size=2, **settings), some_tasks()
     labels = np.eye(3)[np.zeros((2, 4), int)]
-    expected = model.model.evaluate(
-        Batch(x.reshape(2, 6, 784), np.eye(3)[y], queries.reshape(2, 4, 784), labels),
-        2,
-        transductive,
-    )
+    batch = Batch(x.reshape(2, 6, 784), np.eye(3)[y], queries.reshape(2, 4, 784), labels)
+    expected = model.model.evaluate(batch, 2, transductive)
     weights = model.adapt(x, y)
     found = model.predict(queries, weights, None if transductive else x)
     np.testing.assert_allclose(found, tf.nn.softmax(expected.outputsb[1]), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(found.sum(-1), 1)
     single = model.adapt(x[0], y[0], steps=2, lr=0.4)
-    np.testing.assert_allclose(
-        model.predict(queries[0], single, None if transductive else x[0]),
-        found[0],
-        rtol=1e-9,
-        atol=1e-12,
-    )
-    assert weights.keys() == model.model.weights.keys() and all(
-        isinstance(value, np.ndarray) for value in weights.values()
-    )
+    of_one = model.predict(queries[0], single, None if transductive else x[0])
+    np.testing.assert_allclose(of_one, found[0], rtol=1e-9, atol=1e-12)
+    assert weights.keys() == model.model.weights.keys()
+    assert all(isinstance(value, np.ndarray) for value in weights.values())
 
 
 @pytest.mark.parametrize(
@@ -333,18 +284,14 @@ def test_without_the_queries_statistics_an_answer_stands_alone(norm, conv):
 
 
 def test_alpha_means_the_same_for_any_number_of_examples():
-    """Every example twice changes nothing, and training's own number of examples gives training's own step."""
+    """Every example twice changes nothing; as many as in training give training's own step."""
     model, (x, y, _) = small_model(), some_tasks(shots=1)
-    once, twice = (
-        model.adapt(x, y, 1),
-        model.adapt(np.concatenate([x, x], 1), np.concatenate([y, y], 1), 1),
-    )
-    trained = model.model.update(
-        model.model.initial_weights(2),
-        model.model.norms,
-        model.model.network.prepare(tf.constant(x.reshape(2, 3, 784))),
-        tf.one_hot(y, 3, dtype=tf.float64),
-    )
+    once = model.adapt(x, y, 1)
+    twice = model.adapt(np.concatenate([x, x], 1), np.concatenate([y, y], 1), 1)
+    maml = model.model
+    support = maml.network.prepare(tf.constant(x.reshape(2, 3, 784)))
+    labels = tf.one_hot(y, 3, dtype=tf.float64)
+    trained = maml.update(maml.initial_weights(2), maml.norms, support, labels)
     for name in once:
         np.testing.assert_allclose(twice[name], once[name], rtol=1e-9, atol=1e-11)
         np.testing.assert_allclose(trained[name], once[name], rtol=1e-9, atol=1e-11)
@@ -357,9 +304,8 @@ def test_steps_one_by_one_and_losses():
         losses.append(model.task_loss(x, y, weights))
         weights = model.adapt(x, y, 1, weights=weights)
     at_once = model.adapt(x, y, 3)
-    np.testing.assert_allclose(
-        model.predict(queries, weights), model.predict(queries, at_once), rtol=1e-9
-    )
+    found, expected = model.predict(queries, weights), model.predict(queries, at_once)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
     probabilities = model.predict(x, model.adapt(x, y, 0))
     expected = -np.log(np.take_along_axis(probabilities, y[..., np.newaxis], -1)).mean((1, 2))
     np.testing.assert_allclose(losses[0], expected, rtol=1e-9)
@@ -435,10 +381,9 @@ SETTINGS = dict(
 def test_load(tmp_path):
     folder = saved(tmp_path / 'cls_5', SETTINGS | {'seed': 7})
     model, same = Learner.load(folder), make_model(**SETTINGS, seed=7, compiled=False)
-    assert (
-        all(np.array_equal(a, b) for a, b in zip(model.model.parameters, same.parameters))
-        and model.settings['update_lr'] == 0.1
-    )
+    for loaded, made in zip(model.model.parameters, same.parameters, strict=True):
+        np.testing.assert_array_equal(loaded, made)
+    assert model.settings['update_lr'] == 0.1
     for path, checkpoint, words in [
         (tmp_path, -1, 'should be a folder that main.py trained in'),
         (folder, 2, 'iterations that are there: 3'),
@@ -454,19 +399,14 @@ def test_readme_example():
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
     assert len(blocks) >= 2
     for block in blocks:
-        done = subprocess.run(
-            [sys.executable, '-B', '-c', block],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        line = [sys.executable, '-B', '-c', block]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         printed = re.findall(r'# prints (.*)', block)
         assert done.stdout.split('\n')[:-1] == printed
 
 
-# scripts/model/classify.py ------------------------------------------------------------------------------------------------------
+# scripts/model/classify.py ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -474,104 +414,84 @@ def run_folder(tmp_path_factory) -> Path:
     return saved(tmp_path_factory.mktemp('use') / 'cls_5', SETTINGS)
 
 
+def classified(*arguments) -> dict:
+    """What classify.py answers, as JSON."""
+    line = [*map(str, arguments), '--json']
+    return json.loads(succeeded(in_process(classify.main, line)).out)
+
+
 def test_classify(run_folder):
     """Steps lower the loss, probabilities sum to one; text and JSON say the same."""
-    arguments = [
-        str(run_folder),
-        str(CHARACTERS / 'support'),
-        str(CHARACTERS / 'query'),
-        '--steps=3',
-    ]
-    found = json.loads(succeeded(in_process(classify.main, [*arguments, '--json'])).out)
-    assert found['labels'] == sorted(path.name for path in (CHARACTERS / 'support').iterdir())
-    assert len(found['losses']) == 4 and found['losses'][3] < found['losses'][0]
-    assert [Path(image['image']).name for image in found['images']] == sorted(
-        path.name for path in (CHARACTERS / 'query').iterdir()
-    )
-    for image in found['images']:
-        assert (
-            sum(image['probabilities'].values()) == pytest.approx(1)
-            and image['probabilities'][image['label']] == image['probability']
-        )
+    arguments = [str(run_folder), str(SUPPORT), str(QUERY), '--steps=3']
+    found = classified(*arguments)
+    assert found['labels'] == sorted(path.name for path in SUPPORT.iterdir())
+    losses, images = found['losses'], found['images']
+    assert len(losses) == 4 and losses[3] < losses[0]
+    names = [Path(image['image']).name for image in images]
+    assert names == sorted(path.name for path in QUERY.iterdir())
+    for image in images:
+        assert sum(image['probabilities'].values()) == pytest.approx(1)
+        assert image['probabilities'][image['label']] == image['probability']
     lines = succeeded(in_process(classify.main, arguments)).lines
-    assert lines[0] == f'step 0: loss {found["losses"][0]:.4f} on the labelled images'
-    assert lines[4].split() == [
-        found['images'][0]['image'],
-        found['images'][0]['label'],
-        f'{found["images"][0]["probability"]:.3f}',
-    ]
+    assert lines[0] == f'step 0: loss {losses[0]:.4f} on the labelled images'
+    first = images[0]
+    assert lines[4].split() == [first['image'], first['label'], f'{first["probability"]:.3f}']
 
 
 def test_answers_of_classify_stand_alone(run_folder):
     """Unless --transductive says otherwise."""
-    images = sorted(map(str, (CHARACTERS / 'query').iterdir()))
+    images = sorted(QUERY.iterdir())
+
+    def probability(*arguments):
+        return classified(run_folder, SUPPORT, *arguments)['images'][0]['probability']
+
     for more, alike in ([], True), (['--transductive'], False):
-        one, all_ = (
-            json.loads(
-                succeeded(
-                    in_process(
-                        classify.main,
-                        [str(run_folder), str(CHARACTERS / 'support'), *some, '--json', *more],
-                    )
-                ).out
-            )['images'][0]['probability']
-            for some in (images[:1], images)
-        )
-        assert (one == pytest.approx(all_, abs=1e-5)) == alike
+        alone, together = probability(images[0], *more), probability(*images, *more)
+        assert (alone == pytest.approx(together, abs=1e-5)) == alike
 
 
 def test_fewer_labels_than_ways(run_folder, tmp_path):
-    for name in sorted(path.name for path in (CHARACTERS / 'support').iterdir())[:2]:
-        shutil.copytree(CHARACTERS / 'support' / name, tmp_path / name)
-    found = json.loads(
-        succeeded(
-            in_process(
-                classify.main, [str(run_folder), str(tmp_path), str(CHARACTERS / 'query'), '--json']
-            )
-        ).out
-    )
-    assert all(
-        len(image['probabilities']) == 2
-        and sum(image['probabilities'].values()) == pytest.approx(1)
-        for image in found['images']
-    )
+    for name in sorted(path.name for path in SUPPORT.iterdir())[:2]:
+        shutil.copytree(SUPPORT / name, tmp_path / name)
+    for image in classified(run_folder, tmp_path, QUERY)['images']:
+        assert len(image['probabilities']) == 2
+        assert sum(image['probabilities'].values()) == pytest.approx(1)
+
+
+def remove_classes(support: Path, but: int = 0):
+    for path in sorted(support.iterdir())[but:]:
+        shutil.rmtree(path)
+
+
+def remove_images(support: Path):
+    for path in (support / 'Armenian').iterdir():
+        path.unlink()
+
+
+def spoil_image(support: Path):
+    (support / 'Armenian/b.png').write_bytes(b'x')
 
 
 @pytest.mark.parametrize(
     'change, words',
     [
-        (lambda folder: shutil.rmtree(folder), ['there is no folder']),
-        (
-            lambda folder: [shutil.rmtree(path) for path in folder.iterdir()],
-            ['holds no class folders'],
-        ),
-        (
-            lambda folder: [shutil.rmtree(path) for path in sorted(folder.iterdir())[1:]],
-            ['holds 1 class folder', 'at least two'],
-        ),
-        (lambda folder: (folder / 'sixth').mkdir(), ['holds 6 class folders', '5 ways']),
-        (
-            lambda folder: [path.unlink() for path in (folder / 'Armenian').iterdir()],
-            ['Armenian holds no images'],
-        ),
-        (
-            lambda folder: (folder / 'Armenian/b.png').write_bytes(b'x'),
-            ['Armenian/b.png cannot be decoded'],
-        ),
+        (shutil.rmtree, ['there is no folder']),
+        (remove_classes, ['holds no class folders']),
+        (lambda support: remove_classes(support, but=1), ['holds 1 class folder', 'at least two']),
+        (lambda support: (support / 'sixth').mkdir(), ['holds 6 class folders', '5 ways']),
+        (remove_images, ['Armenian holds no images']),
+        (spoil_image, ['Armenian/b.png cannot be decoded']),
     ],
 )
 def test_bad_support_folders(run_folder, tmp_path, change, words):
-    support = Path(shutil.copytree(CHARACTERS / 'support', tmp_path / 'support'))
+    support = Path(shutil.copytree(SUPPORT, tmp_path / 'support'))
     change(support)
-    assert_refused(
-        in_process(classify.main, [str(run_folder), str(support), str(CHARACTERS / 'query')]),
-        'classify.py: ',
-        *words,
-    )
+    outcome = in_process(classify.main, [str(run_folder), str(support), str(QUERY)])
+    assert_refused(outcome, 'classify.py: ', *words)
 
 
 def test_classify_refuses(run_folder, tmp_path):
-    support, query = str(CHARACTERS / 'support'), str(CHARACTERS / 'query')
+    support, query = str(SUPPORT), str(QUERY)
     sinusoid = saved(tmp_path / 'sine', {'datasource': 'sinusoid', 'norm': 'None'})
     for arguments, words in [
         ([str(tmp_path), support, query], 'has no checkpoint'),
@@ -583,7 +503,7 @@ def test_classify_refuses(run_folder, tmp_path):
         assert_refused(in_process(classify.main, arguments), 'classify.py: ', words)
 
 
-# scripts/model/export.py ------------------------------------------------------------------------------------------------------
+# scripts/model/export.py --------------------------------------------------------------------------
 
 SERVE = """
 import sys
@@ -591,136 +511,105 @@ import numpy as np
 import tensorflow as tf
 module, arrays = tf.saved_model.load(sys.argv[1]), np.load(sys.argv[2])
 assert not {'maml', 'main', 'utils', 'special_grads'} & sys.modules.keys()
-found = {}
+adapt, adapt_and_predict = (module.signatures[name] for name in ('adapt', 'adapt_and_predict'))
+query, found = tf.constant(arrays['query']), {}
 for shots in (1, 3, 5):
-    support = {'support_images': tf.constant(arrays[f'x{shots}']), 'support_labels': tf.constant(arrays[f'y{shots}'])}
-    answers = module.signatures['adapt_and_predict'](**support, query_images=tf.constant(arrays['query']))
-    found[f'p{shots}'] = answers['probabilities']
-    found |= {f'{name}/{shots}': value for name, value in module.signatures['adapt'](**support).items()}
+    images, labels = (tf.constant(arrays[f'{name}{shots}']) for name in 'xy')
+    support = {'support_images': images, 'support_labels': labels}
+    found[f'p{shots}'] = adapt_and_predict(**support, query_images=query)['probabilities']
+    found |= {f'{name}/{shots}': value for name, value in adapt(**support).items()}
 np.savez(sys.argv[3], **found)
 """
 
 
-@pytest.mark.parametrize('transductive', [pytest.param(True, marks=pytest.mark.slow), False])
-def test_saved_model(run_folder, tmp_path, transductive):
-    """In a process of its own that knows nothing of this project, with 1, 3 and 5 shots of two tasks: as Learner.predict."""
+def tasks_to_serve() -> dict[str, np.ndarray]:
+    """Queries of two tasks, and 1, 3 and 5 shots: {x1, y1, x3, ...}."""
     random = np.random.default_rng(1)
     arrays = {'query': random.random((2, 7, 28, 28, 1), np.float32)}
     for shots in (1, 3, 5):
-        arrays |= {
-            f'x{shots}': random.random((2, 5 * shots, 28, 28, 1), np.float32),
-            f'y{shots}': np.tile(np.arange(5), (2, shots)),
-        }
-    np.savez(tmp_path / 'in.npz', **arrays)
-    more = ['--transductive'] if transductive else []
-    outcome = succeeded(
-        in_process(
-            export.main,
-            [str(run_folder), str(tmp_path / 'out/model'), '--steps=3', '--lr=.2', *more],
-        )
-    )
+        arrays[f'x{shots}'] = random.random((2, 5 * shots, 28, 28, 1), np.float32)
+        arrays[f'y{shots}'] = np.tile(np.arange(5), (2, shots))
+    return arrays
+
+
+def served(model: Path, arrays: dict, folder: Path) -> dict[str, np.ndarray]:
+    """What SERVE finds with a saved model in a process of its own."""
+    np.savez(folder / 'in.npz', **arrays)
+    line = [sys.executable, '-c', SERVE, model, folder / 'in.npz', folder / 'found.npz']
+    subprocess.run(line, check=True, cwd=folder, timeout=300)
+    return np.load(folder / 'found.npz')
+
+
+@pytest.mark.parametrize('transductive', [pytest.param(True, marks=pytest.mark.slow), False])
+def test_saved_model(run_folder, tmp_path, transductive):
+    """As Learner.predict, in a process that knows nothing of this project; 1, 3 and 5 shots."""
+    arrays, out = tasks_to_serve(), tmp_path / 'out'
+    arguments = [str(run_folder), str(out / 'model')]
+    more = ['--steps=3', '--lr=.2', *(['--transductive'] if transductive else [])]
+    outcome = succeeded(in_process(export.main, [*arguments, *more]))
     assert '5 ways, images 28x28x1, 3 steps' in outcome.out
-    subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            SERVE,
-            tmp_path / 'out/model',
-            tmp_path / 'in.npz',
-            tmp_path / 'found.npz',
-        ],
-        check=True,
-        cwd=tmp_path,
-        timeout=300,
-    )
-    found, model = np.load(tmp_path / 'found.npz'), Learner.load(run_folder)
+    found, model = served(out / 'model', arrays, tmp_path), Learner.load(run_folder)
     for shots in (1, 3, 5):
         x, y = arrays[f'x{shots}'], arrays[f'y{shots}']
         weights = model.adapt(x, y, 3, 0.2)
-        np.testing.assert_allclose(
-            found[f'p{shots}'],
-            model.predict(arrays['query'], weights, None if transductive else x),
-            atol=1e-5,
-        )
+        expected = model.predict(arrays['query'], weights, None if transductive else x)
+        np.testing.assert_allclose(found[f'p{shots}'], expected, atol=1e-5)
         for name, value in weights.items():
             np.testing.assert_allclose(found[f'{name}/{shots}'], value, atol=1e-5)
-    before = listing(tmp_path / 'out')
-    assert_refused(
-        in_process(export.main, [str(run_folder), str(tmp_path / 'out/model')]),
-        'export.py: ',
-        'is there already',
-    )
-    assert listing(tmp_path / 'out') == before and [
-        path.name for path in (tmp_path / 'out').iterdir()
-    ] == ['model']
+    before = listing(out)
+    assert_refused(in_process(export.main, arguments), 'export.py: ', 'is there already')
+    assert listing(out) == before and [path.name for path in out.iterdir()] == ['model']
 
 
 def test_export_refuses(tmp_path):
     sinusoid = saved(tmp_path / 'sine', {'datasource': 'sinusoid', 'norm': 'None'})
-    assert_refused(
-        in_process(export.main, [str(sinusoid), str(tmp_path / 'out')]),
-        'export.py: ',
-        'only classifiers',
-    )
-    assert_refused(
-        in_process(export.main, [str(tmp_path), str(tmp_path / 'out')]),
-        'export.py: ',
-        'has no checkpoint',
-    )
+    for folder, words in (sinusoid, 'only classifiers'), (tmp_path, 'has no checkpoint'):
+        outcome = in_process(export.main, [str(folder), str(tmp_path / 'out')])
+        assert_refused(outcome, 'export.py: ', words)
     assert not (tmp_path / 'out').exists()
 
 
-# scripts/model/publish.py -------------------------------------------------------------------------------------------------------
+# scripts/model/publish.py -------------------------------------------------------------------------
+
+
+def publish_run(run_folder: Path, target: Path) -> Outcome:
+    return in_process(publish.main, [str(run_folder), str(target)])
+
+
+def assert_command_of(run_folder: Path, text: str):
+    """The text is a command line with the settings of the run, but for its folders."""
+    python, program, *flags = shlex.split(text)
+    assert (python, program) == ('python', 'main.py')
+    here = {'data_dir': '', 'logdir': ''}
+    assert main.settings(parsed(*flags)) | here == Learner.load(run_folder).settings | here
 
 
 def test_publish(tmp_path, eager):
-    """Evaluates to the same figures; Adam's state is left out, so that training goes on with a fresh one."""
+    """The same figures; without Adam's state, so that training goes on with a fresh one."""
     make_omniglot(tmp_path)
-    flags = [
-        '--datasource=omniglot',
-        '--num_classes=2',
-        '--update_batch_size=1',
-        '--num_filters=4',
-        '--meta_batch_size=2',
-        f'--data_dir={tmp_path}',
-    ]
+    flags = ['--datasource=omniglot', '--num_classes=2', '--update_batch_size=1']
+    flags += ['--num_filters=4', '--meta_batch_size=2', f'--data_dir={tmp_path}']
     succeeded(run(*flags, '--metatrain_iterations=2', f'--logdir={tmp_path}/logs'))
     succeeded(run(*flags, '--train=False', f'--logdir={tmp_path}/logs'))
     (folder,) = (tmp_path / 'logs').iterdir()
-    outcome = succeeded(in_process(publish.main, [str(folder), str(tmp_path / 'kept')]))
+    outcome = succeeded(publish_run(folder, tmp_path / 'kept'))
     kept = tmp_path / 'kept' / folder.name
     assert outcome.lines == [str(kept)]
-    assert listing(kept).keys() == {
-        name for name in listing(folder) if not name.startswith('model0')
-    } | {'command.txt'}
-    command_line = shlex.split((kept / 'command.txt').read_text())
-    assert command_line[:2] == ['python', 'main.py'] and main.settings(
-        parsed(*command_line[2:])
-    ) | {'data_dir': '', 'logdir': ''} == (
-        Learner.load(folder).settings | {'data_dir': '', 'logdir': ''}
-    )
-    assert (kept / 'model1.data-00000-of-00001').stat().st_size < 0.4 * (
-        folder / 'model1.data-00000-of-00001'
-    ).stat().st_size
-    expected = (kept / 'test_ubs1_stepsize0.001.csv').read_text()
+    names = {name for name in listing(folder) if not name.startswith('model0')}
+    assert listing(kept).keys() == names | {'command.txt'}
+    assert_command_of(folder, (kept / 'command.txt').read_text())
+    data, table = 'model1.data-00000-of-00001', kept / 'test_ubs1_stepsize0.001.csv'
+    assert (kept / data).stat().st_size < 0.4 * (folder / data).stat().st_size
+    expected = table.read_text()
     succeeded(run(*flags, '--train=False', f'--logdir={tmp_path}/kept'))
-    assert (kept / 'test_ubs1_stepsize0.001.csv').read_text() == expected
+    assert table.read_text() == expected
     lines = succeeded(run(*flags, '--metatrain_iterations=3', f'--logdir={tmp_path}/kept')).lines
-    assert (
-        'The checkpoint holds the weights only, so Adam starts afresh.' in lines
-        and 'Continuing at iteration 2 of 3.' in lines
-    )
-    assert_refused(
-        in_process(publish.main, [str(folder), str(tmp_path / 'kept')]),
-        'publish.py: ',
-        'is there already',
-    )
-    assert_refused(
-        in_process(publish.main, [str(tmp_path), str(tmp_path / 'other')]),
-        'publish.py: ',
-        'has no checkpoint',
-    )
-    assert not (tmp_path / 'other').exists()
+    assert 'The checkpoint holds the weights only, so Adam starts afresh.' in lines
+    assert 'Continuing at iteration 2 of 3.' in lines
+    again, nothing = publish_run(folder, tmp_path / 'kept'), publish_run(tmp_path, tmp_path / 'x')
+    assert_refused(again, 'publish.py: ', 'is there already')
+    assert_refused(nothing, 'publish.py: ', 'has no checkpoint')
+    assert not (tmp_path / 'x').exists()
 
 
 def test_published_summaries(tmp_path):
@@ -736,7 +625,8 @@ def test_published_summaries(tmp_path):
     (tmp_path / 'thin').mkdir()
     publish.thin(source, tmp_path / 'thin' / source.name)
     assert [*read_scalars(tmp_path / 'thin')['loss']] == [0, 500, 5000, 20000, 20200]
-    events = map(tf.compat.v1.Event.FromString, read_events(tmp_path / 'thin' / source.name))
-    assert [
-        event.step for event in events for value in event.summary.value if value.tag == 'task'
-    ] == [0, 20000]
+    steps = []
+    for record in read_events(tmp_path / 'thin' / source.name):
+        event = tf.compat.v1.Event.FromString(record)
+        steps += [event.step for value in event.summary.value if value.tag == 'task']
+    assert steps == [0, 20000]

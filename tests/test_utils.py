@@ -21,7 +21,7 @@ from utils import (
 LOG = np.log
 
 
-# Losses ------------------------------------------------------------------------------------------------------------
+# Losses -------------------------------------------------------------------------------------------
 
 
 def test_mean_squared_error_is_a_mean_over_the_points_of_each_task():
@@ -34,21 +34,18 @@ def test_mean_squared_error_is_a_mean_over_the_points_of_each_task():
 def test_cross_entropy_is_summed_and_divided_by_the_shots():
     """Logits (0, ln 3) are probabilities 1/4 and 3/4, logits (0, 0) one half each.
 
-    Task 0 has labels 0, 1, 1 -> ln 4 + ln(4/3) + ln 2 = ln(32/3); task 1 has 1, 1, 0 -> ln(4/3) + ln(4/3) + ln 2 =
-    ln(32/9). With K shots both are divided by K, whatever the number of examples.
+    Task 0 has labels 0, 1, 1 -> ln 4 + ln(4/3) + ln 2 = ln(32/3); task 1 has 1, 1, 0 -> ln(4/3) +
+    ln(4/3) + ln 2 = ln(32/9). With K shots both are divided by K, whatever the number of examples.
     """
     logits = tf.constant(2 * [[[0.0, LOG(3.0)], [0.0, LOG(3.0)], [0.0, 0.0]]], tf.float64)
     label = tf.constant(np.eye(2)[[[0, 1, 1], [1, 1, 0]]])
-    np.testing.assert_allclose(
-        cross_entropy(1)(logits, label), [LOG(32 / 3), LOG(32 / 9)], rtol=1e-14
-    )
-    np.testing.assert_allclose(
-        cross_entropy(5)(logits, label), [LOG(32 / 3) / 5, LOG(32 / 9) / 5], rtol=1e-14
-    )
+    expected = np.array([LOG(32 / 3), LOG(32 / 9)])
+    np.testing.assert_allclose(cross_entropy(1)(logits, label), expected, rtol=1e-14)
+    np.testing.assert_allclose(cross_entropy(5)(logits, label), expected / 5, rtol=1e-14)
 
 
 def test_cross_entropy_scale_of_support_and_query():
-    """Untrained (equal) logits cost N ln N on N*K support images and N*15/K ln N on 15 query images per class."""
+    """Equal logits cost N ln N on N*K support images, N*15/K ln N on 15 queries per class."""
     loss = cross_entropy(5)
     for examples, expected in ((5 * 5, 5 * LOG(5)), (5 * 15, 15 * LOG(5))):
         label = tf.constant(np.eye(5)[np.arange(examples) % 5][None])
@@ -57,60 +54,44 @@ def test_cross_entropy_scale_of_support_and_query():
 
 def test_cross_entropy_of_large_logits_is_finite():
     logits = tf.constant([[[1000.0, 0.0], [0.0, 1000.0]]])
-    np.testing.assert_allclose(
-        cross_entropy(1)(logits, tf.constant([[[1.0, 0.0], [1.0, 0.0]]])), [1000.0]
-    )
+    label = tf.constant([[[1.0, 0.0], [1.0, 0.0]]])
+    np.testing.assert_allclose(cross_entropy(1)(logits, label), [1000.0])
 
 
 def test_accuracy_is_the_share_of_largest_logits():
-    output = tf.constant(
-        [
-            [[3.0, 1.0, 2.0], [0.0, 5.0, 1.0], [1.0, 2.0, 3.0], [9.0, 8.0, 7.0]],
-            4 * [[-1.0, -2.0, -3.0]],
-        ]
-    )
+    one = [[3.0, 1.0, 2.0], [0.0, 5.0, 1.0], [1.0, 2.0, 3.0], [9.0, 8.0, 7.0]]
+    output = tf.constant([one, 4 * [[-1.0, -2.0, -3.0]]])
     label = tf.constant(np.eye(3, dtype=np.float32)[[[0, 1, 0, 0], [1, 2, 0, 1]]])
     np.testing.assert_array_equal(accuracy(output, label), [0.75, 0.25])
 
 
-# Normalisation -----------------------------------------------------------------------------------------------------
+# Normalisation ------------------------------------------------------------------------------------
 
-
-SHAPES = [
-    (2, 5, 3),
-    (2, 4, 3, 2, 3),
-]  # of a fully connected and a convolutional layer: [T, examples, ..., channels]
+# Of a fully connected and a convolutional layer: [T, examples, ..., channels].
+SHAPES = [(2, 5, 3), (2, 4, 3, 2, 3)]
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 @pytest.mark.parametrize('scale', [1.0, 0.03])
 def test_batch_norm_by_its_formula(shape, scale):
-    """Biased variance, epsilon 0.001 in the root, per task and channel; at scale 0.03 epsilon rivals the variance."""
+    """Biased variance of a task and channel, epsilon 0.001 in the root; 0.03² is less than that."""
     random = np.random.default_rng(0)
     x, beta = scale * random.standard_normal(shape) + 2, random.standard_normal(3)
-    for task in range(2):
-        for channel in range(3):
-            values = x[task, ..., channel]
-            variance = np.sum((values - values.mean()) ** 2) / values.size
-            expected = (values - values.mean()) / np.sqrt(variance + 0.001) + beta[channel]
-            np.testing.assert_allclose(
-                batch_norm(tf.constant(x), tf.constant(beta))[task, ..., channel],
-                expected,
-                rtol=1e-10,
-                atol=1e-12,
-            )
+    output = batch_norm(tf.constant(x), tf.constant(beta))
+    for task, channel in np.ndindex(2, 3):
+        values, found = x[task, ..., channel], output[task, ..., channel]
+        variance = np.sum((values - values.mean()) ** 2) / values.size
+        expected = (values - values.mean()) / np.sqrt(variance + 0.001) + beta[channel]
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 @pytest.mark.parametrize('scale', [1.0, 1e-6])
 def test_layer_norm_by_its_formula(shape, scale):
-    """Biased variance over all axes of an example, epsilon 1e-12 inside the root, gain and offset of the last axis."""
+    """Biased variance of an example, epsilon 1e-12 in the root; the last axis's gain and offset."""
     random = np.random.default_rng(0)
-    x, beta, gamma = (
-        scale * random.standard_normal(shape),
-        random.standard_normal(3),
-        random.standard_normal(3),
-    )
+    x = scale * random.standard_normal(shape)
+    beta, gamma = random.standard_normal((2, 3))
     output = layer_norm(*map(tf.constant, (x, beta, gamma)))
     for place in np.ndindex(shape[:2]):
         variance = np.mean((x[place] - x[place].mean()) ** 2)
@@ -119,19 +100,15 @@ def test_layer_norm_by_its_formula(shape, scale):
 
 
 def test_constant_inputs_are_normalised_to_the_offset():
-    x, beta, gamma = (
-        tf.fill([2, 5, 3], 7.0),
-        tf.constant([1.0, 2.0, 3.0]),
-        tf.constant([4.0, 5.0, 6.0]),
-    )
-    np.testing.assert_allclose(batch_norm(x, beta), np.broadcast_to(beta, x.shape), atol=1e-5)
-    np.testing.assert_allclose(
-        layer_norm(x, beta, gamma), np.broadcast_to(beta, x.shape), atol=1e-5
-    )
+    x = tf.fill([2, 5, 3], 7.0)
+    beta, gamma = tf.constant([1.0, 2.0, 3.0]), tf.constant([4.0, 5.0, 6.0])
+    expected = np.broadcast_to(beta, x.shape)
+    np.testing.assert_allclose(batch_norm(x, beta), expected, atol=1e-5)
+    np.testing.assert_allclose(layer_norm(x, beta, gamma), expected, atol=1e-5)
 
 
 def test_statistics_are_those_of_the_batch_at_hand():
-    """No running averages: what was normalised before leaves no trace, at training and test time alike."""
+    """No running averages: what was normalised before leaves no trace."""
     x, beta = tf.random.stateless_normal([2, 5, 3], [0, 0]), tf.zeros(3)
     before = batch_norm(x, beta)
     batch_norm(100 * x + 50, beta)
@@ -140,22 +117,18 @@ def test_statistics_are_those_of_the_batch_at_hand():
 
 @pytest.mark.parametrize('norm', ['batch_norm', 'layer_norm'])
 def test_each_layer_has_its_own_offset(norm):
-    """A layer's normalisation takes the parameters of its own scope; without normalisation nothing happens."""
+    """A layer's normalisation takes its own scope's parameters; without one, nothing happens."""
     x = tf.random.stateless_normal([2, 5, 3], [0, 0])
-    norms = {
-        f'{scope}/{name}': tf.fill([3], float(scope))
-        for scope in range(4)
-        for name in ('beta', 'gamma')
-    }
+    norms = {}
+    for scope in range(4):
+        norms |= {f'{scope}/{name}': tf.fill([3], float(scope)) for name in ('beta', 'gamma')}
 
     def normalize(x, norm, scope, norms):
         return FullyConnected(3, (3,), 3, norm)._normalize(x, scope, norms, None)
 
-    difference = normalize(x, norm, '3', norms) - 3 * normalize(x, norm, '1', norms)
-    expected = (
-        tf.zeros_like(x) if norm == 'layer_norm' else -2 * (normalize(x, norm, '1', norms) - 1)
-    )
-    np.testing.assert_allclose(difference, expected, atol=1e-5)
+    one, three = (normalize(x, norm, scope, norms) for scope in '13')
+    expected = tf.zeros_like(x) if norm == 'layer_norm' else -2 * (one - 1)
+    np.testing.assert_allclose(three - 3 * one, expected, atol=1e-5)
     np.testing.assert_array_equal(normalize(x, 'None', '2', {}), x)
 
 
@@ -173,7 +146,7 @@ def test_parameters_of_each_normalisation():
     }
 
 
-# Its derivatives: TensorFlow's known trap ---------------------------------------------------------------------------
+# Its derivatives: TensorFlow's known trap ---------------------------------------------------------
 
 
 def moments_norm(x, axes, epsilon):
@@ -195,7 +168,7 @@ NORMS = {
 
 
 def derivatives(norm, x, direction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """norm(x), the gradient of a scalar of it, and that gradient's derivative along `direction`, by automatic means."""
+    """The value, a scalar's gradient, and the derivative of that gradient along `direction`."""
     x = tf.constant(x)
     weights = np.random.default_rng(1).standard_normal(x.shape)
     with tf.GradientTape() as outer:
@@ -216,27 +189,22 @@ def relative(one, other) -> float:
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 @pytest.mark.parametrize('name', NORMS)
 def test_second_derivative_of_normalisation_is_exact(name, shape):
-    """Against finite differences of the first derivative, itself checked against those of the value.
+    """Against finite differences of the first derivative, which itself is checked by the values.
 
-    tf.nn.moments takes the gradient of the mean inside the variance for zero, which it is: values and first derivatives
-    are right. Its derivative is not zero, so second derivatives are wrong, and no warning is given.
+    tf.nn.moments takes the gradient of the mean inside the variance for zero, which it is: values
+    and first derivatives are right. Its derivative is not zero, so second derivatives are wrong,
+    and no warning is given.
     """
     random = np.random.default_rng(0)
-    x, direction, (ours, naive), step = (
-        random.standard_normal(shape),
-        random.standard_normal(shape),
-        NORMS[name],
-        1e-5,
-    )
+    x, direction = random.standard_normal((2, *shape))
+    (ours, naive), step = NORMS[name], 1e-5
     value, first, second = derivatives(ours, x, direction)
-    (up_value, up, _), (down_value, down, _) = (
-        derivatives(ours, x + sign * step * direction, direction) for sign in (1, -1)
-    )
+    up_value, up, _ = derivatives(ours, x + step * direction, direction)
+    down_value, down, _ = derivatives(ours, x - step * direction, direction)
     weights = np.random.default_rng(1).standard_normal(shape)
     scalars = [np.sum(weights * (y + y**2)) for y in (up_value, down_value)]
-    np.testing.assert_allclose(
-        np.sum(first * direction), (scalars[0] - scalars[1]) / (2 * step), rtol=1e-6
-    )
+    slope = (scalars[0] - scalars[1]) / (2 * step)
+    np.testing.assert_allclose(np.sum(first * direction), slope, rtol=1e-6)
     assert relative(second, (up - down) / (2 * step)) < 1e-6
 
     naive_value, naive_first, naive_second = derivatives(naive, x, direction)
@@ -245,7 +213,7 @@ def test_second_derivative_of_normalisation_is_exact(name, shape):
     assert relative(naive_second, second) > 0.01
 
 
-# Initial values ----------------------------------------------------------------------------------------------------
+# Initial values -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('kind', ['glorot', 'normal', 'truncated'])
@@ -260,7 +228,7 @@ def test_initial_values_are_a_function_of_the_seed_alone(kind):
         assert not np.any(initial_value(kind, (5, 6), other) == one)
 
 
-# Checkpoints -------------------------------------------------------------------------------------------------------
+# Checkpoints --------------------------------------------------------------------------------------
 
 
 def test_ten_newest_checkpoints_are_kept(tmp_path):
@@ -270,9 +238,8 @@ def test_ten_newest_checkpoints_are_kept(tmp_path):
         path = write_checkpoint(checkpoint, tmp_path, 1000 * i)
         assert path == str(tmp_path / f'model{1000 * i}')
     assert [*checkpoints(tmp_path)] == [1000 * i for i in range(3, 13)]
-    assert {path.name.split('.')[0] for path in tmp_path.iterdir()} == {
-        f'model{1000 * i}' for i in range(3, 13)
-    }
+    stems = {path.name.split('.')[0] for path in tmp_path.iterdir()}
+    assert stems == {f'model{1000 * i}' for i in range(3, 13)}
     assert checkpoints(tmp_path)[12000] == str(tmp_path / 'model12000')
     assert checkpoints(tmp_path / 'absent') == {}
 
@@ -295,23 +262,20 @@ def test_checkpoint_is_read_back_by_parameter_name(tmp_path, adam):
     'names, stored',
     [
         (
-            ['conv1', 'b1', 'conv2', 'b2', 'w5', 'b5', '0/beta', '1/beta'],
-            ['conv1', 'Variable', 'conv2', 'Variable_1', 'w5', 'Variable_2', '0/beta', '1/beta'],
+            'conv1 b1 conv2 b2 w5 b5 0/beta 1/beta',
+            'conv1 Variable conv2 Variable_1 w5 Variable_2 0/beta 1/beta',
         ),
-        (
-            ['w1', 'b1', 'w2', 'b2', '0/beta'],
-            ['Variable', 'Variable_1', 'Variable_2', 'Variable_3', '0/beta'],
-        ),
+        ('w1 b1 w2 b2 0/beta', 'Variable Variable_1 Variable_2 Variable_3 0/beta'),
     ],
     ids=['convolutional', 'fully connected'],
 )
 def test_checkpoint_of_the_original(tmp_path, names, stored):
     """The TensorFlow 1 format, and the names that TensorFlow made up for variables without one."""
+    names, path = names.split(), str(tmp_path / 'model59999')
     values = [np.full([2], i, np.float32) for i in range(len(names))]
-    path = str(tmp_path / 'model59999')
     tf.raw_ops.SaveV2(
         prefix=path,
-        tensor_names=[f'model/{name}' for name in stored],
+        tensor_names=[f'model/{name}' for name in stored.split()],
         shape_and_slices=[''] * len(names),
         tensors=values,
     )
@@ -332,23 +296,25 @@ def damaged(path):
     ids=['absent', 'cut', 'empty'],
 )
 def test_unreadable_checkpoint(tmp_path, damage):
-    path = write_checkpoint(
-        tf.train.Checkpoint(weights={'w1': tf.Variable([1.0, 2.0])}), tmp_path, 7
-    )
+    checkpoint = tf.train.Checkpoint(weights={'w1': tf.Variable([1.0, 2.0])})
+    path = write_checkpoint(checkpoint, tmp_path, 7)
     damage(tmp_path / 'model7.index')
     with pytest.raises(ValueError, match='model7 cannot be read as a checkpoint'):
         read_checkpoint(path, ['w1'])
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
+# Pictures -----------------------------------------------------------------------------------------
 
 
 def test_picture_of_a_task():
     """Every image of the first two shots stands in its place, unchanged; later ones do not."""
     random = np.random.default_rng(0)
-    images = lambda shots: random.integers(0, 256, (2, shots * 3, 20 * 30 * 3)) / 255
-    labels = lambda shots: np.tile(np.eye(3)[[2, 0, 1]], (2, shots, 1))
-    batch = Batch(images(1), labels(1), images(4), labels(4))
+
+    def examples(shots):
+        images = random.integers(0, 256, (2, shots * 3, 20 * 30 * 3)) / 255
+        return images, np.tile(np.eye(3)[[2, 0, 1]], (2, shots, 1))
+
+    batch = Batch(*examples(1), *examples(4))
     picture = task_picture(batch, (20, 30, 3), task=1)
     assert picture.shape == (3 * 36 + 28, 3 * 34, 3) and picture.dtype == np.uint8
     expected = [
@@ -358,10 +324,8 @@ def test_picture_of_a_task():
     ]
     for top, row in expected:
         for i, image in enumerate(row):
-            np.testing.assert_array_equal(
-                picture[top : top + 20, 34 * i : 34 * i + 30],
-                np.uint8(255 * image.reshape(20, 30, 3)),
-            )
+            place = picture[top : top + 20, 34 * i : 34 * i + 30]
+            np.testing.assert_array_equal(place, np.uint8(255 * image.reshape(20, 30, 3)))
     assert (picture[14:28] < 128).any()  # the labels
 
 
@@ -370,26 +334,21 @@ def test_picture_of_a_fit():
     x = np.linspace(-5, 5, 50)
     picture = fit_picture({'red line': np.stack([x, x], 1)}, np.array([[0.0, 5.0]]))
     assert picture.shape == (320, 480, 3)
-    for at, colour in [
-        ((-4, -4), (255, 0, 0)),
-        ((4, 4), (255, 0, 0)),
-        ((0, 5), (128, 0, 128)),
-        ((-4, 4), (255, 255, 255)),
-    ]:
+    red, purple, white = (255, 0, 0), (128, 0, 128), (255, 255, 255)
+    for at, colour in [((-4, -4), red), ((4, 4), red), ((0, 5), purple), ((-4, 4), white)]:
         column, row = round((at[0] + 5) / 10 * 479), round((6 - at[1]) / 12 * 319)
         assert (picture[row - 1 : row + 2, column - 1 : column + 2] == colour).all(-1).any(), at
 
 
+GRAPH_ERROR = (
+    'Graph execution error:\n\nDetected at node A defined at (most recent call last):\n'
+    '<stack traces unavailable>\nConnection reset\nmore'
+)
+
+
 @pytest.mark.parametrize(
     'text, line',
-    [
-        (
-            'Graph execution error:\n\nDetected at node A defined at (most recent call last):\n<stack traces unavailable>\nConnection reset\nmore',
-            'Connection reset',
-        ),
-        ('disk full', 'disk full'),
-        ('', 'ValueError'),
-    ],
+    [(GRAPH_ERROR, 'Connection reset'), ('disk full', 'disk full'), ('', 'ValueError')],
 )
 def test_first_line(text, line):
     assert first_line(ValueError(text)) == line
