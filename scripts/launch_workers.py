@@ -3,9 +3,10 @@
 
     python scripts/launch_workers.py N [--pin] -- FLAGS
 
-is N processes `python main.py FLAGS --strategy=multi_worker` that talk to each other over ports of 127.0.0.1. --pin gives each a core
-of its own. What the first one prints is shown, and what any of them has to say of errors. If one ends with an error the others are
-ended too. SIGINT and SIGTERM are passed on: the run is saved and can be continued.
+is N processes `python main.py FLAGS --strategy=multi_worker` that talk to each other over ports of
+127.0.0.1. --pin gives each a core of its own. What the first one prints is shown, and what any of
+them has to say of errors. If one ends with an error the others are ended too. SIGINT and SIGTERM
+are passed on: the run is saved and can be continued.
 """
 
 import argparse
@@ -53,22 +54,34 @@ def start(index: int, ports: list[int], flags: list[str], pin: bool) -> subproce
     )
 
 
+def running(workers: list[subprocess.Popen]) -> list[subprocess.Popen]:
+    return [worker for worker in workers if worker.poll() is None]
+
+
+def first_failure(workers: list[subprocess.Popen]) -> int:
+    """The first status that is not zero, in the workers' order; 0 if there is none."""
+    return next((worker.returncode for worker in workers if worker.returncode), 0)
+
+
 def wait(workers: list[subprocess.Popen]) -> int:
-    """Until all have ended; the first status that is not zero, and -9 of a process that was killed becomes 137."""
+    """Waits until all have ended, and returns the first status that is not zero.
+
+    -9 of a process that was killed becomes 137, as in a shell.
+    """
     status = 0
     while any(worker.poll() is None for worker in workers):
         time.sleep(0.1)
-        failed = [worker.returncode for worker in workers if worker.returncode]
-        if failed and not status:
-            status, deadline = failed[0], time.monotonic() + GRACE
+        if not status:
+            status, deadline = first_failure(workers), time.monotonic() + GRACE
         if status and time.monotonic() > deadline:
-            for worker in workers:
-                worker.poll() is None and worker.kill()
-    status = status or next((worker.returncode for worker in workers if worker.returncode), 0)
+            for worker in running(workers):
+                worker.kill()
+    status = status or first_failure(workers)
     return 128 - status if status < 0 else status
 
 
-def main():
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What this script was told, and the flags for main.py."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -76,18 +89,24 @@ def main():
     )
     parser.add_argument('count', type=int, metavar='N')
     parser.add_argument('--pin', action='store_true', help='a core of its own for each worker')
-    own, flags = sys.argv[1:], []
-    if '--' in own:  # argparse would not have options before it and flags after
-        own, flags = own[: own.index('--')], own[own.index('--') + 1 :]
+    own, flags = arguments, []
+    if '--' in arguments:  # argparse would not have options before it and flags after
+        end = arguments.index('--')
+        own, flags = arguments[:end], arguments[end + 1 :]
     values = parser.parse_args(own)
     if values.count < 1:
         sys.exit(f'launch_workers.py: N must be at least 1, but it is {values.count}')
+    return values, flags
+
+
+def main():
+    values, flags = parse(sys.argv[1:])
     ports = free_ports(values.count)
     workers = [start(index, ports, flags, values.pin) for index in range(values.count)]
 
     def forward(number, _):
-        for worker in workers:
-            worker.poll() is None and worker.send_signal(number)
+        for worker in running(workers):
+            worker.send_signal(number)
 
     signal.signal(signal.SIGINT, forward)
     signal.signal(signal.SIGTERM, forward)

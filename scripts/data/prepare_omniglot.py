@@ -1,10 +1,11 @@
-"""Makes data/omniglot_resized, which main.py --datasource=omniglot reads, from Omniglot's two official archives.
+"""Makes data/omniglot_resized, for main.py --datasource=omniglot, from the two official archives.
 
     python scripts/data/prepare_omniglot.py                   # downloads them (16 MB)
     python scripts/data/prepare_omniglot.py --source=FOLDER   # has them there
 
-FOLDER holds images_background.zip and images_evaluation.zip, or the two folders they unpack to, or all alphabets.
-The result is TARGET/<Alphabet>/<characterNN>/*.png: all 50 alphabets, 1623 characters of 20 images, 28x28, 1 bit.
+FOLDER holds images_background.zip and images_evaluation.zip, or the two folders they unpack to, or
+all alphabets. The result is TARGET/<Alphabet>/<characterNN>/*.png: all 50 alphabets, 1623
+characters of 20 images, 28x28, 1 bit.
 """
 
 import collections
@@ -45,17 +46,27 @@ class Counts(NamedTuple):
     images: int = 20  # of each character
 
 
+OFFICIAL = Counts()
+
+
+def fetch(address: str) -> bytes:
+    try:
+        with urllib.request.urlopen(address, timeout=60) as response:
+            return response.read(MAX_DOWNLOAD)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise PreparationError(f'{address} cannot be downloaded ({error}); {ADVICE}') from error
+
+
 def download(url: str, md5: Mapping[str, str]) -> list[Item]:
-    """Fetches the archives into memory; PreparationError if one cannot be had or is not the one that `md5` names."""
+    """Fetches the archives into memory.
+
+    PreparationError if one cannot be had or is not the one that `md5` names.
+    """
     items = []
     for name, digest in md5.items():
         address = f'{url.rstrip("/")}/{name}'
         print(f'Downloading {address}', file=sys.stderr)
-        try:
-            with urllib.request.urlopen(address, timeout=60) as response:
-                data = response.read(MAX_DOWNLOAD)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise PreparationError(f'{address} cannot be downloaded ({error}); {ADVICE}') from error
+        data = fetch(address)
         if hashlib.md5(data, usedforsecurity=False).hexdigest() != digest:
             raise PreparationError(
                 f'{address} is not the official archive, whose md5 is {digest}; {ADVICE}'
@@ -65,7 +76,7 @@ def download(url: str, md5: Mapping[str, str]) -> list[Item]:
 
 
 def find(source: Path) -> list[Item]:
-    """The images of a folder that holds the archives, the two folders they unpack to, or the alphabets themselves."""
+    """The images of a folder: of archives, the two folders they unpack to, or alphabets in it."""
     if not source.is_dir():
         raise PreparationError(f'--source={source} is not a folder.')
     items = []
@@ -76,42 +87,37 @@ def find(source: Path) -> list[Item]:
             items += preparation.folder_items(source / Path(name).stem, '*/*/*.png')
     items = items or preparation.folder_items(source, '*/*/*.png')
     if not items:
+        archives = ' and '.join(MD5)
         raise PreparationError(
-            f'--source={source} holds neither {" and ".join(MD5)} nor what they unpack to.'
+            f'--source={source} holds neither {archives} nor what they unpack to.'
         )
     return items
 
 
 def fault(paths: Iterable[str], counts: Counts) -> str | None:
-    """What the files Alphabet/characterNN/name.png lack to be a complete Omniglot; None if nothing."""
+    """What the files Alphabet/characterNN/name.png lack of a complete Omniglot; None if nothing."""
     images = collections.Counter(path.rpartition('/')[0] for path in paths)
     alphabets = {character.partition('/')[0] for character in images}
-    if (len(alphabets), len(images)) != counts[:2]:
-        return (
-            f'{len(alphabets)} alphabets with {len(images)} characters instead of {counts.alphabets} with '
-            f'{counts.characters}'
-        )
-    return next(
-        (
-            f'{count} images of {character} instead of {counts.images}'
-            for character, count in sorted(images.items())
-            if count != counts.images
-        ),
-        None,
-    )
+    if (len(alphabets), len(images)) != (counts.alphabets, counts.characters):
+        found = f'{len(alphabets)} alphabets with {len(images)} characters'
+        return f'{found} instead of {counts.alphabets} with {counts.characters}'
+    for character, count in sorted(images.items()):
+        if count != counts.images:
+            return f'{count} images of {character} instead of {counts.images}'
+    return None
 
 
 def merge(items: list[Item]) -> dict[str, Item]:
     """The images by their path in the target; archives may have any folders above the alphabets."""
     merged = {}
     for item in items:
-        if len(item.path.parts) >= 3 and item.path.suffix == '.png':
-            name = '/'.join(item.path.parts[-3:])
-            if name in merged:
-                raise PreparationError(
-                    f'{item.where} and {merged[name].where} are both the same image.'
-                )
-            merged[name] = item
+        if len(item.path.parts) < 3 or item.path.suffix != '.png':
+            continue
+        name = '/'.join(item.path.parts[-3:])
+        if name in merged:
+            both = f'{item.where} and {merged[name].where}'
+            raise PreparationError(f'{both} are both the same image.')
+        merged[name] = item
     return dict(sorted(merged.items()))
 
 
@@ -121,14 +127,13 @@ def resize(item: Item) -> bytes:
     with preparation.decoding(item):
         image = Image.open(io.BytesIO(item.read()), formats=('PNG',))
         if image.size != SIZE:
-            raise PreparationError(
-                f'{item.where} is {image.width}x{image.height}; the official images are 105x105.'
-            )
-        image = image.convert(
-            '1', dither=Image.Dither.NONE
-        )  # nothing changes unless a copy was stored in grey
-        # The published results come from images that were asked to be resized with Lanczos. Pillow resizes 1-bit images
-        # with nearest neighbour whatever is asked, so that is what everyone has trained on, and what is asked for here.
+            size = f'{image.width}x{image.height}'
+            raise PreparationError(f'{item.where} is {size}; the official images are 105x105.')
+        # Nothing changes unless a copy was stored in grey.
+        image = image.convert('1', dither=Image.Dither.NONE)
+        # The published results come from images that were asked to be resized with Lanczos. Pillow
+        # resizes 1-bit images with nearest neighbour whatever is asked, so that is what everyone
+        # has trained on, and what is asked for here.
         image.resize(RESIZED, Image.Resampling.NEAREST).save(file, 'PNG')
     return file.getvalue()
 
@@ -138,18 +143,21 @@ def prepare(
     target: Path,
     url: str = URL,
     md5: Mapping[str, str] = MD5,
-    counts: Counts = Counts(),
+    counts: Counts = OFFICIAL,
 ) -> str:
-    """Writes the target, unless it is there already, and returns a report; raises PreparationError."""
+    """Writes the target, unless it is there already, and returns a report.
+
+    Raises PreparationError.
+    """
     if preparation.is_prepared(target, lambda paths: fault(paths, counts) is None, RESIZED):
         return f'{target} is complete already; nothing to do.'
-    images = merge(find(source) if source else download(url, md5))
-    if wrong := fault(images, counts):
+    items = merge(find(source) if source else download(url, md5))
+    if wrong := fault(items, counts):
         raise PreparationError(f'{source or url} does not hold the complete Omniglot: {wrong}.')
-    preparation.write_images(
-        target, {name: functools.partial(resize, item) for name, item in images.items()}
-    )
-    return f'{target}: {counts.alphabets} alphabets, {counts.characters} characters, {len(images)} images.'
+    images = {name: functools.partial(resize, item) for name, item in items.items()}
+    preparation.write_images(target, images)
+    classes = f'{counts.alphabets} alphabets, {counts.characters} characters'
+    return f'{target}: {classes}, {len(images)} images.'
 
 
 def main(argv: list[str]) -> None:

@@ -6,8 +6,8 @@
 fail() { echo "$*" >&2; exit 1; }
 
 # Python 3.10-3.13, as setup.py says, and able to make environments with pip in them. Running it is
-# the only sure test: a pyenv shim is found on the PATH and fails, and Debian's python3 comes without
-# ensurepip.
+# the only sure test: a pyenv shim is found on the PATH and fails, and Debian's python3 comes
+# without ensurepip.
 usable() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
         2>/dev/null
@@ -29,8 +29,8 @@ find_python() {
          'PYTHON=/path/to/python3.12 bash scripts/run.sh'
 }
 
-# What an installation depends on; it is written down only after pip has succeeded, so an interrupted
-# one is done again.
+# What an installation depends on; it is written down only after pip has succeeded, so an
+# interrupted one is done again.
 fingerprint() { echo "$PWD"; cksum < setup.py; }
 
 install() {
@@ -45,8 +45,8 @@ install() {
     echo "Installing TensorFlow and the other packages of setup.py[$extra] into .venv" \
          "(once; takes a few minutes)" >&2
     .venv/bin/python -m pip install -qq --disable-pip-version-check --editable ".[$extra]" ||
-        fail "The packages could not be installed into $PWD/.venv; see pip's lines above, then run" \
-             "this again (if that does not help, after removing .venv)."
+        fail "The packages could not be installed into $PWD/.venv; see pip's lines above, then" \
+             "run this again (if that does not help, after removing .venv)."
     fingerprint > "$stamp.$$" && mv "$stamp.$$" "$stamp"
 }
 

@@ -3,8 +3,8 @@
 #   bash scripts/paper/omniglot_5way_1shot.sh                               as in the paper
 #   bash scripts/paper/omniglot_5way_1shot.sh --metatrain_iterations=5000   a short run
 #   bash scripts/paper/omniglot_5way_1shot.sh --seed=1                      another seed, beside it
-# Runs are kept in logs/CELL/seedN. Started again, a script continues: what is trained is not trained
-# twice.
+# Runs are kept in logs/CELL/seedN. Started again, a script continues: what is trained is not
+# trained twice.
 # OMNIGLOT=FOLDER and MINIIMAGENET=FOLDER name what the data is made from, if it has to be made.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -3,9 +3,10 @@
 
     python scripts/model/classify.py RUN_FOLDER SUPPORT_DIR IMAGE... [--json]
 
-RUN_FOLDER is a folder that main.py trained in, LOGDIR/cls_...; SUPPORT_DIR holds a folder for each label, named after it, with one
-or more images; IMAGE is an image, or a folder of images. The model adapts to the labelled images by gradient descent, the loss per
-step is shown; then each image is printed with the likeliest label and its probability.
+RUN_FOLDER is a folder that main.py trained in, LOGDIR/cls_...; SUPPORT_DIR holds a folder for each
+label, named after it, with one or more images; IMAGE is an image, or a folder of images. The model
+adapts to the labelled images by gradient descent, the loss per step is shown; then each image is
+printed with the likeliest label and its probability.
 """
 
 import argparse
@@ -32,39 +33,45 @@ class Support(NamedTuple):
     y: np.ndarray  # [examples], index into labels
 
 
-def read_support(folder: Path, layout: ImageLayout, ways: int) -> Support:
-    """Raises ValueError for what makes no task for a model of `ways` classes."""
+def class_folders(folder: Path, ways: int) -> list[Path]:
+    """A folder per label. Raises ValueError if a model of `ways` classes cannot tell them apart."""
     if not folder.is_dir():
         raise ValueError(
             f'there is no folder {folder}; SUPPORT_DIR must hold a folder of images for each label'
         )
-    classes = sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')
-    )
+    folders = [path for path in folder.iterdir() if path.is_dir()]
+    classes = sorted(path for path in folders if not path.name.startswith('.'))
     if len(classes) < 2:
+        found = '1 class folder' if classes else 'no class folders'
         raise ValueError(
-            f'{folder} holds {len(classes) or "no"} class folder{"s" * (not classes)}, but there must be at least two: a '
-            'folder of images for each label'
+            f'{folder} holds {found}, but there must be at least two: a folder of images for each '
+            'label'
         )
     if len(classes) > ways:
         raise ValueError(
-            f'{folder} holds {len(classes)} class folders, but the model was trained for {ways} ways: it can tell at most '
-            f'{ways} labels apart'
+            f'{folder} holds {len(classes)} class folders, but the model was trained for {ways} '
+            f'ways: it can tell at most {ways} labels apart'
         )
-    files = {path: image_files(path, layout) for path in classes}
-    for path, found in files.items():
+    return classes
+
+
+def read_support(folder: Path, layout: ImageLayout, ways: int) -> Support:
+    """Raises ValueError for what makes no task for a model of `ways` classes."""
+    classes = class_folders(folder, ways)
+    files = [image_files(path, layout) for path in classes]
+    for path, found in zip(classes, files):
         if not found:
             raise ValueError(f'{path} holds no images: each label needs at least one')
-    images = [read_image(file, layout) for found in files.values() for file in found]
-    return Support(
-        [path.name for path in classes],
-        np.stack(images),
-        np.repeat(np.arange(len(classes)), [*map(len, files.values())]),
-    )
+    images = [read_image(file, layout) for found in files for file in found]
+    y = np.repeat(np.arange(len(classes)), [len(found) for found in files])
+    return Support([path.name for path in classes], np.stack(images), y)
 
 
 def read_queries(paths: list[Path], layout: ImageLayout) -> tuple[list[str], np.ndarray]:
-    """The images' paths, those in folders one by one, and the images [queries, height, width, channels] uint8."""
+    """The images' paths, those in folders one by one, and the images.
+
+    These are [queries, height, width, channels] uint8.
+    """
     files = []
     for path in paths:
         if path.is_dir() and not image_files(path, layout):
@@ -87,8 +94,33 @@ def adapt(
     return weights, losses
 
 
+def answer(file: str, labels: list[str], probabilities: np.ndarray) -> dict:
+    """What is told of one image; probabilities: of each label."""
+    return {
+        'image': file,
+        'label': labels[probabilities.argmax()],
+        'probability': float(probabilities.max()),
+        'probabilities': dict(zip(labels, map(float, probabilities))),
+    }
+
+
+def chosen_steps(values: argparse.Namespace, learner: Learner) -> int:
+    """The number of gradient steps. Raises ValueError if it, or the step size, makes no sense."""
+    steps = learner.model.num_updates if values.steps is None else values.steps
+    lr_fits = values.lr is None or 0 <= values.lr < float('inf')
+    if not 0 <= steps <= 1000 or not lr_fits:
+        raise ValueError(
+            '--steps must be from 0 to 1000 and --lr at least 0, but they are '
+            f'{values.steps} and {values.lr}'
+        )
+    return steps
+
+
 def classify(values: argparse.Namespace) -> dict:
-    """{'labels': ..., 'losses': ..., 'images': [{'image', 'label', 'probability', 'probabilities'}]}. Raises ValueError."""
+    """What is printed as JSON: the labels, the losses of adaptation, the answers for the images.
+
+    Raises ValueError.
+    """
     learner = Learner.load(values.run_folder, values.checkpoint)
     if not learner.is_classifier:
         raise ValueError(
@@ -97,25 +129,11 @@ def classify(values: argparse.Namespace) -> dict:
     layout = run_layout(learner.settings)
     support = read_support(values.support_dir, layout, learner.model.network.dim_output)
     files, x = read_queries(values.image, layout)
-    steps = learner.model.num_updates if values.steps is None else values.steps
-    if not 0 <= steps <= 1000 or values.lr is not None and not 0 <= values.lr < float('inf'):
-        raise ValueError(
-            f'--steps must be from 0 to 1000 and --lr at least 0, but they are {values.steps} and {values.lr}'
-        )
-    weights, losses = adapt(learner, support, steps, values.lr)
-    probabilities = learner.predict(x, weights, None if values.transductive else support.x)[
-        :, : len(support.labels)
-    ]
+    weights, losses = adapt(learner, support, chosen_steps(values, learner), values.lr)
+    outputs = learner.predict(x, weights, None if values.transductive else support.x)
+    probabilities = outputs[:, : len(support.labels)]  # [queries, labels]
     probabilities /= probabilities.sum(1, keepdims=True)  # outputs without a label do not count
-    images = [
-        {
-            'image': file,
-            'label': support.labels[row.argmax()],
-            'probability': float(row.max()),
-            'probabilities': dict(zip(support.labels, map(float, row))),
-        }
-        for file, row in zip(files, probabilities)
-    ]
+    images = [answer(file, support.labels, row) for file, row in zip(files, probabilities)]
     return {'labels': support.labels, 'losses': losses, 'images': images}
 
 
@@ -137,8 +155,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--transductive',
         action='store_true',
-        help='normalise by the statistics of the images to classify, together, '
-        'as the paper does; default: by those of the labelled images, so that an answer depends on its image alone',
+        help='normalise by the statistics of the images to classify, together, as the paper does; '
+        'default: by those of the labelled images, so that an answer depends on its image alone',
     )
     parser.add_argument('--json', action='store_true', help='print everything as JSON')
     values = parser.parse_args(arguments)

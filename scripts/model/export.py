@@ -1,22 +1,23 @@
 #!/usr/bin/env python
-"""Writes a trained classifier as a SavedModel that adapts and predicts, for use without this project.
+"""Writes a trained classifier as a SavedModel, which adapts and predicts without this project.
 
     python scripts/model/export.py RUN_FOLDER OUT
 
-RUN_FOLDER is a folder that main.py trained in, LOGDIR/cls_.... The SavedModel OUT has two signatures; any number of tasks T, of
-support examples and of queries will do:
+RUN_FOLDER is a folder that main.py trained in, LOGDIR/cls_.... The SavedModel OUT has two
+signatures; any number of tasks T, of support examples and of queries will do:
 
-    adapt(support_images, support_labels)                                    the weights, [T, ...] each
-    adapt_and_predict(support_images, support_labels, query_images)          probabilities [T, queries, N]
+    adapt(support_images, support_labels)                            the weights, [T, ...] each
+    adapt_and_predict(support_images, support_labels, query_images)  probabilities [T, queries, N]
 
-support_images [T, examples, height, width, channels] and query_images [T, queries, ...] are float32 from 0 to 1, support_labels
-[T, examples] int64 from 0 to N-1.
+support_images [T, examples, height, width, channels] and query_images [T, queries, ...] are float32
+from 0 to 1, support_labels [T, examples] int64 from 0 to N-1.
 """
 
 import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,11 @@ from data_generator import run_layout
 from maml import Learner
 
 
+def serve(function: Callable, *arguments: tf.TensorSpec) -> Callable:
+    """The function as a signature of the SavedModel."""
+    return tf.function(function, input_signature=arguments, autograph=False)
+
+
 class Serving(NamedTuple):
     """What the SavedModel does; tasks and examples are of unknown number."""
 
@@ -39,25 +45,23 @@ class Serving(NamedTuple):
 
     def module(self, image_shape: tuple[int, int, int]) -> tf.Module:
         """To be saved."""
-        images = lambda name: tf.TensorSpec([None, None, *image_shape], tf.float32, name)
+        images = [None, None, *image_shape]  # [T, examples, height, width, channels]
         support = (
-            images('support_images'),
+            tf.TensorSpec(images, tf.float32, 'support_images'),
             tf.TensorSpec([None, None], tf.int64, 'support_labels'),
         )
-        serve = lambda function, *arguments: tf.function(
-            function, input_signature=arguments, autograph=False
-        )
+        query = tf.TensorSpec(images, tf.float32, 'query_images')
         module = tf.Module()
         module.weights = self.learner.model.weights
         module.norms = self.learner.model.norms
         module.adapt = serve(self.adapt, *support)
-        module.adapt_and_predict = serve(self.adapt_and_predict, *support, images('query_images'))
+        module.adapt_and_predict = serve(self.adapt_and_predict, *support, query)
         return module
 
     def flat(self, images: tf.Tensor) -> tf.Tensor:
-        return tf.reshape(
-            images, [*tf.unstack(tf.shape(images)[:2]), self.learner.model.network.dim_input]
-        )  # [T, examples, D]
+        tasks, examples = tf.unstack(tf.shape(images)[:2])
+        dim_input = self.learner.model.network.dim_input
+        return tf.reshape(images, [tasks, examples, dim_input])
 
     def adapt(self, support_images: tf.Tensor, support_labels: tf.Tensor) -> dict[str, tf.Tensor]:
         model = self.learner.model
@@ -75,53 +79,58 @@ class Serving(NamedTuple):
         model, weights = self.learner.model, self.adapt(support_images, support_labels)
         x, leading = self.flat(query_images), None
         if not self.transductive:
-            x, leading = (
-                tf.concat([self.flat(support_images), x], axis=1),
-                tf.shape(support_images)[1],
-            )
+            x = tf.concat([self.flat(support_images), x], axis=1)
+            leading = tf.shape(support_images)[1]
         output = model.output(weights, model.norms, model.network.prepare(x, leading), leading)
         return {'probabilities': tf.nn.softmax(output)}
 
 
-def export(values: argparse.Namespace) -> str:
-    """Writes the SavedModel, whole or not at all, and returns a report. Raises ValueError and OSError."""
-    which = {'last': -1}.get(values.checkpoint, values.checkpoint)
-    learner = Learner.load(values.run_folder, which)
-    model = learner.model
-    if not learner.is_classifier:
-        raise ValueError(
-            f'{values.run_folder} is a run on {learner.settings["datasource"]}; only classifiers of images are exported'
-        )
-    steps, lr = (
-        model.num_updates if values.steps is None else values.steps,
-        model.update_lr if values.lr is None else values.lr,
-    )
+def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, float]:
+    """The number and the size of gradient steps. Raises ValueError if they make no sense."""
+    steps = learner.model.num_updates if values.steps is None else values.steps
+    lr = learner.model.update_lr if values.lr is None else values.lr
     if not 0 <= steps <= 1000 or not 0 <= lr < float('inf'):
         raise ValueError(
             f'--steps must be from 0 to 1000 and --lr at least 0, but they are {steps} and {lr}'
         )
+    return steps, lr
+
+
+def save(module: tf.Module, out: Path) -> None:
+    """Writes the folder, whole or not at all."""
+    signatures = {'adapt': module.adapt, 'adapt_and_predict': module.adapt_and_predict}
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix='.export') as beside:
+        tf.saved_model.save(module, f'{beside}/out', signatures, options)
+        os.replace(f'{beside}/out', out)
+
+
+def export(values: argparse.Namespace) -> str:
+    """Writes the SavedModel and returns a report. Raises ValueError and OSError."""
+    which = {'last': -1}.get(values.checkpoint, values.checkpoint)
+    learner = Learner.load(values.run_folder, which)
+    if not learner.is_classifier:
+        source = learner.settings['datasource']
+        raise ValueError(
+            f'{values.run_folder} is a run on {source}; only classifiers of images are exported'
+        )
+    steps, lr = chosen_steps(values, learner)
     if values.out.exists():
         raise ValueError(
             f'{values.out} is there already, and is not replaced: remove it, or give another OUT'
         )
     height, width, channels = run_layout(learner.settings).shape(1)[1:]
     module = Serving(learner, steps, lr, values.transductive).module((height, width, channels))
-    values.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=values.out.parent, prefix='.export') as beside:
-        tf.saved_model.save(
-            module,
-            f'{beside}/out',
-            {'adapt': module.adapt, 'adapt_and_predict': module.adapt_and_predict},
-            tf.saved_model.SaveOptions(experimental_custom_gradients=False),
-        )
-        os.replace(f'{beside}/out', values.out)
+    save(module, values.out)
+    ways, transductive = learner.model.network.dim_output, '' if values.transductive else 'not '
     return (
-        f'{values.out}: {model.network.dim_output} ways, images {height}x{width}x{channels}, {steps} steps with α = {lr}, '
-        f'{"transductive" if values.transductive else "not transductive"}'
+        f'{values.out}: {ways} ways, images {height}x{width}x{channels}, '
+        f'{steps} steps with α = {lr}, {transductive}transductive'
     )
 
 
-def main(arguments: list[str] | None = None):
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -138,11 +147,16 @@ def main(arguments: list[str] | None = None):
     parser.add_argument(
         '--transductive',
         action='store_true',
-        help='normalise by the statistics of the queries of a task, together, '
-        'as the paper does; default: by those of its support set, so that an answer depends on its image alone',
+        help='normalise by the statistics of the queries of a task, together, as the paper does; '
+        'default: by those of its support set, so that an answer depends on its image alone',
     )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None):
+    values = parse(arguments)
     try:
-        print(export(parser.parse_args(arguments)))
+        print(export(values))
     except (ValueError, OSError, tf.errors.OpError) as error:
         sys.exit(f'export.py: {error}')
 

@@ -3,10 +3,12 @@
 
     python scripts/model/import_tf1_checkpoint.py FOLDER/model59000 --target=logs/NAME
 
-NAME is the name of the run, by which main.py finds it: cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm
-is 5-way, trained with 4 tasks per meta-batch, 1 shot and 5 updates of step size 0.01, of a network with 32 filters,
-max-pooling and batch normalisation. Without --target it is logs/ and the name of the checkpoint's own folder. The
-source is left as it is. main.py can also use it without conversion, if it lies in a folder of that name.
+NAME is the name of the run, by which main.py finds it:
+cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm is 5-way, trained with 4 tasks per
+meta-batch, 1 shot and 5 updates of step size 0.01, of a network with 32 filters, max-pooling and
+batch normalisation. Without --target it is logs/ and the name of the checkpoint's own folder. The
+source is left as it is. main.py can also use it without conversion, if it lies in a folder of that
+name.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
@@ -25,21 +28,21 @@ from utils import OBJECT_GRAPH, checkpoints, read_checkpoint, stored_values, wri
 NAME = re.compile(
     r'cls_(?P<num_classes>\d+)\.mbs_(?P<meta_batch_size>\d+)\.ubs_(?P<update_batch_size>\d+)'
     r'\.numstep(?P<num_updates>\d+)\.updatelr(?P<update_lr>[\d.]+(?:e-?\d+)?)'
-    r'(?:hidden(?P<num_filters>\d+))?(?P<max_pool>maxpool)?(?P<stop_grad>stopgrad)?(?P<baseline>oracle)?'
-    r'(?P<norm>batchnorm|layernorm|nonorm)'
+    r'(?:hidden(?P<num_filters>\d+))?(?P<max_pool>maxpool)?(?P<stop_grad>stopgrad)?'
+    r'(?P<baseline>oracle)?(?P<norm>batchnorm|layernorm|nonorm)'
 )
 NORMS = {'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}
-INPUTS = {
-    1: 'sinusoid',
-    3: 'sinusoid',
-    28 * 28: 'omniglot',
-    84 * 84 * 3: 'miniimagenet',
-}  # fully connected networks
-CHANNELS = {1: 'omniglot', 3: 'miniimagenet'}  # convolutional networks
+# What tells the datasource: the inputs of fully connected, the channels of convolutional networks.
+INPUTS = {1: 'sinusoid', 3: 'sinusoid', 28 * 28: 'omniglot', 84 * 84 * 3: 'miniimagenet'}
+CHANNELS = {1: 'omniglot', 3: 'miniimagenet'}
+CONVOLUTIONAL = 'conv1 b1 conv2 b2 conv3 b3 conv4 b4 w5 b5'.split()  # the names of its weights
 
 
 def locate(source: Path) -> tuple[str, int]:
-    """(path without suffix, iteration) of a checkpoint: model{iteration}, a file of it, or the newest in a folder."""
+    """(path without suffix, iteration) of a checkpoint.
+
+    source: model{iteration}, a file of it, or a folder, whose newest is taken.
+    """
     if source.is_dir():
         found = checkpoints(source)
         if not found:
@@ -53,51 +56,78 @@ def locate(source: Path) -> tuple[str, int]:
     iteration = re.fullmatch(r'model(\d+)', Path(path).name)
     if not iteration:
         raise ValueError(
-            f'{path} is not called model{{iteration}}: rename its files, for instance to model59000.*'
+            f'{path} is not called model{{iteration}}: rename its files, for instance to '
+            'model59000.*'
         )
     return path, int(iteration[1])
 
 
+def weight_names(stored: Collection[str]) -> list[str]:
+    """The names of the weights in a checkpoint of these variables, in the network's order."""
+    if 'model/conv1' in stored:
+        return CONVOLUTIONAL
+    variables = [key for key in stored if re.fullmatch(r'model/Variable(_\d+)?', key)]
+    names = []
+    for i in range(1, len(variables) // 2 + 1):
+        names += [f'w{i}', f'b{i}']
+    return names
+
+
+def norm_names(stored: Collection[str]) -> list[str]:
+    """The names of the normalisations' parameters in a checkpoint of these variables."""
+    found = [key for key in stored if re.fullmatch(r'model/\d/(beta|gamma)', key)]
+    return sorted(key.removeprefix('model/') for key in found)
+
+
 def read_original(path: str) -> dict:
-    """The flags that a checkpoint's variables tell. Raises ValueError if they are of no network of the original's."""
+    """The flags that a checkpoint's variables tell.
+
+    Raises ValueError if they are of no network of the original's.
+    """
     stored = stored_values(path)
     if OBJECT_GRAPH in stored:
         raise ValueError(
             f'{path} is a checkpoint of TensorFlow 2 already; main.py reads it as it is'
         )
-    norms = sorted(
-        key.removeprefix('model/') for key in stored if re.fullmatch(r'model/\d/(beta|gamma)', key)
-    )
-    layers = sum(bool(re.fullmatch(r'model/Variable(_\d+)?', key)) for key in stored) // 2
-    names = [f'{kind}{i}' for i in range(1, layers + 1) for kind in 'wb']
-    if 'model/conv1' in stored:
-        names = [f'{kind}{i}' for i in range(1, 5) for kind in ('conv', 'b')] + ['w5', 'b5']
+    names, norms = weight_names(stored), norm_names(stored)
     try:
         values, _ = read_checkpoint(path, names + norms)
         flags = known_flags({name: values[name] for name in names}, norms)
     except (ValueError, LookupError, TypeError):  # too many variables, too few, of strange shapes
         flags = {}
     if not flags.get('datasource'):
-        raise ValueError(
-            f'{path} is of no network of the original program: it holds {", ".join(sorted(stored))}'
-        )
+        held = ', '.join(sorted(stored))
+        raise ValueError(f'{path} is of no network of the original program: it holds {held}')
     return flags
 
 
 def known_flags(weights: dict, norms: list[str]) -> dict:
-    """The flags of main.py that names and shapes of parameters tell; datasource is None if it is none of the three."""
-    flags = {'norm': 'layer_norm' if '0/gamma' in norms else 'batch_norm' if norms else 'None'}
-    if 'conv1' in weights:
-        channels, filters = weights['conv1'].shape[2:]
-        flags |= {'datasource': CHANNELS.get(channels), 'num_classes': len(weights['b5'])}
-        flags |= {'num_filters': filters, 'conv': True}
-        if channels == 3:  # of 84x84 pixels, 5x5 are left after pooling, 6x6 after strides
-            flags['max_pool'] = len(weights['w5']) == 25 * filters
-        return flags
-    inputs, outputs = len(weights['w1']), len([*weights.values()][-1])
+    """The flags of main.py that names and shapes of parameters tell.
+
+    datasource is None if it is none of the three.
+    """
+    flags = {'norm': 'batch_norm' if norms else 'None'}
+    if '0/gamma' in norms:
+        flags['norm'] = 'layer_norm'
+    return flags | (convolutional(weights) if 'conv1' in weights else fully_connected(weights))
+
+
+def convolutional(weights: dict) -> dict:
+    """The flags that the shapes of a convolutional network's weights tell."""
+    channels, filters = weights['conv1'].shape[2:]
+    flags = {'datasource': CHANNELS.get(channels), 'num_classes': len(weights['b5'])}
+    flags |= {'num_filters': filters, 'conv': True}
+    if channels == 3:  # of 84x84 pixels, 5x5 are left after pooling, 6x6 after strides
+        flags['max_pool'] = len(weights['w5']) == 25 * filters
+    return flags
+
+
+def fully_connected(weights: dict) -> dict:
+    """The flags that the shapes of a fully connected network's weights tell."""
+    inputs, last_bias = len(weights['w1']), [*weights.values()][-1]
     if INPUTS.get(inputs) == 'sinusoid':
-        return flags | {'datasource': 'sinusoid', 'baseline': 'oracle' if inputs == 3 else None}
-    return flags | {'datasource': INPUTS.get(inputs), 'conv': False, 'num_classes': outputs}
+        return {'datasource': 'sinusoid', 'baseline': 'oracle' if inputs == 3 else None}
+    return {'datasource': INPUTS.get(inputs), 'conv': False, 'num_classes': len(last_bias)}
 
 
 def flags_of_name(name: str) -> dict | None:
@@ -106,56 +136,57 @@ def flags_of_name(name: str) -> dict | None:
     if not match:
         return None
     flags = match.groupdict(default=64)  # the default is num_filters' alone
-    flags |= {
+    flags = {flag: int(text) if str(text).isdigit() else text for flag, text in flags.items()}
+    return flags | {
         'max_pool': bool(match['max_pool']),
         'stop_grad': bool(match['stop_grad']),
         'baseline': match['baseline'],
-    }
-    return {
-        flag: int(value) if str(value).isdigit() else NORMS.get(value, value)
-        for flag, value in flags.items()
+        'norm': NORMS[match['norm']],
     }
 
 
 def check_name(target: Path, path: str, known: dict) -> dict:
-    """All flags that the run's name and the checkpoint tell. Raises ValueError if the name is none, or contradicts."""
+    """All flags that the run's name and the checkpoint tell.
+
+    Raises ValueError if the name is none, or contradicts.
+    """
     told = flags_of_name(target.name)
     if told is None:
         raise ValueError(
-            f'{target.name} is not the name of a run, by which main.py would find it: give a --target like '
-            'logs/cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm, with the settings of the '
-            'run'
+            f'{target.name} is not the name of a run, by which main.py would find it: give a '
+            '--target like logs/cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm, '
+            'with the settings of the run'
         )
-    for flag in told:
-        if known.get(flag, told[flag]) != told[flag]:
+    for flag, value in told.items():
+        if known.get(flag, value) != value:
             raise ValueError(
-                f'{path} has {flag}={known[flag]}, but the name {target.name} says {told[flag]}: give as '
-                '--target the name of its run'
+                f'{path} has {flag}={known[flag]}, but the name {target.name} says {value}: '
+                'give as --target the name of its run'
             )
     return told | known
 
 
 def convert(source: Path, target: Path | None) -> str:
-    """Writes target/model{iteration} and returns a report. Raises ValueError or OSError before anything is written."""
+    """Writes target/model{iteration} and returns a report.
+
+    Raises ValueError or OSError before anything is written.
+    """
     path, iteration = locate(source)
     target = target or Path('logs', Path(path).resolve().parent.name)
     flags = check_name(target, path, read_original(path))
     if [*target.glob(f'model{iteration}.*')]:
         raise ValueError(
-            f'{target} has a model{iteration} already, which is never overwritten: give another --target'
+            f'{target} has a model{iteration} already, which is never overwritten: '
+            'give another --target'
         )
-    numbers = {
-        'update_lr': float(flags.get('update_lr', 1e-3)),
-        'num_updates': int(flags.get('num_updates', 1)),
-    }  # from a name
-    model = make_model(
-        **{flag: value for flag, value in flags.items() if flag != 'meta_batch_size'} | numbers
-    )
+    settings = flags | {'update_lr': float(flags['update_lr'])}  # as a number; a name has its text
+    model = make_model(**{flag: settings[flag] for flag in settings if flag != 'meta_batch_size'})
     model.restore(path)
     target.mkdir(parents=True, exist_ok=True)
-    written = write_checkpoint(model.checkpoint, target, iteration, {'flags': flags | numbers})
+    written = write_checkpoint(model.checkpoint, target, iteration, {'flags': settings})
     line = ' '.join(f'--{flag}={value}' for flag, value in flags.items() if value is not None)
-    return f'{written}\nTo evaluate it: python main.py {line} --logdir={shlex.quote(str(target.parent))} --train=False'
+    logdir = shlex.quote(str(target.parent))
+    return f'{written}\nTo evaluate it: python main.py {line} --logdir={logdir} --train=False'
 
 
 def main(arguments: list[str] | None = None):

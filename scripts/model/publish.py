@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Copies what is worth keeping of a training run: results, summaries of every 500th iteration, a few pictures, the command, and
-the newest and the best checkpoint without Adam's state.
+"""Copies what is worth keeping of a training run.
 
     python scripts/model/publish.py RUN_FOLDER TARGET
 
-TARGET/NAME, where NAME is the run folder's, is a fifth of the size. main.py evaluates it, and Learner.load,
-scripts/model/classify.py and scripts/model/export.py use it, as the run itself; training that continues from it starts with a fresh Adam.
+TARGET/NAME, where NAME is the run folder's, gets the results, the summaries of every 500th
+iteration, a few pictures, the command, and the newest and the best checkpoint without Adam's state.
+main.py evaluates it, and Learner.load, scripts/model/classify.py and scripts/model/export.py use
+it, as the run itself; training that continues from it starts with a fresh Adam.
 """
 
 import argparse
@@ -28,29 +29,47 @@ from utils import checkpoints, event_files, read_events, read_run_state, write_c
 SUMMARIES, PICTURES = 500, 20000  # the iterations between those that are kept
 
 
+def has_picture(event: tf.compat.v1.Event) -> bool:
+    plugins = [value.metadata.plugin_data.plugin_name for value in event.summary.value]
+    return 'images' in plugins
+
+
 def thin(source: Path, target: Path):
-    """Copies some of the summaries, and the last of all, by which the time that a run took is known."""
+    """Copies some of the summaries, and the last of all, which tells the time that the run took."""
     records = read_events(source)
     with tf.io.TFRecordWriter(str(target)) as writer:
         for i, record in enumerate(records):
             event = tf.compat.v1.Event.FromString(record)
-            picture = any(
-                value.metadata.plugin_data.plugin_name == 'images' for value in event.summary.value
-            )
-            if event.step % (PICTURES if picture else SUMMARIES) == 0 or i == len(records) - 1:
+            interval = PICTURES if has_picture(event) else SUMMARIES
+            if event.step % interval == 0 or i == len(records) - 1:
                 writer.write(record)
 
 
 def training_command(settings: dict) -> str:
-    """The call of main.py that trained with these flags; those that have their defaults, or name places, are left out."""
+    """The call of main.py that trained with these flags.
+
+    Those that have their defaults, or name places, are left out.
+    """
     defaults = flags.FlagValues()
     define_flags(defaults)
-    given = [
-        f'--{name}={value}'
-        for name, value in settings.items()
-        if name in defaults and name not in ('logdir', 'data_dir') and value != defaults[name].value
-    ]
+    given = []
+    for name, value in settings.items():
+        told = name in defaults and name not in ('logdir', 'data_dir')
+        if told and value != defaults[name].value:
+            given.append(f'--{name}={value}')
     return shlex.join(['python', 'main.py', *given])
+
+
+def copy_weights(run_folder: Path, target: Path, kind: str, which: int | str) -> None:
+    """Writes a checkpoint of the run, without Adam's state; kind: of the files, model or best."""
+    found = checkpoints(run_folder, kind)
+    if not found and kind == 'best':  # as of sinusoids
+        return
+    model = Learner.load(run_folder, which).model
+    target.mkdir(parents=True, exist_ok=True)
+    weights = tf.train.Checkpoint(weights=model.weights, norms=model.norms)
+    iteration = max(found)
+    write_checkpoint(weights, target, iteration, read_run_state(found[iteration]), kind)
 
 
 def publish(run_folder: Path, target: Path) -> Path:
@@ -63,20 +82,14 @@ def publish(run_folder: Path, target: Path) -> Path:
     beside = folder.with_name(folder.name + '.part')
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        for kind, which in ('model', -1), ('best', 'best'):
-            if not (found := checkpoints(run_folder, kind)) and kind == 'best':  # as of sinusoids
-                continue
-            model = Learner.load(run_folder, which).model
-            beside.mkdir(parents=True, exist_ok=True)
-            weights = tf.train.Checkpoint(weights=model.weights, norms=model.norms)
-            write_checkpoint(weights, beside, max(found), read_run_state(found[max(found)]), kind)
+        copy_weights(run_folder, beside, 'model', -1)
+        copy_weights(run_folder, beside, 'best', 'best')
         for path in [*run_folder.glob('test_ubs*.csv'), *run_folder.glob('test_ubs*.pkl')]:
             shutil.copy(path, beside)
         for path in event_files(run_folder):
             thin(path, beside / path.name)
-        (beside / 'command.txt').write_text(
-            training_command(Learner.load(run_folder).settings) + '\n'
-        )
+        command = training_command(Learner.load(run_folder).settings)
+        (beside / 'command.txt').write_text(f'{command}\n')
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

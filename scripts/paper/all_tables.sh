@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every cell of the paper's tables, the cheapest first; arguments go to all of them, and a second call
-# continues.
+# Every cell of the paper's tables, the cheapest first; arguments go to all of them, and a second
+# call continues.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 cells=(
