@@ -1,4 +1,7 @@
-"""The figures of scripts/paper/report.py. Each function draws one and returns its caption, or None if there is nothing to draw."""
+"""The figures of scripts/paper/report.py.
+
+Each function figure_... draws one and returns its caption, or None if there is nothing to draw.
+"""
 
 from pathlib import Path
 
@@ -9,15 +12,18 @@ matplotlib.use('Agg')  # pictures in files, on machines without a display too
 import matplotlib.pyplot as plt
 
 from maml import Learner
-from scripts.lib.cells import CELLS, DIVERGED, SINUSOIDS, Cell, Run, pooled
+from scripts.lib.cells import CELLS, DIVERGED, SINUSOIDS, Cell, Run, Table, pooled
 from scripts.lib.sinusoid_fits import CURVES, fits
 from utils import read_scalars
 
 Runs = dict[str, list[Run]]  # by cell
 STYLES = ['-', '--', ':', '-.']  # of a cell's seeds
-PAPER = dict(
-    marker='*', markersize=9, markeredgecolor='black', markeredgewidth=0.6, linestyle='none'
-)
+MEANS = dict(marker='o', markersize=3, capsize=2)  # how means with their intervals are drawn
+STAR = dict(marker='*', markersize=9, markeredgecolor='black', markeredgewidth=0.6)
+PAPER = dict(linestyle='none', zorder=3, **STAR)  # how the paper's figures are drawn
+SIZED = dict(layout='constrained', squeeze=False)  # of all figures' panels
+BELOW = dict(fontsize='x-small', loc='upper center', frameon=False)  # a panel's legend under it
+AT_FOOT = dict(loc='outside lower center', fontsize='small', frameon=False)  # a figure's legend
 
 
 def grouped(runs: Runs) -> dict[str, list[tuple[Cell, list[Run]]]]:
@@ -30,11 +36,8 @@ def grouped(runs: Runs) -> dict[str, list[tuple[Cell, list[Run]]]]:
 
 
 def label(cell: Cell, of: list[Run], run: Run) -> str:
-    return (
-        cell.kind
-        + run.variant
-        + (f', seed {run.seed}' if len({other.seed for other in of}) > 1 else '')
-    )
+    several = len({other.seed for other in of}) > 1
+    return cell.kind + run.variant + (f', seed {run.seed}' if several else '')
 
 
 def save(figure, path: Path):
@@ -42,18 +45,15 @@ def save(figure, path: Path):
     plt.close(figure)
 
 
+# Accuracies ---------------------------------------------------------------------------------------
+
+
 def figure_updates(path: Path, runs: Runs) -> str | None:
     groups = grouped(runs)
     if not groups:
         return None
-    figure, panels = plt.subplots(
-        2,
-        len(groups),
-        figsize=(3 * len(groups) + 0.6, 5.4),
-        layout='constrained',
-        squeeze=False,
-        sharex='col',
-    )
+    size = (3 * len(groups) + 0.6, 5.4)
+    figure, panels = plt.subplots(2, len(groups), figsize=size, sharex='col', **SIZED)
     for column, (group, cells) in zip(panels.T, groups.items()):
         for i, (cell, of) in enumerate(cells):
             draw_updates(column, cell, of, f'C{i}', 0.15 * i)
@@ -61,9 +61,7 @@ def figure_updates(path: Path, runs: Runs) -> str | None:
         column[0].set_ylim(0, 103)
         column[1].set_xlabel('inner updates')
         if column[1].get_legend_handles_labels()[0]:
-            column[1].legend(
-                fontsize='x-small', loc='upper center', bbox_to_anchor=(0.5, -0.2), frameon=False
-            )
+            column[1].legend(bbox_to_anchor=(0.5, -0.2), **BELOW)
         for axes in column:
             axes.grid(alpha=0.3)
             axes.set_xticks(range(0, 11, 2))
@@ -71,44 +69,39 @@ def figure_updates(path: Path, runs: Runs) -> str | None:
         axes.set_ylabel('accuracy [%]')
     save(figure, path)
     return (
-        'Accuracy over inner updates, mean and 95 % interval over 600 test tasks, above with the accuracy before the first update (of the '
-        "support set, by chance), below without it. Stars: the paper's figures, after the number of updates for which it gives them. The "
+        'Accuracy over inner updates, mean and 95 % interval over 600 test tasks, above with the '
+        'accuracy before the first update (of the support set, by chance), below without it. '
+        "Stars: the paper's figures, after the number of updates for which it gives them. The "
         'checkpoints are those of the best validation, or else the last.'
     )
 
 
 def draw_updates(column: np.ndarray, cell: Cell, of: list[Run], color: str, shift: float):
-    """A cell's curves in a column's upper and lower panel; shift: to the right, so that intervals stand side by side."""
+    """A cell's curves in a column's upper and lower panel.
+
+    shift: to the right, so that intervals stand side by side.
+    """
+    shots = cell.settings['update_batch_size']  # a run may have been evaluated with other K too
     for style, run in zip(STYLES * len(of), of):
-        shots = cell.settings['update_batch_size']  # a run may have been evaluated with other K too
         table = run.tables.get((shots, 'best')) or run.tables.get((shots, 'last'))
         if not table:
             continue
-        x = np.arange(len(table.means)) + shift
+        means, halves = 100 * table.means, 100 * table.interval
+        x = np.arange(len(means)) + shift
+        look = dict(color=color, linestyle=style, label=label(cell, of, run), **MEANS)
         for axes, first in zip(column, (0, 1)):
-            axes.errorbar(
-                x[first:],
-                100 * table.means[first:],
-                yerr=100 * table.interval[first:],
-                color=color,
-                linestyle=style,
-                marker='o',
-                markersize=3,
-                capsize=2,
-                label=label(cell, of, run),
-            )
+            axes.errorbar(x[first:], means[first:], yerr=halves[first:], **look)
     value, half = cell.numbers
     for axes in column:
-        axes.errorbar(cell.updates + shift, value, yerr=half, color=color, zorder=3, **PAPER)
+        axes.errorbar(cell.updates + shift, value, yerr=half, color=color, **PAPER)
 
 
 def figure_learning(path: Path, runs: Runs) -> str | None:
     groups = grouped(runs)
     if not groups:
         return None
-    figure, panels = plt.subplots(
-        1, len(groups), figsize=(3.2 * len(groups) + 0.4, 3.8), layout='constrained', squeeze=False
-    )
+    size = (3.2 * len(groups) + 0.4, 3.8)
+    figure, panels = plt.subplots(1, len(groups), figsize=size, **SIZED)
     for axes, (group, cells) in zip(panels[0], groups.items()):
         for i, (cell, of) in enumerate(cells):
             for style, run in zip(STYLES * len(of), of):
@@ -119,137 +112,109 @@ def figure_learning(path: Path, runs: Runs) -> str | None:
         axes.xaxis.set_major_locator(plt.MaxNLocator(4))
         axes.xaxis.set_major_formatter('{x:,.0f}')
         axes.grid(alpha=0.3)
-        axes.legend(
-            fontsize='x-small', loc='upper center', bbox_to_anchor=(0.5, -0.16), frameon=False
-        )
+        axes.legend(bbox_to_anchor=(0.5, -0.16), **BELOW)
     panels[0, 0].set_ylabel('accuracy [%]')
     save(figure, path)
     return (
-        'Accuracy during training, after as many updates as in training: on 100 validation tasks (lines), on single training meta-batches '
-        '(dots, every 500th iteration). Dotted lines: what the paper reports of test tasks.'
+        'Accuracy during training, after as many updates as in training: on 100 validation tasks '
+        '(lines), on single training meta-batches (dots, every 500th iteration). Dotted lines: '
+        'what the paper reports of test tasks.'
     )
 
 
 def draw_learning(axes, run: Run, name: str, color: str, style: str):
-    updates = run.flags['num_updates']
     summaries = read_scalars(run.folder)
-    training, validation = (
-        np.array(
-            [*summaries.get(f'{kind}_Post-update_accuracy__step_{updates}', {}).items()]
-        ).reshape(-1, 2)
-        for kind in ('metatrain', 'metaval')
-    )  # [n, 2]: iteration, accuracy
-    training = training[(training[:, 0] % 500 == 0) & (training[:, 0] > 0)]
-    axes.scatter(training[:, 0], 100 * training[:, 1], s=5, color=color, alpha=0.3, linewidths=0)
-    axes.plot(
-        validation[:, 0],
-        100 * validation[:, 1],
-        color=color,
-        linestyle=style,
-        linewidth=1.2,
-        label=name,
-    )
+    tag = f'Post-update_accuracy__step_{run.flags["num_updates"]}'
+    training = points(summaries.get(f'metatrain_{tag}', {}))
+    validation = points(summaries.get(f'metaval_{tag}', {}))
+    shown = training[(training[:, 0] % 500 == 0) & (training[:, 0] > 0)]
+    axes.scatter(shown[:, 0], 100 * shown[:, 1], s=5, color=color, alpha=0.3, linewidths=0)
+    look = dict(color=color, linestyle=style, linewidth=1.2, label=name)
+    axes.plot(validation[:, 0], 100 * validation[:, 1], **look)
+
+
+def points(values: dict[int, float]) -> np.ndarray:
+    """{iteration: value} as an array, [n, 2]."""
+    return np.array([*values.items()]).reshape(-1, 2)
+
+
+# Sinusoids ----------------------------------------------------------------------------------------
 
 
 def figure_fits(path: Path, runs: Runs) -> str | None:
     shown = [(cell, runs[cell.name][0]) for cell in SINUSOIDS if runs[cell.name]]
     if not shown:
         return None
-    figure, panels = plt.subplots(
-        len(shown),
-        2,
-        figsize=(7.5, 2.2 * len(shown) + 0.4),
-        layout='constrained',
-        squeeze=False,
-        sharex=True,
-        sharey='col',
-    )
+    size = (7.5, 2.2 * len(shown) + 0.4)
+    figure, panels = plt.subplots(len(shown), 2, figsize=size, sharex=True, sharey='col', **SIZED)
     for row, (cell, run) in zip(panels, shown):
-        for axes, fit in zip(
-            row,
-            fits(
-                Learner.load(run.folder).model,
-                run.flags['update_batch_size'],
-                run.flags['baseline'] == 'oracle',
-            ),
-        ):
-            axes.plot(fit.x, fit.truth, color='tab:red', label='truth')
-            for updates, prediction in fit.predictions.items():
-                if updates == 0 or cell.name != 'sinusoid_oracle':
-                    axes.plot(fit.x, prediction, **CURVES[updates])
-            axes.plot(*fit.support.T, '^', color='tab:purple', label='support', zorder=3)
-            axes.set(title=cell.title + run.variant, xlabel='x' if cell == shown[-1][0] else '')
-            axes.grid(alpha=0.3)
-        row[0].set_ylabel('y')
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(),
-        loc='outside lower center',
-        ncols=5,
-        fontsize='small',
-        frameon=False,
-    )
+        draw_fits(row, cell, run)
+    for axes in panels[-1]:
+        axes.set_xlabel('x')
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), ncols=5, **AT_FOOT)
     save(figure, path)
-    return 'Fits of two new sinusoids from ten support points, before and after 1 and 10 updates (the oracle: without any).'
+    return (
+        'Fits of two new sinusoids from ten support points, before and after 1 and 10 updates '
+        '(the oracle: without any).'
+    )
+
+
+def draw_fits(row: np.ndarray, cell: Cell, run: Run):
+    """A run's fits to two tasks, in a panel each."""
+    is_oracle = run.flags['baseline'] == 'oracle'
+    model, shots = Learner.load(run.folder).model, run.flags['update_batch_size']
+    for axes, fit in zip(row, fits(model, shots, is_oracle)):
+        axes.plot(fit.x, fit.truth, color='tab:red', label='truth')
+        for updates, prediction in fit.predictions.items():
+            if updates == 0 or cell.name != 'sinusoid_oracle':
+                axes.plot(fit.x, prediction, **CURVES[updates])
+        axes.plot(*fit.support.T, '^', color='tab:purple', label='support', zorder=3)
+        axes.set_title(cell.title + run.variant)
+        axes.grid(alpha=0.3)
+    row[0].set_ylabel('y')
 
 
 def figure_errors(path: Path, runs: Runs) -> str | None:
-    plain = {
-        cell.name: [run for run in runs[cell.name] if not run.deviations] for cell in SINUSOIDS
-    }
-    tables = {
-        name: {
-            shots: pooled(
-                [run.tables[shots, 'last'] for run in of if (shots, 'last') in run.tables]
-            )
-            for shots in sorted(
-                {shots for run in of for shots, kind in run.tables if kind == 'last'}
-            )
-        }
-        for name, of in plain.items()
-    }  # {cell: {K: Table}}
+    tables = {cell.name: last_tables(runs[cell.name]) for cell in SINUSOIDS}
     all_shots = sorted({shots for of in tables.values() for shots in of})
     if not all_shots:
         return None
-    figure, panels = plt.subplots(
-        1,
-        len(all_shots),
-        figsize=(3.4 * len(all_shots) + 0.6, 4.2),
-        layout='constrained',
-        squeeze=False,
-        sharey=True,
-    )
+    size = (3.4 * len(all_shots) + 0.6, 4.2)
+    figure, panels = plt.subplots(1, len(all_shots), figsize=size, sharey=True, **SIZED)
+    curves = {}  # {label: line}, each once
     for axes, shots in zip(panels[0], all_shots):
         for i, cell in enumerate(SINUSOIDS):
             draw_errors(axes, cell, tables[cell.name], shots, f'C{i}')
         axes.set(title=f'K = {shots}', xlabel='inner updates', yscale='log', ylim=(2e-3, 10))
         axes.set_xticks(range(2, 11, 2))
         axes.grid(alpha=0.3)
+        lines, names = axes.get_legend_handles_labels()
+        curves |= zip(names, lines)
     panels[0, 0].set_ylabel('mean squared error (query set)')
-    curves = {
-        name: line for axes in panels[0] for line, name in zip(*axes.get_legend_handles_labels())
-    }
-    names = sorted(
-        curves,
-        key=lambda name: [cell.title for cell in SINUSOIDS].index(name.removesuffix(', median')),
-    )
-    figure.legend(
-        [curves[name] for name in names],
-        names,
-        loc='outside lower center',
-        ncols=4,
-        fontsize='small',
-        frameon=False,
-    )
+    titles = [cell.title for cell in SINUSOIDS]
+    names = sorted(curves, key=lambda name: titles.index(name.removesuffix(', median')))
+    figure.legend([curves[name] for name in names], names, ncols=4, **AT_FOOT)
     save(figure, path)
     return (
-        'Error over inner updates on 600 tasks: mean with 95 % interval, over seeds where there are several, and median over tasks (dashed). '
-        'A curve of means that leaves the panel is of a run in which single tasks diverge. The oracle needs no update, and its error does not '
-        "depend on K. Stars: the paper's figures for K = 5, after 1, 5 and 10 updates."
+        'Error over inner updates on 600 tasks: mean with 95 % interval, over seeds where there '
+        'are several, and median over tasks (dashed). A curve of means that leaves the panel is '
+        'of a run in which single tasks diverge. The oracle needs no update, and its error does '
+        "not depend on K. Stars: the paper's figures for K = 5, after 1, 5 and 10 updates."
     )
 
 
-def draw_errors(axes, cell: Cell, of: dict, shots: int, color: str):
-    """A cell's mean and median over updates for one K; of: {K: Table}."""
+def last_tables(runs: list[Run]) -> dict[int, Table]:
+    """{K: of the last checkpoints, over the seeds of those runs that are as the cell says}."""
+    found = {}
+    for run in runs:
+        for (shots, kind), table in run.tables.items():
+            if kind == 'last' and not run.deviations:
+                found.setdefault(shots, []).append(table)
+    return {shots: pooled(found[shots]) for shots in sorted(found)}
+
+
+def draw_errors(axes, cell: Cell, of: dict[int, Table], shots: int, color: str):
+    """A cell's mean and median over updates for one K; of: {K: its table}."""
     if cell.name == 'sinusoid_oracle':
         for table in [*of.values()][:1]:
             axes.axhline(table.means[0], color=color, linestyle=':', label=cell.title)
@@ -257,28 +222,14 @@ def draw_errors(axes, cell: Cell, of: dict, shots: int, color: str):
     if shots not in of:
         return
     table, x = of[shots], np.arange(1, len(of[shots].means))
-    shown = np.where(table.means < DIVERGED, table.means, np.nan)
-    lower = np.minimum(table.interval, 0.999 * shown)  # the axis is logarithmic
-    axes.errorbar(
-        x,
-        shown[1:],
-        yerr=[lower[1:], table.interval[1:]],
-        color=color,
-        marker='o',
-        markersize=3,
-        capsize=2,
-        label=cell.title,
-    )
-    axes.plot(
-        x,
-        table.medians[1:],
-        color=color,
-        linestyle='--',
-        linewidth=1,
-        label=f'{cell.title}, median',
-    )
+    means = np.where(table.means < DIVERGED, table.means, np.nan)
+    lower = np.minimum(table.interval, 0.999 * means)  # the axis is logarithmic
+    halves = [lower[1:], table.interval[1:]]
+    axes.errorbar(x, means[1:], yerr=halves, color=color, label=cell.title, **MEANS)
+    look = dict(color=color, linestyle='--', linewidth=1, label=f'{cell.title}, median')
+    axes.plot(x, table.medians[1:], **look)
     if shots == 5 and cell.numbers:
-        axes.plot([1, 5, 10], cell.numbers, color='white', zorder=3, **PAPER)
+        axes.plot([1, 5, 10], cell.numbers, color='white', **PAPER)
 
 
 FIGURES = {

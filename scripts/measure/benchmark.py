@@ -4,14 +4,17 @@
     python scripts/measure/benchmark.py --train [main.py's flags] [--seconds=30]
     python scripts/measure/benchmark.py --evaluate [main.py's flags]
 
-The first times meta-training steps on the meta-batch of a case file; the second the training loop with real data: what
-of it is spent waiting for data, and how much memory grows after the first hundred iterations; the third the evaluation
-of 600 tasks, with the weights that training starts from. Nothing is kept.
+The first times meta-training steps on the meta-batch of a case file; the second the training loop
+with real data: what of it is spent waiting for data, and how much memory grows after the first
+hundred iterations; the third the evaluation of 600 tasks, with the weights that training starts
+from. Nothing is kept.
 
-A case file holds arrays: `flags`, main.py's flags as JSON text; `input/inputa`, `input/labela`, `input/inputb` and
-`input/labelb`, shaped as in utils.Batch (`input/inputa_uint8`: pixels of 0...255 instead); and the initial parameters,
-`init/conv1` and so on. tests/reference has some.
+A case file holds arrays: `flags`, main.py's flags as JSON text; `input/inputa`, `input/labela`,
+`input/inputb` and `input/labelb`, shaped as in utils.Batch (`input/inputa_uint8`: pixels of 0...255
+instead); and the initial parameters, `init/conv1` and so on. tests/reference has some.
 """
+
+# ruff: noqa: E402 (the clock starts before TensorFlow is imported)
 
 import io
 import json
@@ -39,7 +42,10 @@ from utils import Batch
 
 
 def since_start() -> float:
-    """Seconds since this process was started; where the system does not tell, since this file was."""
+    """Seconds since this process was started.
+
+    Where the system does not tell, they are counted from when this file was.
+    """
     try:
         ticks = int(Path('/proc/self/stat').read_text().rpartition(')')[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
@@ -49,21 +55,15 @@ def since_start() -> float:
 
 def peak_rss_mb() -> float:
     """Most memory this process has held. The system counts in kilobytes; macOS in bytes."""
-    return round(
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        / (2**20 if sys.platform == 'darwin' else 2**10),
-        1,
-    )
+    unit = 2**20 if sys.platform == 'darwin' else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
 def rss_mb() -> float:
     """Memory this process holds now; 0 where the system does not tell."""
     try:
-        return (
-            int(Path('/proc/self/statm').read_text().split()[1])
-            * os.sysconf('SC_PAGE_SIZE')
-            / 2**20
-        )
+        pages = int(Path('/proc/self/statm').read_text().split()[1])
+        return pages * os.sysconf('SC_PAGE_SIZE') / 2**20
     except OSError:
         return 0.0
 
@@ -77,7 +77,7 @@ def versions() -> dict[str, str]:
     }
 
 
-# A meta-training step -------------------------------------------------------------------------------------------------
+# A meta-training step -----------------------------------------------------------------------------
 
 
 def read_case(path: str) -> dict[str, np.ndarray]:
@@ -87,9 +87,8 @@ def read_case(path: str) -> dict[str, np.ndarray]:
             values = {name: case[name] for name in case.files}
     except FileNotFoundError as error:
         raise ValueError(f'there is no file {path}') from error
-    except (
-        Exception
-    ) as error:  # a folder, text, one array only, half a file: NumPy has a different error for each
+    except Exception as error:
+        # A folder, text, one array only, half a file: NumPy has a different error for each.
         raise ValueError(f'{path} is no case file (.npz), or it is damaged') from error
     if 'flags' not in values:
         raise ValueError(
@@ -111,101 +110,108 @@ def case_flags(path: str, values: dict) -> flags.FlagValues:
     return f
 
 
+def case_array(path: str, values: dict, name: str) -> np.ndarray:
+    """One of the arrays of a case's meta-batch. Raises ValueError if it is missing."""
+    key = f'input/{name}'
+    if f'{key}_uint8' in values:
+        return values[f'{key}_uint8'].astype(np.float32) / np.float32(255)
+    if key in values:
+        return values[key]
+    raise ValueError(f'{path} has no array "{key}"')
+
+
 def case_batch(path: str, values: dict, model: FastMAML, f: flags.FlagValues) -> Batch:
     """The meta-batch of a case. Raises ValueError for what is missing or of another shape."""
-    network, arrays = model.network, {}
-    dim_input = (
-        network.parameters['w1'][1][0]
-        if isinstance(network, FullyConnected)
-        else int(np.prod(network.image_shape))
-    )
+    if isinstance(model.network, FullyConnected):
+        dim_input = model.network.parameters['w1'][1][0]
+    else:
+        dim_input = int(np.prod(model.network.image_shape))
     dim_output = 1 if f.datasource == 'sinusoid' else f.num_classes
+    arrays = {}
     for name in Batch._fields:
-        key = f'input/{name}'
-        if f'{key}_uint8' in values:
-            array = values[f'{key}_uint8'].astype(np.float32) / np.float32(255)
-        elif key in values:
-            array = values[key]
-        else:
-            raise ValueError(f'{path} has no array "{key}"')
+        array = case_array(path, values, name)
         size = dim_input if name.startswith('input') else dim_output
         examples = arrays[f'input{name[-1]}'].shape[1] if name.startswith('label') else None
-        expected = (f.meta_batch_size, examples or '?', size)
-        if (
-            array.ndim != 3
-            or array.shape[0] != expected[0]
-            or array.shape[2] != size
-            or examples not in (None, array.shape[1])
-        ):
+        fits = array.ndim == 3 and array.shape[::2] == (f.meta_batch_size, size)
+        if not fits or examples not in (None, array.shape[1]):
             raise ValueError(
-                f'{path}: "{key}" is {list(array.shape)}, but its flags ask for '
-                f'[{", ".join(map(str, expected))}]'
+                f'{path}: "input/{name}" is {list(array.shape)}, but its flags ask for '
+                f'[{f.meta_batch_size}, {examples or "?"}, {size}]'
             )
         arrays[name] = array
     return Batch(*(tf.constant(arrays[name], model.dtype) for name in Batch._fields))
 
 
 def initialize(path: str, values: dict, model: FastMAML):
-    """Gives a model the initial parameters of a case. Raises ValueError for what is missing or of another shape."""
+    """Gives a model the initial parameters of a case.
+
+    Raises ValueError for what is missing or of another shape.
+    """
     for name, variable in (model.weights | model.norms).items():
         key = f'init/{name}'
         if key not in values:
             raise ValueError(f'{path} has no array "{key}", which its flags ask for')
         if values[key].shape != tuple(variable.shape):
             raise ValueError(
-                f'{path}: "{key}" is {list(values[key].shape)}, but its flags ask for {variable.shape.as_list()}'
+                f'{path}: "{key}" is {list(values[key].shape)}, '
+                f'but its flags ask for {variable.shape.as_list()}'
             )
         variable.assign(values[key])
 
 
-def operations(model: FastMAML, batch: Batch) -> int:
-    """Operations of the matrix products and convolutions of one meta-training step, two per multiplication and addition.
+def layer_operations(shape: tuple, size: int, max_pool: bool) -> tuple[int, int]:
+    """(operations of a layer's forward pass per example, the size of its output).
 
-    Per layer and example, in units of a forward pass: an inner update takes 3 (forward, and the gradients of inputs and
-    of weights) and, at second order, 6 for its derivative; the outer loss takes 3. The first layer's inputs have no
-    gradient: 2, 2 and 2. Normalisation and the like are left out.
+    shape: of its weights; size: height and width of its input. A fully connected layer has none,
+    and gives back what it is given.
     """
+    if len(shape) == 2:
+        return 2 * shape[0] * shape[1], size
+    halved = -(-size // 2)  # by the stride, rounded up
+    convolved, left = (size, size // 2) if max_pool else (halved, halved)
+    return 2 * int(np.prod(shape)) * convolved**2, left
 
-    def forward(shape, size):  # operations per example, and the size of the layer's output
-        if len(shape) == 2:
-            return 2 * shape[0] * shape[1], size
-        convolved, left = (
-            (size, size // 2) if model.network.max_pool else (-(-size // 2), -(-size // 2))
-        )
-        return 2 * int(np.prod(shape)) * convolved**2, left
 
-    size, total = getattr(model.network, 'image_shape', (0,))[0], 0
-    shapes = [
-        shape for name, (_, shape) in model.network.parameters.items() if not name.startswith('b')
-    ]
-    for i, shape in enumerate(shapes):
-        count, size = forward(shape, size)
+def operations(model: FastMAML, batch: Batch) -> int:
+    """Operations of the matrix products and convolutions of one meta-training step.
+
+    They are two per multiplication and addition. Per layer and example, in units of a forward pass:
+    an inner update takes 3 (forward, and the gradients of inputs and of weights) and, at second
+    order, 6 for its derivative; the outer loss takes 3. The first layer's inputs have no gradient:
+    2, 2 and 2. Normalisation and the like are left out.
+    """
+    network, total = model.network, 0
+    size, max_pool = getattr(network, 'image_shape', (0,))[0], getattr(network, 'max_pool', False)
+    weights = [shape for name, (_, shape) in network.parameters.items() if name[0] != 'b']
+    tasks, support, query = *batch.inputa.shape[:2], batch.inputb.shape[1]
+    for i, shape in enumerate(weights):
+        forward, size = layer_operations(shape, size, max_pool)
         inner, derivative, outer = (2, 2, 2) if i == 0 else (3, 6, 3)
         per_update = inner + (0 if model.stop_grad else derivative)
-        total += count * (
-            batch.inputa.shape[1] * model.num_updates * per_update + batch.inputb.shape[1] * outer
-        )
-    return total * batch.inputa.shape[0]
+        total += forward * (support * model.num_updates * per_update + query * outer)
+    return total * tasks
 
 
 def time_case(path: str, steps: int, tune: Callable) -> dict:
-    """Times `steps` meta-training steps on a case file, after one that compiles and two that warm up."""
+    """Times `steps` meta-training steps on a case file.
+
+    Before them come one that compiles and two that warm up.
+    """
     values = read_case(path)
     f = case_flags(path, values)
     tune(f)
     model = make_model(**main.model_settings(f))
     initialize(path, values, model)
     batch = case_batch(path, values, model, f)
-    times = []
+    times, losses = [], []
     for _ in range(3 + steps):
         start = time.perf_counter()
-        loss = float(model.metatrain_step(batch))
+        losses.append(float(model.metatrain_step(batch)))
         times.append(time.perf_counter() - start)
-        first_loss = loss if len(times) == 1 else first_loss
     median = statistics.median(times[3:])
     return {
         'workload': Path(path).stem,
-        'first_loss': round(first_loss, 5),
+        'first_loss': round(losses[0], 5),
         'compile_s': round(times[0], 2),
         'median_ms': round(1e3 * median, 3),
         'min_ms': round(1e3 * min(times[3:]), 3),
@@ -215,7 +221,7 @@ def time_case(path: str, steps: int, tune: Callable) -> dict:
     }
 
 
-# Training and evaluation ----------------------------------------------------------------------------------------------
+# Training and evaluation --------------------------------------------------------------------------
 
 
 class Stopwatch:
@@ -264,18 +270,15 @@ class Stopwatch:
             'iterations_per_s': round(self.steps / elapsed, 3),
             'input_share': round(self.waited / elapsed, 5),
         }
-        return figures | (
-            {'rss_growth_mb': round(rss_mb() - self.early_rss, 1)} if self.early_rss else {}
-        )
+        if self.early_rss:
+            figures['rss_growth_mb'] = round(rss_mb() - self.early_rss, 1)
+        return figures
 
 
 def time_training(f: flags.FlagValues, seconds: float) -> dict:
     """Times main.py's training loop, summaries, validation and checkpoints included."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        redirect_stdout(io.StringIO()),
-        ExitStack() as held,
-    ):
+    folders, quiet = tempfile.TemporaryDirectory(), redirect_stdout(io.StringIO())
+    with folders as folder, quiet, ExitStack() as held:
         f.logdir = folder
         run = main.prepare(f, held)
         watch = Stopwatch(run.model, seconds)
@@ -302,22 +305,30 @@ def time_evaluation(f: flags.FlagValues) -> dict:
     }
 
 
-# The program ----------------------------------------------------------------------------------------------------------
+# The program --------------------------------------------------------------------------------------
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
     main.define_flags(values)
-    flags.DEFINE_integer(
-        'steps',
-        20,
-        'steps to time, after the first three (for a case file)',
-        lower_bound=1,
-        flag_values=values,
-    )
-    flags.DEFINE_float(
-        'seconds', 30.0, 'time to train, after the first step', lower_bound=0.0, flag_values=values
-    )
-    flags.DEFINE_boolean('evaluate', False, 'time the evaluation of 600 tasks', flag_values=values)
+    here = dict(flag_values=values)
+    of_steps = 'steps to time, after the first three (for a case file)'
+    flags.DEFINE_integer('steps', 20, of_steps, lower_bound=1, **here)
+    of_seconds = 'time to train, after the first step'
+    flags.DEFINE_float('seconds', 30.0, of_seconds, lower_bound=0.0, **here)
+    flags.DEFINE_boolean('evaluate', False, 'time the evaluation of 600 tasks', **here)
+
+
+def check_arguments(arguments: list[str], f: flags.FlagValues):
+    """Raises ValueError unless they ask for exactly one of the three measurements."""
+    asked = (len(arguments) == 2) + f.evaluate + f['train'].present
+    if asked != 1 or len(arguments) > 2 or not (f.train or f.evaluate):
+        raise ValueError('give either a case file, or --train, or --evaluate with flags of main.py')
+
+
+def given_flags(f: flags.FlagValues) -> dict:
+    """The flags of main.py that say what is measured."""
+    names = [name for name in main.settings(f) if name not in ('train', 'data_dir')]
+    return {name: f[name].value for name in names if f[name].present}
 
 
 def benchmark(
@@ -325,28 +336,14 @@ def benchmark(
 ):
     """Prints the figures. arguments: the program and the case file, if any. tune: as main.tune."""
     try:
-        if (
-            (len(arguments) == 2) + f.evaluate + f['train'].present != 1
-            or len(arguments) > 2
-            or not (f.train or f.evaluate)
-        ):
-            raise ValueError(
-                'give either a case file, or --train, or --evaluate with flags of main.py'
-            )
+        check_arguments(arguments, f)
         if len(arguments) == 2:
             figures = time_case(arguments[1], f.steps, tune)
         else:
             tune(f)
-            named = {
-                name: f[name].value
-                for name in main.settings(f)
-                if f[name].present and name not in ('train', 'data_dir')
-            }
-            figures = {
-                'flags': named,
-                **(time_evaluation(f) if f.evaluate else time_training(f, f.seconds)),
-                'peak_rss_mb': peak_rss_mb(),
-            }
+            figures = {'flags': given_flags(f)}
+            figures |= time_evaluation(f) if f.evaluate else time_training(f, f.seconds)
+            figures['peak_rss_mb'] = peak_rss_mb()
     except (ValueError, OSError) as error:
         sys.exit(f'benchmark.py: {error}')
     print(json.dumps({**figures, 'versions': versions()}))

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Measures and draws how the time of a meta-training step grows with the tasks and with the inner updates.
+r"""Measures and draws how the time of a meta-training step grows with tasks and inner updates.
 
-    python scripts/measure/plot_cost.py CASE.npz FOLDER [--tasks 8 16 32 64] [--updates 1 2 4 6 8 10] [--steps 10]
+    python scripts/measure/plot_cost.py CASE.npz FOLDER [--tasks 8 16 32 64] \
+        [--updates 1 2 4 6 8 10] [--steps 10]
 
-Times scripts/measure/benchmark.py on the case with other numbers of tasks (the case's own, repeated or cut) and of inner updates,
-and writes its lines to FOLDER/cost.jsonl and the picture to FOLDER/cost.png.
+Times scripts/measure/benchmark.py on the case with other numbers of tasks (the case's own, repeated
+or cut) and of inner updates, and writes its lines to FOLDER/cost.jsonl and the picture to
+FOLDER/cost.png.
 """
 
 import argparse
@@ -24,66 +26,70 @@ import matplotlib.pyplot as plt
 def variant(values: dict[str, np.ndarray], tasks: int, updates: int) -> dict[str, np.ndarray]:
     """The case with as many tasks, its own again and again, and inner updates."""
     flags = json.loads(str(values['flags'])) | {'meta_batch_size': tasks, 'num_updates': updates}
-    resized = {
-        name: np.resize(array, (tasks, *array.shape[1:]))
-        for name, array in values.items()
-        if name.startswith('input/')
-    }
-    return values | resized | {'flags': np.array(json.dumps(flags))}
+    changed = {'flags': np.array(json.dumps(flags))}
+    for name, array in values.items():
+        if name.startswith('input/'):
+            changed[name] = np.resize(array, (tasks, *array.shape[1:]))
+    return values | changed
 
 
 def measure(values: dict[str, np.ndarray], tasks: int, updates: int, steps: int) -> dict:
-    """What the benchmark prints for a variant, in a process of its own. Raises ValueError with its words if it fails."""
+    """What the benchmark prints for a variant, in a process of its own.
+
+    Raises ValueError with its words if it fails.
+    """
+    benchmark = Path(__file__).with_name('benchmark.py')
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f'{tasks}_tasks_{updates}_updates.npz'
         np.savez(path, **variant(values, tasks, updates))
-        command = [
-            sys.executable,
-            Path(__file__).with_name('benchmark.py'),
-            path,
-            f'--steps={steps}',
-        ]
+        command = [sys.executable, benchmark, path, f'--steps={steps}']
         outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode:
         raise ValueError((outcome.stderr.splitlines() or ['the benchmark failed'])[-1])
     return {'tasks': tasks, 'updates': updates, **json.loads(outcome.stdout.splitlines()[-1])}
 
 
+def draw_panel(panel, points: list[tuple], label: str, title: str):
+    """Times over a number of tasks or updates, and a line through them.
+
+    points: (number, median, fastest) each, in milliseconds.
+    """
+    x, median, least = np.array(sorted(points)).T
+    slope, offset = np.polyfit(x, median, 1) if len(x) > 1 else (0, median[0])
+    panel.plot(x, median, 'o', color='tab:blue', label='median')
+    panel.plot(x, least, '.', color='tab:gray', label='fastest')
+    line = dict(color='tab:blue', linewidth=1, label=f'{offset:.0f} + {slope:.3g} ms each')
+    panel.plot([0, x.max()], [offset, offset + slope * x.max()], **line)
+    panel.set(xlabel=label, ylabel='time of a step [ms]', title=title)
+    panel.set(xlim=(0, None), ylim=(0, None))
+    panel.legend(frameon=False)
+
+
 def draw(path: Path, results: list[dict], tasks: int, updates: int):
-    """Two panels: time over tasks with `updates` inner updates, and over inner updates with `tasks` tasks."""
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), constrained_layout=True)
-    for panel, axis, label, fixed in [
-        (
-            panels[0],
-            'tasks',
-            'tasks in the meta-batch',
-            ('updates', updates, f'{updates} inner update' + 's' * (updates > 1)),
-        ),
-        (panels[1], 'updates', 'inner updates', ('tasks', tasks, f'{tasks} tasks')),
-    ]:
-        points = sorted(
-            (r[axis], r['median_ms'], r['min_ms']) for r in results if r[fixed[0]] == fixed[1]
-        )
-        x, median, least = np.array(points).T
-        slope, offset = np.polyfit(x, median, 1) if len(x) > 1 else (0, median[0])
-        panel.plot(x, median, 'o', color='tab:blue', label='median')
-        panel.plot(x, least, '.', color='tab:gray', label='fastest')
-        panel.plot(
-            [0, x.max()],
-            [offset, offset + slope * x.max()],
-            color='tab:blue',
-            linewidth=1,
-            label=f'{offset:.0f} + {slope:.3g} ms each',
-        )
-        panel.set(
-            xlabel=label,
-            ylabel='time of a step [ms]',
-            title=fixed[2],
-            xlim=(0, None),
-            ylim=(0, None),
-        )
-        panel.legend(frameon=False)
+    """Two panels: over tasks with `updates` updates each, over inner updates with `tasks` tasks."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), constrained_layout=True)
+    over_tasks, over_updates = [], []
+    for result in results:
+        times = (result['median_ms'], result['min_ms'])
+        if result['updates'] == updates:
+            over_tasks.append((result['tasks'], *times))
+        if result['tasks'] == tasks:
+            over_updates.append((result['updates'], *times))
+    title = f'{updates} inner update' + 's' * (updates > 1)
+    draw_panel(left, over_tasks, 'tasks in the meta-batch', title)
+    draw_panel(right, over_updates, 'inner updates', f'{tasks} tasks')
     figure.savefig(path, dpi=150)
+
+
+def measure_all(values: dict, pairs: list[tuple], steps: int, path: Path) -> list[dict]:
+    """The benchmark's results for all (tasks, updates). They go to the file as they come."""
+    results = []
+    with open(path, 'w') as file:
+        for tasks, updates in pairs:
+            results.append(measure(values, tasks, updates, steps))
+            print(json.dumps(results[-1]), file=file, flush=True)
+            print(f'{tasks} tasks, {updates} updates: {results[-1]["median_ms"]} ms', flush=True)
+    return results
 
 
 def main(arguments: list[str]):
@@ -102,15 +108,9 @@ def main(arguments: list[str]):
         own = json.loads(str(values['flags']))
         tasks, updates = own.get('meta_batch_size', 25), own.get('num_updates', 1)
         a.folder.mkdir(parents=True, exist_ok=True)
-        results = []
-        with open(a.folder / 'cost.jsonl', 'w') as file:
-            for t, u in [
-                *((t, updates) for t in a.tasks),
-                *((tasks, u) for u in a.updates if (u != updates or tasks not in a.tasks)),
-            ]:
-                results.append(measure(values, t, u, a.steps))
-                print(json.dumps(results[-1]), file=file, flush=True)
-                print(f'{t} tasks, {u} updates: {results[-1]["median_ms"]} ms', flush=True)
+        pairs = [(t, updates) for t in a.tasks]
+        pairs += [(tasks, u) for u in a.updates if u != updates or tasks not in a.tasks]
+        results = measure_all(values, pairs, a.steps, a.folder / 'cost.jsonl')
         draw(a.folder / 'cost.png', results, tasks, updates)
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f'plot_cost.py: {a.case}: {error}')

@@ -1,11 +1,15 @@
 #!/usr/bin/env python
-"""What the step sizes of an evaluation do to its results: the α of training at each update, or half of it after the first.
+r"""What the step sizes of an evaluation do to its results.
 
-    python scripts/measure/step_sizes.py RUN_FOLDER... [--shots=K] [--tasks=600] [--data_dir=data]
+    python scripts/measure/step_sizes.py RUN_FOLDER... [--shots=K] [--tasks=600] \
+        [--data_dir=data]
 
-RUN_FOLDERs are seeds of the same training. They meet the same tasks of the test classes (the sinusoid: of its one distribution), of which
-main.py's 600 are the first. Prints a Markdown table: accuracy in percent, or mean squared error, over updates. ± is the 95 %
-interval, over seeds if there are several, else over tasks.
+The step size is the α of training at each update, or half of it after the first.
+
+RUN_FOLDERs are seeds of the same training. They meet the same tasks of the test classes (the
+sinusoid: of its one distribution), of which main.py's 600 are the first. Prints a Markdown table:
+accuracy in percent, or mean squared error, over updates. ± is the 95 % interval, over seeds if
+there are several, else over tasks.
 """
 
 import argparse
@@ -30,31 +34,39 @@ UPDATES = SHOWN[-1]
 
 
 def test_tasks(settings: dict, shots: int, data_dir: str) -> DataGenerator:
-    """The generator of the tasks that main.py evaluates a run with these flags on. Raises ValueError and OSError without data."""
+    """The generator of the tasks that main.py evaluates a run with these flags on.
+
+    Raises ValueError and OSError without data.
+    """
     values = flags.FlagValues()
     program.define_flags(values)
-    given = {
-        name: value for name, value in settings.items() if name in values and value is not None
-    }
-    given |= {'update_batch_size': shots, 'data_dir': data_dir, 'train': False, 'test_set': True}
-    values(['step_sizes.py', *(f'--{name}={value}' for name, value in given.items())])
+    wanted = {'update_batch_size': shots, 'data_dir': data_dir, 'train': False, 'test_set': True}
+    known = {name: value for name, value in settings.items() if name in values}
+    line = ['step_sizes.py']
+    for name, value in (known | wanted).items():
+        if value is not None:
+            line.append(f'--{name}={value}')
+    values(line)
     return program.make_generators(values)['test']
 
 
 def outcomes(learner: Learner, batch: Batch, halved: bool) -> np.ndarray:
-    """Accuracy, or mean squared error, on the query set before and after each update, [1 + UPDATES, T]."""
+    """Accuracy, or mean squared error, on the query set before and after each update.
+
+    The result's shape is [1 + UPDATES, T].
+    """
     classes = learner.is_classifier
-    labela, labelb = (
-        np.argmax(y, -1) if classes else y for y in (batch.labela, batch.labelb)
-    )  # [T, examples(, out)]
+    labela, labelb = batch.labela, batch.labelb  # [T, examples, out]
+    if classes:
+        labela, labelb = np.argmax(labela, -1), np.argmax(labelb, -1)  # [T, examples]
     weights, found = None, []
     for update in range(1 + UPDATES):
         alpha = learner.model.update_lr / (2 if halved and update > 1 else 1)
-        weights = learner.adapt(
-            batch.inputa, labela, steps=min(update, 1), lr=alpha, weights=weights
-        )
+        steps = min(update, 1)
+        weights = learner.adapt(batch.inputa, labela, steps=steps, lr=alpha, weights=weights)
         if classes:
-            found.append((learner.predict(batch.inputb, weights).argmax(-1) == labelb).mean(-1))
+            correct = learner.predict(batch.inputb, weights).argmax(-1) == labelb
+            found.append(correct.mean(-1))
         else:
             found.append(learner.task_loss(batch.inputb, labelb, weights))
     return np.where(np.isfinite(found), found, np.inf)
@@ -65,57 +77,44 @@ def row(name: str, values: np.ndarray, is_error: bool) -> str:
     values = values[:, list(SHOWN)] * (1 if is_error else 100)
     means = values.mean(-1)
     halves = confidence(means if len(means) > 1 else values[0].T)
-    cells = [
-        'diverges' if is_error and not mean < DIVERGED else f'{mean:.2f} ± {half:.2f}'
-        for mean, half in zip(means.mean(0), halves)
-    ]
+    cells = []
+    for mean, half in zip(means.mean(0), halves):
+        diverges = is_error and not mean < DIVERGED
+        cells.append('diverges' if diverges else f'{mean:.2f} ± {half:.2f}')
     if is_error:
-        cells += [
-            ' / '.join(f'{value:.2f}' for value in np.median(values, -1).mean(0)),
-            f'{100 * (values[:, -1] > DIVERGED).mean():.2f} %',
-        ]
+        medians = np.median(values, -1).mean(0)
+        cells.append(' / '.join(f'{value:.2f}' for value in medians))
+        cells.append(f'{100 * (values[:, -1] > DIVERGED).mean():.2f} %')
     return f'| {" | ".join([name, *cells])} |'
+
+
+def training(learner: Learner) -> tuple:
+    """What runs have in common that are seeds of the same training."""
+    settings = learner.settings
+    baseline = settings.get('baseline') or 'None'
+    alpha, shots = learner.model.update_lr, settings['update_batch_size']
+    return settings['datasource'], baseline, alpha, shots
 
 
 def table(models: list[Learner], shots: int | None, tasks: int, data_dir: str):
     """Prints it. Raises ValueError if the runs do not belong together."""
-    kinds = {
-        (
-            learner.settings['datasource'],
-            learner.settings.get('baseline') or 'None',
-            learner.model.update_lr,
-            learner.settings['update_batch_size'],
-        )
-        for learner in models
-    }
-    if len(kinds) > 1 or next(iter(kinds))[1] == 'oracle':
+    first, alpha = models[0], models[0].model.update_lr
+    if len({training(learner) for learner in models}) > 1 or 'oracle' in training(first):
         raise ValueError('the runs must be seeds of the same training, and not of the oracle')
-    first = models[0]
     is_error = not first.is_classifier
     generator = test_tasks(first.settings, shots or first.settings['update_batch_size'], data_dir)
     more = ['medians', f'above {DIVERGED:.0f} after {UPDATES}'] if is_error else []
     print(f'| {" | ".join(["step size", *(f"after {i}" for i in SHOWN), *more])} |')
     print('|---' * (1 + len(SHOWN) + len(more)) + '|')
-    chunk = generator.tasks_at_once
-    batches = [
-        generator.batch('test', 0, tasks, slice(i, i + chunk)) for i in range(0, tasks, chunk)
-    ]
-    for halved in (False, True):
-        values = np.array(
-            [
-                np.concatenate([outcomes(learner, batch, halved) for batch in batches], -1)
-                for learner in models
-            ]
-        )
-        print(
-            row(
-                f'{first.model.update_lr:g}'
-                + (f', then {first.model.update_lr / 2:g}' if halved else ''),
-                values,
-                is_error,
-            ),
-            flush=True,
-        )
+    chunk, batches = generator.tasks_at_once, []
+    for i in range(0, tasks, chunk):
+        batches.append(generator.batch('test', 0, tasks, slice(i, i + chunk)))
+    for halved, name in (False, f'{alpha:g}'), (True, f'{alpha:g}, then {alpha / 2:g}'):
+        values = []  # [seeds, 1 + UPDATES, tasks]
+        for learner in models:
+            parts = [outcomes(learner, batch, halved) for batch in batches]
+            values.append(np.concatenate(parts, -1))
+        print(row(name, np.array(values), is_error), flush=True)
 
 
 def main(arguments: list[str]):
@@ -130,12 +129,8 @@ def main(arguments: list[str]):
     try:
         if options.tasks < 1:
             raise ValueError(f'--tasks must be at least 1, but it is {options.tasks}')
-        table(
-            [Learner.load(run) for run in options.runs],
-            options.shots,
-            options.tasks,
-            options.data_dir,
-        )
+        models = [Learner.load(run) for run in options.runs]
+        table(models, options.shots, options.tasks, options.data_dir)
     except (ValueError, OSError) as error:
         sys.exit(f'step_sizes.py: {error}')
 

@@ -3,7 +3,8 @@
 
     python scripts/paper/plot_sinusoid.py logs/sine/cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm
 
-The picture shows its fits to two new tasks, and its error after each update. The errors are those that `main.py --train=False` wrote into the run's folder.
+The picture shows its fits to two new tasks, and its error after each update. The errors are those
+that `main.py --train=False` wrote into the run's folder.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import matplotlib.pyplot as plt
 from scripts.lib.sinusoid_fits import CURVES, Fit, fits
 
 NORMS = {'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}
+
 
 class Errors(NamedTuple):
     """The results of one evaluation, each an array over updates 0, 1, ..."""

@@ -3,14 +3,16 @@
 
     python scripts/paper/report.py [LOGS] [--output=LOGS/report]
 
-LOGS (default: logs) is where scripts/paper/omniglot_5way_1shot.sh and its like keep their runs, LOGS/CELL/seedN/RUN. Cells that were
-not run say so; a run folder that is incomplete, damaged or another cell's is named and left out. What LOGS/note.txt and
-LOGS/CELL/note.txt say, if they are there, is quoted.
+LOGS (default: logs) is where scripts/paper/omniglot_5way_1shot.sh and its like keep their runs,
+LOGS/CELL/seedN/RUN. Cells that were not run say so; a run folder that is incomplete, damaged or
+another cell's is named and left out. What LOGS/note.txt and LOGS/CELL/note.txt say, if they are
+there, is quoted.
 """
 
 import argparse
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
@@ -21,107 +23,161 @@ from scripts.lib.report_figures import FIGURES, Runs
 from utils import write_whole
 
 
-def percent(table: Table, update: int) -> str:
+def row(*values) -> str:
+    """A line of a Markdown table."""
+    return f'| {" | ".join(map(str, values))} |'
+
+
+# Accuracies ---------------------------------------------------------------------------------------
+
+
+def percent(table: Table | None, update: int) -> str:
+    if not table:
+        return '–'
     update = min(update, len(table.means) - 1)
     return f'{100 * table.means[update]:.2f} ± {100 * table.interval[update]:.2f}'
+
+
+def accuracy_row(cell: Cell, run: Run) -> str:
+    shots = cell.settings['update_batch_size']
+    last, best = (run.tables.get((shots, kind)) for kind in ('last', 'best'))
+    return row(
+        cell.title + run.variant,
+        cell.paper,
+        percent(last, cell.updates),
+        percent(best, cell.updates),
+        f'{run.evaluated(shots):,}',
+        run.seed,
+        f'{run.hours:.1f} h',
+        run.machine or '–',
+    )
 
 
 def accuracy_rows(cell: Cell, runs: list[Run]) -> list[str]:
     if not runs:
         return [f'| {cell.title} | {cell.paper} | not run | | | | | |']
-    rows, shots = [], cell.settings['update_batch_size']
-    for run in runs:
-        shown = [
-            percent(run.tables[shots, kind], cell.updates) if (shots, kind) in run.tables else '–'
-            for kind in ('last', 'best')
-        ]
-        rows.append(
-            f'| {cell.title}{run.variant} | {cell.paper} | {" | ".join(shown)} | {run.evaluated(shots):,} | {run.seed} | {run.hours:.1f} h | '
-            f'{run.machine or "–"} |'
-        )
-    return rows
+    return [accuracy_row(cell, run) for run in runs]
 
 
 def accuracies(runs: Runs) -> list[str]:
+    explanation = (
+        'After the number of updates at which the paper evaluates (Omniglot 5-way 3, 20-way 5, '
+        'miniImagenet 10); ± is the 95 % interval over tasks of one run. The last checkpoint, and '
+        'the one that was best on validation tasks. Training times are those that the runs '
+        'themselves recorded; – where a machine was not.'
+    )
     return [
         '## Accuracy on 600 test tasks, %',
         '',
-        'After the number of updates at which the paper evaluates (Omniglot 5-way 3, 20-way 5, miniImagenet 10); ± is the 95 % interval over '
-        'tasks of one run. The last checkpoint, and the one that was best on validation tasks. Training times are those that the runs '
-        'themselves recorded; – where a machine was not.',
+        explanation,
         '',
         '| | paper | last | best of validation | iterations | seed | training | machine |',
         '|---|---|---|---|---|---|---|---|',
-        *(row for cell in CELLS for row in accuracy_rows(cell, runs[cell.name])),
+        *(line for cell in CELLS for line in accuracy_rows(cell, runs[cell.name])),
     ]
 
 
+# Sinusoids ----------------------------------------------------------------------------------------
+
+
+def error(table: Table, update: int) -> str:
+    if table.means[update] < DIVERGED:
+        return f'{table.means[update]:.3g} ± {table.interval[update]:.2g}'
+    return 'diverged'
+
+
+def errors_shown(cell: Cell, table: Table) -> list[str]:
+    """Errors before and after 1, 5 and 10 updates, then the medians; the oracle needs no update."""
+    if cell.name == 'sinusoid_oracle':
+        return [error(table, 0), '–', '–', '–', '–']
+    size = len(table.means)
+    after = [error(table, i) if i < size else '–' for i in (1, 5, 10)]
+    medians = [f'{table.medians[i]:.3g}' for i in (1, 5, 10) if i < size]
+    return [error(table, 0), *after, ' / '.join(medians)]
+
+
+def each_once(values: Iterable[str], separator: str) -> str:
+    return separator.join(dict.fromkeys(values))
+
+
+def error_row(cell: Cell, variant: str, shots: int, runs: list[Run]) -> str:
+    """Of runs that differ in their seeds alone."""
+    table = pooled([run.tables[shots, 'last'] for run in runs])
+    minutes = (f'{60 * run.hours:.1f}' for run in runs if run.hours)
+    machines = (run.machine for run in runs if run.machine)
+    return row(
+        cell.title + variant,
+        shots,
+        cell.paper if shots == 5 else '',
+        *errors_shown(cell, table),
+        each_once((f'{run.evaluated(shots):,}' for run in runs), ', '),
+        each_once((str(run.seed) for run in runs), ', '),
+        each_once(minutes, ' / ') or '–',
+        each_once(machines, '; ') or '–',
+    )
+
+
 def error_rows(cell: Cell, runs: list[Run]) -> list[str]:
-    """A row for each K and, if some seeds were trained with other settings than the others, for each of those."""
+    """A row for each K.
+
+    If some seeds were trained with other settings than the others, a row for each of those too.
+    """
     if not runs:
         return [f'| {cell.title} | | {cell.paper} | not run | | | | | | | | |']
-    rows, oracle = [], cell.name == 'sinusoid_oracle'
+    rows = []
     for variant, shots in sorted({(run.variant, shots) for run in runs for shots, _ in run.tables}):
         of = [run for run in runs if run.variant == variant and (shots, 'last') in run.tables]
-        table = pooled([run.tables[shots, 'last'] for run in of])
-        number = lambda i: (
-            f'{table.means[i]:.3g} ± {table.interval[i]:.2g}'
-            if table.means[i] < DIVERGED
-            else 'diverged'
-        )
-        shown = [
-            number(0),
-            *('–' if oracle or i >= len(table.means) else number(i) for i in (1, 5, 10)),
-        ]
-        medians = (
-            '–'
-            if oracle
-            else ' / '.join(f'{table.medians[i]:.3g}' for i in (1, 5, 10) if i < len(table.medians))
-        )
-        joined = lambda values, separator: separator.join(dict.fromkeys(values))  # each once
-        rows.append(
-            f'| {cell.title}{variant} | {shots} | {cell.paper if shots == 5 else ""} | {" | ".join(shown)} | {medians} | '
-            f'{joined((f"{run.evaluated(shots):,}" for run in of), ", ")} | {joined((str(run.seed) for run in of), ", ")} | '
-            f'{joined((f"{60 * run.hours:.1f}" for run in of if run.hours), " / ") or "–"} | {joined((run.machine for run in of if run.machine), "; ") or "–"} |'
-        )
+        rows.append(error_row(cell, variant, shots, of))
     return rows
 
 
 def errors(runs: Runs) -> list[str]:
+    explanation = (
+        'K = 10 in training, α = 0.01 where nothing else is said. Before any update on the '
+        'support set, then on the query set; ± is the 95 % interval, over seeds where there are '
+        "several (Student's t), else over tasks. A few tasks that diverge may rule a mean; the "
+        "median over tasks (mean of the seeds' medians) tells of the others."
+    )
+    head = (
+        '| | K | paper, 1 / 5 / 10 updates | before | 1 | 5 | 10 | medians, 1 / 5 / 10 '
+        '| iterations | seeds | training, minutes | machine |'
+    )
     return [
         '## Sinusoid: mean squared error on 600 tasks',
         '',
-        'K = 10 in training, α = 0.01 where nothing else is said. Before any update on the support set, then on the query set; ± is the 95 % '
-        "interval, over seeds where there are several (Student's t), else over tasks. A few tasks that diverge may rule a mean; the median "
-        "over tasks (mean of the seeds' medians) tells of the others.",
+        explanation,
         '',
-        '| | K | paper, 1 / 5 / 10 updates | before | 1 | 5 | 10 | medians, 1 / 5 / 10 | iterations | seeds | training, minutes | machine |',
+        head,
         '|---|---|---|---|---|---|---|---|---|---|---|---|',
-        *(row for cell in SINUSOIDS for row in error_rows(cell, runs[cell.name])),
+        *(line for cell in SINUSOIDS for line in error_rows(cell, runs[cell.name])),
     ]
 
 
+# The whole report ---------------------------------------------------------------------------------
+
+
+def remarks_on(cell: Cell, run: Run) -> Iterator[str]:
+    """What a reader of the tables must know of a run."""
+    if run.deviations:
+        wanted = (f'--{name}={value}' for name, (_, value) in run.deviations.items())
+        yield f'the cell has {", ".join(wanted)}.'
+    if cell in CELLS and any(table.split == 'val' for table in run.tables.values()):
+        yield 'evaluated on the validation classes.'
+    evaluated = {run.evaluated(shots) for shots, kind in run.tables if kind == 'last'}
+    if evaluated - {run.iterations}:
+        yield f'trained on to iteration {run.iterations:,}, which has not been evaluated.'
+
+
 def remarks(logs: Path, runs: Runs) -> list[str]:
-    """Other settings than the paper's, evaluations of earlier checkpoints, and the cells' notes; a paragraph each."""
+    """Other settings than the paper's, evaluations of earlier checkpoints, and the cells' notes.
+
+    Each is a paragraph.
+    """
     lines = []
     for cell in CELLS + SINUSOIDS:
         for run in runs[cell.name]:
-            where = f'{cell.title}{run.variant}, seed {run.seed}'
-            if run.deviations:
-                wanted = ', '.join(
-                    f'--{name}={wanted}' for name, (_, wanted) in run.deviations.items()
-                )
-                lines += [f'{where}: the cell has {wanted}.', '']
-            if cell in CELLS and any(table.split == 'val' for table in run.tables.values()):
-                lines += [f'{where}: evaluated on the validation classes.', '']
-            late = sorted(
-                {run.evaluated(shots) for shots, kind in run.tables if kind == 'last'}
-                - {run.iterations}
-            )
-            lines += [
-                f'{where}: trained on to iteration {run.iterations:,}, which has not been evaluated.',
-                '',
-            ] * bool(late)
+            for remark in remarks_on(cell, run):
+                lines += [f'{cell.title}{run.variant}, seed {run.seed}: {remark}', '']
         lines += note(logs / cell.name, f'{cell.title}: ')
     return lines
 
@@ -129,17 +185,17 @@ def remarks(logs: Path, runs: Runs) -> list[str]:
 def note(folder: Path, title: str = '') -> list[str]:
     """What FOLDER/note.txt says, as a paragraph."""
     path = folder / 'note.txt'
-    return (
-        [title + path.read_text(encoding='utf-8', errors='replace').strip(), '']
-        if path.is_file()
-        else []
-    )
+    if not path.is_file():
+        return []
+    return [title + path.read_text(encoding='utf-8', errors='replace').strip(), '']
 
 
 def report(logs: Path, output: Path) -> Path:
     """Writes OUTPUT/report.md and its figures. Returns the path of the former."""
-    plain_first = lambda run: (len(run.deviations), run.seed)
-    runs = {cell.name: sorted(read_runs(logs, cell), key=plain_first) for cell in CELLS + SINUSOIDS}
+    runs = {}
+    for cell in CELLS + SINUSOIDS:
+        found = read_runs(logs, cell)
+        runs[cell.name] = sorted(found, key=lambda run: (len(run.deviations), run.seed))
     output.mkdir(parents=True, exist_ok=True)
     lines = [
         '# Results',
@@ -170,7 +226,8 @@ def main(arguments: list[str]):
     try:
         if not values.logs.is_dir():
             raise FileNotFoundError(
-                f'there is no folder {values.logs}: run a script such as scripts/paper/sinusoid_10shot.sh first'
+                f'there is no folder {values.logs}: run a script such as '
+                'scripts/paper/sinusoid_10shot.sh first'
             )
         output = values.output or values.logs / 'report'
         if output.exists() and not output.is_dir():

@@ -1,14 +1,21 @@
 #!/usr/bin/env python
-"""Trains on the same tasks with the exact meta-gradient, and with those that other software computes without a word.
+"""Trains on the same tasks with the exact meta-gradient, and with those of other software.
 
-    python scripts/paper/second_order_ablation.py VARIANT [main.py's flags]     trains, continues, or evaluates in LOGDIR/VARIANT
-    python scripts/paper/second_order_ablation.py check CASE.npz                directional derivatives of a case's meta-gradient
-    python scripts/paper/second_order_ablation.py plot FOLDER                   draws FOLDER/CELL/VARIANT/*, writes ablation.png and .md
+    python scripts/paper/second_order_ablation.py VARIANT [main.py's flags]
+    python scripts/paper/second_order_ablation.py check CASE.npz
+    python scripts/paper/second_order_ablation.py plot FOLDER
 
-Variants, which differ in nothing but the derivative of batch normalisation's derivative:
+The first trains, continues, or evaluates in LOGDIR/VARIANT. The second prints directional
+derivatives of a case's meta-gradient. The third draws FOLDER/CELL/VARIANT/*, and writes
+ablation.png and ablation.md there.
+
+Other software computes these meta-gradients without a word. The variants differ in nothing but the
+derivative of batch normalisation's derivative:
     exact        the paper's meta-gradient
-    held         batch normalisation's backward pass held constant, as the original has it under TensorFlow 1.4 to 1.15
-    moments      the gradient of the mean inside the variance stopped, as tf.nn.moments does, the original under 1.3
+    held         batch normalisation's backward pass held constant, as the original has it under
+                 TensorFlow 1.4 to 1.15
+    moments      the gradient of the mean inside the variance stopped, as tf.nn.moments does,
+                 the original under 1.3
     first_order  all second derivatives left out, as --stop_grad
 """
 
@@ -16,6 +23,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,17 +44,20 @@ AXES = [1, 2, 3]  # examples, height, width
 
 @tf.custom_gradient
 def held(x: tf.Tensor, beta: tf.Tensor):
-    """Batch normalisation, x [T, examples, H, W, C], whose derivative counts as a constant when it is differentiated."""
+    """Batch normalisation whose derivative counts as a constant when it is differentiated.
+
+    x: [T, examples, H, W, C].
+    """
     count = x.shape[1] * x.shape[2] * x.shape[3]
     mean = tf.reduce_mean(x, AXES, keepdims=True)
-    scale = tf.math.rsqrt(
-        tf.reduce_mean(tf.square(x - mean), AXES, keepdims=True) + BATCH_NORM_EPSILON
-    )
+    variance = tf.reduce_mean(tf.square(x - mean), AXES, keepdims=True)
+    scale = tf.math.rsqrt(variance + BATCH_NORM_EPSILON)
     standard = (x - mean) * scale
 
     def derivative(gradient):
         along = tf.reduce_sum(gradient * standard, AXES, keepdims=True) / count
-        of_x = scale * (gradient - tf.reduce_mean(gradient, AXES, keepdims=True) - standard * along)
+        mean_gradient = tf.reduce_mean(gradient, AXES, keepdims=True)
+        of_x = scale * (gradient - mean_gradient - standard * along)
         return tf.stop_gradient(of_x), tf.stop_gradient(tf.reduce_sum(gradient, [0, *AXES]))
 
     return standard + beta, derivative
@@ -91,54 +102,55 @@ def train(variant: str, arguments: list[str]):
     app.run(lambda rest: main.program(rest, NORMALISATIONS[variant]), line)
 
 
-def check(path: str):
-    """Prints the derivatives of the query loss along one direction in each of two kernels, exactly, and by each variant."""
-    case = np.load(path)
+def case_model(case: Mapping[str, np.ndarray], variant: str) -> maml.FastMAML:
+    """A variant's model with the initial parameters of a case."""
     flags = json.loads(str(case['flags']))
-    random = np.random.RandomState(
-        0
-    )  # the directions: drawn for conv1, conv2 and conv4, one after another
-    directions = {
-        name: random.randn(*case[f'init/{name}'].shape) for name in ('conv1', 'conv2', 'conv4')
-    }
-    for variant, norm in NORMALISATIONS.items():
-        model = maml.make_model(
-            flags['datasource'],
-            int(flags['update_batch_size']),
-            float(flags['update_lr']),
-            int(flags['num_updates']),
-            stop_grad=variant == 'first_order',
-            dtype=tf.float64,
-            compiled=False,
-            num_classes=int(flags['num_classes']),
-            num_filters=int(flags.get('num_filters', 64)),
-            norm=norm or 'batch_norm',
-        )
-        variables = model.weights | model.norms
-        for name, variable in variables.items():
-            variable.assign(case[f'init/{name}'])
-        gradients = dict(
-            zip(
-                variables,
-                model.meta_gradient(
-                    Batch(*(tf.constant(case[f'input/{k}'], tf.float64) for k in Batch._fields))
-                )[1],
-            )
-        )
-        along = {
-            name: float(tf.reduce_sum(gradients[name] * direction) / np.linalg.norm(direction))
-            for name, direction in directions.items()
-        }
+    model = maml.make_model(
+        flags['datasource'],
+        int(flags['update_batch_size']),
+        float(flags['update_lr']),
+        int(flags['num_updates']),
+        stop_grad=variant == 'first_order',
+        dtype=tf.float64,
+        compiled=False,
+        num_classes=int(flags['num_classes']),
+        num_filters=int(flags.get('num_filters', 64)),
+        norm=NORMALISATIONS[variant] or 'batch_norm',
+    )
+    for name, variable in (model.weights | model.norms).items():
+        variable.assign(case[f'init/{name}'])
+    return model
+
+
+def check(path: str):
+    """Prints derivatives of the query loss, exactly and by each variant.
+
+    They are those along one direction in each of two kernels.
+    """
+    case = np.load(path)
+    batch = Batch(*(tf.constant(case[f'input/{name}'], tf.float64) for name in Batch._fields))
+    random, directions = np.random.RandomState(0), {}
+    for name in ('conv1', 'conv2', 'conv4'):  # drawn one after another
+        directions[name] = random.randn(*case[f'init/{name}'].shape)
+    for variant in NORMALISATIONS:
+        model = case_model(case, variant)
+        gradients = dict(zip(model.weights | model.norms, model.meta_gradient(batch)[1]))
+        along = {}
+        for name, direction in directions.items():
+            product = tf.reduce_sum(gradients[name] * direction)
+            along[name] = float(product / np.linalg.norm(direction))
         print(f'{variant:12} conv1 {along["conv1"]:8.4f}  conv4 {along["conv4"]:8.4f}')
+
+
+# The picture and the table ------------------------------------------------------------------------
 
 
 class Result(NamedTuple):
     """What a variant came to; accuracies in percent, after as many updates as in training."""
 
     validations: np.ndarray  # [n, 3]: iteration, accuracy, half of its 95 % interval
-    test: (
-        tuple[float, float] | None
-    )  # accuracy of the last checkpoint on the test classes, half of its 95 % interval
+    # On the test classes, of the last checkpoint: accuracy, half of its 95 % interval.
+    test: tuple[float, float] | None
     updates: int
 
 
@@ -147,16 +159,11 @@ def read_result(folder: Path) -> Result | None:
     run = next(iter(sorted(folder.glob('cls_*'))), None)
     if not run:
         return None
-    summaries, tag, updates = (
-        read_scalars(run),
-        'metaval_Post-update_accuracy',
-        int(re.search(r'numstep([0-9]+)', run.name)[1]),
-    )
-    accuracies = summaries.get(f'{tag}__step_{updates}', {})
-    values = [
-        [step, 100 * value, 100 * summaries[f'{tag}_interval'][step]]
-        for step, value in accuracies.items()
-    ]
+    summaries, tag = read_scalars(run), 'metaval_Post-update_accuracy'
+    updates = int(re.search(r'numstep([0-9]+)', run.name)[1])
+    values = []
+    for step, value in summaries.get(f'{tag}__step_{updates}', {}).items():
+        values.append([step, 100 * value, 100 * summaries[f'{tag}_interval'][step]])
     test = next(iter(sorted(run.glob('test_ubs?_stepsize*.csv'))), None)
     if test:
         means, _, intervals = read_evaluation(test)
@@ -170,65 +177,58 @@ def draw(axes, cell: str, variant: str, result: Result | None) -> str:
     if not result:
         return f'| {title} | {variant} | not run | | |'
     steps, accuracies, halves = result.validations.T
-    (line,) = axes.plot(
-        steps, accuracies, marker='o', markersize=3, label=variant.replace('_', ' ')
-    )
-    axes.fill_between(
-        steps,
-        accuracies - halves,
-        accuracies + halves,
-        color=line.get_color(),
-        alpha=0.12,
-        linewidth=0,
-    )
+    name = variant.replace('_', ' ')
+    (line,) = axes.plot(steps, accuracies, marker='o', markersize=3, label=name)
+    band = dict(color=line.get_color(), alpha=0.12, linewidth=0)
+    axes.fill_between(steps, accuracies - halves, accuracies + halves, **band)
     axes.set(
         title=f'{title}, after {result.updates} update{"s" * (result.updates > 1)}',
         xlabel='iteration',
         ylabel='validation accuracy [%]',
     )
+    validation = f'{accuracies[-1]:.1f} ± {halves[-1]:.1f}'
     test = '{:.1f} ± {:.1f}'.format(*result.test) if result.test else 'not evaluated'
-    return f'| {title} | {variant} | {steps[-1]:.0f} | {accuracies[-1]:.1f} ± {halves[-1]:.1f} | {test} |'
+    return f'| {title} | {variant} | {steps[-1]:.0f} | {validation} | {test} |'
+
+
+def cells_in(folder: Path) -> list[str]:
+    """The names of the cells that have a variant's folder, short names first."""
+    names = {path.parent.name for path in folder.glob('*/*') if path.name in NORMALISATIONS}
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 def plot(folder: Path):
-    """Accuracy of all variants over iterations, a panel for each cell of FOLDER, and the table of their ends."""
+    """Accuracy of all variants over iterations, and the table of their ends.
+
+    The picture has a panel for each cell of FOLDER.
+    """
     import matplotlib
 
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    cells = sorted(
-        {path.parent.name for path in folder.glob('*/*') if path.name in NORMALISATIONS},
-        key=lambda name: (len(name), name),
-    )
+    cells = cells_in(folder)
     if not cells:
         sys.exit(
-            f'second_order_ablation.py: {folder} holds no CELL/VARIANT: give the folder that scripts/paper/second_order_ablation.sh wrote'
+            f'second_order_ablation.py: {folder} holds no CELL/VARIANT: give the folder that '
+            'scripts/paper/second_order_ablation.sh wrote'
         )
-    figure, panels = plt.subplots(
-        1, len(cells), figsize=(4.2 * len(cells) + 0.4, 3.6), layout='constrained', squeeze=False
-    )
+    size = (4.2 * len(cells) + 0.4, 3.6)
+    figure, panels = plt.subplots(1, len(cells), figsize=size, layout='constrained', squeeze=False)
     rows = [
         '| | meta-gradient | iterations | last validation, % | test classes, 600 tasks, % |',
         '|---|---|---|---|---|',
     ]
+    curves = {}  # {label: line}, each once
     for axes, cell in zip(panels[0], cells):
-        rows += [
-            draw(axes, cell, variant, read_result(folder / cell / variant))
-            for variant in NORMALISATIONS
-        ]
+        for variant in NORMALISATIONS:
+            rows.append(draw(axes, cell, variant, read_result(folder / cell / variant)))
         axes.grid(alpha=0.3)
-    curves = {
-        label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels())
-    }
+        lines, names = axes.get_legend_handles_labels()
+        curves |= zip(names, lines)
     if curves:
-        figure.legend(
-            curves.values(),
-            curves.keys(),
-            loc='outside upper center',
-            ncols=len(curves),
-            frameon=False,
-        )
+        above = dict(loc='outside upper center', ncols=len(curves), frameon=False)
+        figure.legend(curves.values(), curves.keys(), **above)
     figure.savefig(folder / 'ablation.png', dpi=150)
     (folder / 'ablation.md').write_text('\n'.join(rows) + '\n')
     print(folder / 'ablation.md')
@@ -243,8 +243,8 @@ def program(arguments: list[str]):
         plot(Path(arguments[1]))
     else:
         sys.exit(
-            f'second_order_ablation.py: give one of {", ".join(NORMALISATIONS)} and flags of main.py, or `check CASE.npz` or '
-            f'`plot FOLDER` with a file or folder that is there'
+            f'second_order_ablation.py: give one of {", ".join(NORMALISATIONS)} and flags of '
+            'main.py, or `check CASE.npz` or `plot FOLDER` with a file or folder that is there'
         )
 
 
