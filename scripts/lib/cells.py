@@ -196,7 +196,7 @@ def read_table(path: Path) -> Table:
 
 def same(value, wanted) -> bool:
     """Whether two values of a flag are the same; --baseline=None is the text 'None'."""
-    return (None if value == 'None' else value) == (None if wanted == 'None' else wanted)
+    return value == wanted or str(value) == str(wanted) == 'None'
 
 
 def deviations(folder: Path, flags: dict, cell: Cell) -> dict[str, tuple]:
@@ -271,7 +271,9 @@ def read_run(folder: Path, cell: Cell) -> Run:
 
 def read_runs(logs: Path, cell: Cell) -> Iterator[Run]:
     """The runs of a cell, one for each seed; says which folders are left out, and why."""
-    for folder in sorted(path for path in (logs / cell.name).glob('seed*/cls_*') if path.is_dir()):
+    for folder in sorted((logs / cell.name).glob('seed*/cls_*')):
+        if not folder.is_dir():
+            continue
         try:
             yield read_run(folder, cell)
         except (ValueError, OSError) as error:

@@ -201,7 +201,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as private:
-            folder = Path(private, target.name)  # as the upper one is closed to other users
+            folder = Path(private, target.name)  # one deeper: the upper is closed to others
             folder.mkdir()
             yield folder
             os.rename(folder, target)

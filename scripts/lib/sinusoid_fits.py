@@ -21,11 +21,11 @@ class Fit(NamedTuple):
 
 
 def fits(
-    model, shots: int, oracle: bool, tasks: int = 2, seed: int = 0, points: int = 201
+    model, shots: int, oracle: bool, tasks: int = 2, seed: int = 0, resolution: int = 201
 ) -> list[Fit]:
     """A sinusoid model before and after 1 and 10 updates on random tasks.
 
-    Its predictions are at `points` points all over [-5, 5].
+    Its predictions are at `resolution` points all over [-5, 5].
     """
     # Here, so that what fails before needs no TensorFlow, which takes seconds to start.
     from data_generator import SinusoidGenerator
@@ -34,7 +34,7 @@ def fits(
     batch = SinusoidGenerator(shots, 0, oracle=True, seed=seed).batch('test', 0, tasks)
     dim = 3 if oracle else 1  # inputs: (x, A, φ) or x
     a, phi = batch.inputa[:, :1, 1], batch.inputa[:, :1, 2]  # [T, 1]
-    x = np.linspace(-5, 5, points, dtype=np.float32)
+    x = np.linspace(-5, 5, resolution, dtype=np.float32)
     truth = a * np.sin(x - phi)  # [T, points]
     inputs = np.stack(np.broadcast_arrays(x, a, phi), axis=-1)[..., :dim]  # [T, points, D]
     support = batch.inputa[..., :dim]  # [T, K, D]
@@ -42,8 +42,9 @@ def fits(
     prepared, weights = model.network.prepare(inputs), model.initial_weights(tasks)
     outputs = [model.network(prepared, weights, model.norms), *results.outputsb]
     predictions = {updates: np.asarray(outputs[updates])[..., 0] for updates in CURVES}
-    points_of = np.concatenate([support[..., :1], batch.labela], axis=-1)  # [T, K, 2]
-    return [
-        Fit(x, truth[i], points_of[i], {updates: y[i] for updates, y in predictions.items()})
-        for i in range(tasks)
-    ]
+    points = np.concatenate([support[..., :1], batch.labela], axis=-1)  # [T, K, 2]
+    found = []
+    for i in range(tasks):
+        curves = {updates: y[i] for updates, y in predictions.items()}
+        found.append(Fit(x, truth[i], points[i], curves))
+    return found

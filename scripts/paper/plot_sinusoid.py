@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""Draws what a trained sinusoid model does.
+"""Draws what a trained sinusoid model does: its fits to two new tasks, its error after each update.
 
     python scripts/paper/plot_sinusoid.py logs/sine/cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm
 
-The picture shows its fits to two new tasks, and its error after each update. The errors are those
-that `main.py --train=False` wrote into the run's folder.
+The errors are those that `main.py --train=False` wrote into the run's folder.
 """
 
 import argparse

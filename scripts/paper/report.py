@@ -124,11 +124,12 @@ def error_rows(cell: Cell, runs: list[Run]) -> list[str]:
     """
     if not runs:
         return [f'| {cell.title} | | {cell.paper} | not run | | | | | | | | |']
-    rows = []
-    for variant, shots in sorted({(run.variant, shots) for run in runs for shots, _ in run.tables}):
-        of = [run for run in runs if run.variant == variant and (shots, 'last') in run.tables]
-        rows.append(error_row(cell, variant, shots, of))
-    return rows
+    groups = {}  # {(settings, K): runs}
+    for run in runs:
+        for shots, kind in run.tables:
+            if kind == 'last':
+                groups.setdefault((run.variant, shots), []).append(run)
+    return [error_row(cell, *group, of) for group, of in sorted(groups.items())]
 
 
 def errors(runs: Runs) -> list[str]:
