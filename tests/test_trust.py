@@ -550,17 +550,17 @@ def test_two_processes_with_one_seed(tmp_path, data):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 20 MB if this user may mount one, else a limit of the size of files.
+    """A file system of 10 MB if this user may mount one, else a limit of the size of files.
 
     Yields the folder, and arguments for Popen.
     """
     folder = tmp_path / 'disk'
     folder.mkdir()
-    line = ['mount', '-t', 'tmpfs', '-o', 'size=20m', 'tmpfs', folder]
+    line = ['mount', '-t', 'tmpfs', '-o', 'size=10m', 'tmpfs', folder]
     mounted = subprocess.run(line, capture_output=True).returncode == 0
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000))
 
     yield folder, {} if mounted else {'preexec_fn': limit}
     if mounted:
