@@ -10,11 +10,14 @@ support set (inner gradient), "b" the query set (outer gradient).
 """
 
 import inspect
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -23,16 +26,21 @@ from special_grads import (
     BatchNorm,
     Normalization,
     Shared,
+    apply_layer,
+    calls_for_tasks,
     convolve,
     convolve_normalized,
     convolve_patches,
     dense,
+    exact_moments,
+    map_tasks,
     max_pool2x2,
     normalization,
     normalize_patches,
     patches3x3,
     per_task,
     sizes,
+    takes_training,
     task_gradients,
 )
 from utils import (
@@ -42,6 +50,7 @@ from utils import (
     checkpoints,
     confidence,
     cross_entropy,
+    first_line,
     graph,
     machine,
     mean_squared_error,
@@ -60,12 +69,19 @@ Leading = int | tf.Tensor | None  # how many examples give batch normalisation i
 # Networks: functions of inputs and weights that know nothing of meta-learning ---------------------
 
 
-def initial_value(kind: str, shape: tuple[int, ...], seed: list[int]) -> np.ndarray:
+def initial_value(kind, shape: tuple[int, ...], seed: list[int]) -> np.ndarray:
     """A parameter's initial value, a function of `seed` alone.
 
     kind: 'glorot' (uniform within ±sqrt(6 / (fan in + fan out))), 'normal' (stddev 1), 'truncated'
-    (normal of stddev 0.01, cut at two standard deviations), 'zeros' or 'ones'.
+    (normal of stddev 0.01, cut at two standard deviations), 'zeros' or 'ones'; or the value itself,
+    or a function of the shape that returns it, such as an initializer of Keras.
+    Raises ValueError if there is no such kind, or the value has another shape.
     """
+    if not isinstance(kind, str):
+        value = np.asarray(kind(shape) if callable(kind) else kind)
+        if value.shape != tuple(shape):
+            raise ValueError(f'an initial value is {list(value.shape)}, not {list(shape)}')
+        return value
     number = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)
     make = tf.keras.initializers
     if kind in ('zeros', 'ones'):
@@ -231,6 +247,245 @@ def plain_block(
     return tf.nn.max_pool2d(x, 2, 2, 'VALID') if max_pool else x
 
 
+# Keras models as networks -------------------------------------------------------------------------
+
+
+class KerasNetwork:
+    """A Keras model of one input and one output as a network: any kind of them.
+
+    Its trainable variables are parameters, from the values that they have; the model itself is left
+    as it is. Batch normalisation takes the statistics of the batch at hand, so moving averages do
+    not change. Where all layers are known (`task_layer`, `PER_EXAMPLE`), tasks run together, else
+    one after another within a program.
+
+    model: a keras.Model. adapt: what the inner loop changes: None, everything; names of layers; or
+    a function of a variable's path that says whether. The rest is learned by the outer loop only.
+    input_shape: of an example, if the model is not built yet.
+    Raises ValueError, with the layer's name, for what could not be right: see `check_keras_model`.
+    """
+
+    takes_shared = False
+
+    def __init__(
+        self,
+        model: keras.Model,
+        adapt: Sequence[str] | Callable[[str], bool] | None = None,
+        input_shape: Sequence[int] | None = None,
+    ):
+        self.model, self.image_shape = model, keras_input_shape(model, input_shape)
+        output = check_keras_model(model, self.image_shape)
+        self.dim_input = int(np.prod(self.image_shape))
+        self.dim_output = int(np.prod(output.shape[1:]))
+        self.dtype = model.trainable_variables[0].dtype
+        self.names = variable_names(model)  # {path: name}
+        adapted = adapted_paths([*self.names], adapt)
+        self.parameters, self.norm_parameters = {}, {}
+        for variable in model.trainable_variables:
+            held = self.parameters if variable.path in adapted else self.norm_parameters
+            held[self.names[variable.path]] = (
+                keras.ops.convert_to_numpy(variable),
+                tuple(variable.shape),
+            )
+        layers = keras_leaves(model)
+        self.together = layers is not None
+        self.layers = layers or []
+        self.most_tasks = None if self.together else KERAS_TASKS
+        recurrent = (keras.layers.RNN, keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D)
+        found = model._flatten_layers(include_self=False)
+        # XLA does not differentiate the loops that these are.
+        self.compilable = not any(
+            isinstance(layer, recurrent) and not getattr(layer, 'unroll', False) for layer in found
+        )
+
+    def prepare(self, inputs: tf.Tensor, leading: Leading = None) -> tf.Tensor:
+        """[T, examples, D] -> [T, examples, ...] of the model's input shape."""
+        return tf.reshape(inputs, [*sizes(inputs)[:2], *self.image_shape])
+
+    def __call__(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
+        """x: from `prepare`; weights: [T, ...] each. Returns [T, examples, out]."""
+        tasks, examples = sizes(x)[:2]
+        values = {}  # {path: [T, ...]}
+        for path, name in self.names.items():
+            if name in weights:
+                values[path] = weights[name]
+            else:
+                values[path] = tf.broadcast_to(norms[name], [tasks, *norms[name].shape])
+        with exact_moments(leading):
+            output = (self._together if self.together else self._one_by_one)(x, values, leading)
+        return tf.reshape(output, [tasks, examples, self.dim_output])
+
+    def _one_by_one(self, x: tf.Tensor, values: Tensors, leading: Leading) -> tf.Tensor:
+        return map_tasks(lambda own: apply_layer(self.model, *own), sizes(x)[0], (values, x))
+
+    def _together(self, x: tf.Tensor, values: Tensors, leading: Leading) -> tf.Tensor:
+        rows = tf.reshape(x, [-1, *self.image_shape])  # [T*examples, ...]
+        with calls_for_tasks(self.layers, values, sizes(x)[0], leading), keras.StatelessScope():
+            return self.model(rows, training=True)
+
+
+KERAS_TASKS = 4  # of a model whose tasks run one after another, in one program: it takes to compile
+
+
+def keras_input_shape(model, given: Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of an example; builds the model if it is not. Raises ValueError."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f'a keras.Model is needed, but this is {type(model).__name__}')
+    inputs = getattr(model, 'inputs', None) or []
+    if len(inputs) > 1:
+        raise ValueError(f'the model {model.name} has {len(inputs)} inputs, but one is needed')
+    if inputs:
+        shape = tuple(inputs[0].shape[1:])
+    elif given is None:
+        raise ValueError(
+            f'the model {model.name} does not tell its input: give input_shape, the shape of an '
+            'example'
+        )
+    else:
+        shape = tuple(given)
+        model(tf.zeros([2, *shape], model.compute_dtype))  # makes its variables
+    if None in shape:
+        raise ValueError(
+            f'the model {model.name} takes inputs of any size, {shape}: fix it with keras.Input'
+        )
+    return shape
+
+
+def variable_names(model: keras.Model) -> dict[str, str]:
+    """{path: name} of trainable variables, with names that are the same in every process.
+
+    Keras counts the layers of a kind that a process has made: dense_7 here is dense_2 there.
+    """
+    names = {}
+    for i, variable in enumerate(model.trainable_variables):
+        parts = variable.path.split('/')
+        parts = parts[1:] if parts[0] == model.name else parts
+        parts = [re.sub(r'_\d+$', '', part) for part in parts]
+        names[variable.path] = '/'.join([str(i), *parts])
+    return names
+
+
+def adapted_paths(paths: list[str], adapt) -> set[str]:
+    """The paths of the variables that the inner loop changes. Raises ValueError if none is."""
+    if adapt is None:
+        return {*paths}
+    if callable(adapt):
+        chosen = {path for path in paths if adapt(path)}
+    else:
+        names = [adapt] if isinstance(adapt, str) else [*adapt]
+        for name in names:
+            if not any(name in path.split('/') for path in paths):
+                there = ', '.join(
+                    dict.fromkeys(path.split('/')[-2] for path in paths if '/' in path)
+                )
+                raise ValueError(f'adapt: there is no layer {name!r} with variables, but {there}')
+        chosen = {path for path in paths if {*names} & {*path.split('/')}}
+    if not chosen:
+        raise ValueError(f'adapt chooses none of the variables {", ".join(paths)}')
+    return chosen
+
+
+def keras_leaves(model: keras.Model) -> list[keras.Layer] | None:
+    """The layers of a Sequential or functional model, those of models in it too.
+
+    None if there is more in it than layers, so that it might mix examples of different tasks.
+    """
+    if type(model) is keras.Sequential:
+        operations = model.layers
+    elif type(model).__name__ == 'Functional':  # keras.Model(inputs, outputs)
+        operations = model.operations
+    else:
+        return None
+    found = []
+    for operation in operations:
+        inner = [operation] if isinstance(operation, keras.Layer) else None
+        if isinstance(operation, keras.Model):
+            inner = keras_leaves(operation)
+        if inner is None:
+            return None
+        found += inner
+    return found
+
+
+def check_keras_model(model: keras.Model, shape: tuple[int, ...]) -> tf.Tensor:
+    """Its output for two random inputs.
+
+    Raises ValueError for a model whose meta-gradient would not be right: several outputs; no
+    trainable variables, or some that are no floats of the type that the model computes with;
+    losses of its own; layers that draw random numbers; layers that TensorFlow cannot differentiate
+    twice. The sentence names the layer.
+    """
+    variables = model.trainable_variables
+    if not variables:
+        raise ValueError(f'the model {model.name} has no trainable variables, so nothing can learn')
+    types = {variable.dtype for variable in variables}
+    if len(types) > 1 or types != {model.compute_dtype} or not types <= {'float32', 'float64'}:
+        raise ValueError(
+            f'the model {model.name} has variables of {", ".join(sorted(types))} and computes in '
+            f'{model.compute_dtype}: all must be float32, or all float64'
+        )
+    values = {variable.path: tf.convert_to_tensor(variable.value) for variable in variables}
+    x = tf.random.stateless_uniform([2, *shape], [0, 1], dtype=variables[0].dtype)
+    check_randomness(model, values, x)
+    output = apply_layer(model, values, x)
+    if not tf.is_tensor(output) or output.shape[0] != 2:
+        raise ValueError(f'the model {model.name} must have one output, [examples, ...]')
+    if model.losses:
+        raise ValueError(
+            f'the model {model.name} has losses of its own (a regularizer or add_loss), which the '
+            'loss of a task does not count: leave them out'
+        )
+    check_derivatives(model, values, x)
+    return output
+
+
+def check_randomness(model: keras.Model, values: Tensors, x: tf.Tensor):
+    """Raises ValueError if the model draws random numbers: an inner loop must be repeatable."""
+    trainable, others = [*values.values()], model.non_trainable_variables
+    before = [variable.numpy() for variable in others]
+    named = {'training': True} if takes_training(model) else {}
+    output, after = model.stateless_call(trainable, before, x, **named)
+    again, _ = model.stateless_call(trainable, before, x, **named)
+    drawn = {
+        variable.path
+        for variable, old, new in zip(others, before, after)
+        if 'seed_generator' in variable.path and np.any(old != np.array(new))
+    }
+    if drawn or np.any(np.array(output) != np.array(again)):
+        layers = model._flatten_layers(include_self=False)
+        names = [
+            f'{layer.name} ({type(layer).__name__})'
+            for layer in layers
+            if {variable.path for variable in layer.non_trainable_variables} & drawn
+        ]
+        raise ValueError(
+            f'the model {model.name} draws random numbers in {names[-1] if names else "a layer"}: '
+            'leave that out, since an inner loop must be repeatable'
+        )
+
+
+def check_derivatives(model: keras.Model, values: Tensors, x: tf.Tensor):
+    """Raises ValueError if TensorFlow cannot differentiate the model twice."""
+
+    @tf.function(autograph=False)
+    def second(values: Tensors) -> Tensors:
+        with tf.GradientTape() as outer:
+            outer.watch(values)
+            with tf.GradientTape() as inner:
+                inner.watch(values)
+                loss = tf.reduce_sum(tf.square(apply_layer(model, values, x)))
+            gradients = inner.gradient(loss, values, unconnected_gradients='zero')
+            total = tf.add_n([tf.reduce_sum(tf.square(g)) for g in gradients.values()])
+        return outer.gradient(total, values, unconnected_gradients='zero')
+
+    try:
+        with exact_moments():
+            second.get_concrete_function(values)
+    except LookupError as error:
+        raise ValueError(
+            f'the model {model.name} cannot be differentiated twice ({first_line(error)})'
+        ) from error
+
+
 # The algorithm ------------------------------------------------------------------------------------
 
 
@@ -287,6 +542,11 @@ class MAML(tf.Module):
                 f'update_lr is {update_lr}, meta_lr {meta_lr} and num_updates {num_updates}'
             )
         self.network, self.loss, self.dtype = network, loss, tf.as_dtype(dtype)
+        if getattr(network, 'dtype', self.dtype) != self.dtype:
+            raise ValueError(
+                f'the network computes in {network.dtype}, but dtype is {self.dtype.name}; a Keras '
+                'model computes in float64 after keras.config.set_dtype_policy("float64")'
+            )
         self.update_lr, self.num_updates = update_lr, num_updates
         self.stop_grad, self.clip = stop_grad, clip
         variables = {}
@@ -458,7 +718,8 @@ class FastMAML(MAML):
         self, *arguments, compiled: bool = True, replicas: Replicas | None = None, **named
     ):
         super().__init__(*arguments, **named)
-        self.compiled, self.replicas = compiled, replicas or Replicas()
+        self.compiled = compiled and can_compile(self.network)
+        self.replicas = replicas or Replicas()
         state = {'weights': self.weights, 'norms': self.norms}
         self.checkpoint = tf.train.Checkpoint(**state, metatrain_optimizer=self.metatrain_optimizer)
         self.pretrain_checkpoint = tf.train.Checkpoint(
@@ -521,7 +782,7 @@ class FastMAML(MAML):
         check_batch(batch, self.network, self.dtype)
         tasks = batch.inputa.shape[0]
         losses, gradients = [], []
-        for chunk in chunks(batch):
+        for chunk in chunks(batch, self.network):
             with tf.GradientTape() as outer:
                 loss = self.outer_loss(chunk)
             losses.append(loss)
@@ -556,7 +817,10 @@ class FastMAML(MAML):
     @graph
     def _evaluate(self, batch: Batch, num_updates: int, transductive: bool) -> Results:
         check_batch(batch, self.network, self.dtype)
-        parts = [MAML.evaluate(self, chunk, num_updates, transductive) for chunk in chunks(batch)]
+        parts = [
+            MAML.evaluate(self, chunk, num_updates, transductive)
+            for chunk in chunks(batch, self.network)
+        ]
         return Results(*map(tf.concat, zip(*parts), TASK_AXIS))
 
     def evaluate_together(self, batch: Batch, num_updates: int, transductive: bool = True):
@@ -579,16 +843,14 @@ class FastMAML(MAML):
 
         return self.replicas.gather(table, batch)
 
-    # Many steps.
-
     def steps(
         self, batches: Batch, first: int, last: int, pretrain: bool = False
     ) -> tuple[int, float]:
         """One outer step on each of the meta-batches first...last-1 of `batches`, [count, T, ...].
 
-        Returns the number of the meta-batch after the last one used, and the loss of that one; if
-        it is not `last`, the loss is not finite. Many steps on tiny tasks are one program, since
-        starting each would take longer than the step; how many is an argument of it.
+        Returns the number of the meta-batch after the last one used, and its loss, which is not
+        finite if that is not `last`. Many steps on tiny tasks are one program: starting each would
+        take longer than the step.
         """
         step = self.pretrain_step if pretrain else self.metatrain_step
         if self.replicas.strategy:
@@ -617,8 +879,6 @@ class FastMAML(MAML):
                 break
         return i + 1, loss
 
-    # The variables, as a whole.
-
     def agree(self):
         """Gives the model of every process the variables of the first one's."""
         optimizers = (self.metatrain_optimizer, self.pretrain_optimizer)
@@ -643,6 +903,14 @@ class FastMAML(MAML):
             status = tf.train.Checkpoint(**state).read(path)
             status.assert_existing_objects_matched().expect_partial()
         return bool(state)
+
+
+def can_compile(network) -> bool:
+    """Whether XLA compiles a network; says so if not."""
+    possible = getattr(network, 'compilable', True)
+    if not possible:
+        warnings.warn('XLA cannot compile this network, so it runs uncompiled', stacklevel=3)
+    return possible
 
 
 def check_parameters(path: str, values: Arrays, variables: dict[str, tf.Variable]):
@@ -694,16 +962,18 @@ def pairwise_sum(values: Sequence[tf.Tensor]) -> tf.Tensor:
     return values[0]
 
 
-def chunks(batch: Batch) -> list[Batch]:
+def chunks(batch: Batch, network=None) -> list[Batch]:
     """A meta-batch in chunks: enough for all cores, each small enough for their caches.
 
     Of equally many tasks, as XLA compiles for each number of them, unless that made the chunks less
     than half as large as they can be. One chunk on a GPU, which wants all the work at once, and
-    where the tasks are tiny.
+    where the tasks are tiny. A network may say how many it takes at most.
     """
-    tasks = batch.inputa.shape[0]
+    tasks, limit = batch.inputa.shape[0], getattr(network, 'most_tasks', None)
     size = max(batch.inputa.shape[1], batch.inputb.shape[1]) * batch.inputa.shape[2]
-    if tasks * size <= CHUNK_SIZE // 4 or tf.config.list_physical_devices('GPU'):
+    if limit:
+        size = max(size, CHUNK_SIZE // limit)
+    elif tasks * size <= CHUNK_SIZE // 4 or tf.config.list_physical_devices('GPU'):
         return [batch]
     most = min(max(CHUNK_SIZE // size, 1), tasks)
     equal = max(n for n in range(1, most + 1) if tasks % n == 0)

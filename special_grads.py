@@ -4,16 +4,21 @@ After the first inner step every task of a meta-batch has weights of its own. Te
 convolution with a batch of kernels, and `tf.map_fn` and `tf.vectorized_map` fall back to a loop
 over tasks there. Here a convolution is a gather of patches followed by one batched matrix product,
 and pooling is a maximum of four slices; their derivatives are written by hand, exact at every
-order. Layers and normalisations are made of these.
+order. Layers and normalisations are made of these. Keras's layers come last: made to take weights
+per task, and exact.
 
 Every tensor has a leading task axis T; "examples" is the number of examples of one task. Numbers
 of tasks and examples may be unknown when a function is traced, then some sums are taken in plainer
 ways; sizes of images and layers may not.
 """
 
+import contextlib
+import inspect
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -602,3 +607,180 @@ def normalization(norm: str | Normalization) -> Normalization:
         names = ', '.join(map(repr, NORMALIZATIONS))
         raise ValueError(f'norm must be one of {names}, or a Normalization, but it is {norm!r}')
     return NORMALIZATIONS[norm]()
+
+
+# Keras's layers -----------------------------------------------------------------------------------
+
+# They take weights of one task. A model of them is called task by task, or, where all of its layers
+# are known, once: examples of all tasks lie one after another, [T*examples, ...], and a layer with
+# weights has them per task, [T, ...].
+
+TRACING = threading.RLock()  # held while TensorFlow's own function is replaced
+
+
+@contextlib.contextmanager
+def exact_moments(leading: int | tf.Tensor | None = None):
+    """Makes tf.nn.moments exact for this thread, while a Keras model is traced.
+
+    TensorFlow stops the gradient of the mean inside the variance. The first derivative is right
+    then, as the deviations sum to zero, but not the second; Keras's BatchNormalization,
+    LayerNormalization and GroupNormalization call it. leading: how many examples, from the first
+    on, give statistics that are taken over axis 0 (None: all).
+    """
+
+    def moments(x, axes, shift=None, keepdims=False, name=None):
+        if threading.get_ident() != owner:
+            return original(x, axes, shift, keepdims, name)
+        over_examples = 0 in [axis % x.shape.rank for axis in np.atleast_1d(axes)]
+        x = x[:leading] if over_examples else x
+        mean = tf.reduce_mean(x, axes, keepdims=True)
+        variance = tf.reduce_mean(tf.square(x - mean), axes, keepdims=keepdims)
+        return mean if keepdims else tf.squeeze(mean, axes), variance
+
+    with TRACING:
+        owner, original = threading.get_ident(), tf.nn.moments
+        tf.nn.moments = moments
+        try:
+            yield
+        finally:
+            tf.nn.moments = original
+
+
+def takes_training(layer: keras.Layer) -> bool:
+    """Whether a layer's call has the argument `training`."""
+    return 'training' in inspect.signature(type(layer).call).parameters
+
+
+def apply_layer(layer: keras.Layer, values: dict, *inputs, **named):
+    """A Keras layer with these values of its trainable variables, {path: [...]}; one task's."""
+    trainable = [values[variable.path] for variable in layer.trainable_variables]
+    others = [variable.value for variable in layer.non_trainable_variables]
+    if takes_training(layer):
+        named['training'] = True
+    return layer.stateless_call(trainable, others, *inputs, **named)[0]
+
+
+def keras_dense(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Tensor:
+    """keras.layers.Dense: x [T, examples, ..., in], kernel [T, in, out] -> the same with out."""
+    kernel = weights['kernel']
+    rows = tf.reshape(x, [sizes(x)[0], -1, x.shape[-1]])  # [T, rows, in]
+    output = product(rows, kernel)
+    if layer.use_bias:
+        output += weights['bias'][:, tf.newaxis]
+    return layer.activation(tf.reshape(output, [*sizes(x)[:-1], kernel.shape[-1]]))
+
+
+def keras_convolution(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Tensor:
+    """keras.layers.Conv2D of 3x3 kernels, see `convolve`."""
+    output = convolve(x, weights['kernel'], layer.strides[0])
+    if layer.use_bias:
+        output += weights['bias'][:, tf.newaxis, tf.newaxis, tf.newaxis]
+    return layer.activation(output)
+
+
+def keras_batch_norm(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Tensor:
+    """keras.layers.BatchNormalization by the statistics of the examples at hand."""
+    tasks, channels = sizes(x)[0], x.shape[-1]
+    rows = tf.reshape(x, [tasks, -1, channels])
+    mean, variance = moments(tf.reshape(x[:, :leading], [tasks, -1, channels]))  # [T, 1, channels]
+    scale = tf.math.rsqrt(variance + layer.epsilon)
+    zero = tf.zeros([tasks, 1, channels], x.dtype)
+    offset = weights['beta'][:, tf.newaxis] if layer.center else zero
+    if layer.scale:
+        rows = standardize(rows, mean, scale, zero) * weights['gamma'][:, tf.newaxis] + offset
+    else:
+        rows = standardize(rows, mean, scale, offset)
+    return tf.reshape(rows, sizes(x))
+
+
+def task_layer(layer: keras.Layer) -> Callable | None:
+    """The function above that computes a layer for all tasks at once; None if there is none."""
+    kind = type(layer)
+    if kind is keras.layers.Dense:
+        return keras_dense
+    if kind is keras.layers.BatchNormalization:
+        last = layer.axis in (-1, layer.input_spec.ndim - 1)
+        plain = layer.trainable and last and not getattr(layer, 'renorm', False)
+        return keras_batch_norm if plain else None
+    if kind is keras.layers.Conv2D:
+        fits = layer.kernel_size == (3, 3) and layer.strides in ((1, 1), (2, 2))
+        fits &= layer.padding == 'same' and layer.dilation_rate == (1, 1) and layer.groups == 1
+        return keras_convolution if fits and layer.data_format == 'channels_last' else None
+    return None
+
+
+PER_EXAMPLE = {  # layers of Keras without weights that treat each example by itself
+    *('InputLayer', 'Activation', 'ReLU', 'LeakyReLU', 'ELU', 'Softmax', 'Identity', 'Rescaling'),
+    *('Flatten', 'Reshape', 'Permute', 'UnitNormalization'),
+    *(
+        f'{kind}Pooling{n}D'
+        for kind in ('Max', 'Average', 'GlobalMax', 'GlobalAverage')
+        for n in (1, 2, 3)
+    ),
+    *(f'{kind}{n}D' for kind in ('ZeroPadding', 'Cropping', 'UpSampling') for n in (1, 2, 3)),
+    *('Add', 'Subtract', 'Multiply', 'Average', 'Maximum', 'Minimum', 'Concatenate'),
+}
+
+
+def is_per_example(layer: keras.Layer) -> bool:
+    """Whether a layer may be called with the examples of all tasks, one after another."""
+    own = getattr(keras.layers, type(layer).__name__, None) is type(layer)
+    over_examples = 0 in np.atleast_1d(getattr(layer, 'axis', -1))
+    return own and type(layer).__name__ in PER_EXAMPLE and not over_examples
+
+
+def map_tasks(function: Callable, tasks: int | tf.Tensor, values) -> tf.Tensor:
+    """function(values of a task) for each, stacked; values: nested, of tensors [T, ...]."""
+    if isinstance(tasks, int):
+        each = [tf.nest.map_structure(lambda value, i=i: value[i], values) for i in range(tasks)]
+        return tf.stack([function(own) for own in each])
+    return tf.map_fn(function, values, fn_output_signature=tf.nest.flatten(values)[0].dtype)
+
+
+@contextlib.contextmanager
+def calls_for_tasks(layers: list, values: dict, tasks: int | tf.Tensor, leading=None):
+    """Lets Keras's layers take the examples of all tasks, one after another, while entered.
+
+    layers: all of a model that is called then. values: of its trainable variables,
+    {path: [T, ...]}. leading: see `batch_norm`.
+    """
+    changed = [layer for layer in layers if not is_per_example(layer)]
+    for layer in changed:
+        weights = {variable.path: values[variable.path] for variable in layer.trainable_variables}
+        call = call_for_tasks(layer, layer.call, weights, tasks, leading)
+        object.__setattr__(layer, 'call', call)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            object.__delattr__(layer, 'call')
+
+
+def call_for_tasks(layer, call: Callable, values: dict, tasks: int | tf.Tensor, leading):
+    """A layer's call with the examples of all tasks; call: its own, with those of one."""
+    known, busy = task_layer(layer), []
+    weights = {variable.name: values[variable.path] for variable in layer.trainable_variables}
+
+    def split(x):  # [T*examples, ...] -> [T, examples, ...]
+        return tf.reshape(x, [tasks, -1, *sizes(x)[1:]]) if tf.is_tensor(x) else x
+
+    def join(x):
+        return tf.reshape(x, [-1, *sizes(x)[2:]])
+
+    def together(x, *_, **__):
+        return join(known(layer, weights, split(x), leading))
+
+    def one_by_one(*inputs, **named):
+        if busy:  # called for one task, from below
+            return call(*inputs, **named)
+        busy.append(True)
+        try:
+            tensors = [split(x) for x in inputs]
+            output = map_tasks(
+                lambda own: apply_layer(layer, own[0], *own[1]), tasks, (values, tensors)
+            )
+        finally:
+            busy.pop()
+        return join(output)
+
+    return together if known else one_by_one
