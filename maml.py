@@ -101,12 +101,10 @@ class Network:
     """What the networks here have in common; one of your own needs only the attributes and methods.
 
     Attributes: parameters and norm_parameters, {name: (kind of initial value, shape)}; the former
-    are adapted by the inner loop, the latter common to all tasks. Optional: takes_shared, whether
-    weights may come as special_grads.Shared; dim_input and dim_output, sizes of an example and of
-    its output, for checks of arrays.
+    are adapted by the inner loop, the latter common to all tasks; dim_input and dim_output, sizes
+    of an example and of its output, without which there are no checks and no Learner. Optional:
+    takes_shared, whether `__call__` of the class that says so takes special_grads.Shared.
     """
-
-    takes_shared = True
 
     def __init__(self, norm: str | Normalization):
         self.norm = normalization(norm)
@@ -132,18 +130,31 @@ class FullyConnected(Network):
     """Affine layers, each but the last followed by normalisation and ReLU.
 
     norm: 'batch_norm', 'layer_norm', 'None' or a special_grads.Normalization of your own.
+    activation: instead of ReLU, a function of a tensor. initial: of the matrices, see
+    `initial_value`; the original's is a normal one of stddev 0.01, with which tanh does not learn.
     Raises ValueError for a layer without units.
     """
 
-    def __init__(self, dim_input: int, dim_hidden: tuple[int, ...], dim_output: int, norm='None'):
+    takes_shared = True
+
+    def __init__(
+        self,
+        dim_input: int,
+        dim_hidden: tuple[int, ...],
+        dim_output: int,
+        norm: str | Normalization = 'None',
+        activation: Callable = tf.nn.relu,
+        initial: str | Callable = 'truncated',
+    ):
         super().__init__(norm)
+        self.activation = activation
         units = [dim_input, *dim_hidden, dim_output]
         if min(units) < 1:
             raise ValueError(f'every layer needs at least one unit, but the sizes are {units}')
         self.dim_input, self.dim_output = dim_input, dim_output
         self.scopes = ['0', *(str(i + 1) for i in range(1, len(dim_hidden)))]  # 0, 2, 3, ...
         for i, (fan_in, fan_out) in enumerate(zip(units, units[1:]), start=1):
-            self.parameters[f'w{i}'] = ('truncated', (fan_in, fan_out))
+            self.parameters[f'w{i}'] = (initial, (fan_in, fan_out))
             self.parameters[f'b{i}'] = ('zeros', (fan_out,))
         for scope, size in zip(self.scopes, dim_hidden):
             self._add_normalization(scope, size)
@@ -154,7 +165,7 @@ class FullyConnected(Network):
         """x: [T, examples, D]; weights: [T, ...] each. Returns [T, examples, out]."""
         for i, scope in enumerate(self.scopes, start=1):
             x = dense(x, weights[f'w{i}'], weights[f'b{i}'])
-            x = tf.nn.relu(self._normalize(x, scope, norms, leading))
+            x = self.activation(self._normalize(x, scope, norms, leading))
         last = len(self.scopes) + 1
         return dense(x, weights[f'w{last}'], weights[f'b{last}'])
 
@@ -166,6 +177,8 @@ class Convolutional(Network):
     flatten: the last layer sees all pixels (miniImagenet, Glorot initial values), else their mean
     (Omniglot, normal ones). norm: as FullyConnected. Raises ValueError for impossible sizes.
     """
+
+    takes_shared = True
 
     def __init__(
         self,
@@ -263,8 +276,6 @@ class KerasNetwork:
     input_shape: of an example, if the model is not built yet.
     Raises ValueError, with the layer's name, for what could not be right: see `check_keras_model`.
     """
-
-    takes_shared = False
 
     def __init__(
         self,
@@ -513,14 +524,14 @@ class MAML(tf.Module):
     """Meta-learned initial weights θ of a network, and the loops that learn them; see FastMAML.
 
     Args:
-        network: FullyConnected, Convolutional or anything with the attributes of Network.
+        network: FullyConnected, Convolutional, a Keras model, or what has Network's attributes.
         loss: function of outputs and labels, [T, examples, out] each, to one loss per task, [T].
-        update_lr: α, inner step size. meta_lr: β, outer step size (Adam).
+        update_lr: α, inner step size. meta_lr: β, outer step size (Adam), or Keras's schedule.
         num_updates: inner updates in training. stop_grad: first-order approximation.
         clip: bound on each element of the meta-gradient, or None.
         seed: of the initial weights. dtype: of everything.
 
-    Raises ValueError for numbers out of range.
+    Raises ValueError for numbers out of range, and for a network or loss that does not fit.
     """
 
     def __init__(
@@ -529,24 +540,18 @@ class MAML(tf.Module):
         loss: Callable,
         update_lr: float,
         num_updates: int = 1,
-        meta_lr: float = 1e-3,
+        meta_lr: float | keras.optimizers.schedules.LearningRateSchedule = 1e-3,
         stop_grad: bool = False,
         clip: float | None = None,
         seed: int = 0,
         dtype=tf.float32,
     ):
         super().__init__()
-        if num_updates < 0 or not 0 <= update_lr < float('inf') or not 0 <= meta_lr < float('inf'):
-            raise ValueError(
-                'step sizes and the number of updates must not be negative or infinite, but '
-                f'update_lr is {update_lr}, meta_lr {meta_lr} and num_updates {num_updates}'
-            )
+        check_rates(update_lr, num_updates, meta_lr)
+        network = KerasNetwork(network) if isinstance(network, keras.Model) else network
+        check_network(network, tf.as_dtype(dtype))
+        check_loss(loss, network, tf.as_dtype(dtype))
         self.network, self.loss, self.dtype = network, loss, tf.as_dtype(dtype)
-        if getattr(network, 'dtype', self.dtype) != self.dtype:
-            raise ValueError(
-                f'the network computes in {network.dtype}, but dtype is {self.dtype.name}; a Keras '
-                'model computes in float64 after keras.config.set_dtype_policy("float64")'
-            )
         self.update_lr, self.num_updates = update_lr, num_updates
         self.stop_grad, self.clip = stop_grad, clip
         variables = {}
@@ -767,7 +772,7 @@ class FastMAML(MAML):
         An update of shared weights is a program of its own, which takes longer to compile than it
         saves if more follow.
         """
-        shared = self.num_updates == 1 and getattr(self.network, 'takes_shared', False)
+        shared = self.num_updates == 1 and takes_shared(self.network)
         return self.shared_weights(tasks) if shared else self.initial_weights(tasks)
 
     # Chunks of tasks, and parts of the devices.
@@ -779,7 +784,7 @@ class FastMAML(MAML):
 
     def _meta_gradient(self, batch: Batch) -> list[tf.Tensor]:
         """A sum over tasks can be taken chunk by chunk: they run side by side, in little memory."""
-        check_batch(batch, self.network, self.dtype)
+        batch = checked_batch(batch, self.network, self.dtype)
         tasks = batch.inputa.shape[0]
         losses, gradients = [], []
         for chunk in chunks(batch, self.network):
@@ -794,7 +799,7 @@ class FastMAML(MAML):
         """As MAML's; batch: from `replicas.place`. Raises ValueError for a wrong shape or type."""
 
         def of_part(part):
-            check_batch(part, self.network, self.dtype)
+            part = checked_batch(part, self.network, self.dtype)
             return tf.nest.flatten(MAML.pretrain_gradient(self, part))
 
         loss, *gradients = self.replicas.mean(of_part, batch)
@@ -816,7 +821,7 @@ class FastMAML(MAML):
 
     @graph
     def _evaluate(self, batch: Batch, num_updates: int, transductive: bool) -> Results:
-        check_batch(batch, self.network, self.dtype)
+        batch = checked_batch(batch, self.network, self.dtype)
         parts = [
             MAML.evaluate(self, chunk, num_updates, transductive)
             for chunk in chunks(batch, self.network)
@@ -927,13 +932,18 @@ def check_parameters(path: str, values: Arrays, variables: dict[str, tf.Variable
             )
 
 
-def check_batch(batch: Batch, network, dtype: tf.DType):
-    """Raises ValueError if a meta-batch does not fit the network, see utils.Batch."""
+def checked_batch(batch: Batch, network, dtype: tf.DType) -> Batch:
+    """A meta-batch in the model's dtype; see utils.Batch.
+
+    Raises ValueError if it does not fit the network.
+    """
+    batch = Batch(*map(tf.convert_to_tensor, batch))
     tasks = batch.inputa.shape[0]
     for name, values in zip(Batch._fields, batch):
-        if values.shape.rank != 3 or values.shape[0] != tasks or values.dtype != dtype:
+        real = values.dtype.is_floating or values.dtype.is_integer
+        if values.shape.rank != 3 or values.shape[0] != tasks or not real:
             raise ValueError(
-                f'{name} must be [tasks, examples, size] of {dtype.name}, with the {tasks} tasks '
+                f'{name} must be [tasks, examples, size] of numbers, with the {tasks} tasks '
                 f'of inputa, but it is {values.shape.as_list()} of {values.dtype.name}'
             )
         size = getattr(network, 'dim_input' if name.startswith('input') else 'dim_output', None)
@@ -949,6 +959,7 @@ def check_batch(batch: Batch, network, dtype: tf.DType):
                 f'input{name} has {inputs.shape[1]} examples per task, but label{name} has '
                 f'{labels.shape[1]}'
             )
+    return Batch(*(tf.cast(values, dtype) for values in batch))
 
 
 def pairwise_sum(values: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -979,6 +990,97 @@ def chunks(batch: Batch, network=None) -> list[Batch]:
     equal = max(n for n in range(1, most + 1) if tasks % n == 0)
     each = equal if 2 * equal >= most else most
     return [Batch(*(values[i : i + each] for values in batch)) for i in range(0, tasks, each)]
+
+
+# Checks of networks and losses of one's own -------------------------------------------------------
+
+PROBE = (2, 3)  # tasks and examples: different numbers, so that a mistaken axis does not broadcast
+
+
+def check_rates(update_lr: float, num_updates: int, meta_lr):
+    """Raises ValueError for numbers out of range."""
+    schedule = isinstance(meta_lr, keras.optimizers.schedules.LearningRateSchedule)
+    outer = 0 if schedule else meta_lr
+    if num_updates < 0 or not 0 <= update_lr < float('inf') or not 0 <= outer < float('inf'):
+        raise ValueError(
+            'step sizes and the number of updates must not be negative or infinite, but '
+            f'update_lr is {update_lr}, meta_lr {meta_lr} and num_updates {num_updates}'
+        )
+
+
+def check_network(network, dtype: tf.DType):
+    """Raises ValueError if a network lacks something, or treats the axis of tasks wrongly.
+
+    One of this file is right; another is called once, with a few random inputs.
+    """
+    needed = ('parameters', 'norm_parameters', 'prepare', '__call__')
+    if lacking := [name for name in needed if not hasattr(network, name)]:
+        raise ValueError(
+            f'the network, of {type(network).__name__}, lacks {", ".join(lacking)}; maml.Network '
+            'says what one needs, and a Keras model is one as it is'
+        )
+    if getattr(network, 'dtype', dtype) != dtype:
+        raise ValueError(
+            f'the network computes in {network.dtype}, but dtype is {dtype.name}; a Keras model '
+            'computes in float64 after keras.config.set_dtype_policy("float64")'
+        )
+    known = type(network) in (FullyConnected, Convolutional, KerasNetwork)
+    if known or not has_sizes(network):
+        return
+    tasks, examples = PROBE
+    x = tf.random.stateless_uniform([*PROBE, network.dim_input], [0, 1], dtype=dtype)
+    weights, norms = {}, {}
+    for i, (name, made) in enumerate((network.parameters | network.norm_parameters).items()):
+        norms[name] = tf.cast(initial_value(*made, seed=[0, i]), dtype)
+    for name in network.parameters:
+        theta = norms.pop(name)
+        weights[name] = tf.tile(theta[tf.newaxis], [tasks] + [1] * theta.shape.rank)
+    try:
+        shape = network(network.prepare(x), weights, norms).shape
+    except Exception as error:  # the user's own code
+        raise ValueError(
+            f'the network fails on {tasks} tasks of {examples} examples, with weights of a task '
+            f'each, [{tasks}, ...]: {first_line(error)}'
+        ) from error
+    if tuple(shape) != (*PROBE, network.dim_output):
+        raise ValueError(
+            f'the network must return [tasks, examples, dim_output], that is '
+            f'{[*PROBE, network.dim_output]}, but returns {list(shape)}'
+        )
+
+
+def has_sizes(network) -> bool:
+    """Whether a network says what it takes and returns, without which there is no check."""
+    return hasattr(network, 'dim_input') and hasattr(network, 'dim_output')
+
+
+def check_loss(loss: Callable, network, dtype: tf.DType):
+    """Raises ValueError if a loss does not give one number for each task."""
+    if not has_sizes(network):
+        return
+    output = tf.random.stateless_uniform([*PROBE, network.dim_output], [0, 1], dtype=dtype)
+    label = tf.one_hot(tf.zeros(PROBE, tf.int32), network.dim_output, dtype=dtype)
+    try:
+        shape = tf.convert_to_tensor(loss(output, label)).shape
+    except Exception as error:  # the user's own code
+        raise ValueError(
+            f'the loss fails on outputs and labels {list(output.shape)}: {first_line(error)}'
+        ) from error
+    if tuple(shape) != PROBE[:1]:
+        raise ValueError(
+            'the loss must return one number for each task, [tasks], of outputs and labels '
+            f'[tasks, examples, out]; for {list(output.shape)} it returns {list(shape)}. '
+            'One of Keras takes the mean over tasks too, which would change α: write it as '
+            'tf.reduce_mean(..., axis=[1, 2])'
+        )
+
+
+def takes_shared(network) -> bool:
+    """Whether weights may be special_grads.Shared: the class that defines __call__ says so."""
+    for kind in type(network).__mro__:
+        if '__call__' in vars(kind):
+            return vars(kind).get('takes_shared', False)
+    return False
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -1261,6 +1363,8 @@ class Learner:
     """
 
     def __init__(self, model: FastMAML, settings: dict | None = None):
+        if not has_sizes(model.network):
+            raise ValueError('the network must have dim_input and dim_output, see maml.Network')
         self.model, self.settings = model, settings or {}
         self.is_classifier = hasattr(model.loss, 'shots')
 

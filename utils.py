@@ -60,8 +60,11 @@ def cross_entropy(shots: int):
 def accuracy(output: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
     """How many of the examples have their largest logit at the label: a fraction per task.
 
-    output, label: [T, examples, N] -> [T], of output's dtype.
+    output, label: [T, examples, N] -> [T], of output's dtype; nan if there is nothing to choose
+    from, as where N is 1.
     """
+    if output.shape[-1] == 1:
+        return tf.fill(tf.shape(output)[:1], tf.constant(np.nan, output.dtype))
     hits = tf.equal(tf.argmax(output, axis=-1), tf.argmax(label, axis=-1))
     return tf.reduce_mean(tf.cast(hits, output.dtype), axis=1)
 
