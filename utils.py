@@ -365,22 +365,23 @@ class UserCodeError(Exception):
 
 
 @contextmanager
-def user_code(spec: str) -> Iterator[None]:
-    """What fails while entered is the code's that FILE.py:FUNCTION names: a UserCodeError."""
+def user_code(spec: str, all_of_it: bool = True) -> Iterator[None]:
+    """What fails while entered is the code's that FILE.py:FUNCTION names: a UserCodeError.
+
+    all_of_it: else this program runs too, and only what has a line in the file is the user's.
+    """
     try:
         yield
     except Exception as error:
-        place = error.__traceback__
-        while place and not is_of_user(place, spec):
+        file, place = str(Path(spec.rpartition(':')[0]).resolve()), error.__traceback__
+        while place and place.tb_frame.f_code.co_filename != file:
             place = place.tb_next
-        # None for what has no line in the file, such as a wrong number of arguments.
-        text = ''.join(traceback.format_exception(type(error), error, place, chain=False))
-        raise UserCodeError(f'{spec} failed, not this program:\n{text.rstrip()}') from error
-
-
-def is_of_user(place, spec: str) -> bool:
-    """Whether a place in a traceback is in the file that FILE.py:FUNCTION names."""
-    return place.tb_frame.f_code.co_filename == str(Path(spec.rpartition(':')[0]).resolve())
+        if place is None and not all_of_it:
+            raise
+        # Without a place if none is in the file: a wrong number of arguments, say.
+        lines = traceback.format_exception(type(error), error, place, chain=False)
+        text = ''.join(lines).rstrip()
+        raise UserCodeError(f'{spec} failed, not this program:\n{text}') from error
 
 
 def user_function(spec: str) -> Callable:

@@ -34,14 +34,22 @@ def dropout(image_shape, classes) -> keras.Model:
     return of_layers(image_shape, classes, layers.Dropout(0.5, name='drop'))
 
 
-def step(x):
-    """The gradient is 1, whatever the value says: no difference agrees with that."""
-    return x + keras.ops.stop_gradient(keras.ops.floor(1e9 * x) / 1e6)
+def held(x):
+    return x + keras.ops.stop_gradient(x)
+
+
+def stopped(image_shape, classes) -> keras.Model:
+    """No difference agrees with a gradient that is half of the slope."""
+    return of_layers(image_shape, classes, layers.Activation(held))
+
+
+def rough(x):
+    return x + keras.ops.stop_gradient(keras.ops.sin(1e12 * x)) / 1000
 
 
 def jumps(image_shape, classes) -> keras.Model:
-    """The loss jumps wherever one looks."""
-    return of_layers(image_shape, classes, layers.Activation(step))
+    """No two differences agree."""
+    return of_layers(image_shape, classes, layers.Activation(rough))
 
 
 def regression(image_shape, classes) -> keras.Model:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Audits the second derivatives of a Keras model: is its meta-gradient right?
 
-    python scripts/model/check_second_order.py FILE.py:FUNCTION [--input_shape=28,28,1] [--classes=5]
+    python scripts/model/check_second_order.py FILE.py:FUNCTION [--input_shape=28,28,1]
 
 FUNCTION(image_shape, classes) returns the model. For each trainable variable the derivative of the
 outer loss along a random direction is printed, in float64, on random data: as central differences
@@ -34,7 +34,7 @@ from utils import (
     Batch,
     UserCodeError,
     cross_entropy,
-    is_of_user,
+    first_line,
     mean_squared_error,
     user_code,
     user_function,
@@ -68,7 +68,13 @@ def make_network(options: argparse.Namespace) -> KerasNetwork:
     shape, spec = options.input_shape, options.function
     keras.utils.set_random_seed(options.seed)
     model = user_function(spec)(shape, options.classes)
-    with failures_of_user(spec):
+    for variable in getattr(model, 'trainable_variables', []):
+        if variable.dtype != 'float64':
+            raise ValueError(
+                f'{variable.path} is {variable.dtype}, but differences need float64: give the '
+                'layers of the model no dtype, or "float64"'
+            )
+    with user_code(spec, all_of_it=False):  # calls the model
         network = KerasNetwork(model, input_shape=shape)
     if network.image_shape != shape:
         raise ValueError(
@@ -78,27 +84,7 @@ def make_network(options: argparse.Namespace) -> KerasNetwork:
         raise ValueError(
             f'the model has {network.dim_output} outputs, but --classes is {options.classes}'
         )
-    if network.dtype != 'float64':
-        raise ValueError(
-            f'the model computes in {network.dtype}, but differences need float64: let '
-            f'{spec} make its layers without a dtype'
-        )
     return network
-
-
-@contextlib.contextmanager
-def failures_of_user(spec: str) -> Iterator[None]:
-    """Tells a failure of the user's layers from a refusal by this project."""
-    try:
-        yield
-    except Exception as error:
-        place = error.__traceback__
-        while place and not is_of_user(place, spec):
-            place = place.tb_next
-        if place is None:
-            raise
-        with user_code(spec):
-            raise
 
 
 def random_batch(options: argparse.Namespace) -> Batch:
@@ -234,9 +220,15 @@ class Row(NamedTuple):
     def verdict(self) -> str:
         if not self.is_decided:
             return UNDECIDED
-        wrong = [method for method in (THIS, KERAS) if not self.is_right(method)]
-        said = [f'{method} is off by {100 * self.error(method):.2g} %' for method in wrong]
-        return ', '.join(said) or RIGHT
+        return ', '.join(filter(None, map(self.fault, (THIS, KERAS)))) or RIGHT
+
+    def fault(self, method: str) -> str:
+        """Empty if there is none."""
+        if self.is_right(method):
+            return ''
+        if abs(self.difference) < self.scale:
+            return f'{method} is not zero'
+        return f'{method} is off by {100 * self.error(method):.2f} %'
 
 
 def audit(setting: Setting, seed: int) -> Iterator[Row]:
@@ -252,7 +244,8 @@ def audit(setting: Setting, seed: int) -> Iterator[Row]:
         )
     _, first_order = setting.maml(stop_grad=True).meta_gradient(setting.batch)
     gradients = {THIS: exact, KERAS: plain, FIRST_ORDER: first_order}
-    floor = 1e-3 * max(float(tf.norm(gradient)) for gradient in exact)
+    norms = np.array([float(tf.norm(gradient)) for gradient in [*exact, *first_order]])
+    floor = max(1e-3 * norms[np.isfinite(norms)].max(initial=0), 1e-12)
     differences = Differences(setting)
     for i, name in enumerate(setting.network.parameters):
         random = np.random.default_rng([seed, 2, i])
@@ -270,12 +263,18 @@ def audit(setting: Setting, seed: int) -> Iterator[Row]:
 
 
 def line(name: str, width: int, cells: list, verdict: str) -> str:
-    cells = [cell if isinstance(cell, str) else f'{cell:.5f}' for cell in cells]
+    cells = [cell if isinstance(cell, str) else number(cell) for cell in cells]
     return f'{name:{width}} {" ".join(f"{cell:>12}" for cell in cells)}  {verdict}'
 
 
+def number(value: float) -> str:
+    plain = 1e-3 <= abs(value) < 1e5 or abs(value) < 1e-9  # which is a zero
+    return f'{value:.5f}' if plain else f'{value:.3e}'
+
+
 def listed(rows: list[Row]) -> str:
-    return ', '.join(row.name for row in rows)
+    names, more = [row.name for row in rows[:3]], len(rows) - 3
+    return ', '.join(names) + (f' and {more} more' if more > 0 else '')
 
 
 def conclusion(rows: list[Row]) -> str:
@@ -283,20 +282,20 @@ def conclusion(rows: list[Row]) -> str:
     wrong = [row for row in decided if not row.is_right(THIS)]
     keras_wrong = [row for row in decided if not row.is_right(KERAS)]
     if wrong:
-        said = f'This project is wrong for {listed(wrong)}: do not meta-train this model.'
+        said = (
+            f'This project is wrong for {listed(wrong)}: do not meta-train this model, unless it '
+            'stops gradients on purpose.'
+        )
     elif not decided:
         said = 'Nothing could be decided.'
     else:
-        said = f'This project is right for {len(decided)} of {len(rows)} variables'
-        said += (
-            f'; plain Keras is wrong for {listed(keras_wrong)}.'
-            if keras_wrong
-            else (', and so is plain Keras.')
-        )
+        besides = f'; plain Keras is wrong for {listed(keras_wrong)}' if keras_wrong else ''
+        besides = besides or ', and so is plain Keras'
+        said = f'This project is right for {len(decided)} of {len(rows)} variables{besides}.'
     if len(decided) < len(rows):
         said += (
-            f' The differences do not agree with each other for {len(rows) - len(decided)}, for '
-            'instance where ReLU or max-pooling have kinks: try another --seed, or softplus.'
+            f' For {len(rows) - len(decided)} the differences do not agree with each other, as '
+            'happens near the kinks of ReLU and max-pooling: try another --seed, or softplus.'
         )
     return said
 
@@ -370,8 +369,8 @@ def main(arguments: list[str] | None = None):
     except UserCodeError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    except (ValueError, OSError) as error:
-        print(f'check_second_order.py: {error}', file=sys.stderr)
+    except (ValueError, OSError, tf.errors.OpError) as error:
+        print(f'check_second_order.py: {first_line(error)}', file=sys.stderr)
         sys.exit(2)
     sys.exit(0 if right else 1)
 
