@@ -24,9 +24,9 @@ def batch_norm(image_shape, classes) -> keras.Model:
     return of_layers(image_shape, classes, layers.BatchNormalization())
 
 
-def layer_norm(image_shape, classes) -> keras.Model:
+def group_norm(image_shape, classes) -> keras.Model:
     """And here."""
-    return of_layers(image_shape, classes, layers.LayerNormalization())
+    return of_layers(image_shape, classes, layers.GroupNormalization(2))
 
 
 def dropout(image_shape, classes) -> keras.Model:
