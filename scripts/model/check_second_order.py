@@ -46,6 +46,7 @@ TOLERANCE = 1e-4  # relative error of a derivative that is right
 ENOUGH = 1e-6  # smaller steps are not tried if two have agreed so well
 DIRECTIONS = 3  # tried for a variable until the differences agree with each other
 THIS, KERAS, FIRST_ORDER = 'this project', 'plain Keras', 'first order'
+HEADING = (THIS, KERAS, 'difference', FIRST_ORDER)
 RIGHT, UNDECIDED = 'right', 'undecided'
 
 
@@ -240,8 +241,8 @@ class Row(NamedTuple):
         if self.is_right(method):
             return ''
         if abs(self.difference) < self.scale:
-            return f'{method} is not zero'
-        return f'{method} is off by {100 * self.error(method):.2f} %'
+            return f'{method} not zero'
+        return f'{method} {100 * self.error(method):.2f} % off'
 
 
 def audit(setting: Setting, seed: int) -> Iterator[Row]:
@@ -276,7 +277,8 @@ def audit(setting: Setting, seed: int) -> Iterator[Row]:
 
 def line(name: str, width: int, cells: list, verdict: str) -> str:
     cells = [cell if isinstance(cell, str) else number(cell) for cell in cells]
-    return f'{name:{width}} {" ".join(f"{cell:>12}" for cell in cells)}  {verdict}'
+    aligned = [f'{cell:>{len(head)}}' for cell, head in zip(cells, HEADING)]
+    return f'{name:{width}} {" ".join(aligned)}  {verdict}'
 
 
 def number(value: float) -> str:
@@ -319,10 +321,10 @@ def report(options: argparse.Namespace) -> bool:
     """
     setting = make_setting(options)
     width = max(len(name) for name in setting.network.parameters)
-    heading, rows = [THIS, KERAS, 'difference', FIRST_ORDER], []
+    rows = []
     for row in audit(setting, options.seed):
         if not rows:
-            print(line('variable', width, heading, 'verdict'))
+            print(line('variable', width, HEADING, 'verdict'))
         rows.append(row)
         along = row.derivatives
         cells = [along[THIS], along[KERAS], row.difference, along[FIRST_ORDER]]
