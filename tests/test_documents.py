@@ -156,7 +156,7 @@ def check_command(program: str, *arguments: str):
 def check_paths(words: tuple[str, ...]):
     """Files of the checkout, as arguments or as values of flags."""
     for word in words:
-        path = word.split('=')[-1].split('::')[0]
+        path = word.split('=')[-1].split(':')[0]  # of FILE::TEST and FILE:FUNCTION
         if path.startswith(IN_CHECKOUT) and not (ROOT / path).exists():
             raise ValueError(f'there is no {path}')
 
