@@ -382,7 +382,7 @@ def user_code(spec: str, all_of_it: bool = True) -> Iterator[None]:
         if place is None and not all_of_it:
             raise
         # Without a place if none is in the file: a wrong number of arguments, say.
-        lines = traceback.format_exception(type(error), error, place, chain=False)
+        lines = traceback.format_exception(type(error), error, place)
         text = ''.join(lines).rstrip()
         raise UserCodeError(f'{spec} failed, not this program:\n{text}') from error
 

@@ -252,3 +252,13 @@ def test_wrong_number_of_arguments(tmp_path):
     function = user_function(written(tmp_path, 'def f(x): return x'))
     with pytest.raises(UserCodeError, match='TypeError: .*2 were given'):
         function(1, 2)
+
+
+def test_causes_within_the_file_are_shown(tmp_path):
+    text = 'def f():\n    try:\n        1 / 0\n    except ZeroDivisionError as e:\n        '
+    function = user_function(written(tmp_path, text + 'raise KeyError("so") from e\n'))
+    with pytest.raises(UserCodeError) as error:
+        function()
+    said = str(error.value)
+    assert 'ZeroDivisionError' in said and said.endswith("KeyError: 'so'")
+    assert 'utils.py' not in said
