@@ -1,8 +1,9 @@
-"""Losses; the files of a run; devices.
+"""Losses; files; devices.
 
-Losses of tasks, the meta-batches they are taken of, and intervals of their means. Checkpoints,
-summaries and tables in a run's folder, each of them written whole or not at all. Compiled pieces of
-a program, and the devices that compute the tasks of a meta-batch together.
+Losses of tasks, the meta-batches they are taken of, and intervals of their means. The files of a
+run, checkpoints, summaries and tables, each of them written whole or not at all; and what users
+wrote for it. Compiled pieces of a program, and the devices that compute the tasks of a meta-batch
+together.
 """
 
 import csv

@@ -84,3 +84,13 @@ class Broken(keras.layers.Layer):
 
 def raises_when_called(image_shape, classes) -> keras.Model:
     return keras.Sequential([layers.Flatten(), Broken(), layers.Dense(classes)])
+
+
+def layer_norm(image_shape, classes) -> keras.Model:
+    """Over the last axis alone nested tapes are right."""
+    return of_layers(image_shape, classes, layers.LayerNormalization())
+
+
+def layer_norm_of_all_axes(image_shape, classes) -> keras.Model:
+    """Over all axes they are not."""
+    return of_layers(image_shape, classes, layers.LayerNormalization(axis=[1, 2, 3]))
