@@ -1,16 +1,20 @@
 """Losses; the files of a run; devices.
 
 Losses of tasks, the meta-batches they are taken of, and intervals of their means. Checkpoints,
-summaries and tables in a run's folder, each of them written whole or not at all. Compiled pieces of
-a program, and the devices that compute the tasks of a meta-batch together.
+summaries and tables in a run's folder, each of them written whole or not at all; functions out of a
+user's files. Compiled pieces of a program, and the devices that compute the tasks of a meta-batch
+together.
 """
 
 import csv
 import functools
+import importlib.util
 import json
 import os
 import platform
 import re
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -351,6 +355,58 @@ def write_whole(path: Path, content: bytes):
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+# Functions out of a user's files ------------------------------------------------------------------
+
+
+def is_spec(text: str) -> bool:
+    """Whether a text has the form FILE.py:FUNCTION."""
+    return re.fullmatch(r'.+\.py:[^\W\d]\w*', text) is not None
+
+
+def user_function(spec: str) -> Callable:
+    """The function that FILE.py:FUNCTION names; runs the file, whose folder it may import from.
+
+    What the file or the function raises is shown as `users_code` says. Raises ValueError for
+    another form, a missing file or function, and a call with arguments that it does not take.
+    """
+    if not is_spec(spec):
+        raise ValueError(f'a function of yours is named as FILE.py:FUNCTION, but this is {spec!r}')
+    path, _, name = spec.rpartition(':')
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise ValueError(f'{spec}: there is no file {path}')
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    found = importlib.util.spec_from_file_location(f'own_{file.stem}', file)
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # as of an import: some decorators look there
+    with users_code(spec):
+        found.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f'{spec}: {path} has no function {name}')
+    return users_code(spec)(function)
+
+
+@contextmanager
+def users_code(spec: str) -> Iterator[None]:
+    """Errors that pass through the file of FILE.py:FUNCTION, while entered, are the user's own.
+
+    They are shown with their traceback from there on, and end the program with exit status 1.
+    """
+    file = str(Path(spec.rpartition(':')[0]).expanduser().resolve())
+    try:
+        yield
+    except Exception as error:
+        frames = error.__traceback__
+        while frames and frames.tb_frame.f_code.co_filename != file:
+            frames = frames.tb_next
+        if not frames and not (isinstance(error, SyntaxError) and error.filename == file):
+            raise
+        traceback.print_exception(type(error), error, frames)
+        sys.exit(f'The error above is in your own code, {spec}.')
 
 
 # Devices: compiled pieces -------------------------------------------------------------------------
