@@ -1164,8 +1164,8 @@ class Trainer:
         values = results.of(objective)[1][self.model.num_updates - 1]  # [tasks]
         mean, interval = float(np.mean(values)), float(confidence(values))
         self.log.validation(results, interval, iteration)
-        better = max if objective == 'accuracy' else min
-        if self.best is None or better(mean, self.best[objective]) != self.best[objective]:
+        sign = 1 if objective == 'accuracy' else -1
+        if self.best is None or sign * mean > sign * self.best[objective]:
             self.best = {'iteration': iteration, objective: mean, 'interval': interval}
             self.save(iteration, 'best')
             verdict = 'the best so far'
