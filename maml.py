@@ -1518,10 +1518,6 @@ def user_network(spec: str, settings: dict):
     shape = example_shape(settings)
     outputs = settings.get('dim_output') or settings.get('num_classes', 5)
     function, seed = user_function(spec), settings.get('seed', 0)
-    try:
-        inspect.signature(function).bind(shape, outputs)
-    except TypeError as error:
-        raise ValueError(f'{spec} must take (image_shape, num_classes), but {error}') from error
     with random_seed(seed), users_code(spec):
         made = function(shape, outputs)
         network = KerasNetwork(made, input_shape=shape) if isinstance(made, keras.Model) else made

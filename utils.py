@@ -9,6 +9,7 @@ together.
 import csv
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -387,7 +388,23 @@ def user_function(spec: str) -> Callable:
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f'{spec}: {path} has no function {name}')
-    return users_code(spec)(function)
+    return checked_call(function, spec)
+
+
+def checked_call(function: Callable, spec: str) -> Callable:
+    """The user's function; see `user_function` for what is raised."""
+
+    @functools.wraps(function)
+    def call(*arguments):
+        try:
+            inspect.signature(function).bind(*arguments)
+        except TypeError as error:
+            count = len(arguments)
+            raise ValueError(f'{spec} is called with {count} arguments: {error}') from error
+        with users_code(spec):
+            return function(*arguments)
+
+    return call
 
 
 @contextmanager
