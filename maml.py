@@ -9,7 +9,9 @@ are [T, ...] like the data, and every layer acts on all T tasks of a meta-batch 
 support set (inner gradient), "b" the query set (outer gradient).
 """
 
+import contextlib
 import inspect
+import random
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,11 +54,14 @@ from utils import (
     cross_entropy,
     first_line,
     graph,
+    is_spec,
     machine,
     mean_squared_error,
     piece,
     read_checkpoint,
     read_run_state,
+    user_function,
+    users_code,
     write_checkpoint,
 )
 
@@ -1129,7 +1134,7 @@ class Observer:
         """What adaptation does to the meta-batch of an iteration, before its outer step."""
 
     def validation(self, results: Results, interval: float, iteration: int):
-        """What it does to the validation tasks; interval: half of the accuracy's 95 % interval."""
+        """What it does to the validation tasks; interval: half of the objective's 95 % interval."""
 
     def picture(self, name: str, picture: np.ndarray, iteration: int):
         """A picture of a task, [height, width, 3] uint8."""
@@ -1179,7 +1184,7 @@ class Trainer:
         self.slice = self.replicas.slice_of(tasks)  # of the tasks, which this process draws
         self.updates = max(model.num_updates, self.source.updates_shown)  # that are evaluated
         self.saved = start - 1  # iteration of the newest checkpoint
-        # Of the best validation: {'iteration', 'accuracy', 'interval'}.
+        # Of the best validation: {'iteration', 'accuracy' or 'loss', 'interval'}.
         self.best = (state or {}).get('best')
 
     def run(self, stopped: Callable = lambda: False, watch: Callable = iter) -> int:
@@ -1231,7 +1236,8 @@ class Trainer:
         self.log.training(self.model.evaluate_together(batch, self.updates), iteration)
         if iteration % self.schedule.picture == 0 and self.log.shows_pictures:
             picture = self.source.picture(batch, self.outputs)
-            self.log.picture(self.source.picture_name, picture, iteration)
+            if picture is not None:
+                self.log.picture(self.source.picture_name, picture, iteration)
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """On the query set after each update, [J, T, examples, out]."""
@@ -1255,20 +1261,22 @@ class Trainer:
             self.save(last - 1)
 
     def validate(self, iteration: int):
-        """Validation tasks, the same every time; keeps the checkpoint with the best accuracy."""
-        results = self.validation_results()
-        accuracies = results.accuracies2[self.model.num_updates - 1]  # [tasks]
-        accuracy, interval = float(np.mean(accuracies)), float(confidence(accuracies))
+        """Validation tasks, the same every time; keeps the checkpoint with the best objective."""
+        results, objective = self.validation_results(), self.source.objective
+        values = results.of(objective)[1][self.model.num_updates - 1]  # [tasks]
+        mean, interval = float(np.mean(values)), float(confidence(values))
         self.log.validation(results, interval, iteration)
-        if self.best is None or accuracy > self.best['accuracy']:
-            self.best = {'iteration': iteration, 'accuracy': accuracy, 'interval': interval}
+        sign = 1 if objective == 'accuracy' else -1
+        if self.best is None or sign * mean > sign * self.best[objective]:
+            self.best = {'iteration': iteration, objective: mean, 'interval': interval}
             self.save(iteration, 'best')
             verdict = 'the best so far'
         else:
-            best, at = self.best['accuracy'], self.best['iteration']
+            best, at = self.best[objective], self.best['iteration']
             verdict = f'the best was {best:.4f} at iteration {at}'
-        shown = f'{accuracy:.4f} +- {interval:.4f}, {verdict}.'
-        self.log.line(f'Accuracy on {self.validation_tasks} validation tasks: {shown}')
+        shown = f'{mean:.4f} +- {interval:.4f}, {verdict}.'
+        what = f'{objective.capitalize()} on {self.validation_tasks} validation tasks'
+        self.log.line(f'{what}: {shown}')
 
     def validation_results(self) -> Results:
         """Of as many tasks as a meta-batch has at a time, for which the evaluation is compiled."""
@@ -1367,17 +1375,24 @@ class Learner:
             raise ValueError('the network must have dim_input and dim_output, see maml.Network')
         self.model, self.settings = model, settings or {}
         self.is_classifier = hasattr(model.loss, 'shots')
+        own_tasks = is_spec(self.settings.get('datasource') or '')
+        self.takes_images = self.is_classifier and not own_tasks
 
     @classmethod
     def load(
-        cls, run_folder: str | Path, checkpoint: int | str = -1, compiled: bool = False
+        cls,
+        run_folder: str | Path,
+        checkpoint: int | str = -1,
+        compiled: bool = False,
+        network=None,
     ) -> 'Learner':
         """The model of a training run.
 
         checkpoint: an iteration, -1 for the newest, or 'best' for that of the best validation.
         compiled: see FastMAML; it takes seconds for each new number of tasks or examples, and pays
-        for many tasks. Raises ValueError if there is no such checkpoint, or it is damaged or does
-        not tell its flags.
+        for many tasks. network: the run's, a keras.Model or any network, if it is not one of those
+        here. Raises ValueError if there is no such checkpoint, or it is damaged or does not tell
+        its flags, or the network is missing.
         """
         path = find_checkpoint(run_folder, checkpoint)
         settings = read_run_state(path).get('flags')
@@ -1386,8 +1401,9 @@ class Learner:
                 f'{path} does not tell the flags it was trained with; if it is the TensorFlow 1 '
                 "original's, scripts/model/import_tf1_checkpoint.py makes one that does"
             )
+        check_network_is_given(path, settings, network)
         made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
-        model = make_model(**made, compiled=compiled)
+        model = make_model(**made, compiled=compiled, network='' if network is None else network)
         model.restore(path)
         return cls(model, settings)
 
@@ -1503,9 +1519,9 @@ class Learner:
             tasks, examples = axes or ('T', 'examples')
             wanted = [*([] if single else [tasks]), examples, *shape]
             raise ValueError(f'{name} must be {wanted}, but it is {list(x.shape[single:])}')
-        if np.issubdtype(x.dtype, np.integer) and self.is_classifier:
+        if np.issubdtype(x.dtype, np.integer) and self.takes_images:
             x = x / 255
-        if self.is_classifier and not (x.min() >= 0 and x.max() <= 1):
+        if self.takes_images and not (x.min() >= 0 and x.max() <= 1):
             raise ValueError(
                 f'{name} must have values from 0 to 1, or integers up to 255, but they are from '
                 f'{x.min()} to {x.max()}'
@@ -1559,7 +1575,65 @@ def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
     return found[checkpoint if checkpoint in found else max(found)]
 
 
+def check_network_is_given(path: str, settings: dict, network):
+    """Raises ValueError if a run had a network of the user's, which a checkpoint does not hold.
+
+    The file is not run unasked: a checkpoint may come from anywhere.
+    """
+    spec = settings.get('network')
+    if spec and network is None:
+        raise ValueError(
+            f'{path} was trained with --network={spec}, which it does not hold and which is not '
+            'run unasked: give it again, by --network or from Python as network='
+        )
+
+
 # From the command line's settings to a model ------------------------------------------------------
+
+
+@contextlib.contextmanager
+def random_seed(seed: int):
+    """Random numbers of Keras, NumPy and Python are a function of the seed, while entered."""
+    states = random.getstate(), np.random.get_state()
+    keras.utils.set_random_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def example_shape(settings: dict) -> tuple[int, ...]:
+    """Of an image, or of an example of the user's own tasks; settings: the flags of a run."""
+    if settings.get('example_shape'):
+        return tuple(settings['example_shape'])
+    given = settings.get('image_size', 84), settings.get('channels', 3)
+    size, channels = IMAGE_SHAPES.get(settings['datasource'], given)
+    return size, size, channels
+
+
+def user_network(spec: str, settings: dict):
+    """The network that FILE.py:FUNCTION makes for a run; settings: the flags of it.
+
+    It is called with the shape of an example and the number of classes or outputs, and returns a
+    keras.Model, or any other network. Its random initial values are a function of the run's seed.
+    Raises ValueError for what `utils.user_function` and `KerasNetwork` refuse, and for other sizes.
+    """
+    shape = example_shape(settings)
+    outputs = settings.get('dim_output') or settings.get('num_classes', 5)
+    function, seed = user_function(spec), settings.get('seed', 0)
+    with random_seed(seed), users_code(spec):
+        made = function(shape, outputs)
+        network = KerasNetwork(made, input_shape=shape) if isinstance(made, keras.Model) else made
+    if not callable(network) or not hasattr(network, 'parameters'):
+        raise ValueError(f'{spec} must return a keras.Model, but it returned {made!r:.60}')
+    sizes = {'dim_input': ('take', int(np.prod(shape))), 'dim_output': ('have', outputs)}
+    for name, (verb, size) in sizes.items():
+        found, things = getattr(network, name, size), ('values per example', 'outputs')
+        if found != size:
+            thing = things[name == 'dim_output']
+            raise ValueError(f'{spec}: the model must {verb} {size} {thing}, but has {found}')
+    return network
 
 
 def make_network(
@@ -1572,13 +1646,18 @@ def make_network(
     baseline: str | None = None,
     image_size: int = 84,
     channels: int = 3,
+    example_shape: Sequence[int] | None = None,
+    dim_output: int = 1,
 ) -> FullyConnected | Convolutional:
-    """The paper's network for a data source, miniImagenet's for folders.
+    """The paper's network for a data source, miniImagenet's for folders, the sinusoid's for others.
 
     Arguments as the flags of the same names; norm may be a Normalization of one's own.
+    example_shape, dim_output: of the user's own tasks, see data_generator.UserTasks.
     """
     if datasource == 'sinusoid':
         return FullyConnected(3 if baseline == 'oracle' else 1, (40, 40), 1, norm)
+    if example_shape:
+        return FullyConnected(int(np.prod(example_shape)), (40, 40), dim_output, norm)
     if datasource not in (*IMAGE_SHAPES, 'folder'):
         known = ', '.join(IMAGE_SHAPES)
         raise ValueError(f'there is no datasource {datasource!r}, but sinusoid, {known} and folder')
@@ -1600,15 +1679,23 @@ def make_model(
     dtype=tf.float32,
     compiled: bool = True,
     replicas: Replicas | None = None,
-    **network,
+    network='',
+    objective: str | None = None,
+    shots: float | None = None,
+    **settings,
 ) -> FastMAML:
     """A model with the paper's network, loss and clipping.
 
-    Arguments as the flags and as of FastMAML, `network` as for `make_network`.
+    Arguments as the flags and as of FastMAML, `settings` as for `make_network`. network: another
+    one, or a keras.Model. objective, shots: of the user's own tasks, 'loss' or 'accuracy', and the
+    K that the loss of a classifier is divided by.
     """
-    loss = mean_squared_error if datasource == 'sinusoid' else cross_entropy(update_batch_size)
+    is_regression = objective == 'loss' or objective is None and datasource == 'sinusoid'
+    loss = mean_squared_error if is_regression else cross_entropy(shots or update_batch_size)
     clip = 10.0 if datasource in ('miniimagenet', 'folder') else None
-    made = make_network(datasource, **network)
+    if isinstance(network, keras.Model):
+        network = KerasNetwork(network)
+    made = make_network(datasource, **settings) if isinstance(network, str) else network
     inner, outer = (update_lr, num_updates), (meta_lr, stop_grad, clip)
     return FastMAML(made, loss, *inner, *outer, seed, dtype, compiled=compiled, replicas=replicas)
 
@@ -1618,5 +1705,5 @@ MODEL_SETTINGS = tuple(
     name
     for function in (make_model, make_network)
     for name in inspect.signature(function).parameters
-    if name not in ('dtype', 'compiled', 'replicas', 'network')
+    if name not in ('dtype', 'compiled', 'replicas', 'network', 'settings')
 )

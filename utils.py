@@ -388,6 +388,22 @@ def user_code(spec: str, all_of_it: bool = True) -> Iterator[None]:
         raise UserCodeError(f'{spec} failed, not this program:\n{text}') from error
 
 
+@contextmanager
+def users_code(spec: str) -> Iterator[None]:
+    """Ends the program, and shows the traceback, if code of FILE.py:FUNCTION fails while entered."""
+    try:
+        with user_code(spec, all_of_it=False):
+            yield
+    except UserCodeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(f'The error above is in your own code, {spec}.')
+
+
+def is_spec(text: str) -> bool:
+    """Whether a text has the form FILE.py:FUNCTION."""
+    return re.fullmatch(r'.+\.py:[^\W\d]\w*', text) is not None
+
+
 def user_function(spec: str) -> Callable:
     """The function that FILE.py:FUNCTION names, out of a module of its own.
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from data_generator import ImageLayout, image_files, read_image, run_layout
 from maml import Learner
+from scripts.lib.models import load
 
 
 class Support(NamedTuple):
@@ -121,8 +122,8 @@ def classify(values: argparse.Namespace) -> dict:
 
     Raises ValueError.
     """
-    learner = Learner.load(values.run_folder, values.checkpoint)
-    if not learner.is_classifier:
+    learner = load(values.run_folder, values.checkpoint, values.network)
+    if not learner.takes_images:
         raise ValueError(
             f'{values.run_folder} is a run on {learner.settings["datasource"]}, which has no images'
         )
@@ -157,6 +158,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         action='store_true',
         help='normalise by the statistics of the images to classify, together, as the paper does; '
         'default: by those of the labelled images, so that an answer depends on its image alone',
+    )
+    parser.add_argument(
+        '--network',
+        default='',
+        metavar='FILE.py:FUNCTION',
+        help='if the run was trained with --network: what makes its network',
     )
     parser.add_argument('--json', action='store_true', help='print everything as JSON')
     values = parser.parse_args(arguments)
