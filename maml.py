@@ -1358,130 +1358,11 @@ def ahead(draw: Callable, arguments: Iterable) -> Iterator:
 # Arrays in, arrays out ----------------------------------------------------------------------------
 
 
-class Learner:
-    """A model that learns tasks of one's own from NumPy arrays.
+class ArraysOfTasks:
+    """The arrays that a Learner takes, checked and made tensors.
 
-    Of one task, x is [examples, ...], y [examples] and weights [...]; of several, with an axis of
-    tasks before: x [T, examples, ...], y [T, examples], weights [T, ...]. An example is an array of
-    any shape of the network's size, such as an image [height, width, channels] with values from 0
-    to 1, or uint8 from 0 to 255. y are the classes' numbers, 0 to N-1; of regression, the values,
-    [(T,) examples, out].
-
-    Attributes: model, a FastMAML; settings, the flags it was trained with, if it was loaded.
+    Subclasses have model, is_classifier and takes_images.
     """
-
-    def __init__(self, model: FastMAML, settings: dict | None = None):
-        if not has_sizes(model.network):
-            raise ValueError('the network must have dim_input and dim_output, see maml.Network')
-        self.model, self.settings = model, settings or {}
-        self.is_classifier = hasattr(model.loss, 'shots')
-        own_tasks = is_spec(self.settings.get('datasource') or '')
-        self.takes_images = self.is_classifier and not own_tasks
-
-    @classmethod
-    def load(
-        cls,
-        run_folder: str | Path,
-        checkpoint: int | str = -1,
-        compiled: bool = False,
-        network=None,
-    ) -> 'Learner':
-        """The model of a training run.
-
-        checkpoint: an iteration, -1 for the newest, or 'best' for that of the best validation.
-        compiled: see FastMAML; it takes seconds for each new number of tasks or examples, and pays
-        for many tasks. network: the run's, a keras.Model or any network, if it is not one of those
-        here. Raises ValueError if there is no such checkpoint, or it is damaged or does not tell
-        its flags, or the network is missing.
-        """
-        path = find_checkpoint(run_folder, checkpoint)
-        settings = read_run_state(path).get('flags')
-        if not settings:
-            raise ValueError(
-                f'{path} does not tell the flags it was trained with; if it is the TensorFlow 1 '
-                "original's, scripts/model/import_tf1_checkpoint.py makes one that does"
-            )
-        check_network_is_given(path, settings, network)
-        made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
-        model = make_model(**made, compiled=compiled, network='' if network is None else network)
-        model.restore(path)
-        return cls(model, settings)
-
-    def adapt(
-        self,
-        support_x: np.ndarray,
-        support_y: np.ndarray,
-        steps: int | None = None,
-        lr: float | None = None,
-        weights: Arrays | None = None,
-    ) -> Arrays:
-        """The weights after inner updates on the support set of a task, or of several: equation 1.
-
-        steps: `num_updates` if None. lr: α, `update_lr` if None; for a classifier it is scaled so
-        that it means the same for any number of examples. weights: where to start, θ if None.
-        Raises ValueError for arrays that do not fit.
-        """
-        model = self.model
-        steps = model.num_updates if steps is None else steps
-        lr = model.update_lr if lr is None else lr
-        if steps < 0 or not 0 <= lr < float('inf'):
-            raise ValueError(
-                f'steps and lr must not be negative or infinite, but they are {steps} and {lr}'
-            )
-        label, single = self._labels(support_y)  # [T, examples, out]
-        tasks, examples = label.shape[:2]
-        x = model.prepare(self._examples(support_x, 'support_x', single, (tasks, examples)))
-        if weights is None:
-            adapted = model.initial_weights(tasks)
-        else:
-            adapted = self._given(weights, tasks, single)
-        alpha = tf.constant(lr * self.example_scale(examples), model.dtype)
-        for _ in range(steps):
-            adapted = model.update(adapted, model.norms, x, label, alpha)
-        arrays = {name: value.numpy() for name, value in adapted.items()}
-        return {name: value[0] for name, value in arrays.items()} if single else arrays
-
-    def predict(
-        self, query_x: np.ndarray, weights: Arrays, support_x: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Class probabilities of the queries, [(T,) queries, N]; of regression, the outputs.
-
-        weights: from `adapt`. support_x: if given, batch normalisation takes its statistics of this
-        support set alone, so that an answer does not depend on the other queries; else of the
-        queries, as in training and in the paper. Raises ValueError for arrays that do not fit.
-        """
-        model, single = self.model, self._is_single(weights)
-        x, leading = self._examples(query_x, 'query_x', single), []
-        if support_x is not None:
-            support = self._examples(support_x, 'support_x', single)
-            x, leading = tf.concat([support, x], axis=1), [support.shape[1]]
-        given = self._given(weights, x.shape[0], single)
-        output = model.output(given, model.norms, model.prepare(x, *leading), *leading)
-        output = (tf.nn.softmax(output) if self.is_classifier else output).numpy()
-        return output[0] if single else output
-
-    def task_loss(self, x: np.ndarray, y: np.ndarray, weights: Arrays) -> np.ndarray:
-        """The mean loss of a task's examples, a number; of several tasks, [T].
-
-        Arguments and errors as of `adapt`.
-        """
-        model, (label, single) = self.model, self._labels(y)
-        inputs = model.prepare(self._examples(x, 'x', single, label.shape[:2]))
-        given = self._given(weights, label.shape[0], single)
-        loss = model.outcome(given, model.norms, inputs, label)[0].numpy()
-        if self.is_classifier:  # a sum over examples, divided by training's K
-            loss *= model.loss.shots / label.shape[1]
-        return loss[0] if single else loss
-
-    def example_scale(self, examples: float | tf.Tensor) -> float | tf.Tensor:
-        """What α is to be multiplied by for a support set of so many examples.
-
-        The loss of a classifier is a sum over them divided by training's K, and α is meant for N
-        times their mean, whatever their number.
-        """
-        if not self.is_classifier:
-            return 1
-        return self.model.loss.shots * self.model.network.dim_output / examples
 
     def _labels(self, y: np.ndarray) -> tuple[tf.Tensor, bool]:
         """Labels [T, examples, out] of what `adapt` takes, and whether they are of one task."""
@@ -1562,6 +1443,157 @@ class Learner:
         return given
 
 
+class Learner(ArraysOfTasks):
+    """A model that learns tasks of one's own from NumPy arrays.
+
+    Of one task, x is [examples, ...], y [examples] and weights [...]; of several, with an axis of
+    tasks before: x [T, examples, ...], y [T, examples], weights [T, ...]. An example is an array of
+    any shape of the network's size, such as an image [height, width, channels] with values from 0
+    to 1, or uint8 from 0 to 255. y are the classes' numbers, 0 to N-1; of regression, the values,
+    [(T,) examples, out].
+
+    Attributes: model, a FastMAML; settings, the flags it was trained with, if it was loaded.
+    """
+
+    def __init__(self, model: FastMAML, settings: dict | None = None):
+        if not has_sizes(model.network):
+            raise ValueError('the network must have dim_input and dim_output, see maml.Network')
+        self.model, self.settings = model, settings or {}
+        self.is_classifier = hasattr(model.loss, 'shots')
+        own_tasks = is_spec(self.settings.get('datasource') or '')
+        self.takes_images = self.is_classifier and not own_tasks
+
+    @classmethod
+    def load(
+        cls,
+        run_folder: str | Path,
+        checkpoint: int | str = -1,
+        compiled: bool = False,
+        network=None,
+        loss: Callable | None = None,
+    ) -> 'Learner':
+        """The model of a training run, or of `save`.
+
+        checkpoint: an iteration, -1 for the newest, or 'best' for that of the best validation.
+        compiled: see FastMAML; it takes seconds for each new number of tasks or examples, and pays
+        for many tasks. network, loss: the run's, if they are not those of this program; a network
+        may be a keras.Model. Raises ValueError if there is no such checkpoint, or it is damaged or
+        does not tell its flags, or network or loss is missing.
+        """
+        path = find_checkpoint(run_folder, checkpoint)
+        settings = read_run_state(path).get('flags')
+        if not settings:
+            raise ValueError(
+                f'{path} does not tell the flags it was trained with; if it is the TensorFlow 1 '
+                "original's, scripts/model/import_tf1_checkpoint.py makes one that does"
+            )
+        check_network_is_given(path, settings, network)
+        if settings.get('loss') and loss is None:
+            raise ValueError(f'{path} was trained with a loss of its own: give it as loss=')
+        made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
+        model = make_model(**made, compiled=compiled, network='' if network is None else network)
+        model.loss = loss or model.loss
+        model.restore(path)
+        return cls(model, settings)
+
+    def save(self, folder: str | Path) -> str:
+        """Writes FOLDER/model0, which `load` reads, and returns its path. Raises OSError."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        settings = self.settings or settings_of(self.model)
+        return write_checkpoint(self.model.checkpoint, folder, 0, {'flags': settings})
+
+    def adapt(
+        self,
+        support_x: np.ndarray,
+        support_y: np.ndarray,
+        steps: int | None = None,
+        lr: float | None = None,
+        weights: Arrays | None = None,
+    ) -> Arrays:
+        """The weights after inner updates on the support set of a task, or of several: equation 1.
+
+        steps: `num_updates` if None. lr: α, `update_lr` if None; for a classifier it is scaled so
+        that it means the same for any number of examples. weights: where to start, θ if None.
+        Raises ValueError for arrays that do not fit.
+        """
+        model = self.model
+        steps = model.num_updates if steps is None else steps
+        lr = model.update_lr if lr is None else lr
+        if steps < 0 or not 0 <= lr < float('inf'):
+            raise ValueError(
+                f'steps and lr must not be negative or infinite, but they are {steps} and {lr}'
+            )
+        label, single = self._labels(support_y)  # [T, examples, out]
+        tasks, examples = label.shape[:2]
+        x = model.prepare(self._examples(support_x, 'support_x', single, (tasks, examples)))
+        if weights is None:
+            adapted = model.initial_weights(tasks)
+        else:
+            adapted = self._given(weights, tasks, single)
+        alpha = tf.constant(lr * self.example_scale(examples), model.dtype)
+        for _ in range(steps):
+            adapted = model.update(adapted, model.norms, x, label, alpha)
+        arrays = {name: value.numpy() for name, value in adapted.items()}
+        return {name: value[0] for name, value in arrays.items()} if single else arrays
+
+    def predict(
+        self, query_x: np.ndarray, weights: Arrays, support_x: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Class probabilities of the queries, [(T,) queries, N]; of regression, the outputs.
+
+        weights: from `adapt`. support_x: if given, batch normalisation takes its statistics of this
+        support set alone, so that an answer does not depend on the other queries; else of the
+        queries, as in training and in the paper. Raises ValueError for arrays that do not fit.
+        """
+        model, single = self.model, self._is_single(weights)
+        x, leading = self._examples(query_x, 'query_x', single), []
+        if support_x is not None:
+            support = self._examples(support_x, 'support_x', single)
+            x, leading = tf.concat([support, x], axis=1), [support.shape[1]]
+        given = self._given(weights, x.shape[0], single)
+        output = model.output(given, model.norms, model.prepare(x, *leading), *leading)
+        output = (tf.nn.softmax(output) if self.is_classifier else output).numpy()
+        return output[0] if single else output
+
+    def task_loss(self, x: np.ndarray, y: np.ndarray, weights: Arrays) -> np.ndarray:
+        """The mean loss of a task's examples, a number; of several tasks, [T].
+
+        Arguments and errors as of `adapt`.
+        """
+        model, (label, single) = self.model, self._labels(y)
+        inputs = model.prepare(self._examples(x, 'x', single, label.shape[:2]))
+        given = self._given(weights, label.shape[0], single)
+        loss = model.outcome(given, model.norms, inputs, label)[0].numpy()
+        if self.is_classifier:  # a sum over examples, divided by training's K
+            loss *= model.loss.shots / label.shape[1]
+        return loss[0] if single else loss
+
+    def example_scale(self, examples: float | tf.Tensor) -> float | tf.Tensor:
+        """What α is to be multiplied by for a support set of so many examples.
+
+        The loss of a classifier is a sum over them divided by training's K, and α is meant for N
+        times their mean, whatever their number.
+        """
+        if not self.is_classifier:
+            return 1
+        return self.model.loss.shots * self.model.network.dim_output / examples
+
+
+def settings_of(model: FastMAML) -> dict:
+    """What `Learner.load` must know of a model that was not made from flags."""
+    shots, plain = getattr(model.loss, 'shots', None), model.loss is mean_squared_error
+    return {
+        'datasource': 'own',
+        'network': type(model.network).__name__,
+        'update_lr': model.update_lr,
+        'num_updates': model.num_updates,
+        'stop_grad': model.stop_grad,
+        'objective': 'loss' if shots is None else 'accuracy',
+        'shots': shots,
+        'loss': '' if plain or shots is not None else getattr(model.loss, '__name__', 'own'),
+    }
+
+
 def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
     """The path of a run's checkpoint; arguments and errors as of `Learner.load`."""
     found = checkpoints(run_folder, 'best' if checkpoint == 'best' else 'model')
@@ -1621,9 +1653,8 @@ def user_network(spec: str, settings: dict):
     """
     shape = example_shape(settings)
     outputs = settings.get('dim_output') or settings.get('num_classes', 5)
-    function, seed = user_function(spec), settings.get('seed', 0)
-    with random_seed(seed), users_code(spec):
-        made = function(shape, outputs)
+    with random_seed(settings.get('seed', 0)), users_code(spec):
+        made = user_function(spec)(shape, outputs)
         network = KerasNetwork(made, input_shape=shape) if isinstance(made, keras.Model) else made
     if not callable(network) or not hasattr(network, 'parameters'):
         raise ValueError(f'{spec} must return a keras.Model, but it returned {made!r:.60}')

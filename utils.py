@@ -10,6 +10,7 @@ import csv
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -390,7 +391,7 @@ def user_code(spec: str, all_of_it: bool = True) -> Iterator[None]:
 
 @contextmanager
 def users_code(spec: str) -> Iterator[None]:
-    """Ends the program, and shows the traceback, if code of FILE.py:FUNCTION fails while entered."""
+    """Ends the program with the traceback if code of FILE.py:FUNCTION fails while entered."""
     try:
         with user_code(spec, all_of_it=False):
             yield
@@ -408,7 +409,8 @@ def user_function(spec: str) -> Callable:
     """The function that FILE.py:FUNCTION names, out of a module of its own.
 
     What fails in it raises UserCodeError, at the import and when it is called. Raises ValueError
-    for a spec that is none, a file that is not there, and one without the function.
+    for a spec that is none, a file that is not there, one without the function, and a call with
+    arguments that it does not take.
     """
     file, colon, name = spec.rpartition(':')
     if not colon or not file or not name.isidentifier():
@@ -424,9 +426,14 @@ def user_function(spec: str) -> Callable:
         raise ValueError(f'there is no function {name!r} in {file}, which {there}')
 
     @functools.wraps(function)
-    def call(*arguments, **named):
+    def call(*arguments):
+        try:
+            inspect.signature(function).bind(*arguments)
+        except TypeError as error:
+            count = len(arguments)
+            raise ValueError(f'{spec} is called with {count} arguments: {error}') from error
         with user_code(spec):
-            return function(*arguments, **named)
+            return function(*arguments)
 
     return call
 

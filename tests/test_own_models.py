@@ -300,8 +300,8 @@ def test_folders_take_networks(folder, tmp_path, eager):
     'spec, words',
     [
         ('absent.py:small', 'there is no file'),
-        ('networks.py:absent', 'has no function absent'),
-        ('networks.py:constant', 'has no function constant'),
+        ('networks.py:absent', "there is no function 'absent'"),
+        ('networks.py:constant', "there is no function 'constant'"),
         ('networks.py', 'FILE.py:FUNCTION'),
         ('networks.txt:small', 'FILE.py:FUNCTION'),
         ('networks.py:../small', 'FILE.py:FUNCTION'),
@@ -624,7 +624,7 @@ def test_tasks_refused(change, words):
 @pytest.mark.parametrize(
     'spec, words',
     [
-        ('own.py:absent', ['has no function absent']),
+        ('own.py:absent', ["there is no function 'absent'"]),
         ('absent.py:tasks', ['there is no file']),
         ('own.py:no_object', ['must be an object with batch', 'int']),
         ('own.py:needs', ['own.py:needs is called with 0 arguments', 'argument']),

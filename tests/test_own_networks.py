@@ -183,3 +183,26 @@ def test_a_learner_needs_the_sizes():
 
     with pytest.raises(ValueError, match='dim_input and dim_output'):
         Learner(model_of(Bare()))
+
+
+def absolute(output, label):
+    return tf.reduce_mean(tf.abs(output - label), axis=[1, 2])
+
+
+@pytest.mark.parametrize('loss', [mean_squared_error, absolute])
+def test_save_and_load(tmp_path, loss):
+    learner = Learner(model_of(Two(), loss, num_updates=2))
+    learner.model.metatrain_step(TASKS.batch('train', 0, 5))
+    learner.save(tmp_path / 'own')
+    given = {} if loss is mean_squared_error else {'loss': loss}
+    loaded = Learner.load(tmp_path / 'own', network=Two(), **given)
+    batch, outputs = TASKS.batch('test', 0, 3), []
+    for one in (learner, loaded):
+        weights = one.adapt(batch.inputa, batch.labela)
+        outputs.append(one.predict(batch.inputb, weights))
+    np.testing.assert_array_equal(*outputs)
+    with pytest.raises(ValueError, match='network'):
+        Learner.load(tmp_path / 'own')
+    if given:
+        with pytest.raises(ValueError, match='loss='):
+            Learner.load(tmp_path / 'own', network=Two())
