@@ -60,6 +60,7 @@ from special_grads import Normalization
 from utils import (
     DamagedCheckpoint,
     Replicas,
+    UserCodeError,
     checkpoints,
     event_files,
     first_line,
@@ -69,8 +70,8 @@ from utils import (
     read_run_state,
     remove_checkpoint,
     remove_leftovers,
+    user_code,
     user_function,
-    users_code,
     write_whole,
 )
 
@@ -392,8 +393,8 @@ def make_generators(f: flags.FlagValues) -> dict[str, DataGenerator]:
         make, given = SinusoidGenerator, (shots, shots, f.baseline == 'oracle')
         return {split: make(*given, seed=seed) for split, seed in splits.items()}
     if is_spec(f.datasource):
-        with users_code(f.datasource):
-            own = user_function(f.datasource)()
+        own = user_function(f.datasource)()
+        with user_code(f.datasource, all_of_it=False):
             return dict.fromkeys(splits, UserTasks(own, f.datasource, splits, f.meta_batch_size))
     make, folders = load_images(f, [*splits])
     given = (folders, f.num_classes, shots, query_images(f))
@@ -770,7 +771,7 @@ def prepare(f: flags.FlagValues, held: ExitStack, norm: Normalization | None = N
     """Everything that can fail for the user's reasons, before anything is written.
 
     held: keeps the lock on the folder. norm: a normalisation of one's own, instead of --norm.
-    Raises ValueError and OSError.
+    Raises ValueError, OSError and UserCodeError.
     """
     check_flags(f)
     folder, total = Path(os.path.expanduser(f.logdir)) / run_name(f), sum(iterations(f))
@@ -933,7 +934,7 @@ def main(
             if len(arguments) > 1:
                 raise ValueError(f'"{arguments[1]}" is no flag: flags are written --name=value')
             run = prepare(f, held, norm)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, UserCodeError) as error:
             sys.exit(f'main.py: {error}')
         if run.generators:
             what = 'training' if f.train else 'evaluation'
@@ -944,12 +945,14 @@ def main(
 def carry_out(run: Prepared, f: flags.FlagValues):
     """Trains or evaluates; what goes wrong now is said in one sentence."""
     try:
-        with users_code(f.datasource), users_code(f.network):
+        with user_code(f.datasource, all_of_it=False), user_code(f.network, all_of_it=False):
             if f.train:
                 train(make_trainer(run, f))
             else:
                 evaluate(run, f)
-    except (OSError, Diverged, BadTasks) as error:  # the disk is full, the folder is gone
+    except (UserCodeError, BadTasks) as error:
+        sys.exit(f'main.py: {error}')
+    except (OSError, Diverged) as error:  # the disk is full, the folder is gone
         sys.exit(f'main.py: {error}')
     except tf.errors.OpError as error:
         if f.strategy != 'multi_worker':

@@ -60,8 +60,8 @@ from utils import (
     piece,
     read_checkpoint,
     read_run_state,
+    user_code,
     user_function,
-    users_code,
     write_checkpoint,
 )
 
@@ -1649,12 +1649,14 @@ def user_network(spec: str, settings: dict):
 
     It is called with the shape of an example and the number of classes or outputs, and returns a
     keras.Model, or any other network. Its random initial values are a function of the run's seed.
-    Raises ValueError for what `utils.user_function` and `KerasNetwork` refuse, and for other sizes.
+    Raises UserCodeError, and ValueError for other sizes and what `utils.user_function` and
+    `KerasNetwork` refuse.
     """
     shape = example_shape(settings)
     outputs = settings.get('dim_output') or settings.get('num_classes', 5)
-    with random_seed(settings.get('seed', 0)), users_code(spec):
-        made = user_function(spec)(shape, outputs)
+    function, seed = user_function(spec), settings.get('seed', 0)
+    with random_seed(seed), user_code(spec, all_of_it=False):
+        made = function(shape, outputs)
         network = KerasNetwork(made, input_shape=shape) if isinstance(made, keras.Model) else made
     if not callable(network) or not hasattr(network, 'parameters'):
         raise ValueError(f'{spec} must return a keras.Model, but it returned {made!r:.60}')

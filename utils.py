@@ -10,7 +10,6 @@ import csv
 import functools
 import hashlib
 import importlib.util
-import inspect
 import json
 import os
 import platform
@@ -389,17 +388,6 @@ def user_code(spec: str, all_of_it: bool = True) -> Iterator[None]:
         raise UserCodeError(f'{spec} failed, not this program:\n{text}') from error
 
 
-@contextmanager
-def users_code(spec: str) -> Iterator[None]:
-    """Ends the program with the traceback if code of FILE.py:FUNCTION fails while entered."""
-    try:
-        with user_code(spec, all_of_it=False):
-            yield
-    except UserCodeError as error:
-        print(error, file=sys.stderr)
-        sys.exit(f'The error above is in your own code, {spec}.')
-
-
 def is_spec(text: str) -> bool:
     """Whether a text has the form FILE.py:FUNCTION."""
     return re.fullmatch(r'.+\.py:[^\W\d]\w*', text) is not None
@@ -409,8 +397,7 @@ def user_function(spec: str) -> Callable:
     """The function that FILE.py:FUNCTION names, out of a module of its own.
 
     What fails in it raises UserCodeError, at the import and when it is called. Raises ValueError
-    for a spec that is none, a file that is not there, one without the function, and a call with
-    arguments that it does not take.
+    for a spec that is none, a file that is not there, and one without the function.
     """
     file, colon, name = spec.rpartition(':')
     if not colon or not file or not name.isidentifier():
@@ -426,14 +413,9 @@ def user_function(spec: str) -> Callable:
         raise ValueError(f'there is no function {name!r} in {file}, which {there}')
 
     @functools.wraps(function)
-    def call(*arguments):
-        try:
-            inspect.signature(function).bind(*arguments)
-        except TypeError as error:
-            count = len(arguments)
-            raise ValueError(f'{spec} is called with {count} arguments: {error}') from error
+    def call(*arguments, **named):
         with user_code(spec):
-            return function(*arguments)
+            return function(*arguments, **named)
 
     return call
 

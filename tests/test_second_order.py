@@ -250,7 +250,7 @@ def test_failures_at_import(tmp_path, text, words):
 
 def test_wrong_number_of_arguments(tmp_path):
     function = user_function(written(tmp_path, 'def f(x): return x'))
-    with pytest.raises(ValueError, match='is called with 2 arguments'):
+    with pytest.raises(UserCodeError, match='TypeError: .*2 were given'):
         function(1, 2)
 
 

@@ -1,4 +1,7 @@
-"""Networks for --network=scripts/examples/networks.py:FUNCTION: the paper's, as Keras models."""
+"""Networks for --network=scripts/examples/networks.py:FUNCTION: the paper's, as Keras models.
+
+The convolutions have no bias, since batch normalisation would take it away again.
+"""
 
 import keras
 from keras import layers
@@ -8,7 +11,7 @@ def omniglot(image_shape: tuple[int, int, int], num_classes: int) -> keras.Model
     """Four blocks of 3x3 convolution by stride 2, batch normalisation and ReLU; then affine."""
     model = keras.Sequential([layers.Input(image_shape)])
     for _ in range(4):
-        model.add(layers.Conv2D(64, 3, strides=2, padding='same'))
+        model.add(layers.Conv2D(64, 3, strides=2, padding='same', use_bias=False))
         model.add(layers.BatchNormalization(scale=False))
         model.add(layers.ReLU())
     model.add(layers.GlobalAveragePooling2D())
@@ -20,7 +23,7 @@ def miniimagenet(image_shape: tuple[int, int, int], num_classes: int) -> keras.M
     """Four blocks of 3x3 convolution, batch normalisation, ReLU and pooling; then affine."""
     model = keras.Sequential([layers.Input(image_shape)])
     for _ in range(4):
-        model.add(layers.Conv2D(32, 3, padding='same'))
+        model.add(layers.Conv2D(32, 3, padding='same', use_bias=False))
         model.add(layers.BatchNormalization(scale=False))
         model.add(layers.ReLU())
         model.add(layers.MaxPooling2D(2))

@@ -9,7 +9,7 @@ from utils import read_run_state
 def load(run_folder: Path, checkpoint: int | str, network: str = '') -> Learner:
     """As Learner.load; network: FILE.py:FUNCTION, if the run was trained with one.
 
-    Raises ValueError.
+    Raises ValueError and UserCodeError.
     """
     if not network:
         return Learner.load(run_folder, checkpoint)

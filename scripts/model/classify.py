@@ -24,6 +24,7 @@ import numpy as np
 from data_generator import ImageLayout, image_files, read_image, run_layout
 from maml import Learner
 from scripts.lib.models import load
+from utils import UserCodeError
 
 
 class Support(NamedTuple):
@@ -175,7 +176,7 @@ def main(arguments: list[str] | None = None):
     values = parse(arguments)
     try:
         found = classify(values)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, UserCodeError) as error:
         sys.exit(f'classify.py: {error}')
     if values.json:
         print(json.dumps(found, indent=1))

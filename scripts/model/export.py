@@ -28,6 +28,7 @@ import tensorflow as tf
 
 from maml import Learner, example_shape
 from scripts.lib.models import load
+from utils import UserCodeError
 
 
 def serve(function: Callable, *arguments: tf.TensorSpec) -> Callable:
@@ -163,7 +164,7 @@ def main(arguments: list[str] | None = None):
     values = parse(arguments)
     try:
         print(export(values))
-    except (ValueError, OSError, tf.errors.OpError) as error:
+    except (ValueError, OSError, UserCodeError, tf.errors.OpError) as error:
         sys.exit(f'export.py: {error}')
 
 

@@ -25,7 +25,14 @@ from absl import flags
 from main import define_flags
 from maml import find_checkpoint
 from scripts.lib.models import load
-from utils import checkpoints, event_files, read_events, read_run_state, write_checkpoint
+from utils import (
+    UserCodeError,
+    checkpoints,
+    event_files,
+    read_events,
+    read_run_state,
+    write_checkpoint,
+)
 
 SUMMARIES, PICTURES = 500, 20000  # the iterations between those that are kept
 
@@ -117,7 +124,7 @@ def main(arguments: list[str] | None = None):
     values = parser.parse_args(arguments)
     try:
         print(publish(values.run_folder, values.target, values.network))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, UserCodeError) as error:
         sys.exit(f'publish.py: {error}')
 
 
