@@ -1695,7 +1695,10 @@ def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
         ) from None
     rest = itertools.chain([first], iterator) if iterator is batches else batches
     spec = Batch(*(tf.TensorSpec(values.shape, values.dtype) for values in first))
-    return tf.data.Dataset.from_generator(lambda: rest, output_signature=spec)
+    dataset = tf.data.Dataset.from_generator(lambda: rest, output_signature=spec)
+    if isinstance(batches, Sequence):
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(batches)))
+    return dataset
 
 
 # From the command line's settings to a model ------------------------------------------------------
