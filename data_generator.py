@@ -101,6 +101,28 @@ class DataGenerator:
         batch = self._tasks(split, np.concatenate(draws))  # [count*T, ...]
         return Batch(*(array.reshape(count, len(draws[0]), *array.shape[1:]) for array in batch))
 
+    def dataset(self, split: str, num_tasks: int, first_iteration: int = 0):
+        """The meta-batches from an iteration on, without end: a tf.data.Dataset of Batch.
+
+        Arguments as of `batch`. It is what maml.MetaModel.fit takes.
+        """
+        import tensorflow as tf  # nothing else here needs it
+
+        first = self.batch(split, first_iteration, num_tasks)  # its sizes are those of all
+        types = [values.dtype for values in first]
+
+        def arrays(iteration: np.ndarray) -> Batch:
+            return self.batch(split, int(iteration), num_tasks)
+
+        @tf.autograph.experimental.do_not_convert
+        def draw(iteration: tf.Tensor) -> Batch:
+            batch = Batch(*tf.numpy_function(arrays, [iteration], types))
+            for drawn, values in zip(batch, first):
+                drawn.set_shape(values.shape)
+            return batch
+
+        return tf.data.Dataset.counter(first_iteration).map(draw).prefetch(2)
+
     def picture(self, batch: Batch, evaluate: Callable[[Batch], np.ndarray]) -> np.ndarray | None:
         """What TensorBoard shows now and then during training: [height, width, 3] uint8, or None.
 
