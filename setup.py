@@ -1,11 +1,13 @@
 """`pip install -e .` for training and evaluation, `'.[plots]'` for the pictures too.
 
-`'.[test]'` adds what the tests need, `'.[dev]'` the linter and formatter as well.
+`'.[test]'` adds what the tests need, `'.[dev]'` the linter and formatter as well, `'.[notebook]'`
+what executes scripts/examples/tutorial.ipynb.
 """
 
 from setuptools import setup
 
 PLOTS = ['matplotlib>=3.7']
+NOTEBOOK = [*PLOTS, 'ipykernel', 'nbclient>=0.8']
 TEST = [*PLOTS, 'pytest>=7']
 # One version, since another formats otherwise.
 DEV = [*TEST, 'ruff==0.17.6']
@@ -26,5 +28,5 @@ setup(
         'pillow>=10.1',
         'scipy',
     ],
-    extras_require={'plots': PLOTS, 'test': TEST, 'dev': DEV},
+    extras_require={'plots': PLOTS, 'notebook': NOTEBOOK, 'test': TEST, 'dev': DEV},
 )

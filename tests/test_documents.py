@@ -51,6 +51,7 @@ PLACEHOLDERS = {'FLAGS', '…'}  # stand for flags of main.py
 PYTEST = {'--slow', '--collect-only', '-q', '-x', '-k', '-m'}
 OTHERS = {  # programs that are not the project's, and their flags
     'tensorboard': {'--logdir'},
+    'jupyter': {'--inplace'},
     'ruff': {'--check', '--fix'},
     'mkdir': {'-p'},
     'cp': {'-r'},

@@ -392,7 +392,10 @@ def test_refused_validation_without_end():
         (lambda: MetaModel(classifier(), cross_entropy(1)), 'update_lr'),
         (lambda: MetaModel(classifier(), update_lr=0.1), 'loss'),
         (lambda: MetaModel(FullyConnected(1, (5,), 1), mean_squared_error, update_lr=-1), 'lr'),
-        (lambda: MetaModel(FastMAML(FullyConnected(1, (5,), 1), len, 0.1, 0)), 'num_updates'),
+        (
+            lambda: MetaModel(FastMAML(FullyConnected(1, (5,), 1), mean_squared_error, 0.1, 0)),
+            'num_updates',
+        ),
         (lambda: MetaModel(of_sinusoids()).compile('adam', loss='mse'), 'no loss'),
         (lambda: MetaModel(of_sinusoids()).compile(metrics=['accuracy']), 'no metrics'),
     ],
@@ -423,8 +426,13 @@ def test_notebook(graph):
     assert len(notebook.cells) <= 15
     resources = {'metadata': {'path': str(NOTEBOOK.parent)}}
     NotebookClient(notebook, timeout=600, resources=resources).execute()
-    printed = {}
-    for cell in notebook.cells:
-        for output in cell.get('outputs', []):
-            printed |= dict(re.findall(r'^(\w[\w ,]*): +([-\d.]+)', output.get('text', ''), re.M))
-    return printed
+    outputs = [output for cell in notebook.cells for output in cell.get('outputs', [])]
+    text = ''.join(output.get('text', '') for output in outputs)
+    printed = {name: float(value) for name, value in re.findall(r'^(.+): ([-\d.]+)$', text, re.M)}
+    assert printed['accuracy_0 on invented characters'] < 0.4
+    assert printed['accuracy_1 on invented characters'] > 0.7
+    assert printed['right, of ten'] > 3
+    exact, wrong = printed['difference'], printed['nested tapes']
+    assert printed['this project'] == pytest.approx(exact, rel=1e-5)
+    assert abs(wrong - exact) > 0.1 * abs(exact), 'the trap'
+    assert len([output for output in outputs if 'image/png' in output.get('data', {})]) == 2
