@@ -671,8 +671,15 @@ def keras_dense(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Tensor:
 
 
 def keras_convolution(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Tensor:
-    """keras.layers.Conv2D of 3x3 kernels, see `convolve`."""
-    output = convolve(x, weights['kernel'], layer.strides[0])
+    """keras.layers.Conv2D of 3x3 kernels, see `convolve`, or of 1x1, a product of matrices."""
+    kernel = weights['kernel']  # [T, height, width, C, F]
+    if layer.kernel_size == (1, 1):
+        channels, filters = kernel.shape[3:]
+        rows = tf.reshape(x, [sizes(x)[0], -1, channels])  # [T, rows, C]
+        output = product(rows, tf.reshape(kernel, [-1, channels, filters]))
+        output = tf.reshape(output, [*sizes(x)[:-1], filters])
+    else:
+        output = convolve(x, kernel, layer.strides[0])
     if layer.use_bias:
         output += weights['bias'][:, tf.newaxis, tf.newaxis, tf.newaxis]
     return layer.activation(output)
@@ -703,8 +710,10 @@ def task_layer(layer: keras.Layer) -> Callable | None:
         plain = layer.trainable and last and not getattr(layer, 'renorm', False)
         return keras_batch_norm if plain else None
     if kind is keras.layers.Conv2D:
+        pointwise = layer.kernel_size == (1, 1) and layer.strides == (1, 1)
         fits = layer.kernel_size == (3, 3) and layer.strides in ((1, 1), (2, 2))
-        fits &= layer.padding == 'same' and layer.dilation_rate == (1, 1) and layer.groups == 1
+        fits = (fits and layer.padding == 'same') or pointwise
+        fits &= layer.dilation_rate == (1, 1) and layer.groups == 1
         return keras_convolution if fits and layer.data_format == 'channels_last' else None
     return None
 

@@ -93,6 +93,7 @@ MODELS = {
     ),
     'Conv1D': lambda: of_sequences(layers.Conv1D(4, 3, activation='tanh'), layers.Flatten()),
     'Conv2D': lambda: of_images(smooth(), conv(activation='tanh')),
+    'Conv2D of 1x1': lambda: of_images(smooth(), layers.Conv2D(3, 1, activation='tanh')),
     'DepthwiseConv2D': lambda: of_images(layers.DepthwiseConv2D(3, activation='tanh')),
     'SeparableConv2D': lambda: of_images(layers.SeparableConv2D(4, 3, activation='tanh')),
     'Conv2DTranspose': lambda: of_images(layers.Conv2DTranspose(4, 3, activation='tanh')),

@@ -1,4 +1,4 @@
-"""Networks for --network=scripts/examples/networks.py:FUNCTION: the paper's, as Keras models.
+"""Networks for --network=scripts/examples/networks.py:FUNCTION: the paper's in Keras, a ResNet-12.
 
 The convolutions have no bias, since batch normalisation would take it away again.
 """
@@ -30,3 +30,24 @@ def miniimagenet(image_shape: tuple[int, int, int], num_classes: int) -> keras.M
     model.add(layers.Flatten())
     model.add(layers.Dense(num_classes))
     return model
+
+
+def resnet12(image_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
+    """Four residual blocks of three convolutions, as few-shot papers use it; then affine."""
+    x = images = keras.Input(image_shape)
+    for filters in (64, 128, 256, 512):
+        x = residual_block(x, filters)
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(images, layers.Dense(num_classes)(x))
+
+
+def residual_block(x, filters: int):
+    """x: [examples, height, width, C]; returns half of the height and width, and `filters`."""
+    short = layers.Conv2D(filters, 1, use_bias=False)(x)
+    short = layers.BatchNormalization()(short)
+    for i in range(3):
+        x = layers.Conv2D(filters, 3, padding='same', use_bias=False)(x)
+        x = layers.BatchNormalization()(x)
+        x = layers.LeakyReLU(0.1)(x) if i < 2 else x
+    x = layers.LeakyReLU(0.1)(layers.Add()([x, short]))
+    return layers.MaxPooling2D(2)(x)
