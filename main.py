@@ -1,4 +1,4 @@
-r"""Trains and evaluates MAML on sinusoids, Omniglot, miniImagenet and class folders of images.
+r"""Trains and evaluates MAML on sinusoids, Omniglot, miniImagenet, folders and tasks of your own.
 
     python main.py --datasource=sinusoid --logdir=logs/sine/ --metatrain_iterations=70000 \
         --norm=None --update_batch_size=10
@@ -35,10 +35,12 @@ from absl import app, flags, logging
 
 from data_generator import (
     EVALUATION_SEED,
+    BadTasks,
     DataGenerator,
     ImageGenerator,
     OmniglotGenerator,
     SinusoidGenerator,
+    UserTasks,
     load_folder,
     load_miniimagenet,
     load_omniglot,
@@ -52,19 +54,24 @@ from maml import (
     Trainer,
     evaluate_tasks,
     make_model,
+    user_network,
 )
 from special_grads import Normalization
 from utils import (
     DamagedCheckpoint,
     Replicas,
+    UserCodeError,
     checkpoints,
     event_files,
     first_line,
     forget_summaries,
+    is_spec,
     lock,
     read_run_state,
     remove_checkpoint,
     remove_leftovers,
+    user_code,
+    user_function,
     write_whole,
 )
 
@@ -75,6 +82,7 @@ SAVE_INTERVAL = 1000  # between checkpoints
 PICTURE_INTERVAL = 5000  # between pictures of a task for TensorBoard
 EVALUATION_TASKS = 600
 EVALUATION_UPDATES = 10
+SOURCES = ('sinusoid', 'omniglot', 'miniimagenet', 'folder')
 MINIIMAGENET_QUERY_IMAGES = 15  # per class in training; K in evaluation, and in both for Omniglot
 
 
@@ -97,6 +105,18 @@ class CheckpointParser(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return 'iteration, -1 or best'
+
+
+class SourceParser(flags.ArgumentParser):
+    """One of SOURCES, or FILE.py:FUNCTION."""
+
+    def parse(self, argument):
+        if argument in SOURCES or is_spec(argument):
+            return argument
+        raise ValueError(f'it must be one of {self.flag_type()}, but it is {argument}')
+
+    def flag_type(self) -> str:
+        return f'{", ".join(SOURCES)}, or FILE.py:FUNCTION'
 
 
 class Rule(NamedTuple):
@@ -147,14 +167,16 @@ TRAIN_STEP_SIZE = Rule(
     lambda value: value == -1 or is_step_size(value),
     'a step size of 0 or more, or -1 for that of --update_lr',
 )
+NETWORK = Rule(lambda value: value == '' or is_spec(value), 'FILE.py:FUNCTION')
 TEST_QUERY = Rule(lambda value: value == -1 or value >= 1, 'at least 1, or -1 for as many as shots')
 
 # Symbols are the paper's. The flags that name a run stand in the order of the name.
 # fmt: off
 FLAGS = (
     # The tasks
-    Flag('datasource', ('sinusoid', 'omniglot', 'miniimagenet', 'folder'), 'sinusoid', NEVER,
-         'where tasks come from', makes_model=True),
+    Flag('datasource', SourceParser(), 'sinusoid', NEVER,
+         'where tasks come from: sinusoid, omniglot, miniimagenet, folder, or FILE.py:FUNCTION, '
+         'which returns tasks of your own', makes_model=True),
     Flag('data_dir', str, 'data', ANYTIME,
          'folder of the prepared data, or of your own class folders'),
     Flag('split', str, '0.64,0.16,0.2', NEVER,
@@ -206,6 +228,10 @@ FLAGS = (
     Flag('norm', ('batch_norm', 'layer_norm', 'None'), 'batch_norm', NEVER,
          'normalisation', makes_model=True,
          in_name={'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}.get),
+    Flag('network', str, '', NEVER,
+         'FILE.py:FUNCTION, which takes (image_shape, num_classes) and returns a Keras model to '
+         'use instead (not for sinusoid)', NETWORK,
+         in_name=lambda value: f'.{value.rpartition(":")[2]}' if value else ''),
     # Logging, saving, testing
     Flag('log', bool, True, ANYTIME, 'write summaries for TensorBoard'),
     Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders'),
@@ -301,9 +327,28 @@ def check_tasks(f: flags.FlagValues):
             'a plain network on miniimagenet (--metatrain_iterations=0) takes one image per class, '
             f'so it needs --update_batch_size=1, not {f.update_batch_size}'
         )
-    if f.max_pool and (f.datasource == 'sinusoid' or not f.conv):
+    if f.network:
+        check_network(f)
+    elif f.max_pool and (f.datasource == 'sinusoid' or not f.conv):
         print(
             '--max_pool is part of the name of the run, but does nothing without convolutions.',
+            file=sys.stderr,
+        )
+
+
+def check_network(f: flags.FlagValues):
+    """The part of `check_flags` on --network."""
+    if f.datasource == 'sinusoid':
+        raise ValueError(
+            f'--network={f.network} needs images or tasks of your own: --datasource=omniglot, '
+            'miniimagenet, folder or FILE.py:FUNCTION, not sinusoid'
+        )
+    names = ('num_filters', 'conv', 'max_pool', 'norm')
+    changed = [f'--{name}' for name in names if f[name].value != f[name].default]
+    if changed:
+        print(
+            f'{" and ".join(changed)} may be part of the name of the run, but --network makes '
+            'another network.',
             file=sys.stderr,
         )
 
@@ -347,6 +392,10 @@ def make_generators(f: flags.FlagValues) -> dict[str, DataGenerator]:
     if f.datasource == 'sinusoid':
         make, given = SinusoidGenerator, (shots, shots, f.baseline == 'oracle')
         return {split: make(*given, seed=seed) for split, seed in splits.items()}
+    if is_spec(f.datasource):
+        own = user_function(f.datasource)()
+        with user_code(f.datasource, all_of_it=False):
+            return dict.fromkeys(splits, UserTasks(own, f.datasource, splits, f.meta_batch_size))
     make, folders = load_images(f, [*splits])
     given = (folders, f.num_classes, shots, query_images(f))
     return {split: make(*given, seed=seed, splits=[split]) for split, seed in splits.items()}
@@ -546,7 +595,8 @@ class Log(Observer):
     def validation(self, results: Results, interval: float, iteration: int):
         before, after = self.summaries('metaval', results, iteration)
         self.line(f'Validation results: {before}, {after}')
-        self._write(('metaval_Post-update_accuracy_interval',), [np.float32(interval)], iteration)
+        tag = f'metaval_Post-update_{self.objective}_interval'
+        self._write((tag,), [np.float32(interval)], iteration)
 
     def steps(self, first: int, last: int, loss: float):
         """The first step's time, compilation included; then where the run is.
@@ -626,7 +676,7 @@ def make_trainer(run: Prepared, f: flags.FlagValues) -> Trainer:
         log,
         run.start,
         run.state,
-        settings(f),
+        settings(f) | source.model_settings,
         f.validation_tasks,
     )
 
@@ -721,14 +771,14 @@ def prepare(f: flags.FlagValues, held: ExitStack, norm: Normalization | None = N
     """Everything that can fail for the user's reasons, before anything is written.
 
     held: keeps the lock on the folder. norm: a normalisation of one's own, instead of --norm.
-    Raises ValueError and OSError.
+    Raises ValueError, OSError and UserCodeError.
     """
     check_flags(f)
     folder, total = Path(os.path.expanduser(f.logdir)) / run_name(f), sum(iterations(f))
     replicas = make_replicas(f)
     replicas.slice_of(f.meta_batch_size)
-    made = model_settings(f) | ({'norm': norm} if norm else {})
-    model = make_model(**made, replicas=replicas)
+    own = make_generators(f) if is_spec(f.datasource) else {}
+    model = build_model(f, own, replicas, norm, trained_seed(folder, f))
     iteration, state = restore_run(model, folder, f, held) if replicas.is_chief else (-1, {})
     start = int(replicas.agree([np.int64(iteration)])[0]) + 1
     model.agree()
@@ -738,12 +788,45 @@ def prepare(f: flags.FlagValues, held: ExitStack, norm: Normalization | None = N
             'more.'
         )
         return Prepared(model, {}, folder, start, state)
-    generators = make_generators(f)
+    generators = own or make_generators(f)
     if replicas.is_chief:
         open_folder(folder, f, start, held)
     if f.train and start > 0:
         print(f'Continuing at iteration {start} of {total}.')
     return Prepared(model, generators, folder, start, state)
+
+
+def build_model(
+    f: flags.FlagValues,
+    generators: dict[str, DataGenerator],
+    replicas: Replicas | None = None,
+    norm: Normalization | None = None,
+    seed: int | None = None,
+) -> FastMAML:
+    """The model that the flags describe.
+
+    generators: of the user's own tasks, whose sizes it takes. seed: if it is not --seed. Others as
+    of `prepare`. Raises ValueError.
+    """
+    made = model_settings(f)
+    for source in generators.values():
+        made |= source.model_settings
+    made |= {'norm': norm} if norm else {}
+    made |= {} if seed is None else {'seed': seed}
+    network = user_network(f.network, made) if f.network else ''
+    return make_model(**made, replicas=replicas, network=network)
+
+
+def trained_seed(folder: Path, f: flags.FlagValues) -> int:
+    """The seed of the run that is evaluated, --seed if it is not known.
+
+    The weights come from the checkpoint, but what a user's network does not train, as a layer that
+    is frozen, from the seed.
+    """
+    for path in () if f.train else reversed(checkpoints(folder).values()):
+        with suppress(DamagedCheckpoint):
+            return read_run_state(path).get('flags', {}).get('seed', f.seed)
+    return f.seed
 
 
 def make_replicas(f: flags.FlagValues) -> Replicas:
@@ -851,7 +934,7 @@ def main(
             if len(arguments) > 1:
                 raise ValueError(f'"{arguments[1]}" is no flag: flags are written --name=value')
             run = prepare(f, held, norm)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, UserCodeError) as error:
             sys.exit(f'main.py: {error}')
         if run.generators:
             what = 'training' if f.train else 'evaluation'
@@ -862,10 +945,13 @@ def main(
 def carry_out(run: Prepared, f: flags.FlagValues):
     """Trains or evaluates; what goes wrong now is said in one sentence."""
     try:
-        if f.train:
-            train(make_trainer(run, f))
-        else:
-            evaluate(run, f)
+        with user_code(f.datasource, all_of_it=False), user_code(f.network, all_of_it=False):
+            if f.train:
+                train(make_trainer(run, f))
+            else:
+                evaluate(run, f)
+    except (UserCodeError, BadTasks) as error:
+        sys.exit(f'main.py: {error}')
     except (OSError, Diverged) as error:  # the disk is full, the folder is gone
         sys.exit(f'main.py: {error}')
     except tf.errors.OpError as error:

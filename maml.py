@@ -9,8 +9,10 @@ are [T, ...] like the data, and every layer acts on all T tasks of a meta-batch 
 support set (inner gradient), "b" the query set (outer gradient).
 """
 
+import contextlib
 import inspect
 import itertools
+import random
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,11 +55,14 @@ from utils import (
     cross_entropy,
     first_line,
     graph,
+    is_spec,
     machine,
     mean_squared_error,
     piece,
     read_checkpoint,
     read_run_state,
+    user_code,
+    user_function,
     write_checkpoint,
 )
 
@@ -102,12 +107,10 @@ class Network:
     """What the networks here have in common; one of your own needs only the attributes and methods.
 
     Attributes: parameters and norm_parameters, {name: (kind of initial value, shape)}; the former
-    are adapted by the inner loop, the latter common to all tasks. Optional: takes_shared, whether
-    weights may come as special_grads.Shared; dim_input and dim_output, sizes of an example and of
-    its output, for checks of arrays.
+    are adapted by the inner loop, the latter common to all tasks; dim_input and dim_output, sizes
+    of an example and of its output, without which there are no checks and no Learner. Optional:
+    takes_shared, whether `__call__` of the class that says so takes special_grads.Shared.
     """
-
-    takes_shared = True
 
     def __init__(self, norm: str | Normalization):
         self.norm = normalization(norm)
@@ -133,18 +136,31 @@ class FullyConnected(Network):
     """Affine layers, each but the last followed by normalisation and ReLU.
 
     norm: 'batch_norm', 'layer_norm', 'None' or a special_grads.Normalization of your own.
+    activation: instead of ReLU, a function of a tensor. initial: of the matrices, see
+    `initial_value`; the original's is a normal one of stddev 0.01, with which tanh does not learn.
     Raises ValueError for a layer without units.
     """
 
-    def __init__(self, dim_input: int, dim_hidden: tuple[int, ...], dim_output: int, norm='None'):
+    takes_shared = True
+
+    def __init__(
+        self,
+        dim_input: int,
+        dim_hidden: tuple[int, ...],
+        dim_output: int,
+        norm: str | Normalization = 'None',
+        activation: Callable = tf.nn.relu,
+        initial: str | Callable = 'truncated',
+    ):
         super().__init__(norm)
+        self.activation = activation
         units = [dim_input, *dim_hidden, dim_output]
         if min(units) < 1:
             raise ValueError(f'every layer needs at least one unit, but the sizes are {units}')
         self.dim_input, self.dim_output = dim_input, dim_output
         self.scopes = ['0', *(str(i + 1) for i in range(1, len(dim_hidden)))]  # 0, 2, 3, ...
         for i, (fan_in, fan_out) in enumerate(zip(units, units[1:]), start=1):
-            self.parameters[f'w{i}'] = ('truncated', (fan_in, fan_out))
+            self.parameters[f'w{i}'] = (initial, (fan_in, fan_out))
             self.parameters[f'b{i}'] = ('zeros', (fan_out,))
         for scope, size in zip(self.scopes, dim_hidden):
             self._add_normalization(scope, size)
@@ -155,7 +171,7 @@ class FullyConnected(Network):
         """x: [T, examples, D]; weights: [T, ...] each. Returns [T, examples, out]."""
         for i, scope in enumerate(self.scopes, start=1):
             x = dense(x, weights[f'w{i}'], weights[f'b{i}'])
-            x = tf.nn.relu(self._normalize(x, scope, norms, leading))
+            x = self.activation(self._normalize(x, scope, norms, leading))
         last = len(self.scopes) + 1
         return dense(x, weights[f'w{last}'], weights[f'b{last}'])
 
@@ -167,6 +183,8 @@ class Convolutional(Network):
     flatten: the last layer sees all pixels (miniImagenet, Glorot initial values), else their mean
     (Omniglot, normal ones). norm: as FullyConnected. Raises ValueError for impossible sizes.
     """
+
+    takes_shared = True
 
     def __init__(
         self,
@@ -264,8 +282,6 @@ class KerasNetwork:
     input_shape: of an example, if the model is not built yet.
     Raises ValueError, with the layer's name, for what could not be right: see `check_keras_model`.
     """
-
-    takes_shared = False
 
     def __init__(
         self,
@@ -514,14 +530,14 @@ class MAML(tf.Module):
     """Meta-learned initial weights θ of a network, and the loops that learn them; see FastMAML.
 
     Args:
-        network: FullyConnected, Convolutional or anything with the attributes of Network.
+        network: FullyConnected, Convolutional, a Keras model, or what has Network's attributes.
         loss: function of outputs and labels, [T, examples, out] each, to one loss per task, [T].
-        update_lr: α, inner step size. meta_lr: β, outer step size (Adam).
+        update_lr: α, inner step size. meta_lr: β, outer step size (Adam), or Keras's schedule.
         num_updates: inner updates in training. stop_grad: first-order approximation.
         clip: bound on each element of the meta-gradient, or None.
         seed: of the initial weights. dtype: of everything.
 
-    Raises ValueError for numbers out of range.
+    Raises ValueError for numbers out of range, and for a network or loss that does not fit.
     """
 
     def __init__(
@@ -530,24 +546,18 @@ class MAML(tf.Module):
         loss: Callable,
         update_lr: float,
         num_updates: int = 1,
-        meta_lr: float = 1e-3,
+        meta_lr: float | keras.optimizers.schedules.LearningRateSchedule = 1e-3,
         stop_grad: bool = False,
         clip: float | None = None,
         seed: int = 0,
         dtype=tf.float32,
     ):
         super().__init__()
-        if num_updates < 0 or not 0 <= update_lr < float('inf') or not 0 <= meta_lr < float('inf'):
-            raise ValueError(
-                'step sizes and the number of updates must not be negative or infinite, but '
-                f'update_lr is {update_lr}, meta_lr {meta_lr} and num_updates {num_updates}'
-            )
+        check_rates(update_lr, num_updates, meta_lr)
+        network = KerasNetwork(network) if isinstance(network, keras.Model) else network
+        check_network(network, tf.as_dtype(dtype))
+        check_loss(loss, network, tf.as_dtype(dtype))
         self.network, self.loss, self.dtype = network, loss, tf.as_dtype(dtype)
-        if getattr(network, 'dtype', self.dtype) != self.dtype:
-            raise ValueError(
-                f'the network computes in {network.dtype}, but dtype is {self.dtype.name}; a Keras '
-                'model computes in float64 after keras.config.set_dtype_policy("float64")'
-            )
         self.update_lr, self.num_updates = update_lr, num_updates
         self.stop_grad, self.clip = stop_grad, clip
         variables = {}
@@ -768,7 +778,7 @@ class FastMAML(MAML):
         An update of shared weights is a program of its own, which takes longer to compile than it
         saves if more follow.
         """
-        shared = self.num_updates == 1 and getattr(self.network, 'takes_shared', False)
+        shared = self.num_updates == 1 and takes_shared(self.network)
         return self.shared_weights(tasks) if shared else self.initial_weights(tasks)
 
     # Chunks of tasks, and parts of the devices.
@@ -780,7 +790,7 @@ class FastMAML(MAML):
 
     def _meta_gradient(self, batch: Batch) -> list[tf.Tensor]:
         """A sum over tasks can be taken chunk by chunk: they run side by side, in little memory."""
-        check_batch(batch, self.network, self.dtype)
+        batch = checked_batch(batch, self.network, self.dtype)
         tasks = batch.inputa.shape[0]
         losses, gradients = [], []
         for chunk in chunks(batch, self.network):
@@ -795,7 +805,7 @@ class FastMAML(MAML):
         """As MAML's; batch: from `replicas.place`. Raises ValueError for a wrong shape or type."""
 
         def of_part(part):
-            check_batch(part, self.network, self.dtype)
+            part = checked_batch(part, self.network, self.dtype)
             return tf.nest.flatten(MAML.pretrain_gradient(self, part))
 
         loss, *gradients = self.replicas.mean(of_part, batch)
@@ -817,7 +827,7 @@ class FastMAML(MAML):
 
     @graph
     def _evaluate(self, batch: Batch, num_updates: int, transductive: bool) -> Results:
-        check_batch(batch, self.network, self.dtype)
+        batch = checked_batch(batch, self.network, self.dtype)
         parts = [
             MAML.evaluate(self, chunk, num_updates, transductive)
             for chunk in chunks(batch, self.network)
@@ -928,13 +938,18 @@ def check_parameters(path: str, values: Arrays, variables: dict[str, tf.Variable
             )
 
 
-def check_batch(batch: Batch, network, dtype: tf.DType):
-    """Raises ValueError if a meta-batch does not fit the network, see utils.Batch."""
+def checked_batch(batch: Batch, network, dtype: tf.DType) -> Batch:
+    """A meta-batch in the model's dtype; see utils.Batch.
+
+    Raises ValueError if it does not fit the network.
+    """
+    batch = Batch(*map(tf.convert_to_tensor, batch))
     tasks = batch.inputa.shape[0]
     for name, values in zip(Batch._fields, batch):
-        if values.shape.rank != 3 or values.shape[0] != tasks or values.dtype != dtype:
+        real = values.dtype.is_floating or values.dtype.is_integer
+        if values.shape.rank != 3 or values.shape[0] != tasks or not real:
             raise ValueError(
-                f'{name} must be [tasks, examples, size] of {dtype.name}, with the {tasks} tasks '
+                f'{name} must be [tasks, examples, size] of numbers, with the {tasks} tasks '
                 f'of inputa, but it is {values.shape.as_list()} of {values.dtype.name}'
             )
         size = getattr(network, 'dim_input' if name.startswith('input') else 'dim_output', None)
@@ -950,6 +965,7 @@ def check_batch(batch: Batch, network, dtype: tf.DType):
                 f'input{name} has {inputs.shape[1]} examples per task, but label{name} has '
                 f'{labels.shape[1]}'
             )
+    return Batch(*(tf.cast(values, dtype) for values in batch))
 
 
 def pairwise_sum(values: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -980,6 +996,97 @@ def chunks(batch: Batch, network=None) -> list[Batch]:
     equal = max(n for n in range(1, most + 1) if tasks % n == 0)
     each = equal if 2 * equal >= most else most
     return [Batch(*(values[i : i + each] for values in batch)) for i in range(0, tasks, each)]
+
+
+# Checks of networks and losses of one's own -------------------------------------------------------
+
+PROBE = (2, 3)  # tasks and examples: different numbers, so that a mistaken axis does not broadcast
+
+
+def check_rates(update_lr: float, num_updates: int, meta_lr):
+    """Raises ValueError for numbers out of range."""
+    schedule = isinstance(meta_lr, keras.optimizers.schedules.LearningRateSchedule)
+    outer = 0 if schedule else meta_lr
+    if num_updates < 0 or not 0 <= update_lr < float('inf') or not 0 <= outer < float('inf'):
+        raise ValueError(
+            'step sizes and the number of updates must not be negative or infinite, but '
+            f'update_lr is {update_lr}, meta_lr {meta_lr} and num_updates {num_updates}'
+        )
+
+
+def check_network(network, dtype: tf.DType):
+    """Raises ValueError if a network lacks something, or treats the axis of tasks wrongly.
+
+    One of this file is right; another is called once, with a few random inputs.
+    """
+    needed = ('parameters', 'norm_parameters', 'prepare', '__call__')
+    if lacking := [name for name in needed if not hasattr(network, name)]:
+        raise ValueError(
+            f'the network, of {type(network).__name__}, lacks {", ".join(lacking)}; maml.Network '
+            'says what one needs, and a Keras model is one as it is'
+        )
+    if getattr(network, 'dtype', dtype) != dtype:
+        raise ValueError(
+            f'the network computes in {network.dtype}, but dtype is {dtype.name}; a Keras model '
+            'computes in float64 after keras.config.set_dtype_policy("float64")'
+        )
+    known = type(network) in (FullyConnected, Convolutional, KerasNetwork)
+    if known or not has_sizes(network):
+        return
+    tasks, examples = PROBE
+    x = tf.random.stateless_uniform([*PROBE, network.dim_input], [0, 1], dtype=dtype)
+    weights, norms = {}, {}
+    for i, (name, made) in enumerate((network.parameters | network.norm_parameters).items()):
+        norms[name] = tf.cast(initial_value(*made, seed=[0, i]), dtype)
+    for name in network.parameters:
+        theta = norms.pop(name)
+        weights[name] = tf.tile(theta[tf.newaxis], [tasks] + [1] * theta.shape.rank)
+    try:
+        shape = network(network.prepare(x), weights, norms).shape
+    except Exception as error:  # the user's own code
+        raise ValueError(
+            f'the network fails on {tasks} tasks of {examples} examples, with weights of a task '
+            f'each, [{tasks}, ...]: {first_line(error)}'
+        ) from error
+    if tuple(shape) != (*PROBE, network.dim_output):
+        raise ValueError(
+            f'the network must return [tasks, examples, dim_output], that is '
+            f'{[*PROBE, network.dim_output]}, but returns {list(shape)}'
+        )
+
+
+def has_sizes(network) -> bool:
+    """Whether a network says what it takes and returns, without which there is no check."""
+    return hasattr(network, 'dim_input') and hasattr(network, 'dim_output')
+
+
+def check_loss(loss: Callable, network, dtype: tf.DType):
+    """Raises ValueError if a loss does not give one number for each task."""
+    if not has_sizes(network):
+        return
+    output = tf.random.stateless_uniform([*PROBE, network.dim_output], [0, 1], dtype=dtype)
+    label = tf.one_hot(tf.zeros(PROBE, tf.int32), network.dim_output, dtype=dtype)
+    try:
+        shape = tf.convert_to_tensor(loss(output, label)).shape
+    except Exception as error:  # the user's own code
+        raise ValueError(
+            f'the loss fails on outputs and labels {list(output.shape)}: {first_line(error)}'
+        ) from error
+    if tuple(shape) != PROBE[:1]:
+        raise ValueError(
+            'the loss must return one number for each task, [tasks], of outputs and labels '
+            f'[tasks, examples, out]; for {list(output.shape)} it returns {list(shape)}. '
+            'One of Keras takes the mean over tasks too, which would change α: write it as '
+            'tf.reduce_mean(..., axis=[1, 2])'
+        )
+
+
+def takes_shared(network) -> bool:
+    """Whether weights may be special_grads.Shared: the class that defines __call__ says so."""
+    for kind in type(network).__mro__:
+        if '__call__' in vars(kind):
+            return vars(kind).get('takes_shared', False)
+    return False
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -1028,7 +1135,7 @@ class Observer:
         """What adaptation does to the meta-batch of an iteration, before its outer step."""
 
     def validation(self, results: Results, interval: float, iteration: int):
-        """What it does to the validation tasks; interval: half of the accuracy's 95 % interval."""
+        """What it does to the validation tasks; interval: half of the objective's 95 % interval."""
 
     def picture(self, name: str, picture: np.ndarray, iteration: int):
         """A picture of a task, [height, width, 3] uint8."""
@@ -1078,7 +1185,7 @@ class Trainer:
         self.slice = self.replicas.slice_of(tasks)  # of the tasks, which this process draws
         self.updates = max(model.num_updates, self.source.updates_shown)  # that are evaluated
         self.saved = start - 1  # iteration of the newest checkpoint
-        # Of the best validation: {'iteration', 'accuracy', 'interval'}.
+        # Of the best validation: {'iteration', 'accuracy' or 'loss', 'interval'}.
         self.best = (state or {}).get('best')
 
     def run(self, stopped: Callable = lambda: False, watch: Callable = iter) -> int:
@@ -1130,7 +1237,8 @@ class Trainer:
         self.log.training(self.model.evaluate_together(batch, self.updates), iteration)
         if iteration % self.schedule.picture == 0 and self.log.shows_pictures:
             picture = self.source.picture(batch, self.outputs)
-            self.log.picture(self.source.picture_name, picture, iteration)
+            if picture is not None:
+                self.log.picture(self.source.picture_name, picture, iteration)
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """On the query set after each update, [J, T, examples, out]."""
@@ -1154,20 +1262,22 @@ class Trainer:
             self.save(last - 1)
 
     def validate(self, iteration: int):
-        """Validation tasks, the same every time; keeps the checkpoint with the best accuracy."""
-        results = self.validation_results()
-        accuracies = results.accuracies2[self.model.num_updates - 1]  # [tasks]
-        accuracy, interval = float(np.mean(accuracies)), float(confidence(accuracies))
+        """Validation tasks, the same every time; keeps the checkpoint with the best objective."""
+        results, objective = self.validation_results(), self.source.objective
+        values = results.of(objective)[1][self.model.num_updates - 1]  # [tasks]
+        mean, interval = float(np.mean(values)), float(confidence(values))
         self.log.validation(results, interval, iteration)
-        if self.best is None or accuracy > self.best['accuracy']:
-            self.best = {'iteration': iteration, 'accuracy': accuracy, 'interval': interval}
+        sign = 1 if objective == 'accuracy' else -1
+        if self.best is None or sign * mean > sign * self.best[objective]:
+            self.best = {'iteration': iteration, objective: mean, 'interval': interval}
             self.save(iteration, 'best')
             verdict = 'the best so far'
         else:
-            best, at = self.best['accuracy'], self.best['iteration']
+            best, at = self.best[objective], self.best['iteration']
             verdict = f'the best was {best:.4f} at iteration {at}'
-        shown = f'{accuracy:.4f} +- {interval:.4f}, {verdict}.'
-        self.log.line(f'Accuracy on {self.validation_tasks} validation tasks: {shown}')
+        shown = f'{mean:.4f} +- {interval:.4f}, {verdict}.'
+        what = f'{objective.capitalize()} on {self.validation_tasks} validation tasks'
+        self.log.line(f'{what}: {shown}')
 
     def validation_results(self) -> Results:
         """Of as many tasks as a meta-batch has at a time, for which the evaluation is compiled."""
@@ -1249,7 +1359,92 @@ def ahead(draw: Callable, arguments: Iterable) -> Iterator:
 # Arrays in, arrays out ----------------------------------------------------------------------------
 
 
-class Learner:
+class ArraysOfTasks:
+    """The arrays that a Learner takes, checked and made tensors.
+
+    Subclasses have model, is_classifier and takes_images.
+    """
+
+    def _labels(self, y: np.ndarray) -> tuple[tf.Tensor, bool]:
+        """Labels [T, examples, out] of what `adapt` takes, and whether they are of one task."""
+        y, out = np.asarray(y), self.model.network.dim_output
+        rank = 1 if self.is_classifier else 2  # of one task's
+        if y.ndim not in (rank, rank + 1) or not y.size:
+            wanted = '[examples]' if self.is_classifier else f'[examples, {out}]'
+            raise ValueError(
+                f'labels must be {wanted}, or that with an axis of tasks before, but they are '
+                f'{list(y.shape)}'
+            )
+        if self.is_classifier:
+            if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= out:
+                raise ValueError(
+                    f'labels must be integers from 0 to {out - 1}, but they are {y.dtype} from '
+                    f'{y.min()} to {y.max()}'
+                )
+            label = np.eye(out)[y]
+        elif y.shape[-1] != out:
+            raise ValueError(
+                f'labels must have {out} values per example, but they are {list(y.shape)}'
+            )
+        else:
+            label = y
+        single = y.ndim == rank
+        return tf.constant(label[np.newaxis] if single else label, self.model.dtype), single
+
+    def _examples(self, x, name: str, single: bool, axes: Sequence[int] | None = None):
+        """Inputs [T, examples, D] of what `adapt` takes; axes: (T, examples), if known."""
+        x, size = np.asarray(x), self.model.network.dim_input
+        x = x[np.newaxis] if single else x
+        fits = x.ndim >= 3 and x.size and int(np.prod(x.shape[2:])) == size
+        if not fits or axes and x.shape[:2] != tuple(axes):
+            shape = getattr(self.model.network, 'image_shape', [size])
+            tasks, examples = axes or ('T', 'examples')
+            wanted = [*([] if single else [tasks]), examples, *shape]
+            raise ValueError(f'{name} must be {wanted}, but it is {list(x.shape[single:])}')
+        if np.issubdtype(x.dtype, np.integer) and self.takes_images:
+            x = x / 255
+        if self.takes_images and not (x.min() >= 0 and x.max() <= 1):
+            raise ValueError(
+                f'{name} must have values from 0 to 1, or integers up to 255, but they are from '
+                f'{x.min()} to {x.max()}'
+            )
+        return tf.constant(x.reshape(*x.shape[:2], size), self.model.dtype)
+
+    def _is_single(self, weights: Arrays) -> bool:
+        """Whether weights are of one task, without an axis for it.
+
+        Raises ValueError if they are not of this network.
+        """
+        own = self.model.weights
+        text = f'weights must be what adapt() returns, with {", ".join(own)}, but they have '
+        if {*own} != {*weights}:
+            raise ValueError(text + ', '.join(weights))
+        axes = {np.ndim(weights[name]) - theta.shape.rank for name, theta in own.items()}
+        if axes not in ({0}, {1}):
+            names = ', '.join(weights)
+            raise ValueError(
+                f'{text}{names} of other shapes than one task or one axis of tasks gives'
+            )
+        return axes == {0}
+
+    def _given(self, weights: Arrays, tasks: int, single: bool) -> Tensors:
+        """Weights [T, ...] from what `adapt` returns."""
+        if self._is_single(weights) != single:
+            have, need = ('several tasks', 'one') if single else ('one task', 'several')
+            raise ValueError(f'weights are of {have}, examples of {need}')
+        given = {}
+        for name, theta in self.model.weights.items():
+            value = weights[name][np.newaxis] if single else weights[name]
+            if tuple(np.shape(value)) != (tasks, *theta.shape):
+                raise ValueError(
+                    f'the weight {name} is {list(np.shape(weights[name]))}, but {tasks} tasks of '
+                    f'{theta.shape.as_list()} are needed'
+                )
+            given[name] = tf.constant(value, self.model.dtype)
+        return given
+
+
+class Learner(ArraysOfTasks):
     """A model that learns tasks of one's own from NumPy arrays.
 
     Of one task, x is [examples, ...], y [examples] and weights [...]; of several, with an axis of
@@ -1262,19 +1457,29 @@ class Learner:
     """
 
     def __init__(self, model: FastMAML, settings: dict | None = None):
+        if not has_sizes(model.network):
+            raise ValueError('the network must have dim_input and dim_output, see maml.Network')
         self.model, self.settings = model, settings or {}
         self.is_classifier = hasattr(model.loss, 'shots')
+        own_tasks = is_spec(self.settings.get('datasource') or '')
+        self.takes_images = self.is_classifier and not own_tasks
 
     @classmethod
     def load(
-        cls, run_folder: str | Path, checkpoint: int | str = -1, compiled: bool = False
+        cls,
+        run_folder: str | Path,
+        checkpoint: int | str = -1,
+        compiled: bool = False,
+        network=None,
+        loss: Callable | None = None,
     ) -> 'Learner':
-        """The model of a training run.
+        """The model of a training run, or of `save`.
 
         checkpoint: an iteration, -1 for the newest, or 'best' for that of the best validation.
         compiled: see FastMAML; it takes seconds for each new number of tasks or examples, and pays
-        for many tasks. Raises ValueError if there is no such checkpoint, or it is damaged or does
-        not tell its flags.
+        for many tasks. network, loss: the run's, if they are not those of this program; a network
+        may be a keras.Model. Raises ValueError if there is no such checkpoint, or it is damaged or
+        does not tell its flags, or network or loss is missing.
         """
         path = find_checkpoint(run_folder, checkpoint)
         settings = read_run_state(path).get('flags')
@@ -1283,10 +1488,20 @@ class Learner:
                 f'{path} does not tell the flags it was trained with; if it is the TensorFlow 1 '
                 "original's, scripts/model/import_tf1_checkpoint.py makes one that does"
             )
+        check_network_is_given(path, settings, network)
+        if settings.get('loss') and loss is None:
+            raise ValueError(f'{path} was trained with a loss of its own: give it as loss=')
         made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
-        model = make_model(**made, compiled=compiled)
+        model = make_model(**made, compiled=compiled, network='' if network is None else network)
+        model.loss = loss or model.loss
         model.restore(path)
         return cls(model, settings)
+
+    def save(self, folder: str | Path) -> str:
+        """Writes FOLDER/model0, which `load` reads, and returns its path. Raises OSError."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        settings = self.settings or settings_of(self.model)
+        return write_checkpoint(self.model.checkpoint, folder, 0, {'flags': settings})
 
     def adapt(
         self,
@@ -1364,83 +1579,20 @@ class Learner:
             return 1
         return self.model.loss.shots * self.model.network.dim_output / examples
 
-    def _labels(self, y: np.ndarray) -> tuple[tf.Tensor, bool]:
-        """Labels [T, examples, out] of what `adapt` takes, and whether they are of one task."""
-        y, out = np.asarray(y), self.model.network.dim_output
-        rank = 1 if self.is_classifier else 2  # of one task's
-        if y.ndim not in (rank, rank + 1) or not y.size:
-            wanted = '[examples]' if self.is_classifier else f'[examples, {out}]'
-            raise ValueError(
-                f'labels must be {wanted}, or that with an axis of tasks before, but they are '
-                f'{list(y.shape)}'
-            )
-        if self.is_classifier:
-            if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= out:
-                raise ValueError(
-                    f'labels must be integers from 0 to {out - 1}, but they are {y.dtype} from '
-                    f'{y.min()} to {y.max()}'
-                )
-            label = np.eye(out)[y]
-        elif y.shape[-1] != out:
-            raise ValueError(
-                f'labels must have {out} values per example, but they are {list(y.shape)}'
-            )
-        else:
-            label = y
-        single = y.ndim == rank
-        return tf.constant(label[np.newaxis] if single else label, self.model.dtype), single
 
-    def _examples(self, x, name: str, single: bool, axes: Sequence[int] | None = None):
-        """Inputs [T, examples, D] of what `adapt` takes; axes: (T, examples), if known."""
-        x, size = np.asarray(x), self.model.network.dim_input
-        x = x[np.newaxis] if single else x
-        fits = x.ndim >= 3 and x.size and int(np.prod(x.shape[2:])) == size
-        if not fits or axes and x.shape[:2] != tuple(axes):
-            shape = getattr(self.model.network, 'image_shape', [size])
-            tasks, examples = axes or ('T', 'examples')
-            wanted = [*([] if single else [tasks]), examples, *shape]
-            raise ValueError(f'{name} must be {wanted}, but it is {list(x.shape[single:])}')
-        if np.issubdtype(x.dtype, np.integer) and self.is_classifier:
-            x = x / 255
-        if self.is_classifier and not (x.min() >= 0 and x.max() <= 1):
-            raise ValueError(
-                f'{name} must have values from 0 to 1, or integers up to 255, but they are from '
-                f'{x.min()} to {x.max()}'
-            )
-        return tf.constant(x.reshape(*x.shape[:2], size), self.model.dtype)
-
-    def _is_single(self, weights: Arrays) -> bool:
-        """Whether weights are of one task, without an axis for it.
-
-        Raises ValueError if they are not of this network.
-        """
-        own = self.model.weights
-        text = f'weights must be what adapt() returns, with {", ".join(own)}, but they have '
-        if {*own} != {*weights}:
-            raise ValueError(text + ', '.join(weights))
-        axes = {np.ndim(weights[name]) - theta.shape.rank for name, theta in own.items()}
-        if axes not in ({0}, {1}):
-            names = ', '.join(weights)
-            raise ValueError(
-                f'{text}{names} of other shapes than one task or one axis of tasks gives'
-            )
-        return axes == {0}
-
-    def _given(self, weights: Arrays, tasks: int, single: bool) -> Tensors:
-        """Weights [T, ...] from what `adapt` returns."""
-        if self._is_single(weights) != single:
-            have, need = ('several tasks', 'one') if single else ('one task', 'several')
-            raise ValueError(f'weights are of {have}, examples of {need}')
-        given = {}
-        for name, theta in self.model.weights.items():
-            value = weights[name][np.newaxis] if single else weights[name]
-            if tuple(np.shape(value)) != (tasks, *theta.shape):
-                raise ValueError(
-                    f'the weight {name} is {list(np.shape(weights[name]))}, but {tasks} tasks of '
-                    f'{theta.shape.as_list()} are needed'
-                )
-            given[name] = tf.constant(value, self.model.dtype)
-        return given
+def settings_of(model: FastMAML) -> dict:
+    """What `Learner.load` must know of a model that was not made from flags."""
+    shots, plain = getattr(model.loss, 'shots', None), model.loss is mean_squared_error
+    return {
+        'datasource': 'own',
+        'network': type(model.network).__name__,
+        'update_lr': model.update_lr,
+        'num_updates': model.num_updates,
+        'stop_grad': model.stop_grad,
+        'objective': 'loss' if shots is None else 'accuracy',
+        'shots': shots,
+        'loss': '' if plain or shots is not None else getattr(model.loss, '__name__', 'own'),
+    }
 
 
 def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
@@ -1454,6 +1606,19 @@ def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
             f'in, LOGDIR/cls_...; iterations that are there: {there}'
         )
     return found[checkpoint if checkpoint in found else max(found)]
+
+
+def check_network_is_given(path: str, settings: dict, network):
+    """Raises ValueError if a run had a network of the user's, which a checkpoint does not hold.
+
+    The file is not run unasked: a checkpoint may come from anywhere.
+    """
+    spec = settings.get('network')
+    if spec and network is None:
+        raise ValueError(
+            f'{path} was trained with --network={spec}, which it does not hold and which is not '
+            'run unasked: give it again, by --network or from Python as network='
+        )
 
 
 # The way Keras users work -------------------------------------------------------------------------
@@ -1704,6 +1869,52 @@ def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
 # From the command line's settings to a model ------------------------------------------------------
 
 
+@contextlib.contextmanager
+def random_seed(seed: int):
+    """Random numbers of Keras, NumPy and Python are a function of the seed, while entered."""
+    states = random.getstate(), np.random.get_state()
+    keras.utils.set_random_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def example_shape(settings: dict) -> tuple[int, ...]:
+    """Of an image, or of an example of the user's own tasks; settings: the flags of a run."""
+    if settings.get('example_shape'):
+        return tuple(settings['example_shape'])
+    given = settings.get('image_size', 84), settings.get('channels', 3)
+    size, channels = IMAGE_SHAPES.get(settings['datasource'], given)
+    return size, size, channels
+
+
+def user_network(spec: str, settings: dict):
+    """The network that FILE.py:FUNCTION makes for a run; settings: the flags of it.
+
+    It is called with the shape of an example and the number of classes or outputs, and returns a
+    keras.Model, or any other network. Its random initial values are a function of the run's seed.
+    Raises UserCodeError, and ValueError for other sizes and what `utils.user_function` and
+    `KerasNetwork` refuse.
+    """
+    shape = example_shape(settings)
+    outputs = settings.get('dim_output') or settings.get('num_classes', 5)
+    function, seed = user_function(spec), settings.get('seed', 0)
+    with random_seed(seed), user_code(spec, all_of_it=False):
+        made = function(shape, outputs)
+        network = KerasNetwork(made, input_shape=shape) if isinstance(made, keras.Model) else made
+    if not callable(network) or not hasattr(network, 'parameters'):
+        raise ValueError(f'{spec} must return a keras.Model, but it returned {made!r:.60}')
+    sizes = {'dim_input': ('take', int(np.prod(shape))), 'dim_output': ('have', outputs)}
+    for name, (verb, size) in sizes.items():
+        found, things = getattr(network, name, size), ('values per example', 'outputs')
+        if found != size:
+            thing = things[name == 'dim_output']
+            raise ValueError(f'{spec}: the model must {verb} {size} {thing}, but has {found}')
+    return network
+
+
 def make_network(
     datasource: str,
     num_classes: int = 5,
@@ -1714,13 +1925,18 @@ def make_network(
     baseline: str | None = None,
     image_size: int = 84,
     channels: int = 3,
+    example_shape: Sequence[int] | None = None,
+    dim_output: int = 1,
 ) -> FullyConnected | Convolutional:
-    """The paper's network for a data source, miniImagenet's for folders.
+    """The paper's network for a data source, miniImagenet's for folders, the sinusoid's for others.
 
     Arguments as the flags of the same names; norm may be a Normalization of one's own.
+    example_shape, dim_output: of the user's own tasks, see data_generator.UserTasks.
     """
     if datasource == 'sinusoid':
         return FullyConnected(3 if baseline == 'oracle' else 1, (40, 40), 1, norm)
+    if example_shape:
+        return FullyConnected(int(np.prod(example_shape)), (40, 40), dim_output, norm)
     if datasource not in (*IMAGE_SHAPES, 'folder'):
         known = ', '.join(IMAGE_SHAPES)
         raise ValueError(f'there is no datasource {datasource!r}, but sinusoid, {known} and folder')
@@ -1742,15 +1958,23 @@ def make_model(
     dtype=tf.float32,
     compiled: bool = True,
     replicas: Replicas | None = None,
-    **network,
+    network='',
+    objective: str | None = None,
+    shots: float | None = None,
+    **settings,
 ) -> FastMAML:
     """A model with the paper's network, loss and clipping.
 
-    Arguments as the flags and as of FastMAML, `network` as for `make_network`.
+    Arguments as the flags and as of FastMAML, `settings` as for `make_network`. network: another
+    one, or a keras.Model. objective, shots: of the user's own tasks, 'loss' or 'accuracy', and the
+    K that the loss of a classifier is divided by.
     """
-    loss = mean_squared_error if datasource == 'sinusoid' else cross_entropy(update_batch_size)
+    is_regression = objective == 'loss' or objective is None and datasource == 'sinusoid'
+    loss = mean_squared_error if is_regression else cross_entropy(shots or update_batch_size)
     clip = 10.0 if datasource in ('miniimagenet', 'folder') else None
-    made = make_network(datasource, **network)
+    if isinstance(network, keras.Model):
+        network = KerasNetwork(network)
+    made = make_network(datasource, **settings) if isinstance(network, str) else network
     inner, outer = (update_lr, num_updates), (meta_lr, stop_grad, clip)
     return FastMAML(made, loss, *inner, *outer, seed, dtype, compiled=compiled, replicas=replicas)
 
@@ -1760,5 +1984,5 @@ MODEL_SETTINGS = tuple(
     name
     for function in (make_model, make_network)
     for name in inspect.signature(function).parameters
-    if name not in ('dtype', 'compiled', 'replicas', 'network')
+    if name not in ('dtype', 'compiled', 'replicas', 'network', 'settings')
 )

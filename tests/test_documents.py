@@ -157,7 +157,7 @@ def check_command(program: str, *arguments: str):
 def check_paths(words: tuple[str, ...]):
     """Files of the checkout, as arguments or as values of flags."""
     for word in words:
-        path = word.split('=')[-1].split('::')[0]
+        path = word.split('=')[-1].split(':')[0]  # of FILE::TEST and FILE:FUNCTION
         if path.startswith(IN_CHECKOUT) and not (ROOT / path).exists():
             raise ValueError(f'there is no {path}')
 
@@ -403,7 +403,8 @@ def test_all_flags_are_in_the_tables():
 
 
 def test_every_script_has_an_example():
-    typed = {word for words in commands(read('scripts/README.md')) for word in words[1:2]}
+    words = [word for words in commands(read('scripts/README.md')) for word in words[1:]]
+    typed = {re.sub(':.*', '', word.split('=')[-1]) for word in words}
     scripts = [*(ROOT / 'scripts').rglob('*.py'), *(ROOT / 'scripts').rglob('*.sh')]
     paths = {path.relative_to(ROOT).as_posix() for path in scripts if path.name != '__init__.py'}
     assert {path for path in paths if not path.startswith('scripts/lib/')} <= typed

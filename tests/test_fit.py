@@ -392,7 +392,10 @@ def test_refused_validation_without_end():
         (lambda: MetaModel(classifier(), cross_entropy(1)), 'update_lr'),
         (lambda: MetaModel(classifier(), update_lr=0.1), 'loss'),
         (lambda: MetaModel(FullyConnected(1, (5,), 1), mean_squared_error, update_lr=-1), 'lr'),
-        (lambda: MetaModel(FastMAML(FullyConnected(1, (5,), 1), len, 0.1, 0)), 'num_updates'),
+        (
+            lambda: MetaModel(FastMAML(FullyConnected(1, (5,), 1), mean_squared_error, 0.1, 0)),
+            'num_updates',
+        ),
         (lambda: MetaModel(of_sinusoids()).compile('adam', loss='mse'), 'no loss'),
         (lambda: MetaModel(of_sinusoids()).compile(metrics=['accuracy']), 'no metrics'),
     ],

@@ -919,7 +919,7 @@ def test_many_steps_at_once_are_those_steps_one_by_one(pretrain):
             r'inputb must be .* with the 2 tasks of inputa, but it is \[1, 6, 36\]',
         ),
         (('labela', lambda y: y[0]), r'labela must be \[tasks, examples, size\]'),
-        (('inputa', lambda x: tf.cast(x, tf.float16)), 'of float16'),
+        (('inputa', lambda x: tf.cast(x, tf.complex64)), 'of complex64'),
         (('labela', lambda y: y[:, 1:]), 'inputa has 6 examples per task, but labela has 5'),
     ],
 )

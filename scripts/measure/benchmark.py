@@ -290,7 +290,8 @@ def time_evaluation(f: flags.FlagValues) -> dict:
     """Times main.py's evaluation of 600 tasks, compilation included."""
     f.train = False
     main.check_flags(f)
-    model, generators = make_model(**main.model_settings(f)), main.make_generators(f)
+    generators = main.make_generators(f)
+    model = main.build_model(f, generators)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         start = time.perf_counter()
         run = main.Prepared(model, generators, Path(folder), start=0, state={})

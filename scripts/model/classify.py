@@ -23,6 +23,8 @@ import numpy as np
 
 from data_generator import ImageLayout, image_files, read_image, run_layout
 from maml import Learner
+from scripts.lib.models import load
+from utils import UserCodeError
 
 
 class Support(NamedTuple):
@@ -121,8 +123,8 @@ def classify(values: argparse.Namespace) -> dict:
 
     Raises ValueError.
     """
-    learner = Learner.load(values.run_folder, values.checkpoint)
-    if not learner.is_classifier:
+    learner = load(values.run_folder, values.checkpoint, values.network)
+    if not learner.takes_images:
         raise ValueError(
             f'{values.run_folder} is a run on {learner.settings["datasource"]}, which has no images'
         )
@@ -158,6 +160,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help='normalise by the statistics of the images to classify, together, as the paper does; '
         'default: by those of the labelled images, so that an answer depends on its image alone',
     )
+    parser.add_argument(
+        '--network',
+        default='',
+        metavar='FILE.py:FUNCTION',
+        help='if the run was trained with --network: what makes its network',
+    )
     parser.add_argument('--json', action='store_true', help='print everything as JSON')
     values = parser.parse_args(arguments)
     values.checkpoint = {'last': -1}.get(values.checkpoint, values.checkpoint)
@@ -168,7 +176,7 @@ def main(arguments: list[str] | None = None):
     values = parse(arguments)
     try:
         found = classify(values)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, UserCodeError) as error:
         sys.exit(f'classify.py: {error}')
     if values.json:
         print(json.dumps(found, indent=1))

@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import tensorflow as tf
 
-from data_generator import run_layout
-from maml import Learner
+from maml import Learner, example_shape
+from scripts.lib.models import load
+from utils import UserCodeError
 
 
 def serve(function: Callable, *arguments: tf.TensorSpec) -> Callable:
@@ -43,7 +44,7 @@ class Serving(NamedTuple):
     lr: float
     transductive: bool
 
-    def module(self, image_shape: tuple[int, int, int]) -> tf.Module:
+    def module(self, image_shape: tuple[int, ...]) -> tf.Module:
         """To be saved."""
         images = [None, None, *image_shape]  # [T, examples, height, width, channels]
         support = (
@@ -54,6 +55,9 @@ class Serving(NamedTuple):
         module = tf.Module()
         module.weights = self.learner.model.weights
         module.norms = self.learner.model.norms
+        keras_model = getattr(self.learner.model.network, 'model', None)
+        if keras_model:  # what the graphs below read of it
+            module.others = [variable.value for variable in keras_model.variables]
         module.adapt = serve(self.adapt, *support)
         module.adapt_and_predict = serve(self.adapt_and_predict, *support, query)
         return module
@@ -66,7 +70,7 @@ class Serving(NamedTuple):
     def adapt(self, support_images: tf.Tensor, support_labels: tf.Tensor) -> dict[str, tf.Tensor]:
         model = self.learner.model
         label = tf.one_hot(support_labels, model.network.dim_output)  # [T, examples, N]
-        x = model.network.prepare(self.flat(support_images))
+        x = model.prepare(self.flat(support_images))
         weights = model.initial_weights(tf.shape(support_images)[0])
         lr = self.lr * self.learner.example_scale(tf.cast(tf.shape(label)[1], tf.float32))
         for _ in range(self.steps):
@@ -81,7 +85,7 @@ class Serving(NamedTuple):
         if not self.transductive:
             x = tf.concat([self.flat(support_images), x], axis=1)
             leading = tf.shape(support_images)[1]
-        output = model.output(weights, model.norms, model.network.prepare(x, leading), leading)
+        output = model.output(weights, model.norms, model.prepare(x, leading), leading)
         return {'probabilities': tf.nn.softmax(output)}
 
 
@@ -109,23 +113,20 @@ def save(module: tf.Module, out: Path) -> None:
 def export(values: argparse.Namespace) -> str:
     """Writes the SavedModel and returns a report. Raises ValueError and OSError."""
     which = {'last': -1}.get(values.checkpoint, values.checkpoint)
-    learner = Learner.load(values.run_folder, which)
+    learner = load(values.run_folder, which, values.network)
     if not learner.is_classifier:
         source = learner.settings['datasource']
-        raise ValueError(
-            f'{values.run_folder} is a run on {source}; only classifiers of images are exported'
-        )
+        raise ValueError(f'{values.run_folder} is a run on {source}; only classifiers are exported')
     steps, lr = chosen_steps(values, learner)
     if values.out.exists():
         raise ValueError(
             f'{values.out} is there already, and is not replaced: remove it, or give another OUT'
         )
-    height, width, channels = run_layout(learner.settings).shape(1)[1:]
-    module = Serving(learner, steps, lr, values.transductive).module((height, width, channels))
-    save(module, values.out)
+    shape = example_shape(learner.settings)
+    save(Serving(learner, steps, lr, values.transductive).module(shape), values.out)
     ways, transductive = learner.model.network.dim_output, '' if values.transductive else 'not '
     return (
-        f'{values.out}: {ways} ways, images {height}x{width}x{channels}, '
+        f'{values.out}: {ways} ways, images {"x".join(map(str, shape))}, '
         f'{steps} steps with α = {lr}, {transductive}transductive'
     )
 
@@ -150,6 +151,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help='normalise by the statistics of the queries of a task, together, as the paper does; '
         'default: by those of its support set, so that an answer depends on its image alone',
     )
+    parser.add_argument(
+        '--network',
+        default='',
+        metavar='FILE.py:FUNCTION',
+        help='if the run was trained with --network: what makes its network',
+    )
     return parser.parse_args(arguments)
 
 
@@ -157,7 +164,7 @@ def main(arguments: list[str] | None = None):
     values = parse(arguments)
     try:
         print(export(values))
-    except (ValueError, OSError, tf.errors.OpError) as error:
+    except (ValueError, OSError, UserCodeError, tf.errors.OpError) as error:
         sys.exit(f'export.py: {error}')
 
 

@@ -23,8 +23,16 @@ import tensorflow as tf
 from absl import flags
 
 from main import define_flags
-from maml import Learner
-from utils import checkpoints, event_files, read_events, read_run_state, write_checkpoint
+from maml import find_checkpoint
+from scripts.lib.models import load
+from utils import (
+    UserCodeError,
+    checkpoints,
+    event_files,
+    read_events,
+    read_run_state,
+    write_checkpoint,
+)
 
 SUMMARIES, PICTURES = 500, 20000  # the iterations between those that are kept
 
@@ -60,19 +68,24 @@ def training_command(settings: dict) -> str:
     return shlex.join(['python', 'main.py', *given])
 
 
-def copy_weights(run_folder: Path, target: Path, kind: str, which: int | str) -> None:
-    """Writes a checkpoint of the run, without Adam's state; kind: of the files, model or best."""
+def copy_weights(
+    run_folder: Path, target: Path, kind: str, which: int | str, network: str = ''
+) -> None:
+    """Writes a checkpoint of the run, without Adam's state; kind: of the files, model or best.
+
+    network: see `load`.
+    """
     found = checkpoints(run_folder, kind)
     if not found and kind == 'best':  # as of sinusoids
         return
-    model = Learner.load(run_folder, which).model
+    model = load(run_folder, which, network).model
     target.mkdir(parents=True, exist_ok=True)
     weights = tf.train.Checkpoint(weights=model.weights, norms=model.norms)
     iteration = max(found)
     write_checkpoint(weights, target, iteration, read_run_state(found[iteration]), kind)
 
 
-def publish(run_folder: Path, target: Path) -> Path:
+def publish(run_folder: Path, target: Path, network: str = '') -> Path:
     """Returns the new folder. Raises ValueError and OSError; nothing is left then."""
     folder = target / run_folder.resolve().name
     if folder.exists():
@@ -82,13 +95,13 @@ def publish(run_folder: Path, target: Path) -> Path:
     beside = folder.with_name(folder.name + '.part')
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        copy_weights(run_folder, beside, 'model', -1)
-        copy_weights(run_folder, beside, 'best', 'best')
+        copy_weights(run_folder, beside, 'model', -1, network)
+        copy_weights(run_folder, beside, 'best', 'best', network)
         for path in [*run_folder.glob('test_ubs*.csv'), *run_folder.glob('test_ubs*.pkl')]:
             shutil.copy(path, beside)
         for path in event_files(run_folder):
             thin(path, beside / path.name)
-        command = training_command(Learner.load(run_folder).settings)
+        command = training_command(read_run_state(find_checkpoint(run_folder))['flags'])
         (beside / 'command.txt').write_text(f'{command}\n')
         beside.rename(folder)
     finally:
@@ -102,10 +115,16 @@ def main(arguments: list[str] | None = None):
     )
     parser.add_argument('run_folder', type=Path, metavar='RUN_FOLDER')
     parser.add_argument('target', type=Path, metavar='TARGET')
+    parser.add_argument(
+        '--network',
+        default='',
+        metavar='FILE.py:FUNCTION',
+        help='if the run was trained with --network: what makes its network',
+    )
     values = parser.parse_args(arguments)
     try:
-        print(publish(values.run_folder, values.target))
-    except (ValueError, OSError) as error:
+        print(publish(values.run_folder, values.target, values.network))
+    except (ValueError, OSError, UserCodeError) as error:
         sys.exit(f'publish.py: {error}')
 
 

@@ -1,0 +1,19 @@
+"""Trained models, as scripts/model/ loads them."""
+
+from pathlib import Path
+
+from maml import Learner, find_checkpoint, user_network
+from utils import read_run_state
+
+
+def load(run_folder: Path, checkpoint: int | str, network: str = '') -> Learner:
+    """As Learner.load; network: FILE.py:FUNCTION, if the run was trained with one.
+
+    Raises ValueError and UserCodeError.
+    """
+    if not network:
+        return Learner.load(run_folder, checkpoint)
+    settings = read_run_state(find_checkpoint(run_folder, checkpoint)).get('flags', {})
+    if not settings.get('network'):
+        raise ValueError(f'{run_folder} was trained without --network, so it takes none')
+    return Learner.load(run_folder, checkpoint, network=user_network(network, settings))
