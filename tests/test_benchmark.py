@@ -96,6 +96,7 @@ def test_training_loop(tmp_path, monkeypatch):
     assert abs(got['rss_growth_mb']) < 500
 
 
+@pytest.mark.slow
 def test_evaluation(tmp_path, monkeypatch):
     monkeypatch.setattr(main, 'EVALUATION_TASKS', 40)
     got = figures(run('--evaluate', *TINY, f'--data_dir={make_omniglot(tmp_path)}'))
@@ -172,6 +173,7 @@ def test_refusals(tmp_path, monkeypatch, arguments, words):
     assert not listing(tmp_path)
 
 
+@pytest.mark.slow
 def test_as_a_program():
     file = CASES / 'sinusoid_5shot_5steps.npz'
     outcome = command('scripts/measure/benchmark.py', file, '--steps=2')

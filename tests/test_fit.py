@@ -114,7 +114,13 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize('kind', SOURCES)
+QUICK = 'DataGenerator'  # the others say the same of the callbacks
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [pytest.param(kind, marks=[] if kind == QUICK else pytest.mark.slow) for kind in SOURCES],
+)
 def test_fit_with_callbacks(kind, tmp_path):
     model, callbacks = of_pictures(), keras.callbacks
     model.compile()
@@ -170,7 +176,8 @@ def test_fit_is_outer_steps():
     same_as_steps(model, of_pictures(given).maml, pictures())
 
 
-@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize(
     'named', [{}, {'training_metrics': False}, {'steps_per_execution': 3}, {'run_eagerly': True}]
 )
@@ -181,6 +188,7 @@ def test_fit_is_outer_steps_in_graphs(graph, named, compiled):
     same_as_steps(model, of_sinusoids(compiled), sinusoids())
 
 
+@pytest.mark.slow
 def test_metrics_of_training_are_those_of_the_weights_before_each_step():
     model, other = of_pictures(), of_pictures()
     other.set_weights(model.get_weights())
@@ -265,6 +273,7 @@ def test_evaluate_is_that_of_maml(transductive):
     assert len(found) == 10
 
 
+@pytest.mark.slow
 def test_validation_tasks_are_the_same_every_time():
     model = of_pictures()
     model.compile(keras.optimizers.SGD(0.0))

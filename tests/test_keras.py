@@ -259,18 +259,14 @@ PAPER = [
     'miniimagenet_clipped',
 ]
 CASES = [
-    pytest.param(
-        *(name, precision, compiled),
-        marks=[]
-        if (name, precision, compiled) == (PAPER[0], 'float64', False)
-        else pytest.mark.slow,
-    )
+    (name, precision, compiled)
     for name in PAPER
     for precision in ('float64', 'float32')
     for compiled in (False, True)
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, precision, compiled', CASES)
 def test_paper_networks_in_keras(name, precision, compiled):
     folder = FOLDER if (FOLDER / f'{name}.npz').exists() else SHARED

@@ -443,6 +443,7 @@ def own(tmp_path) -> Path:
     return tmp_path / 'own.py'
 
 
+@pytest.mark.slow
 def test_own_tasks_stop_and_continue_exactly(tmp_path, eager, often, monkeypatch):
     """Regression: the best checkpoint is that of the smallest loss; evaluated, and used."""
     monkeypatch.setattr(curves.Curves, 'iterations_at_once', 1)
@@ -460,6 +461,7 @@ def test_own_tasks_stop_and_continue_exactly(tmp_path, eager, often, monkeypatch
     assert learner.predict(batch[2], weights).shape == (3, 11, 1)
 
 
+@pytest.mark.slow
 def test_own_classification(own, tmp_path, eager, often):
     """One-hot labels make it one; with the network here, with one's own, and exported."""
     source = [f'--datasource={own}:Tasks', '--meta_batch_size=4', '--validation_tasks=4']

@@ -110,6 +110,7 @@ def test_regression():
     assert outcome.status == 0, outcome.err
 
 
+@pytest.mark.slow
 def test_the_same_seed_prints_the_same():
     numbers = ['--input_shape=2', '--seed=1']
     assert audit('regression', *numbers) == audit('regression', *numbers)
