@@ -26,6 +26,7 @@ import tensorflow as tf
 
 from special_grads import (
     BATCH_NORM_EPSILON,
+    PER_EXAMPLE,
     BatchNorm,
     Normalization,
     Shared,
@@ -281,6 +282,7 @@ class KerasNetwork:
     a function of a variable's path that says whether. The rest is learned by the outer loop only.
     input_shape: of an example, if the model is not built yet.
     Raises ValueError, with the layer's name, for what could not be right: see `check_keras_model`.
+    Warns of layers that no test has compared with differences, such as your own.
     """
 
     def __init__(
@@ -291,6 +293,7 @@ class KerasNetwork:
     ):
         self.model, self.image_shape = model, keras_input_shape(model, input_shape)
         output = check_keras_model(model, self.image_shape)
+        warn_of_unproven_layers(model)
         self.dim_input = int(np.prod(self.image_shape))
         self.dim_output = int(np.prod(output.shape[1:]))
         self.dtype = model.trainable_variables[0].dtype
@@ -338,6 +341,30 @@ class KerasNetwork:
         rows = tf.reshape(x, [-1, *self.image_shape])  # [T*examples, ...]
         with calls_for_tasks(self.layers, values, sizes(x)[0], leading), keras.StatelessScope():
             return self.model(rows, training=True)
+
+
+# Layers of Keras that tests compare with differences, besides special_grads.PER_EXAMPLE.
+PROVEN = {
+    *('Dense', 'Embedding', 'PReLU', 'GRU', 'GRUCell', 'LSTM', 'LSTMCell', 'MultiHeadAttention'),
+    *('Conv1D', 'Conv2D', 'DepthwiseConv2D', 'SeparableConv2D', 'Conv2DTranspose', 'EinsumDense'),
+    *('BatchNormalization', 'LayerNormalization', 'GroupNormalization', 'RMSNormalization'),
+    *('Sequential', 'Functional', 'Dropout'),  # one that drops something is refused
+}
+
+
+def warn_of_unproven_layers(model: keras.Model):
+    """Names the layers whose second derivatives no test here has compared with differences."""
+    names = []
+    for layer in model._flatten_layers():
+        kind = type(layer)
+        if not kind.__module__.startswith('keras.') or kind.__name__ not in PROVEN | PER_EXAMPLE:
+            names.append(f'{layer.name} ({kind.__name__})')
+    if names:
+        warnings.warn(
+            f'the second derivatives of {", ".join(dict.fromkeys(names))} are not known to be '
+            'right: compare them, by scripts/model/check_second_order.py FILE.py:FUNCTION',
+            stacklevel=3,
+        )
 
 
 KERAS_TASKS = 4  # of a model whose tasks run one after another, in one program: it takes to compile

@@ -333,6 +333,20 @@ def test_refused_models(name):
     assert words in str(error.value) and '\n' not in str(error.value)
 
 
+def test_layers_of_one_s_own_are_named():
+    """Their second derivatives may be wrong, and the training would not show it."""
+    with pytest.warns(UserWarning, match=r'of affine \(Affine\) are not known to be right'):
+        KerasNetwork(small(Affine(name='affine')))
+    with pytest.warns(UserWarning, match='Subclassed'):
+        KerasNetwork(Subclassed(), input_shape=(4,))
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.filterwarnings('error:the second derivatives')
+def test_layers_that_are_compared_are_not(name):
+    KerasNetwork(MODELS[name]())
+
+
 @pytest.mark.parametrize(
     'adapt, words', [(['tail'], "'tail'"), (lambda path: False, 'none of the variables')]
 )
