@@ -527,7 +527,8 @@ def assert_figures(values: np.ndarray):
 
 @published
 @images
-@pytest.mark.parametrize('tasks', [16, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('tasks', [16, 600])
 def test_accuracy_of_the_published_model(published_run, validation_classes, monkeypatch, tasks):
     monkeypatch.setattr(main, 'EVALUATION_TASKS', tasks)
     succeeded(run(*FLAGS, f'--data_dir={validation_classes}', f'--logdir={published_run.parent}'))

@@ -221,6 +221,7 @@ def test_step_sizes_of_errors(trained):
     np.testing.assert_allclose(found[1:], model.model.evaluate(batch, 10).losses2, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_step_sizes_of_accuracies(tmp_path, eager):
     make_omniglot(tmp_path / 'data')
     flags = ['--datasource=omniglot', '--num_classes=2', '--num_filters=4', '--update_lr=.4']

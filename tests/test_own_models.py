@@ -202,6 +202,7 @@ def test_scripts_take_the_network(folder, run_folder, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_exported_network(folder, run_folder, tmp_path):
     """Any number of tasks and examples, in a process that knows nothing of this project."""
     spec, arrays = f'{folder}/networks.py:small', tasks_to_serve()

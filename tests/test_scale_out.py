@@ -67,7 +67,8 @@ def means(logdir: Path) -> np.ndarray:
     return np.array(path.read_text().splitlines()[1].split(','), float)
 
 
-@pytest.mark.parametrize('conv', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('conv', [False, True])
 def test_one_device_two_devices_two_workers(flags, tmp_path, conv):
     """They end with the same weights; one of them prints and writes."""
     flags = [*flags, f'--conv={conv}']
