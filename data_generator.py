@@ -223,11 +223,13 @@ class ImageGenerator(DataGenerator):
 
     folders: the decoded classes of each split, from load_omniglot, load_miniimagenet, load_folder.
     num_classes: N. num_support: K, images per class. num_query: Q, images per class; may be 0.
-    rotate: draw rotations. seed: another one gives other tasks.
+    rotate: draw rotations; `rotates` if None. seed: another one gives other tasks.
     splits: those it will be used on; all that `folders` holds if None.
     Raises ValueError if a size is out of range, or a split has too few classes or too few images
     in a class.
     """
+
+    rotates = False
 
     def __init__(
         self,
@@ -235,7 +237,7 @@ class ImageGenerator(DataGenerator):
         num_classes: int,
         num_support: int,
         num_query: int,
-        rotate: bool = False,
+        rotate: bool | None = None,
         seed: int = 0,
         splits: Iterable[str] | None = None,
     ):
@@ -245,13 +247,13 @@ class ImageGenerator(DataGenerator):
         splits = folders if splits is None else splits
         self.folders = {split: folders[split] for split in splits}
         self.num_classes, self.num_support, self.num_query = num_classes, num_support, num_query
-        self.rotate = rotate
+        self.rotate = self.rotates if rotate is None else rotate
         for split in self.folders:
             self._check(split)
         first = next(iter(self.folders.values()))
         self.image_shape = first.images.shape[1:]  # (height, width, channels)
         height, width, _ = self.image_shape
-        if rotate and height != width:
+        if self.rotate and height != width:
             raise ValueError(f'only square images can be rotated, not {height}x{width}')
         # N classes, N rotations, K + Q images of each class, an order of the classes for each shot
         num_draws = 2 * num_classes * (1 + num_support + num_query)
@@ -324,20 +326,9 @@ class ImageGenerator(DataGenerator):
 class OmniglotGenerator(ImageGenerator):
     """The same with rotations, so that every character is four classes, and small images."""
 
+    rotates = True
     updates_shown = 10
     tasks_at_once = 20
-
-    def __init__(
-        self,
-        folders: Mapping[str, ClassImages],
-        num_classes: int,
-        num_support: int,
-        num_query: int,
-        rotate: bool = True,
-        seed: int = 0,
-        splits: Iterable[str] | None = None,
-    ):
-        super().__init__(folders, num_classes, num_support, num_query, rotate, seed, splits)
 
 
 class BadTasks(ValueError):

@@ -110,7 +110,8 @@ class Network:
     Attributes: parameters and norm_parameters, {name: (kind of initial value, shape)}; the former
     are adapted by the inner loop, the latter common to all tasks; dim_input and dim_output, sizes
     of an example and of its output, without which there are no checks and no Learner. Optional:
-    takes_shared, whether `__call__` of the class that says so takes special_grads.Shared.
+    takes_shared, whether `__call__` of the class that says so takes special_grads.Shared;
+    compilable, whether XLA can compile it; most_tasks, that run together; dtype, that it needs.
     """
 
     def __init__(self, norm: str | Normalization):
@@ -1832,8 +1833,7 @@ def as_maml(model, loss: Callable | None, given: dict) -> FastMAML:
     elif loss is None or 'update_lr' not in given:
         raise ValueError('a network needs a loss and update_lr, the inner step size')
     else:
-        network = KerasNetwork(model) if isinstance(model, keras.Model) else model
-        model = FastMAML(network, loss, **given)
+        model = FastMAML(model, loss, **given)
     if model.num_updates < 1 or model.replicas.strategy or tf.distribute.has_strategy():
         raise ValueError(
             'MetaModel needs num_updates of at least 1, and one device: for several there is '
@@ -1999,8 +1999,6 @@ def make_model(
     is_regression = objective == 'loss' or objective is None and datasource == 'sinusoid'
     loss = mean_squared_error if is_regression else cross_entropy(shots or update_batch_size)
     clip = 10.0 if datasource in ('miniimagenet', 'folder') else None
-    if isinstance(network, keras.Model):
-        network = KerasNetwork(network)
     made = make_network(datasource, **settings) if isinstance(network, str) else network
     inner, outer = (update_lr, num_updates), (meta_lr, stop_grad, clip)
     return FastMAML(made, loss, *inner, *outer, seed, dtype, compiled=compiled, replicas=replicas)
