@@ -27,9 +27,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
+# isort: split
+import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
 
@@ -70,6 +71,7 @@ from utils import (
     read_run_state,
     remove_checkpoint,
     remove_leftovers,
+    set_up_gpus,
     user_code,
     user_function,
     write_whole,
@@ -190,6 +192,8 @@ FLAGS = (
     Flag('strategy', ('none', 'mirrored', 'multi_worker'), 'none', ANYTIME,
          'devices that share the tasks: mirrored: all of this machine; multi_worker: of several '
          'processes, by TF_CONFIG'),
+    Flag('tf32', bool, False, ANYTIME,
+         'let GPUs round the factors of float32 products to 10 bits: faster, other numbers'),
     # Training
     Flag('pretrain_iterations', int, 0, EVALUATION,
          'iterations of joint training on all tasks, before meta-training', lowest=0),
@@ -977,13 +981,15 @@ def worker_index(f: flags.FlagValues) -> int:
 
 
 def tune(f: flags.FlagValues):
-    """Settings of TensorFlow that suit a run, by measurement; to be called before anything of it.
+    """Settings of TensorFlow that suit a run; to be called before anything of it.
 
-    A thread for each operation where tasks are tiny: handing work over takes longer than the work.
-    XLA's older generator of loops for Omniglot: it compiles a quarter faster and into less, and the
-    code is as fast; for the others the code is slower. XLA ends the process at options it does not
-    know, so only in the version tried.
+    GPUs as `utils.set_up_gpus` says; the rest by measurement. A thread for each operation where
+    tasks are tiny: handing work over takes longer than the work. XLA's older generator of loops for
+    Omniglot: it compiles a quarter faster and into less, and the code is as fast; for the others
+    the code is slower. XLA ends the process at options it does not know, so only in the version
+    tried.
     """
+    set_up_gpus(f.tf32)
     if f.datasource == 'sinusoid':
         tf.config.threading.set_intra_op_parallelism_threads(1)
     if f.datasource == 'omniglot' and tf.__version__.startswith('2.21.'):

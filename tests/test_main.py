@@ -156,6 +156,7 @@ def test_flags_and_defaults():
         'transductive',
         'strategy',
         'network',
+        'tf32',
     }
 
 
