@@ -300,10 +300,10 @@ def time_evaluation(f: flags.FlagValues) -> dict:
         main.evaluate(run, f)
     elapsed = time.perf_counter() - start
     return {
-        'tasks': main.EVALUATION_TASKS,
+        'tasks': f.test_tasks,
         'updates': max(f.num_updates, main.EVALUATION_UPDATES),
         'evaluation_s': round(elapsed, 2),
-        'tasks_per_s': round(main.EVALUATION_TASKS / elapsed, 2),
+        'tasks_per_s': round(f.test_tasks / elapsed, 2),
         'since_process_start_s': round(since_start(), 2),
     }
 
