@@ -610,6 +610,8 @@ class Log(Observer):
         before, after = (state or {}).get('printing', ([], []))
         # What the next printed line is the mean of.
         self.before, self.after = [*map(np.float32, before)], [*map(np.float32, after)]
+        self.best = ((state or {}).get('best') or {}).get(objective, np.nan)  # of the validations
+        self.folder = folder
         self.clock = self.shown = time.perf_counter()
         self.writer = tf.summary.create_file_writer(str(folder)) if folder else None
         self.shows_pictures = self.writer is not None
@@ -618,7 +620,12 @@ class Log(Observer):
         return {'printing': [[*map(float, values)] for values in (self.before, self.after)]}
 
     def introduce(self, values: dict):
-        """Writes the flags of a run that begins, and says what the lines to come hold."""
+        """Writes the flags of a run that begins, and says what the lines to come hold.
+
+        TensorBoard's HPARAMS tab gets those of a run that goes on too: they may be others.
+        """
+        if self.writer:
+            write_session(self.writer, values, str(self.folder), self.end)
         if self.writer and self.start == 0:
             rows = ['flag | value', '--- | ---']
             rows += [f'`--{name}` | {value}' for name, value in values.items()]
@@ -658,6 +665,7 @@ class Log(Observer):
         before, after = self.summaries('metatrain', results, iteration)
         self.before.append(before)
         self.after.append(after)
+        self._write((f'last_training_{self.objective}',), [np.mean(self.after)], iteration)
         if iteration % self.interval == 0 and iteration != 0:
             label = f'Iteration {iteration - self.pretrain}'
             if iteration < self.pretrain:
@@ -668,8 +676,14 @@ class Log(Observer):
     def validation(self, results: Results, interval: float, iteration: int):
         before, after = self.summaries('metaval', results, iteration)
         self.line(f'Validation results: {before}, {after}')
-        tag = f'metaval_Post-update_{self.objective}_interval'
-        self._write((tag,), [np.float32(interval)], iteration)
+        better = np.fmax if self.objective == 'accuracy' else np.fmin  # a nan is never the best
+        self.best = better(self.best, after)
+        tags = (
+            f'metaval_Post-update_{self.objective}_interval',
+            f'last_validation_{self.objective}',
+            f'best_validation_{self.objective}',
+        )
+        self._write(tags, [*map(np.float32, (interval, after, self.best))], iteration)
 
     def steps(self, first: int, last: int, loss: float):
         """The first step's time, compilation included; then where the run is.
@@ -709,6 +723,22 @@ class Log(Observer):
         with suppress(tf.errors.OpError):
             if self.writer:
                 self.writer.close()
+
+
+def write_session(writer: tf.summary.SummaryWriter, values: dict, name: str, end: int):
+    """The flags that tell a run from others, for TensorBoard's HPARAMS tab.
+
+    values: of all flags. name: of the run. end: the iteration it is to end with; the flags are
+    written as if they belonged to it, so that a run that goes on forgets them and writes its own.
+    """
+    from tensorboard.plugins.hparams import summary_v2  # --log=False does without the package
+
+    telling = [flag.name for flag in FLAGS if flag.may_change != ANYTIME]
+    shown = {name: values[name] for name in (*telling, 'metatrain_iterations')}
+    shown = {name: 'None' if value is None else value for name, value in shown.items()}
+    session = summary_v2.hparams_pb(shown, trial_id=name)
+    with writer.as_default():
+        tf.summary.experimental.write_raw_pb(session.SerializeToString(), step=end)
 
 
 # Training -----------------------------------------------------------------------------------------

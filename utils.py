@@ -388,7 +388,7 @@ def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
     for path in event_files(folder):
         for event in map(tf.compat.v1.Event.FromString, read_events(path)):
             for value in event.summary.value:
-                if value.tensor.dtype == number:
+                if value.tensor.dtype == number and not value.tensor.tensor_shape.dim:
                     values = found.setdefault(value.tag, {})
                     values[event.step] = float(tf.make_ndarray(value.tensor))
     return {tag: dict(sorted(values.items())) for tag, values in found.items()}
