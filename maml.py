@@ -351,6 +351,8 @@ PROVEN = {
     *('Conv1D', 'Conv2D', 'DepthwiseConv2D', 'SeparableConv2D', 'Conv2DTranspose', 'EinsumDense'),
     *('BatchNormalization', 'LayerNormalization', 'GroupNormalization', 'RMSNormalization'),
     *('Sequential', 'Functional', 'Dropout'),  # one that drops something is refused
+    # Operations, keras.ops, between layers.
+    *('Sin', 'Tanh', 'Sigmoid', 'Silu', 'Gelu', 'Relu', 'Mean'),
 }
 
 
