@@ -1,9 +1,9 @@
 """Losses; files; devices.
 
-Losses of tasks, the meta-batches they are taken of, and intervals of their means. The files of a
-run, checkpoints, summaries and tables, each of them written whole or not at all; and what users
-wrote for it. Compiled pieces of a program, and the devices that compute the tasks of a meta-batch
-together.
+Losses of tasks, the meta-batches they are taken of, and intervals of their means. Checks of
+arguments. The files of a run, checkpoints, summaries and tables, each of them written whole or not
+at all; and what users wrote for it. Compiled pieces of a program, and the devices that compute the
+tasks of a meta-batch together.
 """
 
 import csv
@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import operator
 import os
 import platform
 import re
@@ -81,6 +82,63 @@ def confidence(values: np.ndarray) -> np.ndarray:
     """
     with np.errstate(invalid='ignore'):  # inf - inf
         return scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)
+
+
+# Arguments, checked -------------------------------------------------------------------------------
+
+
+def whole_number(name: str, value, lowest: int = 0) -> int:
+    """An argument that counts something. Raises ValueError, with its name, if it is no count."""
+    try:
+        found = operator.index(value)
+    except TypeError:  # also of 2.0, which may be a mistake
+        found = None
+    if found is None or found < lowest:
+        raise ValueError(f'{name} must be a whole number from {lowest} on, but it is {value!r:.60}')
+    return found
+
+
+def real_number(name: str, value, above: float | None = None) -> float:
+    """An argument of 0 or more, a step size; or one greater than `above`.
+
+    Raises ValueError, with its name, if it is infinite, NaN, out of range or no real number.
+    """
+    try:
+        array = real_numbers(name, value)
+        found = float(array) if array.ndim == 0 else np.nan
+    except ValueError:
+        found = np.nan
+    if not (found >= 0 if above is None else found > above) or found == np.inf:
+        wanted = 'of 0 or more' if above is None else f'above {above:g}'
+        raise ValueError(f'{name} must be a finite number {wanted}, but it is {value!r:.60}')
+    return found
+
+
+def real_numbers(name: str, values) -> np.ndarray:
+    """An argument as an array. Raises ValueError, with its name, if it is not one of real numbers.
+
+    Booleans count as such.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise ValueError(f'{name} must be an array, but it is none ({error})') from error
+    if not np.can_cast(array.dtype, np.float64, 'same_kind'):
+        kind = 'None' if values is None else f'of type {array.dtype}'
+        raise ValueError(f'{name} must be an array of real numbers, but it is {kind}')
+    return array
+
+
+def finite_numbers(name: str, array: np.ndarray, dtype) -> np.ndarray:
+    """In another type. Raises ValueError, with the name, if they are not finite in it."""
+    with np.errstate(over='ignore'):
+        array = np.asarray(array, dtype)
+    if not np.isfinite(array).all():
+        count = int(np.sum(~np.isfinite(array)))
+        raise ValueError(
+            f'{name} must be finite numbers of {array.dtype}, but {count} are NaN or infinite'
+        )
+    return array
 
 
 # Files of a run: checkpoints ----------------------------------------------------------------------
