@@ -61,6 +61,7 @@ from utils import (
     mean_squared_error,
     piece,
     read_checkpoint,
+    read_objects,
     read_run_state,
     user_code,
     user_function,
@@ -938,9 +939,8 @@ class FastMAML(MAML):
         for name, variable in variables.items():
             variable.assign(tf.cast(values[name], variable.dtype))
         state = {name: getattr(self, name) for name in optimizers}
-        if state:  # there is more in a checkpoint than this: the run's own state
-            status = tf.train.Checkpoint(**state).read(path)
-            status.assert_existing_objects_matched().expect_partial()
+        if state:
+            read_objects(path, state)
         return bool(state)
 
 
