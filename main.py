@@ -67,6 +67,7 @@ from utils import (
     forget_summaries,
     is_spec,
     lock,
+    print_anything,
     read_run_state,
     remove_checkpoint,
     remove_leftovers,
@@ -168,6 +169,7 @@ TRAIN_STEP_SIZE = Rule(
     'a step size of 0 or more, or -1 for that of --update_lr',
 )
 NETWORK = Rule(lambda value: value == '' or is_spec(value), 'FILE.py:FUNCTION')
+FOLDER = Rule(lambda value: '://' not in value, 'a folder, not an address')
 TEST_QUERY = Rule(lambda value: value == -1 or value >= 1, 'at least 1, or -1 for as many as shots')
 
 # Symbols are the paper's. The flags that name a run stand in the order of the name.
@@ -178,7 +180,7 @@ FLAGS = (
          'where tasks come from: sinusoid, omniglot, miniimagenet, folder, or FILE.py:FUNCTION, '
          'which returns tasks of your own', makes_model=True),
     Flag('data_dir', str, 'data', ANYTIME,
-         'folder of the prepared data, or of your own class folders'),
+         'folder of the prepared data, or of your own class folders', FOLDER),
     Flag('split', str, '0.64,0.16,0.2', NEVER,
          'shares of the classes that train, val and test get (folder only)', SPLIT),
     Flag('image_size', int, 84, NEVER,
@@ -234,7 +236,7 @@ FLAGS = (
          in_name=lambda value: f'.{value.rpartition(":")[2]}' if value else ''),
     # Logging, saving, testing
     Flag('log', bool, True, ANYTIME, 'write summaries for TensorBoard'),
-    Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders'),
+    Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders', FOLDER),
     Flag('resume', bool, True, ANYTIME, 'continue from the newest checkpoint of the same run'),
     Flag('overwrite', bool, False, ANYTIME,
          'with --resume=False: remove the earlier run of the same name'),
@@ -538,7 +540,7 @@ class Log(Observer):
         # What the next printed line is the mean of.
         self.before, self.after = [*map(np.float32, before)], [*map(np.float32, after)]
         self.clock = self.shown = time.perf_counter()
-        self.writer = tf.summary.create_file_writer(str(folder)) if folder else None
+        self.writer = tf.summary.create_file_writer(os.fsencode(folder)) if folder else None
         self.shows_pictures = self.writer is not None
 
     def state(self) -> dict:
@@ -549,8 +551,9 @@ class Log(Observer):
         if self.writer and self.start == 0:
             rows = ['flag | value', '--- | ---']
             rows += [f'`--{name}` | {value}' for name, value in values.items()]
+            text = '\n'.join(rows).encode(errors='backslashreplace')  # a path may not be UTF-8
             with self.writer.as_default():
-                tf.summary.text('flags', '\n'.join(rows), step=self.start)
+                tf.summary.text('flags', text, step=self.start)
         updates = '1 update' if self.update == 1 else f'{self.update} updates'
         self.line(
             f'To be printed every {self.interval} iterations: mean {self.objective} on the support '
@@ -928,7 +931,7 @@ def main(
     """
     logging.set_verbosity(logging.ERROR)
     if worker_index(f) > 0:
-        sys.stdout = open(os.devnull, 'w')  # the first one prints
+        sys.stdout = open(os.devnull, 'w', errors='ignore')  # the first one prints
     with ExitStack() as held:
         try:
             if len(arguments) > 1:
@@ -1001,5 +1004,6 @@ def program(arguments: list[str], norm: Normalization | None = None):
 
 
 if __name__ == '__main__':
+    print_anything()
     define_flags()
     app.run(program)

@@ -63,6 +63,7 @@ from utils import (
     mean_squared_error,
     piece,
     read_checkpoint,
+    read_objects,
     read_run_state,
     real_number,
     real_numbers,
@@ -943,9 +944,8 @@ class FastMAML(MAML):
         for name, variable in variables.items():
             variable.assign(tf.cast(values[name], variable.dtype))
         state = {name: getattr(self, name) for name in optimizers}
-        if state:  # there is more in a checkpoint than this: the run's own state
-            status = tf.train.Checkpoint(**state).read(path)
-            status.assert_existing_objects_matched().expect_partial()
+        if state:
+            read_objects(path, state)
         return bool(state)
 
 

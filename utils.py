@@ -8,6 +8,7 @@ tasks of a meta-batch together.
 
 import csv
 import functools
+import glob
 import hashlib
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -184,8 +186,9 @@ def write_checkpoint(
     path = str(Path(folder) / f'{kind}{iteration}')
     run = tf.Variable(json.dumps({**(state or {}), 'iteration': iteration}))
     try:
-        # The index comes last, so a checkpoint that has one is complete.
-        tf.train.Checkpoint(checkpoint, run=run).write(path)
+        with for_tensorflow(path) as prefix:
+            # The index comes last, so a checkpoint that has one is complete.
+            tf.train.Checkpoint(checkpoint, run=run).write(prefix)
     except tf.errors.OpError as error:
         remove_leftovers(folder)
         raise OSError(f'{path} cannot be written ({first_line(error)})') from error
@@ -194,6 +197,29 @@ def write_checkpoint(
         if is_own(old):
             remove_checkpoint(old)
     return path
+
+
+def taken_as_written(path: str) -> bool:
+    """Whether TensorFlow takes a path for what it is.
+
+    One that it reads it takes for a pattern, with [ and the like, and it wants all in UTF-8.
+    """
+    return not re.search(r'[\[\]{}*?\\\udc80-\udcff]', path)
+
+
+@contextmanager
+def for_tensorflow(path: str) -> Iterator[str]:
+    """A path of the same checkpoint that TensorFlow takes as it is written, while entered.
+
+    If need be one through a link to the folder.
+    """
+    if taken_as_written(path):
+        yield path
+        return
+    folder, name = os.path.split(os.path.abspath(path))
+    with tempfile.TemporaryDirectory() as beside:
+        os.symlink(folder, link := os.path.join(beside, 'run'))
+        yield os.path.join(link, name)
 
 
 def remove_checkpoint(path: str):
@@ -244,10 +270,18 @@ def read_run_state(path: str) -> dict:
 def stored_values(path: str) -> dict[str, np.ndarray]:
     """All that is in a checkpoint, by TensorFlow's keys, its checksums compared.
 
-    Raises DamagedCheckpoint.
+    Raises DamagedCheckpoint, and OSError if this process may not read it, which is no damage.
     """
+    for file in Path(path).parent.glob(f'{glob.escape(Path(path).name)}.*'):
+        open(file, 'rb').close()
+    with for_tensorflow(path) as prefix:
+        return all_values(prefix, path)
+
+
+def all_values(prefix: str, path: str) -> dict[str, np.ndarray]:
+    """The part of `stored_values` that TensorFlow does; prefix: of `for_tensorflow`."""
     try:
-        reader = tf.train.load_checkpoint(path)
+        reader = tf.train.load_checkpoint(prefix)
         return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
     except Exception as error:  # OpError, ValueError, IndexError ...: it depends on the damage
         raise DamagedCheckpoint(
@@ -283,6 +317,14 @@ def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray],
         )
     optimizers = [name for name in OPTIMIZERS if any(key.startswith(f'{name}/') for key in stored)]
     return values, optimizers
+
+
+def read_objects(path: str, objects: dict):
+    """Gives objects of TensorFlow and Keras the state that a checkpoint has by these names."""
+    with for_tensorflow(path) as prefix:
+        status = tf.train.Checkpoint(**objects).read(prefix)
+    # There is more in a checkpoint than this: the run's own state.
+    status.assert_existing_objects_matched().expect_partial()
 
 
 def original_parameters(stored: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
@@ -353,7 +395,7 @@ def forget_summaries(folder: str | Path, start: int):
     for path in event_files(folder):
         events, kept = read_events(path), 0
         beside = path.with_name(path.name.replace('events.', 'part.'))
-        with tf.io.TFRecordWriter(str(beside)) as writer:
+        with tf.io.TFRecordWriter(os.fsencode(beside)) as writer:
             for record in events:
                 event = tf.compat.v1.Event.FromString(record)
                 if event.HasField('file_version') or event.step < start:
@@ -370,7 +412,7 @@ def read_events(path: Path) -> list[bytes]:
     """The serialised events of a file, up to the first that is damaged."""
     records = []
     try:
-        for record in tf.data.TFRecordDataset(str(path)):
+        for record in tf.data.TFRecordDataset(os.fsencode(path)):
             records.append(record.numpy())
     except (tf.errors.DataLossError, tf.errors.OutOfRangeError):
         pass
@@ -407,6 +449,16 @@ def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
                     values = found.setdefault(value.tag, {})
                     values[event.step] = float(tf.make_ndarray(value.tensor))
     return {tag: dict(sorted(values.items())) for tag, values in found.items()}
+
+
+def print_anything():
+    """From now on, what the encoding of an output has no characters for is printed as \\x...
+
+    A file's name may not be UTF-8, and an α not in ASCII: a program does not end for that.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
 
 
 def write_whole(path: Path, content: bytes):

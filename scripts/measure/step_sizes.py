@@ -27,7 +27,7 @@ import main as program
 from data_generator import DataGenerator
 from maml import Learner
 from scripts.lib.cells import DIVERGED
-from utils import Batch, confidence
+from utils import Batch, confidence, print_anything
 
 SHOWN = (1, 3, 5, 10)  # updates
 UPDATES = SHOWN[-1]
@@ -136,4 +136,5 @@ def main(arguments: list[str]):
 
 
 if __name__ == '__main__':
+    print_anything()
     main(sys.argv[1:])

@@ -37,6 +37,7 @@ from utils import (
     cross_entropy,
     first_line,
     mean_squared_error,
+    print_anything,
     user_code,
     user_function,
 )
@@ -390,4 +391,5 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == '__main__':
+    print_anything()
     main()

@@ -28,7 +28,7 @@ import tensorflow as tf
 
 from maml import Learner, example_shape
 from scripts.lib.models import load
-from utils import UserCodeError
+from utils import UserCodeError, taken_as_written
 
 
 def serve(function: Callable, *arguments: tf.TensorSpec) -> Callable:
@@ -118,6 +118,11 @@ def export(values: argparse.Namespace) -> str:
         source = learner.settings['datasource']
         raise ValueError(f'{values.run_folder} is a run on {source}; only classifiers are exported')
     steps, lr = chosen_steps(values, learner)
+    if not taken_as_written(str(values.out)):
+        raise ValueError(
+            f'{values.out}: TensorFlow takes such a path for a pattern, and could not load the '
+            'SavedModel from there: give an OUT without brackets, *, ? and \\'
+        )
     if values.out.exists():
         raise ValueError(
             f'{values.out} is there already, and is not replaced: remove it, or give another OUT'

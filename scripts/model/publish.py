@@ -29,6 +29,7 @@ from utils import (
     UserCodeError,
     checkpoints,
     event_files,
+    print_anything,
     read_events,
     read_run_state,
     write_checkpoint,
@@ -45,7 +46,7 @@ def has_picture(event: tf.compat.v1.Event) -> bool:
 def thin(source: Path, target: Path):
     """Copies some of the summaries, and the last of all, which tells the time that the run took."""
     records = read_events(source)
-    with tf.io.TFRecordWriter(str(target)) as writer:
+    with tf.io.TFRecordWriter(os.fsencode(target)) as writer:
         for i, record in enumerate(records):
             event = tf.compat.v1.Event.FromString(record)
             interval = PICTURES if has_picture(event) else SUMMARIES
@@ -102,7 +103,7 @@ def publish(run_folder: Path, target: Path, network: str = '') -> Path:
         for path in event_files(run_folder):
             thin(path, beside / path.name)
         command = training_command(read_run_state(find_checkpoint(run_folder))['flags'])
-        (beside / 'command.txt').write_text(f'{command}\n')
+        (beside / 'command.txt').write_bytes(os.fsencode(f'{command}\n'))
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -129,4 +130,5 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == '__main__':
+    print_anything()
     main()

@@ -21,6 +21,7 @@ import numpy as np
 matplotlib.use('Agg')  # a picture in a file, on machines without a display too
 import matplotlib.pyplot as plt
 
+from scripts.lib.preparation import as_path
 from scripts.lib.sinusoid_fits import CURVES, Fit, fits
 
 NORMS = {'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}
@@ -155,7 +156,7 @@ def main() -> None:
     of_folder = 'the folder with checkpoints and results that main.py made'
     of_output = 'picture to write (default: sinusoid.png in the run folder)'
     parser.add_argument('run_folder', type=Path, help=of_folder)
-    parser.add_argument('--output', type=Path, help=of_output)
+    parser.add_argument('--output', type=as_path, help=of_output)
     parser.add_argument('--seed', type=int, default=0, help='of the tasks drawn')
     args = parser.parse_args()
     folder = args.run_folder
@@ -167,6 +168,9 @@ def main() -> None:
         draw(fits(*load_model(folder), seed=args.seed), errors, output)
     except (OSError, ValueError) as error:
         sys.exit(f'{parser.prog}: {error}')
+    from utils import print_anything
+
+    print_anything()
     print(f'Wrote {output}')
 
 
