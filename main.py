@@ -64,6 +64,7 @@ from utils import (
     checkpoints,
     event_files,
     first_line,
+    first_whole,
     forget_summaries,
     is_spec,
     lock,
@@ -462,17 +463,19 @@ def load(model: FastMAML, candidates: dict[int, str], f: flags.FlagValues) -> tu
     Returns its iteration and state (-1 and {} if none). Raises ValueError if all are damaged or
     the flags contradict those that it was written with.
     """
-    for number, (iteration, path) in enumerate(candidates.items(), start=1):
-        try:
-            state = read_run_state(path)
-            check_contradictions(path, iteration, state.get('flags', {}), f)
-            restore(model, path, f)
-            return iteration, state
-        except DamagedCheckpoint as error:
-            if number == len(candidates):
-                raise
-            print(f'main.py: {error}; the one before it is used.', file=sys.stderr)
-    return -1, {}
+    if not candidates:
+        return -1, {}
+    try:
+        iteration, path, state = first_whole(candidates, tell)
+    except DamagedCheckpoint as error:
+        raise ValueError(f'{error}; remove it, or name another with --test_iter') from error
+    check_contradictions(path, iteration, state.get('flags', {}), f)
+    restore(model, path, f)
+    return iteration, state
+
+
+def tell(text: str):
+    print(f'main.py: {text}', file=sys.stderr)
 
 
 def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagValues):
@@ -497,11 +500,9 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
 
 
 def restore(model: FastMAML, path: str, f: flags.FlagValues):
-    """Loads a checkpoint. Raises ValueError if it is damaged or another network's."""
+    """Loads a checkpoint that is whole. Raises ValueError if it is another network's."""
     try:
         complete = model.restore(path)
-    except DamagedCheckpoint:
-        raise
     except ValueError as error:
         raise ValueError(
             f'{error}; give the flags of the run that wrote it, or another --logdir'

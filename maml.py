@@ -57,6 +57,8 @@ from utils import (
     cross_entropy,
     finite_numbers,
     first_line,
+    first_whole,
+    folder_path,
     graph,
     is_spec,
     machine,
@@ -108,6 +110,11 @@ def initial_value(kind, shape: tuple[int, ...], seed: list[int]) -> np.ndarray:
     else:
         raise ValueError(f'there is no initial value {kind!r}')
     return np.asarray(initializer(shape, dtype='float32'))
+
+
+def are_sizes(*values) -> bool:
+    """Whether they are whole numbers, at least 1."""
+    return all(isinstance(value, int | np.integer) and value >= 1 for value in values)
 
 
 class Network:
@@ -162,9 +169,12 @@ class FullyConnected(Network):
     ):
         super().__init__(norm)
         self.activation = activation
-        units = [dim_input, *dim_hidden, dim_output]
-        if min(units) < 1:
-            raise ValueError(f'every layer needs at least one unit, but the sizes are {units}')
+        units = [dim_input, *(dim_hidden if np.iterable(dim_hidden) else [None]), dim_output]
+        if not are_sizes(*units):
+            raise ValueError(
+                f'every layer needs at least one unit, but the sizes are {dim_input}, {dim_hidden} '
+                f'and {dim_output}: numbers, and a tuple of numbers between them, are wanted'
+            )
         self.dim_input, self.dim_output = dim_input, dim_output
         self.scopes = ['0', *(str(i + 1) for i in range(1, len(dim_hidden)))]  # 0, 2, 3, ...
         for i, (fan_in, fan_out) in enumerate(zip(units, units[1:]), start=1):
@@ -205,7 +215,8 @@ class Convolutional(Network):
         flatten: bool = False,
     ):
         super().__init__(norm)
-        if min(image_size, channels, filters, classes) < 1 or max_pool and image_size < 16:
+        fits = are_sizes(image_size, channels, filters, classes)
+        if not fits or max_pool and image_size < 16:
             raise ValueError(
                 f'no network for {image_size}x{image_size}x{channels} images, {filters} filters '
                 f'and {classes} classes: each must be at least 1, and the images 16x16 if they are '
@@ -587,11 +598,11 @@ class MAML(tf.Module):
         dtype=tf.float32,
     ):
         super().__init__()
-        check_rates(update_lr, num_updates, meta_lr)
+        check_numbers(update_lr, num_updates, meta_lr, clip, seed)
         network = KerasNetwork(network) if isinstance(network, keras.Model) else network
-        check_network(network, tf.as_dtype(dtype))
-        check_loss(loss, network, tf.as_dtype(dtype))
-        self.network, self.loss, self.dtype = network, loss, tf.as_dtype(dtype)
+        self.network, self.loss, self.dtype = network, loss, float_type(dtype)
+        check_network(network, self.dtype)
+        check_loss(loss, network, self.dtype)
         self.update_lr, self.num_updates = update_lr, num_updates
         self.stop_grad, self.clip = stop_grad, clip
         variables = {}
@@ -855,9 +866,8 @@ class FastMAML(MAML):
 
     def evaluate(self, batch: Batch, num_updates: int, transductive: bool = True) -> Results:
         """As MAML's. Raises ValueError for a wrong shape or type, or fewer than one update."""
-        if num_updates < 1:
-            raise ValueError(f'num_updates must be at least 1, but it is {num_updates}')
-        return self._evaluate(Batch(*map(tf.convert_to_tensor, batch)), num_updates, transductive)
+        num_updates = whole_number('num_updates', num_updates, lowest=1)
+        return self._evaluate(as_tensors(batch), num_updates, transductive)
 
     @graph
     def _evaluate(self, batch: Batch, num_updates: int, transductive: bool) -> Results:
@@ -971,13 +981,24 @@ def check_parameters(path: str, values: Arrays, variables: dict[str, tf.Variable
             )
 
 
+def as_tensors(batch: Batch) -> Batch:
+    """A meta-batch of arrays as tensors. Raises ValueError for what is none."""
+    try:
+        return Batch(*map(tf.convert_to_tensor, batch))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'a meta-batch must be four arrays, {", ".join(Batch._fields)}, but this is '
+            f'{type(batch).__name__} ({first_line(error)})'
+        ) from error
+
+
 def checked_batch(batch: Batch, network, dtype: tf.DType) -> Batch:
     """A meta-batch in the model's dtype; see utils.Batch.
 
     Raises ValueError if it does not fit the network.
     """
-    batch = Batch(*map(tf.convert_to_tensor, batch))
-    tasks = batch.inputa.shape[0]
+    batch = as_tensors(batch)
+    tasks = batch.inputa.shape[0] if batch.inputa.shape.rank else None
     for name, values in zip(Batch._fields, batch):
         real = values.dtype.is_floating or values.dtype.is_integer
         if values.shape.rank != 3 or values.shape[0] != tasks or not real:
@@ -1036,15 +1057,26 @@ def chunks(batch: Batch, network=None) -> list[Batch]:
 PROBE = (2, 3)  # tasks and examples: different numbers, so that a mistaken axis does not broadcast
 
 
-def check_rates(update_lr: float, num_updates: int, meta_lr):
-    """Raises ValueError for numbers out of range."""
-    schedule = isinstance(meta_lr, keras.optimizers.schedules.LearningRateSchedule)
-    outer = 0 if schedule else meta_lr
-    if num_updates < 0 or not 0 <= update_lr < float('inf') or not 0 <= outer < float('inf'):
-        raise ValueError(
-            'step sizes and the number of updates must not be negative or infinite, but '
-            f'update_lr is {update_lr}, meta_lr {meta_lr} and num_updates {num_updates}'
-        )
+def check_numbers(update_lr: float, num_updates: int, meta_lr, clip: float | None, seed: int):
+    """Raises ValueError, with the argument's name, for numbers out of range and for no numbers."""
+    real_number('update_lr', update_lr)
+    whole_number('num_updates', num_updates)
+    if not isinstance(meta_lr, keras.optimizers.schedules.LearningRateSchedule):
+        real_number('meta_lr', meta_lr)
+    if clip is not None:
+        real_number('clip', clip, above=0)
+    whole_number('seed', seed)
+
+
+def float_type(dtype) -> tf.DType:
+    """float32 or float64, by name or as TensorFlow or NumPy have it. Raises ValueError."""
+    try:
+        found = tf.as_dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (tf.float32, tf.float64):
+        raise ValueError(f'dtype must be float32 or float64, but it is {dtype!r:.60}')
+    return found
 
 
 def check_network(network, dtype: tf.DType):
@@ -1619,7 +1651,8 @@ class Learner(ArraysOfTasks):
     to 1, or uint8 from 0 to 255. y are the classes' numbers, 0 to N-1; of regression, the values,
     [(T,) examples, out].
 
-    Attributes: model, a FastMAML; settings, the flags it was trained with, if it was loaded.
+    Attributes: model, a FastMAML; of one that was loaded also settings, the flags it was trained
+    with, and checkpoint, the path.
     """
 
     def __init__(self, model: FastMAML, settings: dict | None = None):
@@ -1627,7 +1660,7 @@ class Learner(ArraysOfTasks):
             raise ValueError(f'model must be a FastMAML, but it is a {type(model).__name__}')
         if not has_sizes(model.network):
             raise ValueError('the network must have dim_input and dim_output, see maml.Network')
-        self.model, self.settings = model, settings or {}
+        self.model, self.settings, self.checkpoint = model, settings or {}, None
         self.is_classifier = hasattr(model.loss, 'shots')
         own_tasks = is_spec(self.settings.get('datasource') or '')
         self.takes_images = self.is_classifier and not own_tasks
@@ -1662,13 +1695,27 @@ class Learner(ArraysOfTasks):
             raise ValueError(f'{path} was trained with a loss of its own: give it as loss=')
         made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
         model = make_model(**made, compiled=compiled, network='' if network is None else network)
-        model.loss = loss or model.loss
+        if loss is not None:
+            check_loss(loss, model.network, model.dtype)
+            model.loss = loss
         model.restore(path)
-        return cls(model, settings)
+        learner = cls(model, settings)
+        learner.checkpoint = path
+        return learner
 
     def save(self, folder: str | Path) -> str:
-        """Writes FOLDER/model0, which `load` reads, and returns its path. Raises OSError."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        """Writes FOLDER/model0, which `load` reads, and returns its path.
+
+        Raises OSError, and ValueError if the folder has checkpoints of a run: `load` would take
+        the newest of them.
+        """
+        folder = folder_path('folder', folder)
+        if others := checkpoints(folder).keys() - {0}:
+            raise ValueError(
+                f'{folder} holds checkpoints of a run, {max(others)} the newest, which load would '
+                'take: give another folder'
+            )
+        folder.mkdir(parents=True, exist_ok=True)
         settings = self.settings or settings_of(self.model)
         return write_checkpoint(self.model.checkpoint, folder, 0, {'flags': settings})
 
@@ -1764,16 +1811,26 @@ def settings_of(model: FastMAML) -> dict:
 
 
 def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
-    """The path of a run's checkpoint; arguments and errors as of `Learner.load`."""
-    found = checkpoints(run_folder, 'best' if checkpoint == 'best' else 'model')
+    """The path of a run's checkpoint; arguments and errors as of `Learner.load`.
+
+    Warns of newer ones that are damaged.
+    """
+    if not isinstance(checkpoint, str | int | np.integer) or checkpoint not in ('best', -1):
+        text = "checkpoint, if it is not 'best' or -1 for the newest,"
+        checkpoint = whole_number(text, checkpoint)
+    folder = folder_path('run_folder', run_folder)
+    if not folder.is_dir():
+        raise ValueError(f'there is no folder {folder}: give one that main.py trained in')
+    found = checkpoints(folder, 'best' if checkpoint == 'best' else 'model')
     if not found or checkpoint not in (-1, 'best', *found):
-        there = ', '.join(map(str, checkpoints(run_folder))) or 'none'
-        asked = '' if checkpoint == -1 else repr(checkpoint)
+        there = ', '.join(map(str, checkpoints(folder))) or 'none'
+        asked = f'no checkpoint {checkpoint!r}'.removesuffix(' -1')
         raise ValueError(
-            f'{run_folder} has no checkpoint {asked}; it should be a folder that main.py trained '
-            f'in, LOGDIR/cls_...; iterations that are there: {there}'
+            f'{folder} has {asked}; it should be a folder that main.py trained in, '
+            f'LOGDIR/cls_...; iterations that are there: {there}'
         )
-    return found[checkpoint if checkpoint in found else max(found)]
+    wanted = {checkpoint: found[checkpoint]} if checkpoint in found else found
+    return first_whole(dict(reversed(wanted.items())), warnings.warn)[1]
 
 
 def check_network_is_given(path: str, settings: dict, network):
@@ -1781,6 +1838,8 @@ def check_network_is_given(path: str, settings: dict, network):
 
     The file is not run unasked: a checkpoint may come from anywhere.
     """
+    if isinstance(network, str):
+        raise ValueError(f'network must be a keras.Model or another network, not {network!r:.60}')
     spec = settings.get('network')
     if spec and network is None:
         raise ValueError(
@@ -1819,6 +1878,7 @@ class MetaModel(keras.Model):
         super().__init__(name=name)
         maml = as_maml(model, loss, given)
         self.maml, self.learner = maml, Learner(maml)
+        updates = whole_number('updates', updates)
         self.updates, self.transductive = max(updates, maml.num_updates), transductive
         self.measured = TaskMeans(self.updates, maml, self.learner.is_classifier)
         self.watches = True
@@ -1874,8 +1934,10 @@ class MetaModel(keras.Model):
         """What the queries of tasks are after the updates of training: [tasks, examples, out].
 
         As Keras's; x: tasks, see `as_dataset`. Class probabilities, or outputs of regression.
+        Raises ValueError for others, and if an adaptation diverges.
         """
-        return super().predict(as_dataset(x, 'steps', steps), steps=steps, **named)
+        output = super().predict(as_dataset(x, 'steps', steps), steps=steps, **named)
+        return checked_finite({'output': output}, 'the answers')['output']
 
     # What Keras calls for each meta-batch.
 

@@ -55,8 +55,10 @@ def cross_entropy(shots: int):
 
     The support loss is thereby N times the mean over examples, a query loss with Q images per class
     N*Q/K times it; α and the gradient clip refer to this scale. Returns a function of logits and
-    one-hot labels, [T, examples, N] each, to [T]; its attribute `shots` tells K.
+    one-hot labels, [T, examples, N] each, to [T]; its attribute `shots` tells K. Raises ValueError
+    if that is not above 0.
     """
+    real_number('shots', shots, above=0)
 
     def loss(output, label):
         return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(label, output), axis=1) / shots
@@ -96,7 +98,9 @@ def whole_number(name: str, value, lowest: int = 0) -> int:
     except TypeError:  # also of 2.0, which may be a mistake
         found = None
     if found is None or found < lowest:
-        raise ValueError(f'{name} must be a whole number from {lowest} on, but it is {value!r:.60}')
+        raise ValueError(
+            f'{name} must be a whole number, at least {lowest}, but it is {value!r:.60}'
+        )
     return found
 
 
@@ -141,6 +145,13 @@ def finite_numbers(name: str, array: np.ndarray, dtype) -> np.ndarray:
             f'{name} must be finite numbers of {array.dtype}, but {count} are NaN or infinite'
         )
     return array
+
+
+def folder_path(name: str, value) -> Path:
+    """An argument that names a folder. Raises ValueError, with its name, for what is no path."""
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise ValueError(f'{name} must be the path of a folder, but it is {value!r:.60}')
+    return Path(value)
 
 
 # Files of a run: checkpoints ----------------------------------------------------------------------
@@ -285,9 +296,24 @@ def all_values(prefix: str, path: str) -> dict[str, np.ndarray]:
         return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
     except Exception as error:  # OpError, ValueError, IndexError ...: it depends on the damage
         raise DamagedCheckpoint(
-            f'{path} cannot be read as a checkpoint; remove it or name another with --test_iter '
-            f'({first_line(error)})'
+            f'{path} is damaged, it cannot be read as a checkpoint ({first_line(error)})'
         ) from error
+
+
+def first_whole(candidates: dict[int, str], tell: Callable[[str], None]) -> tuple[int, str, dict]:
+    """The first of a run's checkpoints that is whole: iteration, path, and state of the run.
+
+    candidates: {iteration: path}, the best choice first. tell: is told of those that are damaged.
+    Raises DamagedCheckpoint if all are.
+    """
+    for number, (iteration, path) in enumerate(candidates.items(), start=1):
+        try:
+            return iteration, path, read_run_state(path)
+        except DamagedCheckpoint as error:
+            if number == len(candidates):
+                raise
+            tell(f'{error}; the one before it is used.')
+    raise ValueError('there are no checkpoints')
 
 
 def first_line(error: Exception) -> str:
