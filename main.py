@@ -66,9 +66,11 @@ from utils import (
     checkpoints,
     event_files,
     first_line,
+    first_whole,
     forget_summaries,
     is_spec,
     lock,
+    print_anything,
     read_run_state,
     remove_checkpoint,
     remove_leftovers,
@@ -171,6 +173,7 @@ TRAIN_STEP_SIZE = Rule(
     'a step size of 0 or more, or -1 for that of --update_lr',
 )
 NETWORK = Rule(lambda value: value == '' or is_spec(value), 'FILE.py:FUNCTION')
+FOLDER = Rule(lambda value: '://' not in value, 'a folder, not an address')
 TEST_QUERY = Rule(lambda value: value == -1 or value >= 1, 'at least 1, or -1 for as many as shots')
 
 # Symbols are the paper's. The flags that name a run stand in the order of the name.
@@ -181,7 +184,7 @@ FLAGS = (
          'where tasks come from: sinusoid, omniglot, miniimagenet, folder, or FILE.py:FUNCTION, '
          'which returns tasks of your own', makes_model=True),
     Flag('data_dir', str, 'data', ANYTIME,
-         'folder of the prepared data, or of your own class folders'),
+         'folder of the prepared data, or of your own class folders', FOLDER),
     Flag('split', str, '0.64,0.16,0.2', NEVER,
          'shares of the classes that train, val and test get (folder only)', SPLIT),
     Flag('image_size', int, 84, NEVER,
@@ -239,7 +242,7 @@ FLAGS = (
          in_name=lambda value: f'.{value.rpartition(":")[2]}' if value else ''),
     # Logging, saving, testing
     Flag('log', bool, True, ANYTIME, 'write summaries for TensorBoard'),
-    Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders'),
+    Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders', FOLDER),
     Flag('resume', bool, True, ANYTIME, 'continue from the newest checkpoint of the same run'),
     Flag('overwrite', bool, False, ANYTIME,
          'with --resume=False: remove the earlier run of the same name'),
@@ -531,17 +534,19 @@ def load(model: FastMAML, candidates: dict[int, str], f: flags.FlagValues) -> tu
     Returns its iteration and state (-1 and {} if none). Raises ValueError if all are damaged or
     the flags contradict those that it was written with.
     """
-    for number, (iteration, path) in enumerate(candidates.items(), start=1):
-        try:
-            state = read_run_state(path)
-            check_contradictions(path, iteration, state.get('flags', {}), f)
-            restore(model, path, f)
-            return iteration, state
-        except DamagedCheckpoint as error:
-            if number == len(candidates):
-                raise
-            print(f'main.py: {error}; the one before it is used.', file=sys.stderr)
-    return -1, {}
+    if not candidates:
+        return -1, {}
+    try:
+        iteration, path, state = first_whole(candidates, tell)
+    except DamagedCheckpoint as error:
+        raise ValueError(f'{error}; remove it, or name another with --test_iter') from error
+    check_contradictions(path, iteration, state.get('flags', {}), f)
+    restore(model, path, f)
+    return iteration, state
+
+
+def tell(text: str):
+    print(f'main.py: {text}', file=sys.stderr)
 
 
 def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagValues):
@@ -568,11 +573,9 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
 
 
 def restore(model: FastMAML, path: str, f: flags.FlagValues):
-    """Loads a checkpoint. Raises ValueError if it is damaged or another network's."""
+    """Loads a checkpoint that is whole. Raises ValueError if it is another network's."""
     try:
         complete = model.restore(path)
-    except DamagedCheckpoint:
-        raise
     except ValueError as error:
         raise ValueError(
             f'{error}; give the flags of the run that wrote it, or another --logdir'
@@ -613,7 +616,7 @@ class Log(Observer):
         self.best = ((state or {}).get('best') or {}).get(objective, np.nan)  # of the validations
         self.folder = folder
         self.clock = self.shown = time.perf_counter()
-        self.writer = tf.summary.create_file_writer(str(folder)) if folder else None
+        self.writer = tf.summary.create_file_writer(os.fsencode(folder)) if folder else None
         self.shows_pictures = self.writer is not None
 
     def state(self) -> dict:
@@ -629,8 +632,9 @@ class Log(Observer):
         if self.writer and self.start == 0:
             rows = ['flag | value', '--- | ---']
             rows += [f'`--{name}` | {value}' for name, value in values.items()]
+            text = '\n'.join(rows).encode(errors='backslashreplace')  # a path may not be UTF-8
             with self.writer.as_default():
-                tf.summary.text('flags', '\n'.join(rows), step=self.start)
+                tf.summary.text('flags', text, step=self.start)
         updates = '1 update' if self.update == 1 else f'{self.update} updates'
         self.line(
             f'To be printed every {self.interval} iterations: mean {self.objective} on the support '
@@ -1203,7 +1207,7 @@ def main(
     """
     logging.set_verbosity(logging.ERROR)
     if worker_index(f) > 0:
-        sys.stdout = open(os.devnull, 'w')  # the first one prints
+        sys.stdout = open(os.devnull, 'w', errors='ignore')  # the first one prints
     with ExitStack() as held:
         try:
             if len(arguments) > 1:
@@ -1279,5 +1283,6 @@ def program(arguments: list[str], norm: Normalization | None = None):
 
 
 if __name__ == '__main__':
+    print_anything()
     define_flags()
     app.run(program)
