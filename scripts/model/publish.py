@@ -10,6 +10,7 @@ it, as the run itself; training that continues from it starts with a fresh Adam.
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import sys
