@@ -68,6 +68,7 @@ class DataGenerator:
     updates_shown = 1  # inner updates evaluated during training, at least
     tasks_at_once = 4  # tasks evaluated together, which bounds the memory; divides 600
     picture_name = 'task'  # the tag of `picture` in TensorBoard
+    has_queries = True  # whether tasks have query sets; else updates have no outcome to tell of
     model_settings = {}  # what `make_model` must know of the tasks besides the flags
 
     def __init__(self, dim_input: int, dim_output: int, num_draws: int, seed: int):
@@ -248,6 +249,7 @@ class ImageGenerator(DataGenerator):
         self.folders = {split: folders[split] for split in splits}
         self.num_classes, self.num_support, self.num_query = num_classes, num_support, num_query
         self.rotate = self.rotates if rotate is None else rotate
+        self.has_queries = self.validates = num_query > 0
         for split in self.folders:
             self._check(split)
         first = next(iter(self.folders.values()))
@@ -782,6 +784,8 @@ def _target(folder: Path) -> str:
 
 def _cache_of(folder: Path, *parts: str) -> Path:
     """Beside the folder: what is in it belongs to the user, or to what prepares the data."""
+    if folder.name in ('', '..'):  # as '.' has none
+        folder = folder.resolve()
     return folder.with_name('.'.join((folder.name, *parts, 'cache')))
 
 

@@ -430,7 +430,7 @@ def test_converted_checkpoint_evaluates_alike(tmp_path, eager, omniglot, build, 
     assert f'--logdir={tmp_path}/converted' in told
     succeeded(run(*flags, omniglot, '--train=False', f'--logdir={tmp_path}/original'))
     succeeded(run(*told, omniglot))
-    table = f'ubs{parsed(*flags).update_batch_size}_stepsize0.001'
+    table = f'ubs{parsed(*flags).update_batch_size}_stepsize0.001_val'
     np.testing.assert_array_equal(mses(target, table), mses(path.parent, table))
     more = ['--train=True', '--metatrain_iterations=702', '--log=False']
     outcome = succeeded(run(*told, omniglot, *more))
@@ -576,7 +576,7 @@ def assert_figures(values: np.ndarray):
 def test_accuracy_of_the_published_model(published_run, validation_classes, monkeypatch, tasks):
     monkeypatch.setattr(main, 'EVALUATION_TASKS', tasks)
     succeeded(run(*FLAGS, f'--data_dir={validation_classes}', f'--logdir={published_run.parent}'))
-    values = mses(published_run, 'ubs1_stepsize0.01')
+    values = mses(published_run, 'ubs1_stepsize0.01_val')
     assert values.shape == (tasks, 11)
     assert np.isin(np.round(5 * values, 4), range(6)).all()  # of five query images
     assert_figures(values)

@@ -367,9 +367,9 @@ def test_best_checkpoint(tmp_path, eager, data, often):
     assert written == accuracies
     outcome = succeeded(run(*train, '--train=False', '--test_iter=best'))
     assert f'{folder}/best{best}' in outcome.lines[0]
-    assert (folder / 'test_ubs1_stepsize0.001_best.csv').exists()
+    assert (folder / 'test_ubs1_stepsize0.001_val_best.csv').exists()
     succeeded(run(*train, '--train=False'))
-    assert (folder / 'test_ubs1_stepsize0.001.csv').exists()
+    assert (folder / 'test_ubs1_stepsize0.001_val.csv').exists()
 
 
 def test_no_best_checkpoint_yet(tmp_path, eager):
