@@ -119,7 +119,7 @@ def load_model(run_folder: Path):
       FileNotFoundError: there is no checkpoint.
     """
     from maml import make_model
-    from utils import checkpoints
+    from utils import checkpoints, first_whole
 
     name = re.fullmatch(
         r'cls_\d+\.mbs_\d+\.ubs_(\d+)\.numstep(\d+)\.updatelr([-+.\de]+?)(?:hidden\d+)?(?:maxpool)?'
@@ -146,8 +146,13 @@ def load_model(run_folder: Path):
     found = checkpoints(run_folder)
     if not found:
         raise FileNotFoundError(f'{run_folder} holds no checkpoint; train it first')
-    model.restore(found[max(found)])
+    _, path, _ = first_whole(dict(reversed(found.items())), tell)
+    model.restore(path)
     return model, int(shots), bool(baseline)
+
+
+def tell(text: str) -> None:
+    print(f'plot_sinusoid.py: {text}', file=sys.stderr)
 
 
 def main() -> None:
