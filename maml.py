@@ -102,7 +102,7 @@ def initial_value(kind, shape: tuple[int, ...], seed: list[int]) -> np.ndarray:
             raise ValueError(f'an initial value is {list(value.shape)}, not {list(shape)}')
         return value
     number = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)
-    make = tf.keras.initializers
+    make = keras.initializers
     if kind in ('zeros', 'ones'):
         initializer = {'zeros': make.Zeros, 'ones': make.Ones}[kind]()
     elif kind == 'glorot':
@@ -622,8 +622,8 @@ class MAML(tf.Module):
         # Learned by the outer loop only.
         self.norms = {name: variables[name] for name in network.norm_parameters}
         # ε as TensorFlow 1's Adam has it; Keras's own default is ten times larger.
-        self.metatrain_optimizer = tf.keras.optimizers.Adam(meta_lr, epsilon=1e-8)
-        self.pretrain_optimizer = tf.keras.optimizers.Adam(meta_lr, epsilon=1e-8)
+        self.metatrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
+        self.pretrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
         for optimizer in (self.metatrain_optimizer, self.pretrain_optimizer):
             optimizer.build(self.parameters)
 

@@ -851,6 +851,11 @@ def test_test_classes_are_others(tmp_path, data, monkeypatch):
     validation = printed(succeeded(run(*train, '--train=False')))
     test = printed(succeeded(run(*train, '--train=False', '--test_set=True')))
     assert not np.array_equal(validation, test)
+    succeeded(run(*train, '--train=False', '--test_set=True', '--test_iter=0'))
+    usual = 'test_ubs1_stepsize0.001'  # none of them replaces another
+    for name, vectors in (usual, test), (f'{usual}_iteration0', test), (f'{usual}_val', validation):
+        values = results(only(tmp_path), name)
+        np.testing.assert_allclose(values.mean(0), vectors[0], rtol=1e-4)
 
 
 def test_more_updates_than_ten(tmp_path):
@@ -907,7 +912,10 @@ def test_complete_run(tmp_path):
     for words in ('3 of 3 iterations', 'complete', '--metatrain_iterations'):
         assert words in outcome.out
     assert listing(tmp_path) == before
-    assert 'complete' in succeeded(run(*train, '--metatrain_iterations=2')).out
+    outcome = succeeded(run(*train, '--metatrain_iterations=2'))
+    assert (
+        'complete: 3 iterations, and 2 are asked for; raise --metatrain_iterations' in outcome.out
+    )
     assert listing(tmp_path) == before
 
 
