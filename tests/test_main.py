@@ -622,7 +622,7 @@ def test_runs_are_compared_by_flags_and_accuracies(tmp_path, data, intervals):
     ends = {hparams['num_updates']: hparams['metatrain_iterations'] for hparams, _ in runs.values()}
     assert ends == {1: 5, 2: 3} and len(runs) == 2
     for name, (hparams, metrics) in runs.items():
-        updates = hparams['num_updates']
+        updates = int(hparams['num_updates'])
         assert hparams['conv'] is False and hparams['baseline'] == 'None'
         assert 'logdir' not in hparams
         written = summaries(tmp_path / name)

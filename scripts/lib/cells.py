@@ -1,6 +1,6 @@
-"""The cells of the paper's tables, and their runs.
+"""The runs of the cells of the paper's tables, `main.CELLS`.
 
-The runs are as scripts/paper/omniglot_5way_1shot.sh and its like leave them.
+They are as scripts/paper/omniglot_5way_1shot.sh and its like leave them.
 """
 
 import pickle
