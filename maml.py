@@ -1332,6 +1332,7 @@ class Trainer:
         pretraining = iteration < self.schedule.pretrain
         checkpoint = self.model.pretrain_checkpoint if pretraining else self.model.checkpoint
         state = {'flags': self.settings, 'best': self.best, 'machine': machine()}
+        state |= {'classes': self.source.classes} if self.source.classes else {}
         write_checkpoint(checkpoint, self.folder, iteration, state | self.log.state(), kind)
         if kind == 'model':
             self.saved = iteration
