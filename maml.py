@@ -37,6 +37,7 @@ from special_grads import (
     convolve_patches,
     dense,
     exact_moments,
+    has_known_activations,
     map_tasks,
     max_pool2x2,
     normalization,
@@ -356,10 +357,14 @@ PROVEN = {
 def warn_of_unproven_layers(model: keras.Model):
     """Names the layers whose second derivatives no test here has compared with differences."""
     names = []
-    for layer in model._flatten_layers():
-        kind = type(layer)
-        if not kind.__module__.startswith('keras.') or kind.__name__ not in PROVEN | PER_EXAMPLE:
-            names.append(f'{layer.name} ({kind.__name__})')
+    layers = [*model._flatten_layers()]
+    # The operations between the layers of a functional model, such as x + y.
+    inner = [part for layer in layers for part in getattr(layer, 'operations', [])]
+    for part in [*layers, *(part for part in inner if not isinstance(part, keras.Layer))]:
+        kind = type(part)
+        own = kind.__module__.startswith('keras.') and has_known_activations(part)
+        if not own or kind.__name__ not in PROVEN | PER_EXAMPLE:
+            names.append(f'{part.name} ({kind.__name__})')
     if names:
         warnings.warn(
             f'the second derivatives of {", ".join(dict.fromkeys(names))} are not known to be '
