@@ -17,6 +17,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import sys
 import tempfile
@@ -27,9 +28,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
+# isort: split
+import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
 
@@ -74,6 +76,7 @@ from utils import (
     read_run_state,
     remove_checkpoint,
     remove_leftovers,
+    set_up_gpus,
     user_code,
     user_function,
     write_whole,
@@ -84,8 +87,8 @@ PRINT_INTERVAL = 100  # between printed lines; times the source's print_factor
 VALIDATION_INTERVAL = 500  # between validations, if the source validates
 SAVE_INTERVAL = 1000  # between checkpoints
 PICTURE_INTERVAL = 5000  # between pictures of a task for TensorBoard
-EVALUATION_TASKS = 600
 EVALUATION_UPDATES = 10
+SPLITS = {'val': 'validation', 'test': 'test'}
 SOURCES = ('sinusoid', 'omniglot', 'miniimagenet', 'folder')
 MINIIMAGENET_QUERY_IMAGES = 15  # per class in training; K in evaluation, and in both for Omniglot
 
@@ -202,6 +205,8 @@ FLAGS = (
     Flag('strategy', ('none', 'mirrored', 'multi_worker'), 'none', ANYTIME,
          'devices that share the tasks: mirrored: all of this machine; multi_worker: of several '
          'processes, by TF_CONFIG'),
+    Flag('tf32', bool, False, ANYTIME,
+         'let GPUs round the factors of float32 products to 10 bits: faster, other numbers'),
     # Training
     Flag('pretrain_iterations', int, 0, EVALUATION,
          'iterations of joint training on all tasks, before meta-training', lowest=0),
@@ -257,10 +262,13 @@ FLAGS = (
     Flag('validation_tasks', int, 100, EVALUATION,
          'tasks of a validation during training (images only)', lowest=2),
     Flag('train', bool, True, ANYTIME, 'train, else evaluate'),
+    Flag('run', str, '', ANYTIME,
+         'folder of the run to evaluate, which knows its flags; others that are given count'),
     Flag('test_iter', CheckpointParser(), -1, ANYTIME,
          'iteration of the checkpoint to load; -1: the newest; best: that of the best validation'),
     Flag('test_set', bool, False, ANYTIME,
          'evaluate on the test classes, else on the validation classes'),
+    Flag('test_tasks', int, 600, ANYTIME, 'tasks of an evaluation', lowest=2),
     Flag('test_query', int, -1, ANYTIME,
          'query images per class in evaluation (-1: as many as shots; images only)', TEST_QUERY),
     Flag('transductive', bool, True, ANYTIME,
@@ -299,13 +307,23 @@ def model_settings(f: flags.FlagValues) -> dict:
     return {flag.name: f[flag.name].value for flag in FLAGS if flag.makes_model}
 
 
-def run_name(f: flags.FlagValues) -> str:
-    """The name of the run's folder, after the flags it was trained with."""
+def trained_settings(f: flags.FlagValues) -> dict:
+    """As `settings`, with the K and α of training."""
     trained = settings(f)
     for name in ('update_batch_size', 'update_lr'):
         if trained[f'train_{name}'] != -1:
             trained[name] = trained[f'train_{name}']
+    return trained
+
+
+def run_name(f: flags.FlagValues) -> str:
+    """The name of the run's folder, after the flags it was trained with."""
+    trained = trained_settings(f)
     return ''.join(flag.in_name(trained[flag.name]) for flag in FLAGS if flag.in_name)
+
+
+def run_folder(f: flags.FlagValues) -> Path:
+    return Path(os.path.expanduser(f.run or os.path.join(f.logdir, run_name(f))))
 
 
 def iterations(f: flags.FlagValues) -> tuple[int, int]:
@@ -377,6 +395,7 @@ def check_network(f: flags.FlagValues):
 def check_training(f: flags.FlagValues):
     """The part of `check_flags` on what training cannot use."""
     for name, is_asked in {
+        'run': f.run != '',
         'test_query': f.test_query != -1,
         'transductive': not f.transductive,
         'test_iter': f.test_iter == 'best',
@@ -506,6 +525,58 @@ def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
     return {f.test_iter: found[f.test_iter]}
 
 
+def take_run(f: flags.FlagValues):
+    """With --run, flags that are not given become those that the run was trained with.
+
+    These are the ones that could not change in training, and where the data are, if they are there.
+    Raises ValueError for a folder that is no run, and for flags that --run contradicts.
+    """
+    if not f.run:
+        return
+    naming = ('logdir', 'train_update_batch_size', 'train_update_lr')
+    if given := [f'--{name}' for name in naming if f[name].present]:
+        raise ValueError(f'--run={f.run} names the folder already: leave {given[0]} away')
+    stored = stored_flags(run_folder(f), f)
+    if not os.path.isdir(os.path.expanduser(stored.get('data_dir', ''))):
+        stored.pop('data_dir', None)  # of another machine
+    for name in ('datasource', 'network'):
+        # A checkpoint may come from anywhere: no file is run because it names it.
+        if is_spec(stored.get(name, '')) and not f[name].present:
+            raise ValueError(
+                f'{f.run} was trained with --{name}={stored[name]}, which is not run unasked: give '
+                'it again'
+            )
+    for flag in FLAGS:
+        taken = flag.may_change != ANYTIME or flag.name in ('data_dir', 'metatrain_iterations')
+        if taken and flag.name in stored and not f[flag.name].present:
+            f[flag.name].value = stored[flag.name]
+
+
+def stored_flags(folder: Path, f: flags.FlagValues) -> dict:
+    """The flags in the checkpoint of a run that --test_iter asks for.
+
+    Raises ValueError if the folder is no run, or the run does not tell them.
+    """
+    if not any(checkpoints(folder, kind) for kind in ('model', 'best')):
+        runs = sorted(path.parent.name for path in folder.glob('*/*.index'))
+        found = f'it holds runs, as {folder / runs[0]}' if runs else 'it has no checkpoint'
+        if not folder.is_dir():
+            found = 'there is no such folder'
+        raise ValueError(
+            f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but {found}'
+        )
+    reason = ValueError(
+        f'--run={f.run} does not tell the flags it was trained with: give them, and --logdir'
+    )
+    for path in find_checkpoints(folder, f).values():
+        try:
+            if stored := read_run_state(path).get('flags'):
+                return stored
+        except DamagedCheckpoint as error:
+            reason = error
+    raise reason
+
+
 def load(model: FastMAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[int, dict]:
     """Loads the first checkpoint that is whole; says which are not.
 
@@ -545,6 +616,8 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
     if wrong:
         listed = ', '.join(f'--{name}={stored[name]} (now {f[name].value})' for name in wrong)
         remedy = 'give the same flags, or another --logdir'
+        if f.run:
+            remedy = 'no evaluation can change that, so leave it away'
         raise ValueError(f'{path} was trained with {listed}: {remedy}')
 
 
@@ -778,24 +851,27 @@ def train(trainer: Trainer, watch: Callable = iter):
 
 
 def evaluate(run: Prepared, f: flags.FlagValues):
-    """600 tasks: prints means, standard deviations and 95 % intervals over 0...10 updates.
+    """--test_tasks tasks: prints means, standard deviations and 95 % intervals over 0...10 updates.
 
-    Writes them as csv and pkl; besides the original's `mses`, the latter tells the iteration of the
-    checkpoint and the split.
+    As the original does, then as a table. Writes them as csv and pkl; besides the original's
+    `mses`, the latter tells the iteration of the checkpoint and the split.
     """
     ((split, source),) = run.generators.items()
     updates, rows = max(f.num_updates, EVALUATION_UPDATES), []
-    tasks = (split, EVALUATION_TASKS, updates, f.transductive)
+    tasks = (split, f.test_tasks, updates, f.transductive)
     for row in evaluate_tasks(run.model, source, *tasks):
         rows.append(row)
         if sys.stdout.isatty():
             done = len(row) * len(rows)
-            print(f'{done} of {EVALUATION_TASKS} tasks', end='\033[K\r', flush=True)
-    values = np.concatenate(rows)[:EVALUATION_TASKS]  # [600, 1 + updates]
+            print(f'{done} of {f.test_tasks} tasks', end='\033[K\r', flush=True)
+    values = np.concatenate(rows)[: f.test_tasks]  # [tasks, 1 + updates]
     mean, stddev = values.mean(0), values.std(0)
     interval = 1.96 * stddev / np.sqrt(len(values))
     print('Mean validation accuracy/loss, stddev, and confidence intervals')
     print((mean, stddev, interval))
+    objective = 'accuracy' if source.objective == 'accuracy' else 'squared error'
+    what = f'{objective} on {len(values)} {SPLITS[split]} tasks'
+    print(*result_table(what, mean, interval, paper_figures(run.state, f)), sep='\n')
     if not run.model.replicas.is_chief:
         return
     path = run.folder / evaluation_name(f)
@@ -807,15 +883,183 @@ def evaluate(run: Prepared, f: flags.FlagValues):
     write_whole(path.with_name(f'{path.name}.csv'), text.getvalue().encode())
 
 
+def result_table(what: str, mean: np.ndarray, interval: np.ndarray, paper: dict) -> list[str]:
+    """The lines of a table of means and halves of their 95 % intervals, [1 + updates] each.
+
+    what: they are of, beginning with the objective: accuracies are shown in percent. paper:
+    {updates: its figure}. A mean that does not exist is shown as a hyphen.
+    """
+    scale, digits = (100, '.2f') if what.startswith('accuracy') else (1, '.4g')
+    unit = ', %' if scale == 100 else ''
+    lines = [f'Mean {what}{unit}', 'updates      mean    95 % interval']
+    for update, (value, half) in enumerate(zip(scale * mean, scale * interval)):
+        shown = (f'{value:{digits}}', f'+- {half:{digits}}') if np.isfinite(value) else ('-', '-')
+        note = '   on the support sets' if update == 0 else ''
+        if update in paper:
+            note += f'   paper, on test tasks: {paper[update]}'
+        lines.append(f'{update:7} {shown[0]:>9}    {shown[1]:<13}{note}'.rstrip())
+    return lines
+
+
 def evaluation_name(f: flags.FlagValues) -> str:
     """Of the files that hold an evaluation, without suffix."""
     parts = [
         f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}',
         f'_query{f.test_query}' if f.test_query != -1 else '',
+        f'_tasks{f.test_tasks}' if f.test_tasks != f['test_tasks'].default else '',
         '' if f.transductive else '_inductive',
         '_best' if f.test_iter == 'best' else '',
     ]
     return ''.join(parts)
+
+
+# The paper's tables -------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """One entry of the paper's tables."""
+
+    name: str  # the script's and the folder's
+    title: str
+    group: str  # cells that are drawn together
+    kind: str  # title within the group
+    paper: str  # what it says
+    updates: int  # the paper's number of updates in evaluation
+    settings: dict  # flags of main.py, as in the script
+
+    @property
+    def numbers(self) -> list[float]:
+        """The numbers in `paper`: a value and half of its interval.
+
+        Of sinusoids they are the errors after 1, 5 and 10 updates.
+        """
+        return [float(number) for number in re.findall(r'[\d.]+', self.paper)]
+
+    @property
+    def figures(self) -> dict[int, str]:
+        """{updates: what the paper says}."""
+        if self.settings['datasource'] == 'sinusoid':
+            return dict(zip((1, 5, 10), self.paper.split(' / '))) if self.paper else {}
+        return {self.updates: self.paper.replace('±', '+-')}
+
+    @property
+    def test_shots(self) -> int:
+        """K in the paper's evaluation; its sinusoid was trained with another."""
+        is_sinusoid = self.settings['datasource'] == 'sinusoid'
+        return 5 if is_sinusoid else self.settings['update_batch_size']
+
+
+def omniglot(ways: int, shots: int, paper: str, conv: bool = True) -> Cell:
+    few = ways == 5
+    settings = dict(
+        datasource='omniglot',
+        num_classes=ways,
+        update_batch_size=shots,
+        update_lr=0.4 if few else 0.1,
+        num_updates=1 if few else 5,
+        meta_batch_size=32 if few else 16,
+        conv=conv,
+        num_filters=64,
+        max_pool=False,
+        stop_grad=False,
+    )
+    more = '' if conv else ', no convolutions'
+    return Cell(
+        f'omniglot_{ways}way_{shots}shot' + ('' if conv else '_no_conv'),
+        f'Omniglot, {ways}-way {shots}-shot{more}',
+        f'Omniglot, {ways}-way{more}',
+        f'{shots}-shot',
+        paper,
+        3 if few else 5,
+        settings,
+    )
+
+
+def miniimagenet(shots: int, paper: str, first_order: bool = False) -> Cell:
+    settings = dict(
+        datasource='miniimagenet',
+        num_classes=5,
+        update_batch_size=shots,
+        update_lr=0.01,
+        num_updates=5,
+        meta_batch_size=4 if shots == 1 else 2,
+        conv=True,
+        num_filters=32,
+        max_pool=True,
+        stop_grad=first_order,
+    )
+    kind = f'{shots}-shot' + ', first order' * first_order
+    return Cell(
+        f'miniimagenet_5way_{shots}shot' + '_first_order' * first_order,
+        f'miniImagenet, 5-way {kind}',
+        'miniImagenet, 5-way',
+        kind,
+        paper,
+        10,
+        settings,
+    )
+
+
+def sinusoid(
+    name: str, title: str, paper: str, baseline: str | None = None, update_lr: float = 0.01
+) -> Cell:
+    settings = dict(
+        datasource='sinusoid',
+        update_batch_size=10,
+        update_lr=update_lr,
+        num_updates=1,
+        meta_batch_size=25,
+        norm='None',
+        baseline=baseline,
+        stop_grad=False,
+    )
+    return Cell(name, title, 'Sinusoid', title, paper, 10, settings)
+
+
+CELLS = [
+    omniglot(5, 1, '89.7 ± 1.1', conv=False),
+    omniglot(5, 5, '97.5 ± 0.6', conv=False),
+    omniglot(5, 1, '98.7 ± 0.4'),
+    omniglot(5, 5, '99.9 ± 0.1'),
+    omniglot(20, 1, '95.8 ± 0.3'),
+    omniglot(20, 5, '98.9 ± 0.2'),
+    miniimagenet(1, '48.07 ± 1.75', first_order=True),
+    miniimagenet(1, '48.70 ± 1.84'),
+    miniimagenet(5, '63.15 ± 0.91', first_order=True),
+    miniimagenet(5, '63.11 ± 0.92'),
+]
+MAML_ERRORS = '.67 / .38 / .35'
+SINUSOIDS = [
+    sinusoid('sinusoid', 'MAML', MAML_ERRORS),
+    sinusoid('sinusoid_published_command', 'MAML, α = 0.001', MAML_ERRORS, update_lr=0.001),
+    sinusoid('sinusoid_pretrain', 'pre-trained on all tasks', '2.41 / 2.23 / 2.19'),
+    sinusoid('sinusoid_oracle', 'oracle', '', 'oracle'),
+]
+
+
+def same(value, wanted) -> bool:
+    """Whether two values of a flag are the same; --baseline=None is the text 'None'."""
+    return value == wanted or str(value) == str(wanted) == 'None'
+
+
+def paper_figures(state: dict, f: flags.FlagValues) -> dict[int, str]:
+    """{updates: what the paper's tables have after as many}, for an evaluation of one of its cells.
+
+    state: of the checkpoint, with the flags that it was trained with. Empty for other evaluations.
+    """
+    trained = trained_settings(f) | state.get('flags', {})
+    if f.test_query != -1 or not f.transductive or f.update_lr != trained['update_lr']:
+        return {}
+    telling = [flag for flag in FLAGS if flag.makes_model or flag.in_name]
+    joint = trained['metatrain_iterations'] == 0
+    for cell in CELLS + SINUSOIDS:
+        wanted = {flag.name: flag.default for flag in telling if flag.name != 'seed'}
+        wanted |= cell.settings
+        differing = [name for name in wanted if not same(trained.get(name), wanted[name])]
+        pretrained = cell.name == 'sinusoid_pretrain'
+        if not differing and joint == pretrained and f.update_batch_size == cell.test_shots:
+            return cell.figures
+    return {}
 
 
 # The program --------------------------------------------------------------------------------------
@@ -828,7 +1072,7 @@ def prepare(f: flags.FlagValues, held: ExitStack, norm: Normalization | None = N
     Raises ValueError, OSError and UserCodeError.
     """
     check_flags(f)
-    folder, total = Path(os.path.expanduser(f.logdir)) / run_name(f), sum(iterations(f))
+    folder, total = run_folder(f), sum(iterations(f))
     replicas = make_replicas(f)
     replicas.slice_of(f.meta_batch_size)
     own = make_generators(f) if is_spec(f.datasource) else {}
@@ -974,11 +1218,12 @@ def main(
     arguments: list[str],
     f: flags.FlagValues = flags.FLAGS,
     norm: Normalization | None = None,
+    start: Callable = lambda f: None,
 ):
     """Trains or evaluates.
 
     arguments: the program and what is left of the command line after the flags. norm: see
-    `prepare`.
+    `prepare`. start: is called with the flags before anything of TensorFlow.
     """
     logging.set_verbosity(logging.ERROR)
     if worker_index(f) > 0:
@@ -987,6 +1232,8 @@ def main(
         try:
             if len(arguments) > 1:
                 raise ValueError(f'"{arguments[1]}" is no flag: flags are written --name=value')
+            take_run(f)
+            start(f)
             run = prepare(f, held, norm)
         except (ValueError, OSError, UserCodeError) as error:
             sys.exit(f'main.py: {error}')
@@ -1031,13 +1278,15 @@ def worker_index(f: flags.FlagValues) -> int:
 
 
 def tune(f: flags.FlagValues):
-    """Settings of TensorFlow that suit a run, by measurement; to be called before anything of it.
+    """Settings of TensorFlow that suit a run; to be called before anything of it.
 
-    A thread for each operation where tasks are tiny: handing work over takes longer than the work.
-    XLA's older generator of loops for Omniglot: it compiles a quarter faster and into less, and the
-    code is as fast; for the others the code is slower. XLA ends the process at options it does not
-    know, so only in the version tried.
+    GPUs as `utils.set_up_gpus` says; the rest by measurement. A thread for each operation where
+    tasks are tiny: handing work over takes longer than the work. XLA's older generator of loops for
+    Omniglot: it compiles a quarter faster and into less, and the code is as fast; for the others
+    the code is slower. XLA ends the process at options it does not know, so only in the version
+    tried.
     """
+    set_up_gpus(f.tf32)
     if f.datasource == 'sinusoid':
         tf.config.threading.set_intra_op_parallelism_threads(1)
     if f.datasource == 'omniglot' and tf.__version__.startswith('2.21.'):
@@ -1047,9 +1296,8 @@ def tune(f: flags.FlagValues):
 
 def program(arguments: list[str], norm: Normalization | None = None):
     """main.py as a process of its own."""
-    tune(flags.FLAGS)
     try:
-        main(arguments, norm=norm)
+        main(arguments, norm=norm, start=tune)
     except KeyboardInterrupt:
         sys.exit(130)
 

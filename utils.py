@@ -14,16 +14,59 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
-import tensorflow as tf
+
+# A quiet start ------------------------------------------------------------------------------------
+
+# What TensorFlow says of its instructions and of a GPU that is not there; errors come through.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+# Lines that its C++ prints while it is loaded, before that level counts. Some say nothing at all,
+# some say nothing where there is no GPU.
+IDLE_LINES = ('All log messages before absl::InitializeLog', 'Unable to register cu[A-Z]+ factory')
+LINES_WITHOUT_GPU = ('Could not find cuda drivers', 'failed call to cuInit')
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the system has the device of an NVIDIA GPU, usable or not."""
+    return any(Path('/dev').glob('nvidia[0-9]*')) or Path('/dev/dxg').exists()  # the latter: WSL
+
+
+@contextmanager
+def without_lines(patterns: Iterable[str]) -> Iterator[None]:
+    """Keeps lines with one of the patterns from the process's stderr while entered.
+
+    Another program reads them: should this process be aborted, what it said last comes through.
+    All lines come where there is no `sed`.
+    """
+    program = ['sed', '-E', f'/{"|".join(patterns)}/d']
+    with ExitStack() as closing:
+        with suppress(OSError):  # no sed, or no stderr
+            stderr = os.dup(2)
+            closing.callback(os.close, stderr)
+            reader = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=stderr)
+            closing.callback(reader.wait)
+            closing.callback(os.dup2, stderr, 2)
+            os.dup2(reader.stdin.fileno(), 2)
+            reader.stdin.close()
+        yield
+
+
+ALL_LINES = os.environ['TF_CPP_MIN_LOG_LEVEL'] == '0'  # asked for
+DROPPED = IDLE_LINES if has_nvidia_gpu() else IDLE_LINES + LINES_WITHOUT_GPU
+with nullcontext() if ALL_LINES else without_lines(DROPPED):
+    import tensorflow as tf
+
+    if not has_nvidia_gpu():
+        tf.config.list_physical_devices()  # looks for GPUs, and says that there is none
 
 # Meta-batches, losses and their means -------------------------------------------------------------
 
@@ -484,6 +527,28 @@ class graph(piece):
 # Devices: the replicas of a model -----------------------------------------------------------------
 
 ASKING_INTERVAL = 5  # iterations between the workers' questions whether one of them is to stop
+
+
+def set_up_gpus(tf32: bool = False):
+    """Exact products, and no more memory than is needed; before TensorFlow's first operation.
+
+    By default TensorFlow rounds the factors of float32 products to TF32, which has 10 bits of
+    mantissa, on GPUs that can: here only if `tf32`. It also takes all the memory of all GPUs; if
+    they are in use already, that stays as it is. Says so if the machine has a GPU that TensorFlow
+    does not find.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(tf32)
+    gpus = tf.config.list_physical_devices('GPU')
+    with suppress(RuntimeError):  # in use
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+    hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
+    if has_nvidia_gpu() and not gpus and not hidden:
+        print(
+            'There is an NVIDIA GPU, but TensorFlow does not find it, so the CPU computes: '
+            "`pip install -e '.[gpu]'` installs TensorFlow's CUDA libraries.",
+            file=sys.stderr,
+        )
 
 
 class Replicas:

@@ -12,6 +12,7 @@ from command_line import (
     DATA,
     ORIGINAL,
     assert_refused,
+    evaluate_few,
     in_process,
     listing,
     make_omniglot,
@@ -530,7 +531,7 @@ def assert_figures(values: np.ndarray):
 @pytest.mark.slow
 @pytest.mark.parametrize('tasks', [16, 600])
 def test_accuracy_of_the_published_model(published_run, validation_classes, monkeypatch, tasks):
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', tasks)
+    evaluate_few(monkeypatch, tasks, updates=10)
     succeeded(run(*FLAGS, f'--data_dir={validation_classes}', f'--logdir={published_run.parent}'))
     values = mses(published_run, 'ubs1_stepsize0.01')
     assert values.shape == (tasks, 11)

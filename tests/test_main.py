@@ -18,6 +18,7 @@ from command_line import (
     Outcome,
     assert_refused,
     command,
+    evaluate_few,
     listing,
     make_miniimagenet,
     make_omniglot,
@@ -156,6 +157,9 @@ def test_flags_and_defaults():
         'transductive',
         'strategy',
         'network',
+        'tf32',
+        'test_tasks',
+        'run',
     }
 
 
@@ -634,8 +638,7 @@ def test_evaluation_of_a_sinusoid(tmp_path):
 
 def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
     """The numbers per task do not depend on how many are evaluated at once."""
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', 22)  # a chunk and a bit
-    monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
+    evaluate_few(monkeypatch, 22)  # a chunk and a bit
     train = once(tmp_path, data)
     succeeded(run(*train))
     succeeded(run(*train, '--train=False', '--test_set=True'))
@@ -654,8 +657,7 @@ def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
 
 def test_evaluation_with_other_shots_and_step_size(tmp_path, data, monkeypatch):
     """K=2 and α=0.4 on a run trained with K=1 and α=0.001, found by its name."""
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', 40)
-    monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
+    evaluate_few(monkeypatch, 40)
     train = once(tmp_path, data)
     succeeded(run(*train))
     other = ['--train=False', '--update_batch_size=2', '--update_lr=.4']
@@ -668,9 +670,122 @@ def test_evaluation_with_other_shots_and_step_size(tmp_path, data, monkeypatch):
     assert values.shape == (40, 3) and set(values.ravel()) <= {0, 0.25, 0.5, 0.75, 1}
 
 
+def table(outcome: Outcome) -> tuple[str, list[list[str]]]:
+    """The title of the table that follows the three vectors, and the words of its rows."""
+    _, _, text = outcome.out.partition('))\n')
+    title, head, *rows = text.splitlines()
+    assert head.split() == ['updates', 'mean', '95', '%', 'interval']
+    return title, [row.split() for row in rows]
+
+
+def test_table_of_errors(tmp_path):
+    train = [*SINUSOID, '--metatrain_iterations=2', f'--logdir={tmp_path}', '--log=False']
+    succeeded(run(*train))
+    title, rows = table(succeeded(run(*train, '--train=False', '--test_set=True')))
+    assert title == 'Mean squared error on 600 test tasks'
+    values = results(only(tmp_path), 'test_ubs5_stepsize0.001')
+    interval = 1.96 * values.std(0) / 600**0.5
+    assert rows[0][4:] == 'on the support sets'.split()
+    for j, row in enumerate(rows):
+        assert row[:4] == [str(j), f'{values.mean(0)[j]:.4g}', '+-', f'{interval[j]:.4g}']
+    assert len(rows) == 11 and all(len(row) == 4 for row in rows[1:]), 'no figure of the paper'
+
+
+def test_tables_of_accuracies_of_the_first_tasks(tmp_path, data, monkeypatch):
+    """In percent; fewer tasks are the first ones of more, and have files of their own."""
+    evaluate_few(monkeypatch, 20)
+    train = [*once(tmp_path, data), '--conv=False']
+    succeeded(run(*train))
+    evaluations = {}
+    for tasks in (3, 9):
+        outcome = succeeded(run(*train, '--train=False', f'--test_tasks={tasks}'))
+        values = results(only(tmp_path), f'test_ubs1_stepsize0.001_tasks{tasks}')
+        title, rows = table(outcome)
+        assert title == f'Mean accuracy on {tasks} validation tasks, %'
+        assert [row[1] for row in rows] == [f'{100 * mean:.2f}' for mean in values.mean(0)]
+        evaluations[tasks] = values
+    assert len(evaluations[9]) == 9
+    np.testing.assert_array_equal(evaluations[3], evaluations[9][:3])
+    assert not [*only(tmp_path).glob('test_ubs1_stepsize0.001.*')]
+
+
+OMNIGLOT_CELL = '--datasource=omniglot --update_batch_size=1 --update_lr=0.4 --meta_batch_size=32'
+SINUSOID_CELL = '--norm=None --update_batch_size=10 --update_lr=0.01'
+
+
+@pytest.mark.parametrize(
+    'trained, evaluated, figures',
+    [
+        (OMNIGLOT_CELL, '', {3: '98.7 +- 0.4'}),
+        (f'{OMNIGLOT_CELL} --conv=False', '--seed=3', {3: '89.7 +- 1.1'}),
+        (f'{OMNIGLOT_CELL} --norm=layer_norm', '', {}),
+        (f'{OMNIGLOT_CELL} --meta_batch_size=16', '', {}),
+        (OMNIGLOT_CELL, '--test_query=15', {}),
+        (OMNIGLOT_CELL, '--transductive=False', {}),
+        (OMNIGLOT_CELL, '--update_lr=0.2 --train_update_lr=0.4', {}),
+        (OMNIGLOT_CELL, '--update_batch_size=5 --train_update_batch_size=1', {}),
+        (SINUSOID_CELL, '', {}),
+        (
+            SINUSOID_CELL,
+            '--update_batch_size=5 --train_update_batch_size=10',
+            {1: '.67', 5: '.38', 10: '.35'},
+        ),
+        (
+            f'{SINUSOID_CELL} --pretrain_iterations=70000 --metatrain_iterations=0',
+            '--update_batch_size=5 --train_update_batch_size=10',
+            {1: '2.41', 5: '2.23', 10: '2.19'},
+        ),
+    ],
+)
+def test_figures_of_the_paper(trained, evaluated, figures):
+    """With the run's flags in the checkpoint and, of the original's checkpoints, without."""
+    stored = main.settings(parsed(*trained.split()))
+    f = parsed(*trained.split(), *evaluated.split(), '--train=False')
+    for state in ({'flags': stored}, {}):
+        assert main.paper_figures(state, f) == figures
+
+
+def test_evaluation_of_a_run_by_its_folder(tmp_path, data, monkeypatch):
+    """The run knows its flags, wherever it is; what is given counts; no other folder appears."""
+    evaluate_few(monkeypatch, 4)
+    train = [*once(tmp_path / 'logs', data), '--conv=False']
+    train += ['--seed=3', '--num_updates=2', '--log=True', '--test_set=True']
+    succeeded(run(*train))
+    usual = succeeded(run(*train, '--train=False', '--test_set=False'))
+    folder = only(tmp_path / 'logs').rename(tmp_path / 'elsewhere')
+    before = listing(folder)
+    outcome = succeeded(run('--train=False', f'--run={folder}'))
+    assert printed(outcome).tolist() == printed(usual).tolist()
+    assert table(outcome) == table(usual)
+    assert listing(folder).keys() == before.keys() and {*tmp_path.iterdir()} == {
+        folder,
+        tmp_path / 'logs',
+    }
+    given = ['--update_batch_size=2', '--update_lr=0.5', '--test_set', '--test_tasks=2']
+    succeeded(run('--train=False', f'--run={folder}', *given))
+    assert results(folder, 'test_ubs2_stepsize0.5_tasks2').shape == (2, 3)
+
+
+def test_folder_that_is_no_run(tmp_path):
+    """One sentence; a folder of runs names one of them."""
+    evaluate = ['--train=False', f'--run={tmp_path}/logs']
+    assert_refused(run(*evaluate), '--run=', 'no such folder')
+    (tmp_path / 'logs').mkdir()
+    assert_refused(run(*evaluate), 'has no checkpoint')
+    succeeded(run(*SINUSOID, '--metatrain_iterations=1', f'--logdir={tmp_path}/logs'))
+    folder = only(tmp_path / 'logs')
+    assert_refused(run(*evaluate), f'it holds runs, as {folder}')
+    there = ['--train=False', f'--run={folder}']
+    assert_refused(run(*there, '--test_iter=7'), '--test_iter=7', 'no such checkpoint')
+    assert_refused(run(*there, '--norm=layer_norm'), '--norm=None (now layer_norm)', 'leave it')
+    assert_refused(run(*there, '--logdir=x'), '--run=', 'leave --logdir away')
+    assert_refused(run(f'--run={folder}'), '--run=', 'needs --train=False')
+    (folder / 'model0.data-00000-of-00001').write_bytes(b'')
+    assert_refused(run(*there), 'model0 cannot be read')
+
+
 def test_test_classes_are_others(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', 20)
-    monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
+    evaluate_few(monkeypatch, 20)
     train = once(tmp_path, data)
     succeeded(run(*train))
     validation = printed(succeeded(run(*train, '--train=False')))
@@ -688,8 +803,7 @@ def test_more_updates_than_ten(tmp_path):
 
 def test_plain_network_on_miniimagenet(tmp_path, data, monkeypatch):
     """Without meta-training, one image per class and no queries: no figures after an update."""
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', 8)
-    monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
+    evaluate_few(monkeypatch, 8)
     train = [*MINIIMAGENET, '--metatrain_iterations=0', '--pretrain_iterations=2']
     train += [f'--data_dir={data}', f'--logdir={tmp_path}']
     with warnings.catch_warnings():

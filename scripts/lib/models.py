@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from maml import Learner, find_checkpoint, user_network
-from utils import read_run_state
+from utils import read_run_state, set_up_gpus
 
 
 def load(run_folder: Path, checkpoint: int | str, network: str = '') -> Learner:
-    """As Learner.load; network: FILE.py:FUNCTION, if the run was trained with one.
+    """As Learner.load, on GPUs as main.py uses them.
 
-    Raises ValueError and UserCodeError.
+    network: FILE.py:FUNCTION, if the run was trained with one. Raises ValueError and UserCodeError.
     """
+    set_up_gpus()
     if not network:
         return Learner.load(run_folder, checkpoint)
     settings = read_run_state(find_checkpoint(run_folder, checkpoint)).get('flags', {})

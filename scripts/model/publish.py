@@ -10,15 +10,16 @@ it, as the run itself; training that continues from it starts with a fresh Adam.
 """
 
 import argparse
-import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
 import tensorflow as tf
 from absl import flags
 
