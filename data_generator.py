@@ -12,7 +12,6 @@ deleted at any time.
 """
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -35,6 +34,7 @@ from PIL import Image, ImageDraw, ImageOps
 from utils import Batch
 
 SPLITS = ('train', 'val', 'test')
+FEW_COMBINATIONS = 100  # of classes in an evaluation, which it should say
 EVALUATION_SEED = 1  # of tasks that are the same for every run and checkpoint
 
 
@@ -144,6 +144,10 @@ class DataGenerator:
         [J, T, examples, out].
         """
         raise NotImplementedError
+
+    def caution(self, split: str) -> str:
+        """What is to be kept in mind of an evaluation on a split, a sentence; empty if nothing."""
+        return ''
 
     def _draw(self, split: str, iteration: int, num_tasks: int) -> np.ndarray:
         """Uniform numbers in [0, 1), a row for each task: [T, num_draws]."""
@@ -276,6 +280,20 @@ class ImageGenerator(DataGenerator):
     def picture(self, batch: Batch, evaluate: Callable[[Batch], np.ndarray]) -> np.ndarray:
         """The first task of the meta-batch."""
         return task_picture(batch, self.image_shape)
+
+    def caution(self, split: str) -> str:
+        """Says if its classes can be combined to few tasks only."""
+        classes, ways = len(self.folders[split].names), self.num_classes
+        combinations = math.comb(classes, ways)
+        if combinations >= FEW_COMBINATIONS:
+            return ''
+        tasks = f'have {combinations} combinations of {ways} of the {classes} {split} classes'
+        if combinations == 1:
+            tasks = f'are of the same {ways} classes, since the {split} split has no others'
+        return (
+            f'Note: all these tasks {tasks}. The interval tells how far the images matter; other '
+            'classes may give quite another mean.'
+        )
 
     def _tasks(self, split: str, uniform: np.ndarray) -> Batch:
         if split not in self.folders:
@@ -922,7 +940,8 @@ class OwnImages:
         few or too small for the splits that are needed, or are not those of the run.
         """
         for split in self.splits:
-            _check_classes(self.found[split], self.path(split), self.layout, None, skip_small)
+            lenient = skip_small or bool(known)
+            _check_classes(self.found[split], self.path(split), self.layout, None, lenient)
         if not known:
             self._tell_of_files()
         found = {split: _counts(classes) for split, classes in self.found.items()}
@@ -1003,14 +1022,15 @@ class OwnImages:
                 f'{len(left_out)} files in {self.folder} are left out, since Pillow reads no such '
                 f'files ({listed_kinds}): {listed(left_out)}.'
             )
-        for one, other in itertools.combinations(self.paths, 2):
-            both = [name for name in self.found[one] if name in self.found[other]]
-            if both:
-                _tell(
-                    f'{listed(both)}: folders in {self.paths[one]} and in {self.paths[other]} have '
-                    'the same name, and are taken for different classes. If they are one class, '
-                    'move all its images into one of the two: MAML is tested on new classes.'
-                )
+        places = Counter(name for split in self.paths for name in self.found[split])
+        namesakes = [name for name, count in places.items() if count > 1]
+        if namesakes:
+            folders = ', '.join(path.name for path in self.paths.values())
+            _tell(
+                f'Several of {folders} in {self.folder} have folders of these names: '
+                f'{listed(namesakes)}. They are taken for different classes; if they are the same '
+                'ones, put the images of a class into one folder: MAML is tested on new classes.'
+            )
 
 
 def _tell(text: str):
@@ -1197,7 +1217,7 @@ def differences(split: str, found: Counts, known: Mapping[str, Counts]) -> list[
     texts, wanted = [], known[split]
     missing = [name for name in wanted if name not in found]
     if missing:
-        texts.append(f'of its {len(wanted)} {split} classes {listed(missing)} are not there')
+        texts.append(f'of {len(wanted)} {split} classes it misses {listed(missing)}')
     for name, count in wanted.items():
         if found.get(name, count) != count:
             texts.append(f'{name} has {found[name]} images and had {count}')

@@ -18,6 +18,8 @@ import json
 import os
 import pickle
 import re
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -73,6 +75,7 @@ from utils import (
     forget_summaries,
     is_spec,
     lock,
+    no_run,
     read_run_state,
     remove_checkpoint,
     remove_leftovers,
@@ -507,13 +510,14 @@ def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
         return {}
     if not found and f.test_iter == 'best' and checkpoints(folder):
         raise ValueError(
-            f'--test_iter=best: {folder} has no best checkpoint; training on images keeps one from '
-            f'its first validation on, at iteration {VALIDATION_INTERVAL}'
+            f'--test_iter=best: {folder} has no best checkpoint; training keeps one from its first '
+            f'validation on, at iteration {VALIDATION_INTERVAL}: train on, or leave --test_iter '
+            f'away for the newest, of iteration {max(checkpoints(folder))}'
         )
     if not found:
         raise ValueError(
-            f'{folder} holds no checkpoint: train first with the same flags, or give the --logdir, '
-            '--train_update_batch_size and --train_update_lr of the training run'
+            f'{no_run(folder)}: train first with the same flags, or give --run=FOLDER of another '
+            'run, or --logdir, --train_update_batch_size and --train_update_lr of the training'
         )
     if f.test_iter in (-1, 'best'):
         return dict(reversed(found.items()))
@@ -558,12 +562,8 @@ def stored_flags(folder: Path, f: flags.FlagValues) -> dict:
     Raises ValueError if the folder is no run, or the run does not tell them.
     """
     if not any(checkpoints(folder, kind) for kind in ('model', 'best')):
-        runs = sorted(path.parent.name for path in folder.glob('*/*.index'))
-        found = f'it holds runs, as {folder / runs[0]}' if runs else 'it has no checkpoint'
-        if not folder.is_dir():
-            found = 'there is no such folder'
         raise ValueError(
-            f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but {found}'
+            f'--run must be a folder that main.py trained in, LOGDIR/cls_...: {no_run(folder)}'
         )
     reason = ValueError(
         f'--run={f.run} does not tell the flags it was trained with: give them, and --logdir'
@@ -872,6 +872,8 @@ def evaluate(run: Prepared, f: flags.FlagValues):
     objective = 'accuracy' if source.objective == 'accuracy' else 'squared error'
     what = f'{objective} on {len(values)} {SPLITS[split]} tasks'
     print(*result_table(what, mean, interval, paper_figures(run.state, f)), sep='\n')
+    if caution := source.caution(split):
+        print(caution)
     if not run.model.replicas.is_chief:
         return
     path = run.folder / evaluation_name(f)
@@ -1249,6 +1251,7 @@ def carry_out(run: Prepared, f: flags.FlagValues):
         with user_code(f.datasource, all_of_it=False), user_code(f.network, all_of_it=False):
             if f.train:
                 train(make_trainer(run, f))
+                print(next_steps(run, f))
             else:
                 evaluate(run, f)
     except (UserCodeError, BadTasks) as error:
@@ -1265,6 +1268,26 @@ def carry_out(run: Prepared, f: flags.FlagValues):
             flush=True,
         )
         os._exit(1)  # leaving the cluster in order would wait for the one that is gone
+
+
+def next_steps(run: Prepared, f: flags.FlagValues) -> str:
+    """Where a run is that has come to its end, and what can be done with it."""
+    # Of the user's own files: a run names them, and they are not run unasked.
+    given = [f'--{n}={f[n].value}' for n in ('datasource', 'network') if is_spec(f[n].value)]
+    evaluation = ['main.py', '--train=False', '--test_set=True', f'--run={run.folder}', *given]
+    commands = [command_line(*evaluation)]
+    if f.datasource in ('omniglot', 'miniimagenet', 'folder'):
+        network = [f'--network={f.network}'] if f.network else []
+        classify = ['scripts/model/classify.py', run.folder, 'SUPPORT_DIR', 'IMAGE', *network]
+        commands.append(command_line(*classify))
+    return '\n    '.join([f'The run is in {run.folder}. Test it, use it:', *commands])
+
+
+def command_line(script: str, *arguments: str | Path) -> str:
+    """A line for the shell that starts a script of this project from the folder at hand."""
+    own, script = sys.executable, os.path.relpath(Path(__file__).resolve().parent / script)
+    python = 'python' if shutil.which('python') == own else own
+    return shlex.join([python, script, *map(str, arguments)])
 
 
 def worker_index(f: flags.FlagValues) -> int:

@@ -63,6 +63,7 @@ from utils import (
     is_spec,
     machine,
     mean_squared_error,
+    no_run,
     piece,
     read_checkpoint,
     read_run_state,
@@ -1635,12 +1636,20 @@ def settings_of(model: FastMAML) -> dict:
 def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
     """The path of a run's checkpoint; arguments and errors as of `Learner.load`."""
     found = checkpoints(run_folder, 'best' if checkpoint == 'best' else 'model')
-    if not found or checkpoint not in (-1, 'best', *found):
-        there = ', '.join(map(str, checkpoints(run_folder))) or 'none'
-        asked = '' if checkpoint == -1 else repr(checkpoint)
+    there = [*checkpoints(run_folder)]
+    if not found and not there:
         raise ValueError(
-            f'{run_folder} has no checkpoint {asked}; it should be a folder that main.py trained '
-            f'in, LOGDIR/cls_...; iterations that are there: {there}'
+            f'{no_run(run_folder)}; it should be a folder that main.py trained in, LOGDIR/cls_...'
+        )
+    if not found:
+        raise ValueError(
+            f'{run_folder} has no best checkpoint, which training keeps from its first validation '
+            f'on: train on, or take the newest, of iteration {there[-1]}'
+        )
+    if checkpoint not in (-1, 'best', *found):
+        raise ValueError(
+            f'{run_folder} has no checkpoint {checkpoint!r}; iterations that are there: '
+            f'{", ".join(map(str, there))}'
         )
     return found[checkpoint if checkpoint in found else max(found)]
 

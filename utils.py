@@ -149,6 +149,22 @@ def checkpoints(folder: str | Path, kind: str = 'model') -> dict[int, str]:
     return {i: str(Path(folder) / f'{kind}{i}') for i in iterations}
 
 
+def no_run(folder: str | Path) -> str:
+    """What is wrong with a folder that has no checkpoint, and where runs are: for messages."""
+    folder = Path(folder)
+    text = f'{folder} holds no checkpoint'
+    if not folder.is_dir():
+        text += ', since there is no such folder'
+    for place in (folder, folder.parent):
+        runs = sorted({path.parent.name for path in place.glob('*/*.index')})
+        if runs:
+            more = f' and {len(runs) - 3} more' if len(runs) > 3 else ''
+            return f'{text}, but {place} has the runs {", ".join(runs[:3])}{more}'
+    if not folder.parent.is_dir():
+        return f'{text}, nor {folder.parent}'
+    return text
+
+
 class DamagedCheckpoint(ValueError):
     """A file of a checkpoint is missing or damaged; the text is one sentence for the user."""
 
