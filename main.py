@@ -72,10 +72,12 @@ from utils import (
     checkpoints,
     event_files,
     first_line,
+    first_whole,
     forget_summaries,
     is_spec,
     lock,
-    no_run,
+    other_runs,
+    print_anything,
     read_run_state,
     remove_checkpoint,
     remove_leftovers,
@@ -178,6 +180,7 @@ TRAIN_STEP_SIZE = Rule(
     'a step size of 0 or more, or -1 for that of --update_lr',
 )
 NETWORK = Rule(lambda value: value == '' or is_spec(value), 'FILE.py:FUNCTION')
+FOLDER = Rule(lambda value: '://' not in value, 'a folder, not an address')
 TEST_QUERY = Rule(lambda value: value == -1 or value >= 1, 'at least 1, or -1 for as many as shots')
 
 # Symbols are the paper's. The flags that name a run stand in the order of the name.
@@ -188,7 +191,7 @@ FLAGS = (
          'where tasks come from: sinusoid, omniglot, miniimagenet, folder, or FILE.py:FUNCTION, '
          'which returns tasks of your own', makes_model=True),
     Flag('data_dir', str, 'data', ANYTIME,
-         'folder of the prepared data, or of your own class folders'),
+         'folder of the prepared data, or of your own class folders', FOLDER),
     Flag('split', str, '0.64,0.16,0.2', NEVER,
          'shares of the classes that train, val and test get (folder only)', SPLIT),
     Flag('image_size', int, 84, NEVER,
@@ -258,7 +261,7 @@ FLAGS = (
          in_name=lambda value: f'.{value.rpartition(":")[2]}' if value else ''),
     # Logging, saving, testing
     Flag('log', bool, True, ANYTIME, 'write summaries for TensorBoard'),
-    Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders'),
+    Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders', FOLDER),
     Flag('resume', bool, True, ANYTIME, 'continue from the newest checkpoint of the same run'),
     Flag('overwrite', bool, False, ANYTIME,
          'with --resume=False: remove the earlier run of the same name'),
@@ -443,7 +446,9 @@ def make_generators(f: flags.FlagValues, run: dict | None = None) -> dict[str, D
         with user_code(f.datasource, all_of_it=False):
             return dict.fromkeys(splits, UserTasks(own, f.datasource, splits, f.meta_batch_size))
     make = OmniglotGenerator if f.datasource == 'omniglot' else ImageGenerator
-    folders, counts, fit = load_images(f, [*splits], run or {})
+    run = run or {}
+    folders, counts, fit = load_images(f, [*splits], run)
+    counts |= (f.train and run.get('classes')) or {}  # of splits that are not there any more too
     generators, given = {}, (folders, f.num_classes, shots, query_images(f))
     for split, seed in splits.items():
         generators[split] = source = make(*given, seed=seed, splits=[split])
@@ -467,7 +472,7 @@ def load_images(f: flags.FlagValues, splits: list[str], run: dict) -> tuple[dict
         folders = load_miniimagenet(data_dir, splits, cache_dir)
     folders = as_in_run(folders, splits, known)
     counts = {split: classes.sizes() for split, classes in folders.items()}
-    return folders, counts | (known or {}), f.fit
+    return folders, counts, f.fit
 
 
 def data_of_run(replicas: Replicas, iteration: int, state: dict) -> dict:
@@ -516,8 +521,9 @@ def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
         )
     if not found:
         raise ValueError(
-            f'{no_run(folder)}: train first with the same flags, or give --run=FOLDER of another '
-            'run, or --logdir, --train_update_batch_size and --train_update_lr of the training'
+            f'{folder} holds no checkpoint{other_runs(folder)}: train first with the same flags, '
+            'or give --run=FOLDER, or --logdir, --train_update_batch_size and --train_update_lr of '
+            'the training run'
         )
     if f.test_iter in (-1, 'best'):
         return dict(reversed(found.items()))
@@ -563,7 +569,8 @@ def stored_flags(folder: Path, f: flags.FlagValues) -> dict:
     """
     if not any(checkpoints(folder, kind) for kind in ('model', 'best')):
         raise ValueError(
-            f'--run must be a folder that main.py trained in, LOGDIR/cls_...: {no_run(folder)}'
+            f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but it has '
+            f'no checkpoint{other_runs(folder)}'
         )
     reason = ValueError(
         f'--run={f.run} does not tell the flags it was trained with: give them, and --logdir'
@@ -583,17 +590,19 @@ def load(model: FastMAML, candidates: dict[int, str], f: flags.FlagValues) -> tu
     Returns its iteration and state (-1 and {} if none). Raises ValueError if all are damaged or
     the flags contradict those that it was written with.
     """
-    for number, (iteration, path) in enumerate(candidates.items(), start=1):
-        try:
-            state = read_run_state(path)
-            check_contradictions(path, iteration, state.get('flags', {}), f)
-            restore(model, path, f)
-            return iteration, state
-        except DamagedCheckpoint as error:
-            if number == len(candidates):
-                raise
-            print(f'main.py: {error}; the one before it is used.', file=sys.stderr)
-    return -1, {}
+    if not candidates:
+        return -1, {}
+    try:
+        iteration, path, state = first_whole(candidates, tell)
+    except DamagedCheckpoint as error:
+        raise ValueError(f'{error}; remove it, or name another with --test_iter') from error
+    check_contradictions(path, iteration, state.get('flags', {}), f)
+    restore(model, path, f)
+    return iteration, state
+
+
+def tell(text: str):
+    print(f'main.py: {text}', file=sys.stderr)
 
 
 def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagValues):
@@ -622,11 +631,9 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
 
 
 def restore(model: FastMAML, path: str, f: flags.FlagValues):
-    """Loads a checkpoint. Raises ValueError if it is damaged or another network's."""
+    """Loads a checkpoint that is whole. Raises ValueError if it is another network's."""
     try:
         complete = model.restore(path)
-    except DamagedCheckpoint:
-        raise
     except ValueError as error:
         raise ValueError(
             f'{error}; give the flags of the run that wrote it, or another --logdir'
@@ -664,20 +671,28 @@ class Log(Observer):
         before, after = (state or {}).get('printing', ([], []))
         # What the next printed line is the mean of.
         self.before, self.after = [*map(np.float32, before)], [*map(np.float32, after)]
+        self.best = ((state or {}).get('best') or {}).get(objective, np.nan)  # of the validations
+        self.folder = folder
         self.clock = self.shown = time.perf_counter()
-        self.writer = tf.summary.create_file_writer(str(folder)) if folder else None
+        self.writer = tf.summary.create_file_writer(os.fsencode(folder)) if folder else None
         self.shows_pictures = self.writer is not None
 
     def state(self) -> dict:
         return {'printing': [[*map(float, values)] for values in (self.before, self.after)]}
 
     def introduce(self, values: dict):
-        """Writes the flags of a run that begins, and says what the lines to come hold."""
+        """Writes the flags of a run that begins, and says what the lines to come hold.
+
+        TensorBoard's HPARAMS tab gets those of a run that goes on too: they may be others.
+        """
+        if self.writer:
+            write_session(self.writer, values, str(self.folder), self.end)
         if self.writer and self.start == 0:
             rows = ['flag | value', '--- | ---']
             rows += [f'`--{name}` | {value}' for name, value in values.items()]
+            text = '\n'.join(rows).encode(errors='backslashreplace')  # a path may not be UTF-8
             with self.writer.as_default():
-                tf.summary.text('flags', '\n'.join(rows), step=self.start)
+                tf.summary.text('flags', text, step=self.start)
         updates = '1 update' if self.update == 1 else f'{self.update} updates'
         self.line(
             f'To be printed every {self.interval} iterations: mean {self.objective} on the support '
@@ -712,6 +727,7 @@ class Log(Observer):
         before, after = self.summaries('metatrain', results, iteration)
         self.before.append(before)
         self.after.append(after)
+        self._write((f'last_training_{self.objective}',), [np.mean(self.after)], iteration)
         if iteration % self.interval == 0 and iteration != 0:
             label = f'Iteration {iteration - self.pretrain}'
             if iteration < self.pretrain:
@@ -722,8 +738,14 @@ class Log(Observer):
     def validation(self, results: Results, interval: float, iteration: int):
         before, after = self.summaries('metaval', results, iteration)
         self.line(f'Validation results: {before}, {after}')
-        tag = f'metaval_Post-update_{self.objective}_interval'
-        self._write((tag,), [np.float32(interval)], iteration)
+        better = np.fmax if self.objective == 'accuracy' else np.fmin  # a nan is never the best
+        self.best = better(self.best, after)
+        tags = (
+            f'metaval_Post-update_{self.objective}_interval',
+            f'last_validation_{self.objective}',
+            f'best_validation_{self.objective}',
+        )
+        self._write(tags, [*map(np.float32, (interval, after, self.best))], iteration)
 
     def steps(self, first: int, last: int, loss: float):
         """The first step's time, compilation included; then where the run is.
@@ -763,6 +785,22 @@ class Log(Observer):
         with suppress(tf.errors.OpError):
             if self.writer:
                 self.writer.close()
+
+
+def write_session(writer: tf.summary.SummaryWriter, values: dict, name: str, end: int):
+    """The flags that tell a run from others, for TensorBoard's HPARAMS tab.
+
+    values: of all flags. name: of the run. end: the iteration it is to end with; the flags are
+    written as if they belonged to it, so that a run that goes on forgets them and writes its own.
+    """
+    from tensorboard.plugins.hparams import summary_v2  # --log=False does without the package
+
+    telling = [flag.name for flag in FLAGS if flag.may_change != ANYTIME]
+    shown = {name: values[name] for name in (*telling, 'metatrain_iterations')}
+    shown = {name: 'None' if value is None else value for name, value in shown.items()}
+    session = summary_v2.hparams_pb(shown, trial_id=name)
+    with writer.as_default():
+        tf.summary.experimental.write_raw_pb(session.SerializeToString(), step=end)
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -871,18 +909,28 @@ def evaluate(run: Prepared, f: flags.FlagValues):
     print((mean, stddev, interval))
     objective = 'accuracy' if source.objective == 'accuracy' else 'squared error'
     what = f'{objective} on {len(values)} {SPLITS[split]} tasks'
-    print(*result_table(what, mean, interval, paper_figures(run.state, f)), sep='\n')
+    paper = {} if other_data(run, f) else paper_figures(run.state, f)
+    print(*result_table(what, mean, interval, paper), sep='\n')
     if caution := source.caution(split):
         print(caution)
     if not run.model.replicas.is_chief:
         return
-    path = run.folder / evaluation_name(f)
+    path = run.folder / f'{evaluation_name(f)}{other_data(run, f)}'
     content = {'mses': values, 'iteration': run.start - 1, 'split': split}
     write_whole(path.with_name(f'{path.name}.pkl'), pickle.dumps(content))
     header = [f'update{j}' for j in range(len(mean))]
     text = io.StringIO()
     csv.writer(text).writerows([header, mean, stddev, interval])
     write_whole(path.with_name(f'{path.name}.csv'), text.getvalue().encode())
+
+
+def other_data(run: Prepared, f: flags.FlagValues) -> str:
+    """What a result's name ends with if it is on classes that the run does not know."""
+    ((split, source),) = run.generators.items()
+    known = (run.state.get('classes') or {}).get(split)
+    if known in (None, source.classes.get(split)):
+        return ''
+    return f'_on_{os.path.basename(os.path.abspath(os.path.expanduser(f.data_dir)))}'
 
 
 def result_table(what: str, mean: np.ndarray, interval: np.ndarray, paper: dict) -> list[str]:
@@ -1229,7 +1277,7 @@ def main(
     """
     logging.set_verbosity(logging.ERROR)
     if worker_index(f) > 0:
-        sys.stdout = open(os.devnull, 'w')  # the first one prints
+        sys.stdout = open(os.devnull, 'w', errors='ignore')  # the first one prints
     with ExitStack() as held:
         try:
             if len(arguments) > 1:
@@ -1326,5 +1374,6 @@ def program(arguments: list[str], norm: Normalization | None = None):
 
 
 if __name__ == '__main__':
+    print_anything()
     define_flags()
     app.run(program)

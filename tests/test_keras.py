@@ -62,9 +62,13 @@ def attention() -> keras.Model:
 
 
 def operations() -> keras.Model:
-    """More than layers: an operation of Keras between them."""
+    """More than layers: operations of Keras between them."""
     x = keras.Input((4,))
-    return keras.Model(x, layers.Dense(WAYS)(keras.ops.sin(layers.Dense(3)(x)) + 1))
+    hidden = layers.Dense(6)(x)
+    gated = keras.ops.silu(hidden) * keras.ops.sigmoid(hidden) - keras.ops.gelu(hidden)
+    summed = keras.ops.sin(hidden) + keras.ops.softmax(hidden) + keras.ops.tanh(gated)
+    pooled = keras.ops.mean(keras.ops.reshape(summed, (-1, 2, 3)), 1)
+    return keras.Model(x, layers.Dense(WAYS)(keras.ops.concatenate([gated, pooled], -1)))
 
 
 class Subclassed(keras.Model):

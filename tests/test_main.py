@@ -26,7 +26,13 @@ from command_line import (
     run,
     succeeded,
 )
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.hparams_plugin import HParamsPlugin
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
+from werkzeug.test import Client
 
 import main
 import maml
@@ -99,7 +105,7 @@ def summaries(folder: Path) -> dict[str, dict[int, float]]:
     """{tag: {step: value}} of all scalars in a folder's event files."""
     found = {}
     for step, value in values(folder):
-        if value.tag not in ('flags', 'fit', 'task'):
+        if value.tag not in ('flags', 'fit', 'task', SESSION_START_INFO_TAG):
             assert value.metadata.plugin_data.plugin_name == 'scalars'
             steps = found.setdefault(value.tag, {})
             assert step not in steps, 'written twice'
@@ -527,7 +533,7 @@ def tags(prefix: str, kinds: list[str], updates: int) -> set[str]:
 def test_tags_of_a_sinusoid(tmp_path, graphs):
     succeeded(run(*SINUSOID, '--metatrain_iterations=201', f'--logdir={tmp_path}'))
     written = summaries(only(tmp_path))
-    assert written.keys() == tags('metatrain', ['loss'], 5)
+    assert written.keys() == tags('metatrain', ['loss'], 5) | {'last_training_loss'}
     assert all([*values] == [0, 100, 200] for values in written.values())
     assert all(np.isfinite([*values.values()]).all() for values in written.values())
 
@@ -537,9 +543,10 @@ def test_tags_of_images(tmp_path, data, intervals, graphs):
     folders = [f'--data_dir={data}', f'--logdir={tmp_path}']
     succeeded(run(*PLAIN, '--metatrain_iterations=101', *folders))
     written = summaries(only(tmp_path))
-    training = tags('metatrain', ['loss', 'accuracy'], 10)
+    training = tags('metatrain', ['loss', 'accuracy'], 10) | {'last_training_accuracy'}
     validation = tags('metaval', ['loss', 'accuracy'], 10)
     validation |= {'metaval_Post-update_accuracy_interval'}
+    validation |= {'last_validation_accuracy', 'best_validation_accuracy'}
     assert written.keys() == training | validation
     assert all([*written[tag]] == [0, 100] for tag in training)
     assert all([*written[tag]] == [100] for tag in validation)
@@ -570,7 +577,8 @@ def test_updates_shown_of_miniimagenet(tmp_path, data):
         flags = [*MINIIMAGENET, f'--num_updates={updates}', f'--data_dir={data}']
         succeeded(run(*flags, '--metatrain_iterations=1', f'--logdir={logdir}'))
         written = summaries(only(logdir))
-        assert written.keys() == tags('metatrain', ['loss', 'accuracy'], updates)
+        expected = tags('metatrain', ['loss', 'accuracy'], updates) | {'last_training_accuracy'}
+        assert written.keys() == expected
 
 
 def test_summaries_of_a_continued_run(tmp_path, intervals):
@@ -586,6 +594,55 @@ def test_summaries_of_a_continued_run(tmp_path, intervals):
 def test_no_summaries(tmp_path):
     succeeded(run(*SINUSOID, '--metatrain_iterations=1', '--log=False', f'--logdir={tmp_path}'))
     assert not [*tmp_path.rglob('events.*')]
+
+
+def compared(logdir: Path) -> dict[str, tuple[dict, dict]]:
+    """{run: (its flags, its metrics)} as TensorBoard's HPARAMS tab gets them from its server."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(logdir)).Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(logdir))
+    apps = HParamsPlugin(TBContext(data_provider=provider)).get_plugin_apps()
+    ask = {'startIndex': 0, 'sliceSize': 100, 'allowedStatuses': ['STATUS_UNKNOWN']}
+    answer = Client(apps['/session_groups']).post('/', json=ask).json
+    found = {}
+    for group in answer['sessionGroups']:
+        (session,) = group['sessions']
+        values = {value['name']['tag']: value for value in session['metricValues']}
+        found[session['name']] = group['hparams'], values
+    assert len(found) == answer['totalSize']
+    return found
+
+
+def test_runs_are_compared_by_flags_and_accuracies(tmp_path, data, intervals):
+    """Of a run that went on, the flags that it has now, the newest values and the best."""
+    intervals(summary=2, line=2, validation=2)
+    train = [*PLAIN, f'--data_dir={data}', f'--logdir={tmp_path}', '--validation_tasks=2']
+    for more in (['--metatrain_iterations=3'], ['--metatrain_iterations=5'], ['--num_updates=2']):
+        succeeded(run(*train, '--metatrain_iterations=3', *more))
+    runs = compared(tmp_path)
+    ends = {hparams['num_updates']: hparams['metatrain_iterations'] for hparams, _ in runs.values()}
+    assert ends == {1: 5, 2: 3} and len(runs) == 2
+    for name, (hparams, metrics) in runs.items():
+        updates = hparams['num_updates']
+        assert hparams['conv'] is False and hparams['baseline'] == 'None'
+        assert 'logdir' not in hparams
+        written = summaries(tmp_path / name)
+        validated = written[f'metaval_Post-update_accuracy__step_{updates}']
+        trained = written[f'metatrain_Post-update_accuracy__step_{updates}']
+        assert max(validated) == max(trained) == ends[updates] - 1
+        metric = metrics['last_validation_accuracy']
+        assert (metric['trainingStep'], metric['value']) == [*validated.items()][-1]
+        assert metrics['best_validation_accuracy']['value'] == max(validated.values())
+
+
+def test_runs_are_compared_by_errors(tmp_path, intervals):
+    """Sinusoids are not validated: training tasks are new ones, too. The mean since the line."""
+    intervals(summary=1, line=1)
+    succeeded(run(*SINUSOID, '--metatrain_iterations=13', f'--logdir={tmp_path}'))
+    ((name, (hparams, metrics)),) = compared(tmp_path).items()
+    losses = summaries(tmp_path / name)['metatrain_Post-update_loss__step_1']
+    expected = np.mean([losses[step] for step in (11, 12)])
+    assert metrics['last_training_loss']['value'] == pytest.approx(expected, rel=1e-5)
+    assert hparams['norm'] == 'None'
 
 
 # Evaluation ---------------------------------------------------------------------------------------
@@ -774,7 +831,7 @@ def test_folder_that_is_no_run(tmp_path):
     assert_refused(run(*evaluate), 'has no checkpoint')
     succeeded(run(*SINUSOID, '--metatrain_iterations=1', f'--logdir={tmp_path}/logs'))
     folder = only(tmp_path / 'logs')
-    assert_refused(run(*evaluate), f'it holds runs, as {folder}')
+    assert_refused(run(*evaluate), f'{tmp_path}/logs has the runs {folder.name}')
     there = ['--train=False', f'--run={folder}']
     assert_refused(run(*there, '--test_iter=7'), '--test_iter=7', 'no such checkpoint')
     assert_refused(run(*there, '--norm=layer_norm'), '--norm=None (now layer_norm)', 'leave it')

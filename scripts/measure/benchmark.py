@@ -40,7 +40,7 @@ from absl import app, flags
 
 import main
 from maml import FastMAML, FullyConnected, make_model
-from utils import Batch
+from utils import Batch, print_anything
 
 
 def since_start() -> float:
@@ -358,5 +358,6 @@ def program(arguments: list[str]):
 
 
 if __name__ == '__main__':
+    print_anything()
     define_flags()
     app.run(program)

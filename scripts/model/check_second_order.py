@@ -38,6 +38,7 @@ from utils import (
     cross_entropy,
     first_line,
     mean_squared_error,
+    print_anything,
     user_code,
     user_function,
 )
@@ -391,4 +392,5 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == '__main__':
+    print_anything()
     main()

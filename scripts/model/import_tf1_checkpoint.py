@@ -21,7 +21,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from maml import make_model
-from utils import OBJECT_GRAPH, checkpoints, read_checkpoint, stored_values, write_checkpoint
+from scripts.lib.preparation import as_path
+from utils import (
+    OBJECT_GRAPH,
+    checkpoints,
+    print_anything,
+    read_checkpoint,
+    stored_values,
+    write_checkpoint,
+)
 
 NAME = re.compile(
     r'cls_(?P<num_classes>\d+)\.mbs_(?P<meta_batch_size>\d+)\.ubs_(?P<update_batch_size>\d+)'
@@ -195,7 +203,7 @@ def main(arguments: list[str] | None = None):
         'source', type=Path, metavar='CHECKPOINT_OR_FOLDER', help='model{iteration}, or its folder'
     )
     parser.add_argument(
-        '--target', type=Path, metavar='RUN_FOLDER', help='the folder to write to, LOGDIR/NAME'
+        '--target', type=as_path, metavar='RUN_FOLDER', help='the folder to write to, LOGDIR/NAME'
     )
     values = parser.parse_args(arguments)
     try:
@@ -205,4 +213,5 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == '__main__':
+    print_anything()
     main()

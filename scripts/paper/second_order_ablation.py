@@ -38,7 +38,7 @@ from absl import app
 import main
 import maml
 from special_grads import BATCH_NORM_EPSILON, Normalization
-from utils import Batch, read_evaluation, read_scalars
+from utils import Batch, print_anything, read_evaluation, read_scalars
 
 AXES = [1, 2, 3]  # examples, height, width
 
@@ -231,7 +231,7 @@ def plot(folder: Path):
         above = dict(loc='outside upper center', ncols=len(curves), frameon=False)
         figure.legend(curves.values(), curves.keys(), **above)
     figure.savefig(folder / 'ablation.png', dpi=150)
-    (folder / 'ablation.md').write_text('\n'.join(rows) + '\n')
+    (folder / 'ablation.md').write_text('\n'.join(rows) + '\n', encoding='utf-8')
     print(folder / 'ablation.md')
 
 
@@ -250,4 +250,5 @@ def program(arguments: list[str]):
 
 
 if __name__ == '__main__':
+    print_anything()
     program(sys.argv[1:])
