@@ -1418,7 +1418,7 @@ def _read_cache(cache: Path, key: str, shape: tuple) -> np.ndarray | None:
             if list(pool.map(zlib.crc32, _chunks(images))) != index['checksums']:
                 raise ValueError('wrong checksum')
         return images
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # whatever is wrong with a cache, it can be made again
         print(f'The cache {cache} is damaged ({error}) and is not used.', file=sys.stderr)

@@ -391,7 +391,7 @@ def test_load(tmp_path):
     for path, checkpoint, words in [
         (tmp_path, -1, 'should be a folder that main.py trained in'),
         (folder, 2, 'iterations that are there: 3'),
-        (folder, 'best', 'no checkpoint'),
+        (folder, 'best', 'no best checkpoint.* the newest, of iteration 3'),
         (saved(tmp_path / 'x', SETTINGS, {}), -1, 'does not tell the flags'),
     ]:
         with pytest.raises(ValueError, match=words):
