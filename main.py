@@ -18,6 +18,8 @@ import json
 import os
 import pickle
 import re
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -37,13 +39,17 @@ from absl import app, flags, logging
 
 from data_generator import (
     EVALUATION_SEED,
+    FITS,
     BadTasks,
     DataGenerator,
     ImageGenerator,
     OmniglotGenerator,
+    OwnImages,
     SinusoidGenerator,
+    TaskSize,
     UserTasks,
-    load_folder,
+    as_in_run,
+    folder_layout,
     load_miniimagenet,
     load_omniglot,
 )
@@ -71,6 +77,7 @@ from utils import (
     forget_summaries,
     is_spec,
     lock,
+    other_runs,
     print_anything,
     read_run_state,
     remove_checkpoint,
@@ -192,6 +199,14 @@ FLAGS = (
          'height and width that images are resized to (folder only)', POSITIVE, makes_model=True),
     Flag('channels', int, 3, NEVER,
          '3: colour, 1: grey (folder only)', CHANNELS, makes_model=True),
+    Flag('fit', FITS, None, EVALUATION,
+         'what becomes of images that are not square: crop them, pad with white, or squash '
+         '(folder only; default: as the run has it, a new one crops)'),
+    Flag('skip_small_classes', bool, False, ANYTIME,
+         'leave out classes that have too few images for a task (folder only)'),
+    Flag('cache_dir', str, '', ANYTIME,
+         "where decoded images are kept (default: beside the data or, if that cannot be written, "
+         "in the user's cache folder)"),
     Flag('seed', int, 0, EVALUATION,
          'of the initial weights and the training tasks', lowest=0, makes_model=True),
     Flag('strategy', ('none', 'mirrored', 'multi_worker'), 'none', ANYTIME,
@@ -212,6 +227,10 @@ FLAGS = (
     Flag('update_batch_size', int, 5, EVALUATION,
          'K, shots: support examples per class', POSITIVE, makes_model=True,
          in_name='.ubs_{}'.format),
+    Flag('num_query', int, -1, EVALUATION,
+         'Q, query images per class in training (-1: as the paper, 15 of miniimagenet, else as '
+         'many as shots; images only)', TEST_QUERY,
+         in_name=lambda value: '' if value == -1 else f'.query_{value}'),
     Flag('num_updates', int, 1, EVALUATION,
          'inner updates in training', POSITIVE, makes_model=True, in_name='.numstep{}'.format),
     Flag('update_lr', float, 1e-3, EVALUATION,
@@ -345,6 +364,11 @@ def check_tasks(f: flags.FlagValues):
             '--baseline=oracle knows amplitude and phase, so it needs --datasource=sinusoid, not '
             f'{f.datasource}'
         )
+    if f.num_query != -1 and (f.datasource == 'sinusoid' or is_spec(f.datasource)):
+        raise ValueError(
+            f'--num_query={f.num_query} is for images, so it needs --datasource=omniglot, '
+            f'miniimagenet or folder, not {f.datasource}'
+        )
     if f.metatrain_iterations == 0 and f.datasource == 'miniimagenet' and f.update_batch_size != 1:
         raise ValueError(
             'a plain network on miniimagenet (--metatrain_iterations=0) takes one image per class, '
@@ -414,8 +438,11 @@ def check_training(f: flags.FlagValues):
 # The tasks ----------------------------------------------------------------------------------------
 
 
-def make_generators(f: flags.FlagValues) -> dict[str, DataGenerator]:
-    """{'train': ..., 'val': ...} for training, {'val' or 'test': ...} for evaluation."""
+def make_generators(f: flags.FlagValues, run: dict | None = None) -> dict[str, DataGenerator]:
+    """{'train': ..., 'val': ...} for training, {'val' or 'test': ...} for evaluation.
+
+    run: what the run knows of its data, see `data_of_run`.
+    """
     splits = {'test' if f.test_set else 'val': EVALUATION_SEED}
     if f.train:
         splits = {'train': f.seed, 'val': EVALUATION_SEED}
@@ -427,26 +454,56 @@ def make_generators(f: flags.FlagValues) -> dict[str, DataGenerator]:
         own = user_function(f.datasource)()
         with user_code(f.datasource, all_of_it=False):
             return dict.fromkeys(splits, UserTasks(own, f.datasource, splits, f.meta_batch_size))
-    make, folders = load_images(f, [*splits])
-    given = (folders, f.num_classes, shots, query_images(f))
-    return {split: make(*given, seed=seed, splits=[split]) for split, seed in splits.items()}
+    make = OmniglotGenerator if f.datasource == 'omniglot' else ImageGenerator
+    run = run or {}
+    folders, counts, fit = load_images(f, [*splits], run)
+    counts |= (f.train and run.get('classes')) or {}  # of splits that are not there any more too
+    generators, given = {}, (folders, f.num_classes, shots, query_images(f))
+    for split, seed in splits.items():
+        generators[split] = source = make(*given, seed=seed, splits=[split])
+        source.classes, source.settled_flags = counts, {'fit': fit}
+    return generators
 
 
-def load_images(f: flags.FlagValues, splits: list[str]) -> tuple[type, dict]:
-    """The generator of tasks, and the classes of each split."""
-    data_dir = os.path.expanduser(f.data_dir)
+def load_images(f: flags.FlagValues, splits: list[str], run: dict) -> tuple[dict, dict, str | None]:
+    """The classes of each split; and what a run is to know of its data, see `data_of_run`."""
+    data_dir, cache_dir = os.path.expanduser(f.data_dir), f.cache_dir or None
+    known = run.get('classes')
+    if f.datasource == 'folder':
+        fit = f.fit or run.get('fit', 'crop')
+        own = OwnImages(data_dir, folder_layout(f.image_size, f.channels, fit), splits)
+        size = TaskSize(f.num_classes, f.update_batch_size, query_images(f))
+        own.choose(split_proportions(f.split), size, f.skip_small_classes, known)
+        return own.load(cache_dir), own.counts, fit
     if f.datasource == 'omniglot':
-        return OmniglotGenerator, load_omniglot(data_dir)
-    if f.datasource == 'miniimagenet':
-        return ImageGenerator, load_miniimagenet(data_dir, splits)
-    proportions = split_proportions(f.split)
-    return ImageGenerator, load_folder(data_dir, f.image_size, f.channels, proportions, splits)
+        folders = load_omniglot(data_dir, cache_dir)
+    else:
+        folders = load_miniimagenet(data_dir, splits, cache_dir)
+    folders = as_in_run(folders, splits, known)
+    counts = {split: classes.sizes() for split, classes in folders.items()}
+    return folders, counts, f.fit
+
+
+def data_of_run(replicas: Replicas, iteration: int, state: dict) -> dict:
+    """What a run knows of its data, the same in all workers; empty of a new run.
+
+    'classes': {split: {class: how many images}}, None in checkpoints from before they were kept;
+    'fit': of images of one's own. iteration, state: of the checkpoint, as from `restore_run`.
+    """
+    fit = state.get('flags', {}).get('fit') or 'squash'
+    data = {'classes': state.get('classes'), 'fit': fit}
+    text = np.frombuffer(json.dumps(data if iteration >= 0 else {}).encode(), np.uint8)
+    (length,) = replicas.agree([np.int64(len(text))])
+    numbers = np.int64(text) if replicas.is_chief else np.zeros(int(length), np.int64)
+    (numbers,) = replicas.agree([numbers])
+    return json.loads(bytes(np.uint8(numbers)))
 
 
 def query_images(f: flags.FlagValues) -> int:
-    """Q, per class: the original's, if --test_query does not say otherwise."""
-    if not f.train and f.test_query != -1:
-        return f.test_query
+    """Q, per class: the original's, if --num_query or --test_query does not say otherwise."""
+    asked = f.num_query if f.train else f.test_query
+    if asked != -1:
+        return asked
     if f.datasource == 'miniimagenet' and f.metatrain_iterations == 0:
         return 0
     if f.datasource == 'miniimagenet' and f.train:
@@ -467,13 +524,15 @@ def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
         return {}
     if not found and f.test_iter == 'best' and checkpoints(folder):
         raise ValueError(
-            f'--test_iter=best: {folder} has no best checkpoint; training on images keeps one from '
-            f'its first validation on, at iteration {VALIDATION_INTERVAL}'
+            f'--test_iter=best: {folder} has no best checkpoint; training keeps one from its first '
+            f'validation on, at iteration {VALIDATION_INTERVAL}: train on, or leave --test_iter '
+            f'away for the newest, of iteration {max(checkpoints(folder))}'
         )
     if not found:
         raise ValueError(
-            f'{folder} holds no checkpoint: train first with the same flags, or give the --logdir, '
-            '--train_update_batch_size and --train_update_lr of the training run'
+            f'{folder} holds no checkpoint{other_runs(folder)}: train first with the same flags, '
+            'or give --run=FOLDER, or --logdir, --train_update_batch_size and --train_update_lr of '
+            'the training run'
         )
     if f.test_iter in (-1, 'best'):
         return dict(reversed(found.items()))
@@ -518,12 +577,9 @@ def stored_flags(folder: Path, f: flags.FlagValues) -> dict:
     Raises ValueError if the folder is no run, or the run does not tell them.
     """
     if not any(checkpoints(folder, kind) for kind in ('model', 'best')):
-        runs = sorted(path.parent.name for path in folder.glob('*/*.index'))
-        found = f'it holds runs, as {folder / runs[0]}' if runs else 'it has no checkpoint'
-        if not folder.is_dir():
-            found = 'there is no such folder'
         raise ValueError(
-            f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but {found}'
+            f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but it has '
+            f'no checkpoint{other_runs(folder)}'
         )
     reason = ValueError(
         f'--run={f.run} does not tell the flags it was trained with: give them, and --logdir'
@@ -564,7 +620,9 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
     stored: the flags that the checkpoint holds; one that is younger than it, it does not hold.
     """
     fixed = (EVALUATION, NEVER) if f.train else (NEVER,)
+    stored = {'fit': 'squash'} | stored  # what runs did that are older than the flag
     names = [flag.name for flag in FLAGS if flag.may_change in fixed and flag.name in stored]
+    names = [name for name in names if name != 'fit' or f.fit]  # else it is the run's
     pretrained = min(stored.get('pretrain_iterations', 0), f.pretrain_iterations)
     if 'pretrain_iterations' in names and (f.baseline == 'oracle' or iteration < pretrained):
         # So far it has trained jointly, and so it would have with the other number.
@@ -795,7 +853,7 @@ def make_trainer(run: Prepared, f: flags.FlagValues) -> Trainer:
         log,
         run.start,
         run.state,
-        settings(f) | source.model_settings,
+        settings(f) | source.model_settings | source.settled_flags,
         f.validation_tasks,
     )
 
@@ -877,10 +935,13 @@ def evaluate(run: Prepared, f: flags.FlagValues):
     print((mean, stddev, interval))
     objective = 'accuracy' if source.objective == 'accuracy' else 'squared error'
     what = f'{objective} on {len(values)} {SPLITS[split]} tasks'
-    print(*result_table(what, mean, interval, paper_figures(run.state, f)), sep='\n')
+    paper = {} if other_data(run, f) else paper_figures(run.state, f)
+    print(*result_table(what, mean, interval, paper), sep='\n')
+    if caution := source.caution(split):
+        print(caution)
     if not run.model.replicas.is_chief:
         return
-    path = run.folder / evaluation_name(f)
+    path = run.folder / f'{evaluation_name(f)}{other_data(run, f)}'
     content = {'mses': values, 'iteration': run.start - 1, 'split': split}
     write_whole(path.with_name(f'{path.name}.pkl'), pickle.dumps(content))
     header = [f'update{j}' for j in range(len(mean))]
@@ -888,6 +949,15 @@ def evaluate(run: Prepared, f: flags.FlagValues):
     text = io.StringIO()
     csv.writer(text).writerows([header + ['split', 'iteration'], *rows])
     write_whole(path.with_name(f'{path.name}.csv'), text.getvalue().encode())
+
+
+def other_data(run: Prepared, f: flags.FlagValues) -> str:
+    """What a result's name ends with if it is on classes that the run does not know."""
+    ((split, source),) = run.generators.items()
+    known = (run.state.get('classes') or {}).get(split)
+    if known in (None, source.classes.get(split)):
+        return ''
+    return f'_on_{os.path.basename(os.path.abspath(os.path.expanduser(f.data_dir)))}'
 
 
 def result_table(what: str, mean: np.ndarray, interval: np.ndarray, paper: dict) -> list[str]:
@@ -1094,7 +1164,7 @@ def prepare(f: flags.FlagValues, held: ExitStack, norm: Normalization | None = N
     if f.train and start >= total:
         print(complete(start, f))
         return Prepared(model, {}, folder, start, state)
-    generators = own or make_generators(f)
+    generators = own or make_generators(f, data_of_run(replicas, iteration, state))
     if replicas.is_chief:
         open_folder(folder, f, start, held)
         if f.overwrite and not best_is_there(folder, state):
@@ -1310,6 +1380,7 @@ def carry_out(run: Prepared, f: flags.FlagValues):
         with user_code(f.datasource, all_of_it=False), user_code(f.network, all_of_it=False):
             if f.train:
                 train(make_trainer(run, f))
+                print(next_steps(run, f))
             else:
                 evaluate(run, f)
     except (UserCodeError, BadTasks) as error:
@@ -1327,6 +1398,26 @@ def carry_out(run: Prepared, f: flags.FlagValues):
             flush=True,
         )
         os._exit(1)  # leaving the cluster in order would wait for the one that is gone
+
+
+def next_steps(run: Prepared, f: flags.FlagValues) -> str:
+    """Where a run is that has come to its end, and what can be done with it."""
+    # Of the user's own files: a run names them, and they are not run unasked.
+    given = [f'--{n}={f[n].value}' for n in ('datasource', 'network') if is_spec(f[n].value)]
+    evaluation = ['main.py', '--train=False', '--test_set=True', f'--run={run.folder}', *given]
+    commands = [command_line(*evaluation)]
+    if f.datasource in ('omniglot', 'miniimagenet', 'folder'):
+        network = [f'--network={f.network}'] if f.network else []
+        classify = ['scripts/model/classify.py', run.folder, 'SUPPORT_DIR', 'IMAGE', *network]
+        commands.append(command_line(*classify))
+    return '\n    '.join([f'The run is in {run.folder}. Test it, use it:', *commands])
+
+
+def command_line(script: str, *arguments: str | Path) -> str:
+    """A line for the shell that starts a script of this project from the folder at hand."""
+    own, script = sys.executable, os.path.relpath(Path(__file__).resolve().parent / script)
+    python = 'python' if shutil.which('python') == own else own
+    return shlex.join([python, script, *map(str, arguments)])
 
 
 def worker_index(f: flags.FlagValues) -> int:

@@ -67,6 +67,7 @@ from utils import (
     is_spec,
     machine,
     mean_squared_error,
+    other_runs,
     piece,
     read_checkpoint,
     read_objects,
@@ -1380,6 +1381,7 @@ class Trainer:
         pretraining = iteration < self.schedule.pretrain
         checkpoint = self.model.pretrain_checkpoint if pretraining else self.model.checkpoint
         state = {'flags': self.settings, 'best': self.best, 'machine': machine()}
+        state |= {'classes': self.source.classes} if self.source.classes else {}
         write_checkpoint(checkpoint, self.folder, iteration, state | self.log.state(), kind)
         if kind == 'model':
             self.saved = iteration
@@ -1837,15 +1839,22 @@ def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
         text = "checkpoint, if it is not 'best' or -1 for the newest,"
         checkpoint = whole_number(text, checkpoint)
     folder = folder_path('run_folder', run_folder)
-    if not folder.is_dir():
-        raise ValueError(f'there is no folder {folder}: give one that main.py trained in')
     found = checkpoints(folder, 'best' if checkpoint == 'best' else 'model')
-    if not found or checkpoint not in (-1, 'best', *found):
-        there = ', '.join(map(str, checkpoints(folder))) or 'none'
-        asked = f'no checkpoint {checkpoint!r}'.removesuffix(' -1')
+    there = [*checkpoints(folder)]
+    if not found and not there:
         raise ValueError(
-            f'{folder} has {asked}; it should be a folder that main.py trained in, '
-            f'LOGDIR/cls_...; iterations that are there: {there}'
+            f'{folder} has no checkpoint{other_runs(folder)}: give a folder that main.py trained '
+            'in, LOGDIR/cls_...'
+        )
+    if not found:
+        raise ValueError(
+            f'{folder} has no best checkpoint, which training keeps from its first validation on: '
+            f'train on, or take the newest, of iteration {there[-1]}'
+        )
+    if checkpoint not in (-1, 'best', *found):
+        raise ValueError(
+            f'{folder} has no checkpoint {checkpoint!r}; iterations that are there: '
+            f'{", ".join(map(str, there))}'
         )
     wanted = {checkpoint: found[checkpoint]} if checkpoint in found else found
     return first_whole(dict(reversed(wanted.items())), warnings.warn)[1]

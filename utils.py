@@ -255,6 +255,21 @@ def checkpoints(folder: str | Path, kind: str = 'model') -> dict[int, str]:
     return {i: str(Path(folder) / f'{kind}{i}') for i in iterations}
 
 
+def other_runs(folder: str | Path) -> str:
+    """Where there are runs, if a folder is none: the end of a clause, empty if nowhere near."""
+    folder = Path(folder)
+    text = '' if folder.is_dir() else ', since there is no such folder'
+    if not folder.parent.is_dir():
+        text += f', nor {folder.parent}'
+    for place in (folder, folder.parent, folder.parent.parent):
+        found = [*place.glob('*/*.index'), *place.glob('*/*/*.index')]
+        runs = sorted({str(path.parent.relative_to(place)) for path in found})
+        if runs:
+            more = f' and {len(runs) - 3} more' if len(runs) > 3 else ''
+            return f'{text}, but {place} has the runs {", ".join(runs[:3])}{more}'
+    return text
+
+
 class DamagedCheckpoint(ValueError):
     """A file of a checkpoint is missing or damaged; the text is one sentence for the user."""
 

@@ -834,7 +834,7 @@ def test_folder_that_is_no_run(tmp_path):
     assert_refused(run(*evaluate), 'has no checkpoint')
     succeeded(run(*SINUSOID, '--metatrain_iterations=1', f'--logdir={tmp_path}/logs'))
     folder = only(tmp_path / 'logs')
-    assert_refused(run(*evaluate), f'it holds runs, as {folder}')
+    assert_refused(run(*evaluate), f'{tmp_path}/logs has the runs {folder.name}')
     there = ['--train=False', f'--run={folder}']
     assert_refused(run(*there, '--test_iter=7'), '--test_iter=7', 'no such checkpoint')
     assert_refused(run(*there, '--norm=layer_norm'), '--norm=None (now layer_norm)', 'leave it')

@@ -71,7 +71,7 @@ def test_classes_are_shared_out(tmp_path, capsys):
     assert again['val'].names == loaded['val'].names and not capsys.readouterr().err
     assert load_folder(folder, image_size=9)['train'].images.shape == (48, 9, 9, 3)  # another cache
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {'photos', 'photos.10x10x1.cache', 'photos.9x9x3.cache'}
+    assert names == {'photos', 'photos.10x10x1.crop.cache', 'photos.9x9x3.crop.cache'}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_folder_from_the_command_line(tmp_path, eager):
     assert_refused(run(*flags, '--train=False', '--image_size=9'), '--image_size=8 (now 9)')
     model = Learner.load(run_folder)
     assert model.model.network.image_shape == (8, 8, 1)
-    assert run_layout(model.settings) == folder_layout(8, 1)
+    assert run_layout(model.settings) == folder_layout(8, 1, 'crop')
 
 
 def test_interval_of_small_samples():
@@ -392,7 +392,7 @@ def test_load(tmp_path):
     for path, checkpoint, words in [
         (tmp_path, -1, 'should be a folder that main.py trained in'),
         (folder, 2, 'iterations that are there: 3'),
-        (folder, 'best', 'no checkpoint'),
+        (folder, 'best', 'no best checkpoint.* the newest, of iteration 3'),
         (saved(tmp_path / 'x', SETTINGS, {}), -1, 'does not tell the flags'),
     ]:
         with pytest.raises(ValueError, match=words):
