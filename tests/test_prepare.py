@@ -339,7 +339,7 @@ def test_image_with_too_many_pixels(tmp_path, target, side):
     assert not target.parent.exists()
 
 
-@pytest.mark.parametrize('damage', ['truncated', 'crc', 'empty', 'text'])
+@pytest.mark.parametrize('damage', ['truncated', 'crc', 'empty', 'text', 'web page'])
 def test_damaged_archives(omniglot, target, damage):
     path = omniglot / 'images_evaluation.zip'
     data = path.read_bytes()
@@ -347,11 +347,13 @@ def test_damaged_archives(omniglot, target, damage):
     damaged = {
         'truncated': data[: len(data) * 2 // 3],
         'empty': b'',
-        'text': b'<html>Not found</html>',
+        'text': b'Not found',
+        'web page': b'\n<!DOCTYPE html><html>Not found</html>',
         'crc': data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
     }
     path.write_bytes(damaged[damage])
-    with pytest.raises(PreparationError, match=f'{path} is damaged'):
+    fault = 'is a web page' if damage == 'web page' else 'is damaged'
+    with pytest.raises(PreparationError, match=f'{path} {fault}'):
         prepare(omniglot, target)
     assert not target.parent.exists()
 
@@ -405,7 +407,7 @@ def test_download(mirror, omniglot, target, tmp_path):
 
 def test_download_with_wrong_md5_is_refused(mirror, target, tmp_path):
     result = command('prepare_omniglot.py', f'--url={mirror[0]}', cwd=tmp_path)
-    sentence = f'{mirror[0]}images_background.zip is not the official archive'
+    sentence = f'{mirror[0]}images_background.zip is not the official file'
     refused(result, sentence, '68d2efa1b9178cc56df9314c21c6e718')
     assert {path.name for path in tmp_path.iterdir()} == {'official'}
 
