@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
+from scripts.lib import unpickling
 from scripts.lib.preparation import (
     MAX_BYTES,
     Item,
@@ -25,11 +26,10 @@ from scripts.lib.preparation import (
 )
 
 COMPRESSED = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\0': lzma.open}
+MAX_ARCHIVE = 256 * 2**30  # bytes of one within another; ImageNet's classes have 0.1 GB each
 MAX_MEMBERS = 2 * 10**6  # ImageNet has 1.3 million images
 PIECE = 2**24  # bytes; what tarfile asks for at once is a header's claim
 SUFFIXES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tbz2', '.tar.xz', '.txz')
-# What may be larger than an image: it is not read as a whole.
-LARGE = (*SUFFIXES, '.pkl')
 UNPACKABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -49,13 +49,20 @@ def is_safe(name: str) -> bool:
     return printable and not name.startswith('/') and '..' not in PurePosixPath(name).parts
 
 
+def limit(name: str) -> int:
+    """The bytes that a member may have."""
+    if name.lower().endswith('.pkl'):
+        return unpickling.MAX_BYTES
+    return MAX_ARCHIVE if archive_suffix(PurePosixPath(name)) else MAX_BYTES
+
+
 def check_member(member: Member, archive: str) -> None:
     """Raises PreparationError on a member that a plain archive of images does not have."""
     fault = member.fault
     if not is_safe(member.name):
         fault = 'has an unsafe path'
-    elif not fault and member.size > MAX_BYTES and not member.name.lower().endswith(LARGE):
-        fault = f'unpacks to more than {MAX_BYTES // 2**20} MiB'
+    elif not fault and member.size > limit(member.name):
+        fault = f'unpacks to more than {limit(member.name) // 2**20} MiB'
     if fault:
         raise PreparationError(f'{archive} is refused: its member {member.name!r} {fault}.')
 
@@ -81,7 +88,8 @@ class Pieces:
     """
 
     def __init__(self, file: BinaryIO):
-        self.seek, self.tell, self.file = file.seek, file.tell, file
+        self.file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
 
     def read(self, size: int) -> bytes:
         if size > PIECE:
@@ -101,9 +109,11 @@ def tar_members(file: Path | BinaryIO, head: bytes) -> Iterator[Member]:
         yield Member(info.name, info.size, info.isdir(), fault, opened)
     # To tarfile, whatever is no header is the end; but that has two blocks of zeros.
     stream.seek(archive.offset)
-    end = stream.read(tarfile.BLOCKSIZE)
+    end = stream.read(PIECE)
     if len(end) < tarfile.BLOCKSIZE or end.strip(b'\0'):
         raise tarfile.ReadError('its end is missing')
+    if stream.read(1):  # and at the end of what is compressed, there is a checksum
+        raise tarfile.ReadError('it goes on after its end')
 
 
 def archive_items(file: Path | BinaryIO, name: str) -> list[Item]:

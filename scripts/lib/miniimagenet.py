@@ -284,7 +284,8 @@ def pickled_images(pickles: Mapping[str, Item]) -> dict[str, Callable[[], bytes]
 
     def png(split: str, place: int) -> bytes:
         file = io.BytesIO()
-        Image.fromarray(read(split).images[place]).save(file, 'PNG')
+        # Level 1 is twice as fast as the default, and photos get no larger.
+        Image.fromarray(read(split).images[place]).save(file, 'PNG', compress_level=1)
         return file.getvalue()
 
     images = {}
