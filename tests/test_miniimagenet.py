@@ -12,6 +12,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 from pathlib import Path
@@ -26,6 +28,7 @@ from scripts.data.prepare_miniimagenet import PICKLES, prepare
 from scripts.lib import unpickling
 from scripts.lib.preparation import PreparationError
 
+ROOT = Path(__file__).resolve().parent.parent
 SPLITS = {'train': 3, 'val': 2, 'test': 2}  # classes of each
 PLACES = (1, 3, 4)  # of a class's images among those of its synset
 
@@ -634,3 +637,14 @@ def test_no_server(zenodo, target):
     zenodo.record = 'http://127.0.0.1:9/7'
     fails(zenodo, target, 'http://127.0.0.1:9/7 cannot be downloaded')
     assert not target.parent.exists()
+
+
+def test_command_without_source_downloads(tmp_path, monkeypatch):
+    """Through a proxy that is not there, so that no test asks Zenodo."""
+    monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')
+    line = [sys.executable, '-B', ROOT / 'scripts/data/prepare_miniimagenet.py']
+    result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert result.returncode == 1 and not list(tmp_path.iterdir())
+    (sentence,) = result.stderr.splitlines()
+    assert f'{prepare_miniimagenet.RECORD} cannot be downloaded' in sentence
+    assert '--source' in sentence
