@@ -1,7 +1,8 @@
 """`pip install -e .` for training and evaluation, `'.[plots]'` for the pictures too.
 
-`'.[test]'` adds what the tests need, `'.[dev]'` the linter and formatter as well, `'.[notebook]'`
-what executes scripts/examples/tutorial.ipynb.
+`'.[gpu]'` adds CUDA's libraries, by which TensorFlow uses an NVIDIA GPU, `'.[test]'` what the tests
+need, `'.[dev]'` the linter and formatter as well, `'.[notebook]'` what executes
+scripts/examples/tutorial.ipynb.
 """
 
 from setuptools import setup
@@ -28,5 +29,11 @@ setup(
         'pillow>=10.1',
         'scipy',
     ],
-    extras_require={'plots': PLOTS, 'notebook': NOTEBOOK, 'test': TEST, 'dev': DEV},
+    extras_require={
+        'plots': PLOTS,
+        'notebook': NOTEBOOK,
+        'test': TEST,
+        'dev': DEV,
+        'gpu': ['tensorflow[and-cuda]>=2.16'],
+    },
 )
