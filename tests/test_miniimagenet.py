@@ -404,6 +404,24 @@ def test_numpy_numbers_as_places(tmp_path, target):
     assert_all_images(target.parent)
 
 
+class View:
+    """Unpickled by Python itself, an array on the memory of another, which that may give up."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __reduce__(self):
+        function, (_, *others) = self.array.__reduce_ex__(5)
+        return function, (self.array, *others)
+
+
+def test_arrays_on_the_memory_of_others_are_refused():
+    array = np.arange(4)
+    assert np.array_equal(pickle.loads(pickle.dumps(View(array), 4)), array)
+    with pytest.raises(pickle.UnpicklingError, match='is no pickle, or damaged'):
+        unpickling.load(io.BytesIO(pickle.dumps(View(array), 4)))
+
+
 def test_any_damage_to_a_pickle_is_a_sentence_or_harmless():
     """Bytes changed anywhere: nothing but UnpicklingError, and no other types."""
     whole = pickle.dumps({'a': np.arange(4), 'b': [1, np.float32(2)], 'c': {'d': (None, True)}}, 2)

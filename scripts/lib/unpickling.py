@@ -159,16 +159,13 @@ class Unpickler(pickle._Unpickler):
 
     def array(self, data: bytes, dtype: np.dtype, shape: tuple, order: str, *_) -> np.ndarray:
         """An array in protocol 5."""
-        return np.frombuffer(data, self.checked(dtype)).reshape(shape, order=order)
+        check_types(data, dtype)
+        return np.frombuffer(data, dtype).reshape(shape, order=order)
 
     def scalar(self, dtype: np.dtype, data: bytes) -> np.generic:
-        (value,) = np.frombuffer(data, self.checked(dtype))
+        check_types(data, dtype)
+        (value,) = np.frombuffer(data, dtype)
         return value
-
-    def checked(self, dtype: np.dtype) -> np.dtype:
-        if not isinstance(dtype, np.dtype):
-            raise TypeError('not a dtype')
-        return dtype
 
     def encode(self, text: str, encoding: str) -> bytes:
         """Bytes in protocol 2, as Python 3 writes them."""
@@ -184,8 +181,11 @@ class Unpickler(pickle._Unpickler):
         made = self.stack[-1]
         if type(made) is np.ndarray:
             _, shape, dtype, fortran, data = state
-            self.checked(dtype)
-            made.__setstate__((1, shape, dtype, bool(fortran), self.copied(bytes(data))))
+            check_types(data, dtype)
+            # Only once: the memory of values that are there may be another's too.
+            if made.size or min(shape, default=0) < 0:
+                raise ValueError('not as NumPy writes it')
+            made.__setstate__((1, shape, dtype, bool(fortran), self.copied(data)))
         elif isinstance(made, np.dtype):
             version, order, *rest = state
             order = order.decode() if isinstance(order, bytes) else order
@@ -230,6 +230,12 @@ class Unpickler(pickle._Unpickler):
 
     def refuse(self, name: str):
         raise pickle.UnpicklingError(f'is refused: it has the instruction {name}')
+
+
+def check_types(data, dtype):
+    """Raises TypeError: NumPy takes other data too, arrays whose memory is not theirs to keep."""
+    if type(data) is not bytes or not isinstance(dtype, np.dtype):
+        raise TypeError('not as NumPy writes it')
 
 
 def _dispatch() -> dict:
