@@ -808,7 +808,7 @@ def load_omniglot(data_dir: str, cache_dir: str | None = None) -> dict[str, Clas
 def load_miniimagenet(
     data_dir: str, splits: Iterable[str] = SPLITS, cache_dir: str | None = None
 ) -> dict[str, ClassImages]:
-    """The classes `data_dir/miniImagenet/<split>/<wnid>/*.jpg` (84x84, colour) of each split.
+    """The classes `data_dir/miniImagenet/<split>/<wnid>/*` (84x84, colour) of each split.
 
     splits: those that are needed; other folders need not exist. cache_dir: see load_class_folders.
     Raises FileNotFoundError if the folder of a split is missing, and ValueError if it is empty or
@@ -816,8 +816,8 @@ def load_miniimagenet(
     """
     folder = Path(data_dir) / 'miniImagenet'
     command = (
-        f'`python scripts/data/prepare_miniimagenet.py --source=FOLDER {_target(folder)}`, where '
-        'FOLDER holds the images and the csv files of the splits'
+        f'`python scripts/data/prepare_miniimagenet.py {_target(folder)}`, which downloads it '
+        'unless it is given a folder that has it by --source=FOLDER'
     )
     given = (command, cache_dir)
     return {

@@ -756,7 +756,7 @@ def test_missing_folders(tmp_path):
         load_miniimagenet(tmp_path, ['train', 'val'])
     message, target = str(error.value), f'--target={tmp_path}/miniImagenet'
     assert f'no folder {tmp_path}/miniImagenet/val;' in message
-    assert f'prepare_miniimagenet.py --source=FOLDER {target}`' in message
+    assert f'`python scripts/data/prepare_miniimagenet.py {target}`' in message
 
 
 def named_scripts_exist(message: str) -> bool:
@@ -832,7 +832,7 @@ def test_spoilt_data(omniglot, spoil, capsys):
 def test_colour_images_of_another_size(tmp_path):
     make_miniimagenet(tmp_path, ['val'], side=80)
     found = r'n0/0\.png is 80x80 of mode RGB, but images of 84x84 .*'
-    told = r'prepare_miniimagenet\.py --source=FOLDER'
+    told = r'prepare_miniimagenet\.py --target=.*--source=FOLDER'
     with pytest.raises(ValueError, match=found + told) as error:
         load_miniimagenet(tmp_path, ['val'])
     assert named_scripts_exist(str(error.value))
