@@ -15,11 +15,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data_generator import ImageLayout, image_files
 from maml import Learner
-from scripts.lib.demo_task import GRID, MAX_BYTES, PEN, UPDATES, Slot, Task, picture
+from scripts.lib.demo_task import GRID, MAX_BYTES, PEN, UPDATES, Question, Slot, Task, picture
 
 CHARACTERS = Path(__file__).resolve().parents[2] / 'tests' / 'characters'
 COLOURS = ('#4269d0', '#e08a00', '#d6402f', '#3a9e8f', '#8a56c2')
 COLOURS += ('#2f7d32', '#c2518d', '#8c6239', '#5b7083', '#2e9bd6')
+READY = 'The likeliest class is bold.'
 INTERVAL = 0.05  # seconds between two messages of one who draws
 PAGE_STYLE = """
 body { background: #f4f5f7; color: #1d2430; }
@@ -269,6 +270,7 @@ class Page:
 
     def __init__(self, learner: Learner, name: str):
         self.task, self.stale, self.busy = Task(learner), False, False
+        self.counts = {len(self.task.classes)}  # of examples, see warm_up
         self.labels = [f'Class {c + 1}' for c in range(len(self.task.classes))]
         ui.colors(primary='#4269d0')
         ui.add_css(PAGE_STYLE)
@@ -363,11 +365,18 @@ class Page:
             while self.stale:
                 self.stale = False
                 question = self.task.question()
+                self.tell_of_wait(question)
                 answer = await run.io_bound(self.task.answer, question) if question else None
                 self.answers.set(answer)
-                self.hint.text = self.task.lacking
+                self.hint.text = self.task.lacking or READY
         finally:
             self.busy = False
+
+    def tell_of_wait(self, question: Question | None):
+        """TensorFlow takes seconds for a number of examples that it has not had before."""
+        if question and len(question.x) not in self.counts:
+            self.counts.add(len(question.x))
+            self.hint.text = f'A moment: the first answer from {len(question.x)} examples …'
 
 
 def example_files(layout: ImageLayout, ways: int) -> list[tuple[list[Path], Path]]:
