@@ -1,5 +1,6 @@
 """`pip install -e .` for training and evaluation, `'.[plots]'` for the pictures too.
 
+`'.[demo]'` adds what scripts/model/demo.py needs, `'.[demo_test]'` what draws on it in a browser.
 `'.[test]'` adds what the tests need, `'.[dev]'` the linter and formatter as well, `'.[notebook]'`
 what executes scripts/examples/tutorial.ipynb.
 """
@@ -9,6 +10,8 @@ from setuptools import setup
 PLOTS = ['matplotlib>=3.7']
 NOTEBOOK = [*PLOTS, 'ipykernel', 'nbclient>=0.8']
 TEST = [*PLOTS, 'pytest>=7']
+DEMO = ['nicegui>=3.5']
+DEMO_TEST = [*TEST, *DEMO, 'playwright>=1.40']
 # One version, since another formats otherwise.
 DEV = [*TEST, 'ruff==0.17.6']
 
@@ -28,5 +31,12 @@ setup(
         'pillow>=10.1',
         'scipy',
     ],
-    extras_require={'plots': PLOTS, 'notebook': NOTEBOOK, 'test': TEST, 'dev': DEV},
+    extras_require={
+        'plots': PLOTS,
+        'notebook': NOTEBOOK,
+        'demo': DEMO,
+        'demo_test': DEMO_TEST,
+        'test': TEST,
+        'dev': DEV,
+    },
 )

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from nicegui import app, background_tasks, events, run, ui
@@ -17,9 +18,25 @@ from data_generator import ImageLayout, image_files
 from maml import Learner
 from scripts.lib.demo_task import GRID, MAX_BYTES, PEN, UPDATES, Question, Slot, Task, picture
 
+
+class Texts(NamedTuple):
+    """What the page asks for."""
+
+    show: str
+    ask: str
+
+
 CHARACTERS = Path(__file__).resolve().parents[2] / 'tests' / 'characters'
 COLOURS = ('#4269d0', '#e08a00', '#d6402f', '#3a9e8f', '#8a56c2')
 COLOURS += ('#2f7d32', '#c2518d', '#8c6239', '#5b7083', '#2e9bd6')
+DRAWINGS = Texts(
+    'Draw a character in each square, or drop image files on it.',
+    'Draw one of the characters again.',
+)
+PHOTOS = Texts(
+    'Drop an image file on each square, or draw in it.',
+    'Drop another image of one of the classes.',
+)
 READY = 'The likeliest class is bold.'
 INTERVAL = 0.05  # seconds between two messages of one who draws
 PAGE_STYLE = """
@@ -209,7 +226,11 @@ class AnswerView:
         self.show()
 
     def make_row(self, c: int) -> tuple[ui.label, ui.element, ui.label]:
-        name = ui.label().classes('text-sm').style('max-width: 170px; overflow-wrap: anywhere')
+        name = (
+            ui.label()
+            .classes('bar-name text-sm')
+            .style('max-width: 170px; overflow-wrap: anywhere')
+        )
         with ui.element('div').style('background: #eef0f3; border-radius: 4px'):
             bar = ui.element('div').classes('bar').style(f'--colour: {colour(c)}; width: 0')
         return name, bar, ui.label().classes('text-sm text-right')
@@ -271,6 +292,7 @@ class Page:
     def __init__(self, learner: Learner, name: str):
         self.task, self.stale, self.busy = Task(learner), False, False
         self.counts = {len(self.task.classes)}  # of examples, see warm_up
+        self.texts = DRAWINGS if self.task.layout.mode == 'L' else PHOTOS
         self.labels = [f'Class {c + 1}' for c in range(len(self.task.classes))]
         ui.colors(primary='#4269d0')
         ui.add_css(PAGE_STYLE)
@@ -295,9 +317,9 @@ class Page:
                 ui.label('Learning from a few examples').classes('text-2xl font-semibold')
                 ui.label(
                     f'A model that was meta-trained by MAML learns {ways} new classes from what '
-                    f'you draw, by a few gradient steps. Run: {name}'
+                    f'you show it, by a few gradient steps. Run: {name}'
                 ).classes('hint')
-            if self.task.layout.mode == 'L' and CHARACTERS.is_dir():
+            if self.texts is DRAWINGS and CHARACTERS.is_dir():
                 self.examples = cycle(example_files(self.task.layout, ways))
                 ui.button('Load an example', on_click=self.load_example).props(
                     'no-caps no-wrap unelevated'
@@ -307,8 +329,8 @@ class Page:
     def make_classes(self):
         ui.label('1  Show it each class').classes('step')
         ui.label(
-            'Draw a character in each square, or drop image files on it. The small picture is what '
-            'the network sees. More examples make it surer: + keeps one and takes another.'
+            f'{self.texts.show} The small picture is what the network sees. More examples make it '
+            'surer: + keeps one and takes another.'
         ).classes('hint mb-2')
         with ui.row().classes('gap-5'):
             self.views = [self.make_class(c) for c in range(len(self.task.classes))]
@@ -327,7 +349,7 @@ class Page:
 
     def make_query(self):
         ui.label('2  Ask').classes('step')
-        ui.label('Draw one of the characters again.').classes('hint mb-2')
+        ui.label(self.texts.ask).classes('hint mb-2')
         self.query = SlotView(self.task.query, 280, '#1d2430', self.changed)
 
     def make_answers(self, updates: int):
@@ -356,11 +378,11 @@ class Page:
     def changed(self):
         self.stale = True
         if not self.busy:
+            self.busy = True
             background_tasks.create(self.refresh(), name='answer')
 
     async def refresh(self):
         """Asks the model until the answer is that to what is drawn now."""
-        self.busy = True
         try:
             while self.stale:
                 self.stale = False

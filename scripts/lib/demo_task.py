@@ -152,10 +152,10 @@ class Task:
 
     @property
     def lacking(self) -> str:
-        """What has to be drawn before there is an answer; '' if there is one."""
+        """What has to be given before there is an answer; '' if there is one."""
         if sum(bool(slot.images) for slot in self.classes) < 2:
-            return 'Draw an example of at least two classes.'
-        return '' if self.query.images else 'Now draw one of them again, in the large square.'
+            return 'It needs an example of at least two classes.'
+        return '' if self.query.images else 'Now one to classify, in the large square.'
 
     def question(self) -> Question | None:
         """What is drawn now, None as long as something is lacking."""
