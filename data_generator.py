@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from utils import Batch
+from utils import Batch, whole_number
 
 SPLITS = ('train', 'val', 'test')
 EVALUATION_SEED = 1  # of tasks that are the same for every run and checkpoint
@@ -71,8 +71,7 @@ class DataGenerator:
     model_settings = {}  # what `make_model` must know of the tasks besides the flags
 
     def __init__(self, dim_input: int, dim_output: int, num_draws: int, seed: int):
-        if seed < 0:
-            raise ValueError(f'the seed must not be negative, but it is {seed}')
+        seed = whole_number('the seed', seed)
         self.dim_input, self.dim_output = dim_input, dim_output  # per example
         self.num_draws, self.seed = num_draws, seed
 
@@ -136,8 +135,8 @@ class DataGenerator:
         """Uniform numbers in [0, 1), a row for each task: [T, num_draws]."""
         if split not in SPLITS:
             raise ValueError(f'there is no split {split!r}; the splits are {", ".join(SPLITS)}')
-        if num_tasks < 1:
-            raise ValueError(f'--meta_batch_size must be at least 1, but it is {num_tasks}')
+        num_tasks = whole_number('--meta_batch_size', num_tasks, lowest=1)
+        iteration = whole_number('iteration', iteration)
         generator = np.random.default_rng([self.seed, SPLITS.index(split), iteration])
         return generator.random((num_tasks, self.num_draws))
 
@@ -242,8 +241,7 @@ class ImageGenerator(DataGenerator):
         splits: Iterable[str] | None = None,
     ):
         _check_shots(num_support, num_query)
-        if num_classes < 1:
-            raise ValueError(f'--num_classes must be at least 1, but it is {num_classes}')
+        num_classes = whole_number('--num_classes', num_classes, lowest=1)
         splits = folders if splits is None else splits
         self.folders = {split: folders[split] for split in splits}
         self.num_classes, self.num_support, self.num_query = num_classes, num_support, num_query
@@ -546,11 +544,8 @@ def label_objective(tasks, labels: Sequence[np.ndarray], name: str) -> str:
 
 def _check_shots(num_support: int, num_query: int):
     """Raises ValueError if they are out of range."""
-    if num_support < 1:
-        raise ValueError(f'--update_batch_size must be at least 1, but it is {num_support}')
-    if num_query < 0:
-        message = f'the number of query examples must not be negative, but it is {num_query}'
-        raise ValueError(message)
+    whole_number('--update_batch_size', num_support, lowest=1)
+    whole_number('the number of query examples', num_query)
 
 
 def _distinct(uniform: np.ndarray, counts) -> np.ndarray:

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import pickle
+import re
 import signal
 import sys
 import tempfile
@@ -27,9 +28,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
+# isort: split
+import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
 
@@ -64,12 +66,15 @@ from utils import (
     checkpoints,
     event_files,
     first_line,
+    first_whole,
     forget_summaries,
     is_spec,
     lock,
+    print_anything,
     read_run_state,
     remove_checkpoint,
     remove_leftovers,
+    set_up_gpus,
     user_code,
     user_function,
     write_whole,
@@ -80,8 +85,8 @@ PRINT_INTERVAL = 100  # between printed lines; times the source's print_factor
 VALIDATION_INTERVAL = 500  # between validations, if the source validates
 SAVE_INTERVAL = 1000  # between checkpoints
 PICTURE_INTERVAL = 5000  # between pictures of a task for TensorBoard
-EVALUATION_TASKS = 600
 EVALUATION_UPDATES = 10
+SPLITS = {'val': 'validation', 'test': 'test'}
 SOURCES = ('sinusoid', 'omniglot', 'miniimagenet', 'folder')
 MINIIMAGENET_QUERY_IMAGES = 15  # per class in training; K in evaluation, and in both for Omniglot
 
@@ -168,6 +173,7 @@ TRAIN_STEP_SIZE = Rule(
     'a step size of 0 or more, or -1 for that of --update_lr',
 )
 NETWORK = Rule(lambda value: value == '' or is_spec(value), 'FILE.py:FUNCTION')
+FOLDER = Rule(lambda value: '://' not in value, 'a folder, not an address')
 TEST_QUERY = Rule(lambda value: value == -1 or value >= 1, 'at least 1, or -1 for as many as shots')
 
 # Symbols are the paper's. The flags that name a run stand in the order of the name.
@@ -178,7 +184,7 @@ FLAGS = (
          'where tasks come from: sinusoid, omniglot, miniimagenet, folder, or FILE.py:FUNCTION, '
          'which returns tasks of your own', makes_model=True),
     Flag('data_dir', str, 'data', ANYTIME,
-         'folder of the prepared data, or of your own class folders'),
+         'folder of the prepared data, or of your own class folders', FOLDER),
     Flag('split', str, '0.64,0.16,0.2', NEVER,
          'shares of the classes that train, val and test get (folder only)', SPLIT),
     Flag('image_size', int, 84, NEVER,
@@ -190,6 +196,8 @@ FLAGS = (
     Flag('strategy', ('none', 'mirrored', 'multi_worker'), 'none', ANYTIME,
          'devices that share the tasks: mirrored: all of this machine; multi_worker: of several '
          'processes, by TF_CONFIG'),
+    Flag('tf32', bool, False, ANYTIME,
+         'let GPUs round the factors of float32 products to 10 bits: faster, other numbers'),
     # Training
     Flag('pretrain_iterations', int, 0, EVALUATION,
          'iterations of joint training on all tasks, before meta-training', lowest=0),
@@ -234,17 +242,20 @@ FLAGS = (
          in_name=lambda value: f'.{value.rpartition(":")[2]}' if value else ''),
     # Logging, saving, testing
     Flag('log', bool, True, ANYTIME, 'write summaries for TensorBoard'),
-    Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders'),
+    Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders', FOLDER),
     Flag('resume', bool, True, ANYTIME, 'continue from the newest checkpoint of the same run'),
     Flag('overwrite', bool, False, ANYTIME,
          'with --resume=False: remove the earlier run of the same name'),
     Flag('validation_tasks', int, 100, EVALUATION,
          'tasks of a validation during training (images only)', lowest=2),
     Flag('train', bool, True, ANYTIME, 'train, else evaluate'),
+    Flag('run', str, '', ANYTIME,
+         'folder of the run to evaluate, which knows its flags; others that are given count'),
     Flag('test_iter', CheckpointParser(), -1, ANYTIME,
          'iteration of the checkpoint to load; -1: the newest; best: that of the best validation'),
     Flag('test_set', bool, False, ANYTIME,
          'evaluate on the test classes, else on the validation classes'),
+    Flag('test_tasks', int, 600, ANYTIME, 'tasks of an evaluation', lowest=2),
     Flag('test_query', int, -1, ANYTIME,
          'query images per class in evaluation (-1: as many as shots; images only)', TEST_QUERY),
     Flag('transductive', bool, True, ANYTIME,
@@ -283,13 +294,23 @@ def model_settings(f: flags.FlagValues) -> dict:
     return {flag.name: f[flag.name].value for flag in FLAGS if flag.makes_model}
 
 
-def run_name(f: flags.FlagValues) -> str:
-    """The name of the run's folder, after the flags it was trained with."""
+def trained_settings(f: flags.FlagValues) -> dict:
+    """As `settings`, with the K and α of training."""
     trained = settings(f)
     for name in ('update_batch_size', 'update_lr'):
         if trained[f'train_{name}'] != -1:
             trained[name] = trained[f'train_{name}']
+    return trained
+
+
+def run_name(f: flags.FlagValues) -> str:
+    """The name of the run's folder, after the flags it was trained with."""
+    trained = trained_settings(f)
     return ''.join(flag.in_name(trained[flag.name]) for flag in FLAGS if flag.in_name)
+
+
+def run_folder(f: flags.FlagValues) -> Path:
+    return Path(os.path.expanduser(f.run or os.path.join(f.logdir, run_name(f))))
 
 
 def iterations(f: flags.FlagValues) -> tuple[int, int]:
@@ -356,6 +377,7 @@ def check_network(f: flags.FlagValues):
 def check_training(f: flags.FlagValues):
     """The part of `check_flags` on what training cannot use."""
     for name, is_asked in {
+        'run': f.run != '',
         'test_query': f.test_query != -1,
         'transductive': not f.transductive,
         'test_iter': f.test_iter == 'best',
@@ -454,23 +476,77 @@ def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
     return {f.test_iter: found[f.test_iter]}
 
 
+def take_run(f: flags.FlagValues):
+    """With --run, flags that are not given become those that the run was trained with.
+
+    These are the ones that could not change in training, and where the data are, if they are there.
+    Raises ValueError for a folder that is no run, and for flags that --run contradicts.
+    """
+    if not f.run:
+        return
+    naming = ('logdir', 'train_update_batch_size', 'train_update_lr')
+    if given := [f'--{name}' for name in naming if f[name].present]:
+        raise ValueError(f'--run={f.run} names the folder already: leave {given[0]} away')
+    stored = stored_flags(run_folder(f), f)
+    if not os.path.isdir(os.path.expanduser(stored.get('data_dir', ''))):
+        stored.pop('data_dir', None)  # of another machine
+    for name in ('datasource', 'network'):
+        # A checkpoint may come from anywhere: no file is run because it names it.
+        if is_spec(stored.get(name, '')) and not f[name].present:
+            raise ValueError(
+                f'{f.run} was trained with --{name}={stored[name]}, which is not run unasked: give '
+                'it again'
+            )
+    for flag in FLAGS:
+        taken = flag.may_change != ANYTIME or flag.name in ('data_dir', 'metatrain_iterations')
+        if taken and flag.name in stored and not f[flag.name].present:
+            f[flag.name].value = stored[flag.name]
+
+
+def stored_flags(folder: Path, f: flags.FlagValues) -> dict:
+    """The flags in the checkpoint of a run that --test_iter asks for.
+
+    Raises ValueError if the folder is no run, or the run does not tell them.
+    """
+    if not any(checkpoints(folder, kind) for kind in ('model', 'best')):
+        runs = sorted(path.parent.name for path in folder.glob('*/*.index'))
+        found = f'it holds runs, as {folder / runs[0]}' if runs else 'it has no checkpoint'
+        if not folder.is_dir():
+            found = 'there is no such folder'
+        raise ValueError(
+            f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but {found}'
+        )
+    reason = ValueError(
+        f'--run={f.run} does not tell the flags it was trained with: give them, and --logdir'
+    )
+    for path in find_checkpoints(folder, f).values():
+        try:
+            if stored := read_run_state(path).get('flags'):
+                return stored
+        except DamagedCheckpoint as error:
+            reason = error
+    raise reason
+
+
 def load(model: FastMAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[int, dict]:
     """Loads the first checkpoint that is whole; says which are not.
 
     Returns its iteration and state (-1 and {} if none). Raises ValueError if all are damaged or
     the flags contradict those that it was written with.
     """
-    for number, (iteration, path) in enumerate(candidates.items(), start=1):
-        try:
-            state = read_run_state(path)
-            check_contradictions(path, iteration, state.get('flags', {}), f)
-            restore(model, path, f)
-            return iteration, state
-        except DamagedCheckpoint as error:
-            if number == len(candidates):
-                raise
-            print(f'main.py: {error}; the one before it is used.', file=sys.stderr)
-    return -1, {}
+    if not candidates:
+        return -1, {}
+    try:
+        iteration, path, state = first_whole(candidates, tell)
+    except DamagedCheckpoint as error:
+        raise ValueError(f'{error}; remove it, or name another with --test_iter') from error
+    check_contradictions(path, iteration, state.get('flags', {}), f)
+    restore(model, path, f)
+    return iteration, state
+
+
+def tell(text: str):
+    print(f'main.py: {text}', file=sys.stderr)
 
 
 def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagValues):
@@ -491,15 +567,15 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
     if wrong:
         listed = ', '.join(f'--{name}={stored[name]} (now {f[name].value})' for name in wrong)
         remedy = 'give the same flags, or another --logdir'
+        if f.run:
+            remedy = 'no evaluation can change that, so leave it away'
         raise ValueError(f'{path} was trained with {listed}: {remedy}')
 
 
 def restore(model: FastMAML, path: str, f: flags.FlagValues):
-    """Loads a checkpoint. Raises ValueError if it is damaged or another network's."""
+    """Loads a checkpoint that is whole. Raises ValueError if it is another network's."""
     try:
         complete = model.restore(path)
-    except DamagedCheckpoint:
-        raise
     except ValueError as error:
         raise ValueError(
             f'{error}; give the flags of the run that wrote it, or another --logdir'
@@ -537,20 +613,28 @@ class Log(Observer):
         before, after = (state or {}).get('printing', ([], []))
         # What the next printed line is the mean of.
         self.before, self.after = [*map(np.float32, before)], [*map(np.float32, after)]
+        self.best = ((state or {}).get('best') or {}).get(objective, np.nan)  # of the validations
+        self.folder = folder
         self.clock = self.shown = time.perf_counter()
-        self.writer = tf.summary.create_file_writer(str(folder)) if folder else None
+        self.writer = tf.summary.create_file_writer(os.fsencode(folder)) if folder else None
         self.shows_pictures = self.writer is not None
 
     def state(self) -> dict:
         return {'printing': [[*map(float, values)] for values in (self.before, self.after)]}
 
     def introduce(self, values: dict):
-        """Writes the flags of a run that begins, and says what the lines to come hold."""
+        """Writes the flags of a run that begins, and says what the lines to come hold.
+
+        TensorBoard's HPARAMS tab gets those of a run that goes on too: they may be others.
+        """
+        if self.writer:
+            write_session(self.writer, values, str(self.folder), self.end)
         if self.writer and self.start == 0:
             rows = ['flag | value', '--- | ---']
             rows += [f'`--{name}` | {value}' for name, value in values.items()]
+            text = '\n'.join(rows).encode(errors='backslashreplace')  # a path may not be UTF-8
             with self.writer.as_default():
-                tf.summary.text('flags', '\n'.join(rows), step=self.start)
+                tf.summary.text('flags', text, step=self.start)
         updates = '1 update' if self.update == 1 else f'{self.update} updates'
         self.line(
             f'To be printed every {self.interval} iterations: mean {self.objective} on the support '
@@ -585,6 +669,7 @@ class Log(Observer):
         before, after = self.summaries('metatrain', results, iteration)
         self.before.append(before)
         self.after.append(after)
+        self._write((f'last_training_{self.objective}',), [np.mean(self.after)], iteration)
         if iteration % self.interval == 0 and iteration != 0:
             label = f'Iteration {iteration - self.pretrain}'
             if iteration < self.pretrain:
@@ -595,8 +680,14 @@ class Log(Observer):
     def validation(self, results: Results, interval: float, iteration: int):
         before, after = self.summaries('metaval', results, iteration)
         self.line(f'Validation results: {before}, {after}')
-        tag = f'metaval_Post-update_{self.objective}_interval'
-        self._write((tag,), [np.float32(interval)], iteration)
+        better = np.fmax if self.objective == 'accuracy' else np.fmin  # a nan is never the best
+        self.best = better(self.best, after)
+        tags = (
+            f'metaval_Post-update_{self.objective}_interval',
+            f'last_validation_{self.objective}',
+            f'best_validation_{self.objective}',
+        )
+        self._write(tags, [*map(np.float32, (interval, after, self.best))], iteration)
 
     def steps(self, first: int, last: int, loss: float):
         """The first step's time, compilation included; then where the run is.
@@ -636,6 +727,22 @@ class Log(Observer):
         with suppress(tf.errors.OpError):
             if self.writer:
                 self.writer.close()
+
+
+def write_session(writer: tf.summary.SummaryWriter, values: dict, name: str, end: int):
+    """The flags that tell a run from others, for TensorBoard's HPARAMS tab.
+
+    values: of all flags. name: of the run. end: the iteration it is to end with; the flags are
+    written as if they belonged to it, so that a run that goes on forgets them and writes its own.
+    """
+    from tensorboard.plugins.hparams import summary_v2  # --log=False does without the package
+
+    telling = [flag.name for flag in FLAGS if flag.may_change != ANYTIME]
+    shown = {name: values[name] for name in (*telling, 'metatrain_iterations')}
+    shown = {name: 'None' if value is None else value for name, value in shown.items()}
+    session = summary_v2.hparams_pb(shown, trial_id=name)
+    with writer.as_default():
+        tf.summary.experimental.write_raw_pb(session.SerializeToString(), step=end)
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -724,24 +831,27 @@ def train(trainer: Trainer, watch: Callable = iter):
 
 
 def evaluate(run: Prepared, f: flags.FlagValues):
-    """600 tasks: prints means, standard deviations and 95 % intervals over 0...10 updates.
+    """--test_tasks tasks: prints means, standard deviations and 95 % intervals over 0...10 updates.
 
-    Writes them as csv and pkl; besides the original's `mses`, the latter tells the iteration of the
-    checkpoint and the split.
+    As the original does, then as a table. Writes them as csv and pkl; besides the original's
+    `mses`, the latter tells the iteration of the checkpoint and the split.
     """
     ((split, source),) = run.generators.items()
     updates, rows = max(f.num_updates, EVALUATION_UPDATES), []
-    tasks = (split, EVALUATION_TASKS, updates, f.transductive)
+    tasks = (split, f.test_tasks, updates, f.transductive)
     for row in evaluate_tasks(run.model, source, *tasks):
         rows.append(row)
         if sys.stdout.isatty():
             done = len(row) * len(rows)
-            print(f'{done} of {EVALUATION_TASKS} tasks', end='\033[K\r', flush=True)
-    values = np.concatenate(rows)[:EVALUATION_TASKS]  # [600, 1 + updates]
+            print(f'{done} of {f.test_tasks} tasks', end='\033[K\r', flush=True)
+    values = np.concatenate(rows)[: f.test_tasks]  # [tasks, 1 + updates]
     mean, stddev = values.mean(0), values.std(0)
     interval = 1.96 * stddev / np.sqrt(len(values))
     print('Mean validation accuracy/loss, stddev, and confidence intervals')
     print((mean, stddev, interval))
+    objective = 'accuracy' if source.objective == 'accuracy' else 'squared error'
+    what = f'{objective} on {len(values)} {SPLITS[split]} tasks'
+    print(*result_table(what, mean, interval, paper_figures(run.state, f)), sep='\n')
     if not run.model.replicas.is_chief:
         return
     path = run.folder / evaluation_name(f)
@@ -753,15 +863,183 @@ def evaluate(run: Prepared, f: flags.FlagValues):
     write_whole(path.with_name(f'{path.name}.csv'), text.getvalue().encode())
 
 
+def result_table(what: str, mean: np.ndarray, interval: np.ndarray, paper: dict) -> list[str]:
+    """The lines of a table of means and halves of their 95 % intervals, [1 + updates] each.
+
+    what: they are of, beginning with the objective: accuracies are shown in percent. paper:
+    {updates: its figure}. A mean that does not exist is shown as a hyphen.
+    """
+    scale, digits = (100, '.2f') if what.startswith('accuracy') else (1, '.4g')
+    unit = ', %' if scale == 100 else ''
+    lines = [f'Mean {what}{unit}', 'updates      mean    95 % interval']
+    for update, (value, half) in enumerate(zip(scale * mean, scale * interval)):
+        shown = (f'{value:{digits}}', f'+- {half:{digits}}') if np.isfinite(value) else ('-', '-')
+        note = '   on the support sets' if update == 0 else ''
+        if update in paper:
+            note += f'   paper, on test tasks: {paper[update]}'
+        lines.append(f'{update:7} {shown[0]:>9}    {shown[1]:<13}{note}'.rstrip())
+    return lines
+
+
 def evaluation_name(f: flags.FlagValues) -> str:
     """Of the files that hold an evaluation, without suffix."""
     parts = [
         f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}',
         f'_query{f.test_query}' if f.test_query != -1 else '',
+        f'_tasks{f.test_tasks}' if f.test_tasks != f['test_tasks'].default else '',
         '' if f.transductive else '_inductive',
         '_best' if f.test_iter == 'best' else '',
     ]
     return ''.join(parts)
+
+
+# The paper's tables -------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """One entry of the paper's tables."""
+
+    name: str  # the script's and the folder's
+    title: str
+    group: str  # cells that are drawn together
+    kind: str  # title within the group
+    paper: str  # what it says
+    updates: int  # the paper's number of updates in evaluation
+    settings: dict  # flags of main.py, as in the script
+
+    @property
+    def numbers(self) -> list[float]:
+        """The numbers in `paper`: a value and half of its interval.
+
+        Of sinusoids they are the errors after 1, 5 and 10 updates.
+        """
+        return [float(number) for number in re.findall(r'[\d.]+', self.paper)]
+
+    @property
+    def figures(self) -> dict[int, str]:
+        """{updates: what the paper says}."""
+        if self.settings['datasource'] == 'sinusoid':
+            return dict(zip((1, 5, 10), self.paper.split(' / '))) if self.paper else {}
+        return {self.updates: self.paper.replace('±', '+-')}
+
+    @property
+    def test_shots(self) -> int:
+        """K in the paper's evaluation; its sinusoid was trained with another."""
+        is_sinusoid = self.settings['datasource'] == 'sinusoid'
+        return 5 if is_sinusoid else self.settings['update_batch_size']
+
+
+def omniglot(ways: int, shots: int, paper: str, conv: bool = True) -> Cell:
+    few = ways == 5
+    settings = dict(
+        datasource='omniglot',
+        num_classes=ways,
+        update_batch_size=shots,
+        update_lr=0.4 if few else 0.1,
+        num_updates=1 if few else 5,
+        meta_batch_size=32 if few else 16,
+        conv=conv,
+        num_filters=64,
+        max_pool=False,
+        stop_grad=False,
+    )
+    more = '' if conv else ', no convolutions'
+    return Cell(
+        f'omniglot_{ways}way_{shots}shot' + ('' if conv else '_no_conv'),
+        f'Omniglot, {ways}-way {shots}-shot{more}',
+        f'Omniglot, {ways}-way{more}',
+        f'{shots}-shot',
+        paper,
+        3 if few else 5,
+        settings,
+    )
+
+
+def miniimagenet(shots: int, paper: str, first_order: bool = False) -> Cell:
+    settings = dict(
+        datasource='miniimagenet',
+        num_classes=5,
+        update_batch_size=shots,
+        update_lr=0.01,
+        num_updates=5,
+        meta_batch_size=4 if shots == 1 else 2,
+        conv=True,
+        num_filters=32,
+        max_pool=True,
+        stop_grad=first_order,
+    )
+    kind = f'{shots}-shot' + ', first order' * first_order
+    return Cell(
+        f'miniimagenet_5way_{shots}shot' + '_first_order' * first_order,
+        f'miniImagenet, 5-way {kind}',
+        'miniImagenet, 5-way',
+        kind,
+        paper,
+        10,
+        settings,
+    )
+
+
+def sinusoid(
+    name: str, title: str, paper: str, baseline: str | None = None, update_lr: float = 0.01
+) -> Cell:
+    settings = dict(
+        datasource='sinusoid',
+        update_batch_size=10,
+        update_lr=update_lr,
+        num_updates=1,
+        meta_batch_size=25,
+        norm='None',
+        baseline=baseline,
+        stop_grad=False,
+    )
+    return Cell(name, title, 'Sinusoid', title, paper, 10, settings)
+
+
+CELLS = [
+    omniglot(5, 1, '89.7 ± 1.1', conv=False),
+    omniglot(5, 5, '97.5 ± 0.6', conv=False),
+    omniglot(5, 1, '98.7 ± 0.4'),
+    omniglot(5, 5, '99.9 ± 0.1'),
+    omniglot(20, 1, '95.8 ± 0.3'),
+    omniglot(20, 5, '98.9 ± 0.2'),
+    miniimagenet(1, '48.07 ± 1.75', first_order=True),
+    miniimagenet(1, '48.70 ± 1.84'),
+    miniimagenet(5, '63.15 ± 0.91', first_order=True),
+    miniimagenet(5, '63.11 ± 0.92'),
+]
+MAML_ERRORS = '.67 / .38 / .35'
+SINUSOIDS = [
+    sinusoid('sinusoid', 'MAML', MAML_ERRORS),
+    sinusoid('sinusoid_published_command', 'MAML, α = 0.001', MAML_ERRORS, update_lr=0.001),
+    sinusoid('sinusoid_pretrain', 'pre-trained on all tasks', '2.41 / 2.23 / 2.19'),
+    sinusoid('sinusoid_oracle', 'oracle', '', 'oracle'),
+]
+
+
+def same(value, wanted) -> bool:
+    """Whether two values of a flag are the same; --baseline=None is the text 'None'."""
+    return value == wanted or str(value) == str(wanted) == 'None'
+
+
+def paper_figures(state: dict, f: flags.FlagValues) -> dict[int, str]:
+    """{updates: what the paper's tables have after as many}, for an evaluation of one of its cells.
+
+    state: of the checkpoint, with the flags that it was trained with. Empty for other evaluations.
+    """
+    trained = trained_settings(f) | state.get('flags', {})
+    if f.test_query != -1 or not f.transductive or f.update_lr != trained['update_lr']:
+        return {}
+    telling = [flag for flag in FLAGS if flag.makes_model or flag.in_name]
+    joint = trained['metatrain_iterations'] == 0
+    for cell in CELLS + SINUSOIDS:
+        wanted = {flag.name: flag.default for flag in telling if flag.name != 'seed'}
+        wanted |= cell.settings
+        differing = [name for name in wanted if not same(trained.get(name), wanted[name])]
+        pretrained = cell.name == 'sinusoid_pretrain'
+        if not differing and joint == pretrained and f.update_batch_size == cell.test_shots:
+            return cell.figures
+    return {}
 
 
 # The program --------------------------------------------------------------------------------------
@@ -774,7 +1052,7 @@ def prepare(f: flags.FlagValues, held: ExitStack, norm: Normalization | None = N
     Raises ValueError, OSError and UserCodeError.
     """
     check_flags(f)
-    folder, total = Path(os.path.expanduser(f.logdir)) / run_name(f), sum(iterations(f))
+    folder, total = run_folder(f), sum(iterations(f))
     replicas = make_replicas(f)
     replicas.slice_of(f.meta_batch_size)
     own = make_generators(f) if is_spec(f.datasource) else {}
@@ -920,19 +1198,22 @@ def main(
     arguments: list[str],
     f: flags.FlagValues = flags.FLAGS,
     norm: Normalization | None = None,
+    start: Callable = lambda f: None,
 ):
     """Trains or evaluates.
 
     arguments: the program and what is left of the command line after the flags. norm: see
-    `prepare`.
+    `prepare`. start: is called with the flags before anything of TensorFlow.
     """
     logging.set_verbosity(logging.ERROR)
     if worker_index(f) > 0:
-        sys.stdout = open(os.devnull, 'w')  # the first one prints
+        sys.stdout = open(os.devnull, 'w', errors='ignore')  # the first one prints
     with ExitStack() as held:
         try:
             if len(arguments) > 1:
                 raise ValueError(f'"{arguments[1]}" is no flag: flags are written --name=value')
+            take_run(f)
+            start(f)
             run = prepare(f, held, norm)
         except (ValueError, OSError, UserCodeError) as error:
             sys.exit(f'main.py: {error}')
@@ -977,13 +1258,15 @@ def worker_index(f: flags.FlagValues) -> int:
 
 
 def tune(f: flags.FlagValues):
-    """Settings of TensorFlow that suit a run, by measurement; to be called before anything of it.
+    """Settings of TensorFlow that suit a run; to be called before anything of it.
 
-    A thread for each operation where tasks are tiny: handing work over takes longer than the work.
-    XLA's older generator of loops for Omniglot: it compiles a quarter faster and into less, and the
-    code is as fast; for the others the code is slower. XLA ends the process at options it does not
-    know, so only in the version tried.
+    GPUs as `utils.set_up_gpus` says; the rest by measurement. A thread for each operation where
+    tasks are tiny: handing work over takes longer than the work. XLA's older generator of loops for
+    Omniglot: it compiles a quarter faster and into less, and the code is as fast; for the others
+    the code is slower. XLA ends the process at options it does not know, so only in the version
+    tried.
     """
+    set_up_gpus(f.tf32)
     if f.datasource == 'sinusoid':
         tf.config.threading.set_intra_op_parallelism_threads(1)
     if f.datasource == 'omniglot' and tf.__version__.startswith('2.21.'):
@@ -993,13 +1276,13 @@ def tune(f: flags.FlagValues):
 
 def program(arguments: list[str], norm: Normalization | None = None):
     """main.py as a process of its own."""
-    tune(flags.FLAGS)
     try:
-        main(arguments, norm=norm)
+        main(arguments, norm=norm, start=tune)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 if __name__ == '__main__':
+    print_anything()
     define_flags()
     app.run(program)

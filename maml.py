@@ -10,16 +10,20 @@ support set (inner gradient), "b" the query set (outer gradient).
 """
 
 import contextlib
+import functools
 import inspect
 import itertools
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
 import keras
 import numpy as np
 import tensorflow as tf
@@ -37,6 +41,7 @@ from special_grads import (
     convolve_patches,
     dense,
     exact_moments,
+    has_known_activations,
     map_tasks,
     max_pool2x2,
     normalization,
@@ -54,16 +59,23 @@ from utils import (
     checkpoints,
     confidence,
     cross_entropy,
+    finite_numbers,
     first_line,
+    first_whole,
+    folder_path,
     graph,
     is_spec,
     machine,
     mean_squared_error,
     piece,
     read_checkpoint,
+    read_objects,
     read_run_state,
+    real_number,
+    real_numbers,
     user_code,
     user_function,
+    whole_number,
     write_checkpoint,
 )
 
@@ -102,6 +114,11 @@ def initial_value(kind, shape: tuple[int, ...], seed: list[int]) -> np.ndarray:
     else:
         raise ValueError(f'there is no initial value {kind!r}')
     return np.asarray(initializer(shape, dtype='float32'))
+
+
+def are_sizes(*values) -> bool:
+    """Whether they are whole numbers, at least 1."""
+    return all(isinstance(value, int | np.integer) and value >= 1 for value in values)
 
 
 class Network:
@@ -156,9 +173,12 @@ class FullyConnected(Network):
     ):
         super().__init__(norm)
         self.activation = activation
-        units = [dim_input, *dim_hidden, dim_output]
-        if min(units) < 1:
-            raise ValueError(f'every layer needs at least one unit, but the sizes are {units}')
+        units = [dim_input, *(dim_hidden if np.iterable(dim_hidden) else [None]), dim_output]
+        if not are_sizes(*units):
+            raise ValueError(
+                f'every layer needs at least one unit, but the sizes are {dim_input}, {dim_hidden} '
+                f'and {dim_output}: numbers, and a tuple of numbers between them, are wanted'
+            )
         self.dim_input, self.dim_output = dim_input, dim_output
         self.scopes = ['0', *(str(i + 1) for i in range(1, len(dim_hidden)))]  # 0, 2, 3, ...
         for i, (fan_in, fan_out) in enumerate(zip(units, units[1:]), start=1):
@@ -199,7 +219,8 @@ class Convolutional(Network):
         flatten: bool = False,
     ):
         super().__init__(norm)
-        if min(image_size, channels, filters, classes) < 1 or max_pool and image_size < 16:
+        fits = are_sizes(image_size, channels, filters, classes)
+        if not fits or max_pool and image_size < 16:
             raise ValueError(
                 f'no network for {image_size}x{image_size}x{channels} images, {filters} filters '
                 f'and {classes} classes: each must be at least 1, and the images 16x16 if they are '
@@ -350,16 +371,22 @@ PROVEN = {
     *('Conv1D', 'Conv2D', 'DepthwiseConv2D', 'SeparableConv2D', 'Conv2DTranspose', 'EinsumDense'),
     *('BatchNormalization', 'LayerNormalization', 'GroupNormalization', 'RMSNormalization'),
     *('Sequential', 'Functional', 'Dropout'),  # one that drops something is refused
+    # Operations, keras.ops, between layers.
+    *('Sin', 'Tanh', 'Sigmoid', 'Silu', 'Gelu', 'Relu', 'Mean'),
 }
 
 
 def warn_of_unproven_layers(model: keras.Model):
     """Names the layers whose second derivatives no test here has compared with differences."""
     names = []
-    for layer in model._flatten_layers():
-        kind = type(layer)
-        if not kind.__module__.startswith('keras.') or kind.__name__ not in PROVEN | PER_EXAMPLE:
-            names.append(f'{layer.name} ({kind.__name__})')
+    layers = [*model._flatten_layers()]
+    # The operations between the layers of a functional model, such as x + y.
+    inner = [part for layer in layers for part in getattr(layer, 'operations', [])]
+    for part in [*layers, *(part for part in inner if not isinstance(part, keras.Layer))]:
+        kind = type(part)
+        own = kind.__module__.startswith('keras.') and has_known_activations(part)
+        if not own or kind.__name__ not in PROVEN | PER_EXAMPLE:
+            names.append(f'{part.name} ({kind.__name__})')
     if names:
         warnings.warn(
             f'the second derivatives of {", ".join(dict.fromkeys(names))} are not known to be '
@@ -581,11 +608,11 @@ class MAML(tf.Module):
         dtype=tf.float32,
     ):
         super().__init__()
-        check_rates(update_lr, num_updates, meta_lr)
+        check_numbers(update_lr, num_updates, meta_lr, clip, seed)
         network = KerasNetwork(network) if isinstance(network, keras.Model) else network
-        check_network(network, tf.as_dtype(dtype))
-        check_loss(loss, network, tf.as_dtype(dtype))
-        self.network, self.loss, self.dtype = network, loss, tf.as_dtype(dtype)
+        self.network, self.loss, self.dtype = network, loss, float_type(dtype)
+        check_network(network, self.dtype)
+        check_loss(loss, network, self.dtype)
         self.update_lr, self.num_updates = update_lr, num_updates
         self.stop_grad, self.clip = stop_grad, clip
         variables = {}
@@ -849,9 +876,8 @@ class FastMAML(MAML):
 
     def evaluate(self, batch: Batch, num_updates: int, transductive: bool = True) -> Results:
         """As MAML's. Raises ValueError for a wrong shape or type, or fewer than one update."""
-        if num_updates < 1:
-            raise ValueError(f'num_updates must be at least 1, but it is {num_updates}')
-        return self._evaluate(Batch(*map(tf.convert_to_tensor, batch)), num_updates, transductive)
+        num_updates = whole_number('num_updates', num_updates, lowest=1)
+        return self._evaluate(as_tensors(batch), num_updates, transductive)
 
     @graph
     def _evaluate(self, batch: Batch, num_updates: int, transductive: bool) -> Results:
@@ -938,9 +964,8 @@ class FastMAML(MAML):
         for name, variable in variables.items():
             variable.assign(tf.cast(values[name], variable.dtype))
         state = {name: getattr(self, name) for name in optimizers}
-        if state:  # there is more in a checkpoint than this: the run's own state
-            status = tf.train.Checkpoint(**state).read(path)
-            status.assert_existing_objects_matched().expect_partial()
+        if state:
+            read_objects(path, state)
         return bool(state)
 
 
@@ -966,13 +991,24 @@ def check_parameters(path: str, values: Arrays, variables: dict[str, tf.Variable
             )
 
 
+def as_tensors(batch: Batch) -> Batch:
+    """A meta-batch of arrays as tensors. Raises ValueError for what is none."""
+    try:
+        return Batch(*map(tf.convert_to_tensor, batch))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'a meta-batch must be four arrays, {", ".join(Batch._fields)}, but this is '
+            f'{type(batch).__name__} ({first_line(error)})'
+        ) from error
+
+
 def checked_batch(batch: Batch, network, dtype: tf.DType) -> Batch:
     """A meta-batch in the model's dtype; see utils.Batch.
 
     Raises ValueError if it does not fit the network.
     """
-    batch = Batch(*map(tf.convert_to_tensor, batch))
-    tasks = batch.inputa.shape[0]
+    batch = as_tensors(batch)
+    tasks = batch.inputa.shape[0] if batch.inputa.shape.rank else None
     for name, values in zip(Batch._fields, batch):
         real = values.dtype.is_floating or values.dtype.is_integer
         if values.shape.rank != 3 or values.shape[0] != tasks or not real:
@@ -1031,15 +1067,26 @@ def chunks(batch: Batch, network=None) -> list[Batch]:
 PROBE = (2, 3)  # tasks and examples: different numbers, so that a mistaken axis does not broadcast
 
 
-def check_rates(update_lr: float, num_updates: int, meta_lr):
-    """Raises ValueError for numbers out of range."""
-    schedule = isinstance(meta_lr, keras.optimizers.schedules.LearningRateSchedule)
-    outer = 0 if schedule else meta_lr
-    if num_updates < 0 or not 0 <= update_lr < float('inf') or not 0 <= outer < float('inf'):
-        raise ValueError(
-            'step sizes and the number of updates must not be negative or infinite, but '
-            f'update_lr is {update_lr}, meta_lr {meta_lr} and num_updates {num_updates}'
-        )
+def check_numbers(update_lr: float, num_updates: int, meta_lr, clip: float | None, seed: int):
+    """Raises ValueError, with the argument's name, for numbers out of range and for no numbers."""
+    real_number('update_lr', update_lr)
+    whole_number('num_updates', num_updates)
+    if not isinstance(meta_lr, keras.optimizers.schedules.LearningRateSchedule):
+        real_number('meta_lr', meta_lr)
+    if clip is not None:
+        real_number('clip', clip, above=0)
+    whole_number('seed', seed)
+
+
+def float_type(dtype) -> tf.DType:
+    """float32 or float64, by name or as TensorFlow or NumPy have it. Raises ValueError."""
+    try:
+        found = tf.as_dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (tf.float32, tf.float64):
+        raise ValueError(f'dtype must be float32 or float64, but it is {dtype!r:.60}')
+    return found
 
 
 def check_network(network, dtype: tf.DType):
@@ -1387,6 +1434,107 @@ def ahead(draw: Callable, arguments: Iterable) -> Iterator:
 # Arrays in, arrays out ----------------------------------------------------------------------------
 
 
+class Parts(NamedTuple):
+    """The methods of a model that a Learner takes, as pieces or plain; see FastMAML."""
+
+    prepare: Callable
+    update: Callable
+    output: Callable
+    outcome: Callable
+
+    @classmethod
+    def plain(cls, model: FastMAML) -> 'Parts':
+        """Without the programs of their own that pieces are."""
+        found = []
+        for name in cls._fields:
+            method = inspect.getattr_static(type(model), name)
+            found.append(getattr(method, 'method', method).__get__(model))
+        return cls(*found)
+
+
+class AnySize:
+    """What a Learner has of its model, for any number of tasks and examples.
+
+    Each of these is traced once for one task and once for several, with all numbers unknown: a
+    program for each size would fill the memory of a process that lives long. A network of one's own
+    that must know the numbers runs without programs. A compiled model has programs for the first
+    COMPILED sizes, since XLA needs to know them, and the others run as of one that is not compiled.
+    Here x is [T, examples, D], y [T, examples, out], and weights are [T, ...].
+    """
+
+    COMPILED = 24
+
+    def __init__(self, model: FastMAML):
+        self.model, self.norms = model, model.norms
+        self.plain = Parts.plain(model)
+        self.pieces = Parts(*(getattr(model, name) for name in Parts._fields))
+        self.programs, self.compiled = {}, set()
+        self.compiles = getattr(model, 'compiled', False)
+
+    def adapt(self, x: tf.Tensor, y: tf.Tensor, weights: Tensors, lr, steps: int) -> Tensors:
+        """The weights after so many updates; lr: α, a scalar."""
+        return self._run(self._adapt, x, y, weights, tf.constant(lr, self.model.dtype), steps)
+
+    def output(self, x: tf.Tensor, weights: Tensors, leading: int | None = None) -> tf.Tensor:
+        """As MAML.output, of inputs that are not prepared."""
+        if leading is None:
+            return self._run(self._output, x, weights)
+        return self._run(self._output, x, weights, leading)
+
+    def losses(self, x: tf.Tensor, y: tf.Tensor, weights: Tensors) -> tf.Tensor:
+        """[T]."""
+        return self._run(self._losses, x, y, weights)
+
+    def _adapt(self, parts: Parts, x, y, weights, lr, steps) -> Tensors:
+        x = parts.prepare(x)
+
+        def update(step, theta):
+            theta = parts.update(theta, self.norms, x, y, lr)
+            shapes = {name: weights[name].shape for name in theta}  # as loops want to know them
+            return step + 1, {name: tf.ensure_shape(theta[name], shapes[name]) for name in theta}
+
+        return tf.while_loop(lambda step, _: step < steps, update, [0, weights])[1]
+
+    def _output(self, parts: Parts, x, weights, *leading) -> tf.Tensor:
+        return parts.output(weights, self.norms, parts.prepare(x, *leading), *leading)
+
+    def _losses(self, parts: Parts, x, y, weights) -> tf.Tensor:
+        return parts.outcome(weights, self.norms, parts.prepare(x), y)[0]
+
+    def _run(self, function: Callable, x: tf.Tensor, *others):
+        size = function.__name__, *x.shape, len(others)
+        if self.compiles and (size in self.compiled or len(self.compiled) < self.COMPILED):
+            self.compiled.add(size)
+            return function(self.pieces, x, *others)
+        if tf.config.functions_run_eagerly():
+            return function(self.plain, x, *others)
+        key = function.__name__, x.shape[0] == 1, len(others)
+        if key not in self.programs:
+            self.programs[key] = self._program(functools.partial(function, self.plain), x, *others)
+        return self.programs[key](x, *others)
+
+    def _program(self, function: Callable, *arguments) -> Callable:
+        """The function as a program for arguments like these; itself if there can be none."""
+        tasks, signature = 1 if arguments[0].shape[0] == 1 else None, []
+        for argument in arguments:
+            if isinstance(argument, dict):  # weights
+                kept = {name: value.shape[1:] for name, value in argument.items()}
+                spec = {
+                    name: tf.TensorSpec([tasks, *kept[name]], self.model.dtype) for name in kept
+                }
+            elif tf.is_tensor(argument) and argument.shape.rank:  # x, y
+                spec = tf.TensorSpec([tasks, None, argument.shape[2]], self.model.dtype)
+            else:
+                spec = tf.TensorSpec([], tf.convert_to_tensor(argument).dtype)
+            signature.append(spec)
+        program = tf.function(function, input_signature=signature, autograph=False)
+        try:
+            program.get_concrete_function()
+        except Exception:  # whatever it is: without a program it is shown as it is
+            return function
+        return program
+
+
 class ArraysOfTasks:
     """The arrays that a Learner takes, checked and made tensors.
 
@@ -1395,7 +1543,7 @@ class ArraysOfTasks:
 
     def _labels(self, y: np.ndarray) -> tuple[tf.Tensor, bool]:
         """Labels [T, examples, out] of what `adapt` takes, and whether they are of one task."""
-        y, out = np.asarray(y), self.model.network.dim_output
+        y, out = real_numbers('labels', y), self.model.network.dim_output
         rank = 1 if self.is_classifier else 2  # of one task's
         if y.ndim not in (rank, rank + 1) or not y.size:
             wanted = '[examples]' if self.is_classifier else f'[examples, {out}]'
@@ -1404,39 +1552,30 @@ class ArraysOfTasks:
                 f'{list(y.shape)}'
             )
         if self.is_classifier:
-            if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= out:
-                raise ValueError(
-                    f'labels must be integers from 0 to {out - 1}, but they are {y.dtype} from '
-                    f'{y.min()} to {y.max()}'
-                )
-            label = np.eye(out)[y]
+            label = one_hot(y, out)
         elif y.shape[-1] != out:
             raise ValueError(
                 f'labels must have {out} values per example, but they are {list(y.shape)}'
             )
         else:
             label = y
-        single = y.ndim == rank
-        return tf.constant(label[np.newaxis] if single else label, self.model.dtype), single
+        single, dtype = y.ndim == rank, self.model.dtype.as_numpy_dtype
+        label = finite_numbers('labels', label, dtype)
+        return tf.constant(label[np.newaxis] if single else label), single
 
-    def _examples(self, x, name: str, single: bool, axes: Sequence[int] | None = None):
-        """Inputs [T, examples, D] of what `adapt` takes; axes: (T, examples), if known."""
-        x, size = np.asarray(x), self.model.network.dim_input
+    def _examples(self, x, name: str, single: bool, axes: Sequence[int | None] = (None, None)):
+        """Inputs [T, examples, D] of what `adapt` takes; axes: (T, examples), where known."""
+        x, size = real_numbers(name, x), self.model.network.dim_input
         x = x[np.newaxis] if single else x
         fits = x.ndim >= 3 and x.size and int(np.prod(x.shape[2:])) == size
-        if not fits or axes and x.shape[:2] != tuple(axes):
+        if not fits or any(axis not in (None, given) for axis, given in zip(axes, x.shape)):
             shape = getattr(self.model.network, 'image_shape', [size])
-            tasks, examples = axes or ('T', 'examples')
-            wanted = [*([] if single else [tasks]), examples, *shape]
+            names = [given or name for given, name in zip(axes, ('T', 'examples'))]
+            wanted = [*names[single:], *shape]
             raise ValueError(f'{name} must be {wanted}, but it is {list(x.shape[single:])}')
-        if np.issubdtype(x.dtype, np.integer) and self.takes_images:
-            x = x / 255
-        if self.takes_images and not (x.min() >= 0 and x.max() <= 1):
-            raise ValueError(
-                f'{name} must have values from 0 to 1, or integers up to 255, but they are from '
-                f'{x.min()} to {x.max()}'
-            )
-        return tf.constant(x.reshape(*x.shape[:2], size), self.model.dtype)
+        x = pixel_values(name, x) if self.takes_images else x
+        x = finite_numbers(name, x, self.model.dtype.as_numpy_dtype)
+        return tf.constant(x.reshape(*x.shape[:2], size))
 
     def _is_single(self, weights: Arrays) -> bool:
         """Whether weights are of one task, without an axis for it.
@@ -1444,10 +1583,14 @@ class ArraysOfTasks:
         Raises ValueError if they are not of this network.
         """
         own = self.model.weights
-        text = f'weights must be what adapt() returns, with {", ".join(own)}, but they have '
+        text = f'weights must be what adapt() returns, with {", ".join(own)}, but they '
+        if not isinstance(weights, Mapping):
+            raise ValueError(f'{text}are of type {type(weights).__name__}')
+        text += 'have '
         if {*own} != {*weights}:
-            raise ValueError(text + ', '.join(weights))
-        axes = {np.ndim(weights[name]) - theta.shape.rank for name, theta in own.items()}
+            raise ValueError(text + ', '.join(map(str, weights)))
+        arrays = {name: real_numbers(f'the weight {name}', weights[name]) for name in own}
+        axes = {arrays[name].ndim - theta.shape.rank for name, theta in own.items()}
         if axes not in ({0}, {1}):
             names = ', '.join(weights)
             raise ValueError(
@@ -1462,14 +1605,51 @@ class ArraysOfTasks:
             raise ValueError(f'weights are of {have}, examples of {need}')
         given = {}
         for name, theta in self.model.weights.items():
-            value = weights[name][np.newaxis] if single else weights[name]
-            if tuple(np.shape(value)) != (tasks, *theta.shape):
+            value = np.asarray(weights[name])
+            value = value[np.newaxis] if single else value
+            if value.shape != (tasks, *theta.shape):
                 raise ValueError(
-                    f'the weight {name} is {list(np.shape(weights[name]))}, but {tasks} tasks of '
+                    f'the weight {name} is {list(value.shape[single:])}, but {tasks} tasks of '
                     f'{theta.shape.as_list()} are needed'
                 )
-            given[name] = tf.constant(value, self.model.dtype)
+            dtype = self.model.dtype.as_numpy_dtype
+            given[name] = tf.constant(finite_numbers(f'the weight {name}', value, dtype))
         return given
+
+
+PIXEL_TOLERANCE = 1e-5  # by which pixels may be beyond 0 and 1, from rounding
+
+
+def pixel_values(name: str, images: np.ndarray) -> np.ndarray:
+    """Values from 0 to 1, of those or of uint8. The type decides, as 0 and 1 may be either's.
+
+    Raises ValueError, with the name, for others.
+    """
+    if images.dtype == np.uint8:
+        return images / 255
+    if not (images.min() >= -PIXEL_TOLERANCE and images.max() <= 1 + PIXEL_TOLERANCE):
+        raise ValueError(
+            f'{name} must have values from 0 to 1, or be uint8 from 0 to 255, but it is '
+            f'{images.dtype} from {images.min()} to {images.max()}'
+        )
+    return images
+
+
+def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
+    """[...] -> [..., classes]. Raises ValueError for what are no classes' numbers."""
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f'labels must be integers from 0 to {classes - 1}, but they are {labels.dtype} from '
+            f'{labels.min()} to {labels.max()}'
+        )
+    return np.eye(classes)[labels]
+
+
+def checked_finite(arrays: Arrays, what: str) -> Arrays:
+    """Raises ValueError if adaptation has diverged, so that there are no numbers any more."""
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise ValueError(f'{what} are NaN or infinite: adaptation diverged, try a smaller lr')
+    return arrays
 
 
 class Learner(ArraysOfTasks):
@@ -1481,16 +1661,20 @@ class Learner(ArraysOfTasks):
     to 1, or uint8 from 0 to 255. y are the classes' numbers, 0 to N-1; of regression, the values,
     [(T,) examples, out].
 
-    Attributes: model, a FastMAML; settings, the flags it was trained with, if it was loaded.
+    Attributes: model, a FastMAML; of one that was loaded also settings, the flags it was trained
+    with, and checkpoint, the path.
     """
 
     def __init__(self, model: FastMAML, settings: dict | None = None):
+        if not isinstance(model, MAML):
+            raise ValueError(f'model must be a FastMAML, but it is a {type(model).__name__}')
         if not has_sizes(model.network):
             raise ValueError('the network must have dim_input and dim_output, see maml.Network')
-        self.model, self.settings = model, settings or {}
+        self.model, self.settings, self.checkpoint = model, settings or {}, None
         self.is_classifier = hasattr(model.loss, 'shots')
         own_tasks = is_spec(self.settings.get('datasource') or '')
         self.takes_images = self.is_classifier and not own_tasks
+        self.programs = AnySize(model)
 
     @classmethod
     def load(
@@ -1521,13 +1705,27 @@ class Learner(ArraysOfTasks):
             raise ValueError(f'{path} was trained with a loss of its own: give it as loss=')
         made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
         model = make_model(**made, compiled=compiled, network='' if network is None else network)
-        model.loss = loss or model.loss
+        if loss is not None:
+            check_loss(loss, model.network, model.dtype)
+            model.loss = loss
         model.restore(path)
-        return cls(model, settings)
+        learner = cls(model, settings)
+        learner.checkpoint = path
+        return learner
 
     def save(self, folder: str | Path) -> str:
-        """Writes FOLDER/model0, which `load` reads, and returns its path. Raises OSError."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        """Writes FOLDER/model0, which `load` reads, and returns its path.
+
+        Raises OSError, and ValueError if the folder has checkpoints of a run: `load` would take
+        the newest of them.
+        """
+        folder = folder_path('folder', folder)
+        if others := checkpoints(folder).keys() - {0}:
+            raise ValueError(
+                f'{folder} holds checkpoints of a run, {max(others)} the newest, which load would '
+                'take: give another folder'
+            )
+        folder.mkdir(parents=True, exist_ok=True)
         settings = self.settings or settings_of(self.model)
         return write_checkpoint(self.model.checkpoint, folder, 0, {'flags': settings})
 
@@ -1543,26 +1741,22 @@ class Learner(ArraysOfTasks):
 
         steps: `num_updates` if None. lr: α, `update_lr` if None; for a classifier it is scaled so
         that it means the same for any number of examples. weights: where to start, θ if None.
-        Raises ValueError for arrays that do not fit.
+        Raises ValueError for arguments that do not fit, and if the weights become infinite or NaN.
         """
         model = self.model
-        steps = model.num_updates if steps is None else steps
-        lr = model.update_lr if lr is None else lr
-        if steps < 0 or not 0 <= lr < float('inf'):
-            raise ValueError(
-                f'steps and lr must not be negative or infinite, but they are {steps} and {lr}'
-            )
+        steps = whole_number('steps', model.num_updates if steps is None else steps)
+        lr = real_number('lr', model.update_lr if lr is None else lr)
         label, single = self._labels(support_y)  # [T, examples, out]
         tasks, examples = label.shape[:2]
-        x = model.prepare(self._examples(support_x, 'support_x', single, (tasks, examples)))
+        x = self._examples(support_x, 'support_x', single, (tasks, examples))
         if weights is None:
-            adapted = model.initial_weights(tasks)
+            start = model.initial_weights(tasks)
         else:
-            adapted = self._given(weights, tasks, single)
-        alpha = tf.constant(lr * self.example_scale(examples), model.dtype)
-        for _ in range(steps):
-            adapted = model.update(adapted, model.norms, x, label, alpha)
+            start = self._given(weights, tasks, single)
+        alpha = lr * self.example_scale(examples)
+        adapted = self.programs.adapt(x, label, start, alpha, steps)
         arrays = {name: value.numpy() for name, value in adapted.items()}
+        checked_finite(arrays, f'after {steps} steps with lr={lr:g} the weights')
         return {name: value[0] for name, value in arrays.items()} if single else arrays
 
     def predict(
@@ -1572,29 +1766,32 @@ class Learner(ArraysOfTasks):
 
         weights: from `adapt`. support_x: if given, batch normalisation takes its statistics of this
         support set alone, so that an answer does not depend on the other queries; else of the
-        queries, as in training and in the paper. Raises ValueError for arrays that do not fit.
+        queries, as in training and in the paper. Raises ValueError for arguments that do not fit,
+        and for weights that give no finite answers.
         """
-        model, single = self.model, self._is_single(weights)
-        x, leading = self._examples(query_x, 'query_x', single), []
+        single = self._is_single(weights)
+        x, leading = self._examples(query_x, 'query_x', single), None
         if support_x is not None:
-            support = self._examples(support_x, 'support_x', single)
-            x, leading = tf.concat([support, x], axis=1), [support.shape[1]]
+            support = self._examples(support_x, 'support_x', single, (x.shape[0], None))
+            x, leading = tf.concat([support, x], axis=1), support.shape[1]
         given = self._given(weights, x.shape[0], single)
-        output = model.output(given, model.norms, model.prepare(x, *leading), *leading)
+        output = self.programs.output(x, given, leading)
         output = (tf.nn.softmax(output) if self.is_classifier else output).numpy()
+        checked_finite({'output': output}, 'the answers')
         return output[0] if single else output
 
     def task_loss(self, x: np.ndarray, y: np.ndarray, weights: Arrays) -> np.ndarray:
         """The mean loss of a task's examples, a number; of several tasks, [T].
 
-        Arguments and errors as of `adapt`.
+        Arguments and errors as of `adapt` and `predict`.
         """
-        model, (label, single) = self.model, self._labels(y)
-        inputs = model.prepare(self._examples(x, 'x', single, label.shape[:2]))
+        label, single = self._labels(y)
+        inputs = self._examples(x, 'x', single, label.shape[:2])
         given = self._given(weights, label.shape[0], single)
-        loss = model.outcome(given, model.norms, inputs, label)[0].numpy()
+        loss = self.programs.losses(inputs, label, given).numpy()
+        checked_finite({'loss': loss}, 'the losses')
         if self.is_classifier:  # a sum over examples, divided by training's K
-            loss *= model.loss.shots / label.shape[1]
+            loss *= self.model.loss.shots / label.shape[1]
         return loss[0] if single else loss
 
     def example_scale(self, examples: float | tf.Tensor) -> float | tf.Tensor:
@@ -1624,16 +1821,26 @@ def settings_of(model: FastMAML) -> dict:
 
 
 def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
-    """The path of a run's checkpoint; arguments and errors as of `Learner.load`."""
-    found = checkpoints(run_folder, 'best' if checkpoint == 'best' else 'model')
+    """The path of a run's checkpoint; arguments and errors as of `Learner.load`.
+
+    Warns of newer ones that are damaged.
+    """
+    if not isinstance(checkpoint, str | int | np.integer) or checkpoint not in ('best', -1):
+        text = "checkpoint, if it is not 'best' or -1 for the newest,"
+        checkpoint = whole_number(text, checkpoint)
+    folder = folder_path('run_folder', run_folder)
+    if not folder.is_dir():
+        raise ValueError(f'there is no folder {folder}: give one that main.py trained in')
+    found = checkpoints(folder, 'best' if checkpoint == 'best' else 'model')
     if not found or checkpoint not in (-1, 'best', *found):
-        there = ', '.join(map(str, checkpoints(run_folder))) or 'none'
-        asked = '' if checkpoint == -1 else repr(checkpoint)
+        there = ', '.join(map(str, checkpoints(folder))) or 'none'
+        asked = f'no checkpoint {checkpoint!r}'.removesuffix(' -1')
         raise ValueError(
-            f'{run_folder} has no checkpoint {asked}; it should be a folder that main.py trained '
-            f'in, LOGDIR/cls_...; iterations that are there: {there}'
+            f'{folder} has {asked}; it should be a folder that main.py trained in, '
+            f'LOGDIR/cls_...; iterations that are there: {there}'
         )
-    return found[checkpoint if checkpoint in found else max(found)]
+    wanted = {checkpoint: found[checkpoint]} if checkpoint in found else found
+    return first_whole(dict(reversed(wanted.items())), warnings.warn)[1]
 
 
 def check_network_is_given(path: str, settings: dict, network):
@@ -1641,6 +1848,8 @@ def check_network_is_given(path: str, settings: dict, network):
 
     The file is not run unasked: a checkpoint may come from anywhere.
     """
+    if isinstance(network, str):
+        raise ValueError(f'network must be a keras.Model or another network, not {network!r:.60}')
     spec = settings.get('network')
     if spec and network is None:
         raise ValueError(
@@ -1679,6 +1888,7 @@ class MetaModel(keras.Model):
         super().__init__(name=name)
         maml = as_maml(model, loss, given)
         self.maml, self.learner = maml, Learner(maml)
+        updates = whole_number('updates', updates)
         self.updates, self.transductive = max(updates, maml.num_updates), transductive
         self.measured = TaskMeans(self.updates, maml, self.learner.is_classifier)
         self.watches = True
@@ -1734,8 +1944,10 @@ class MetaModel(keras.Model):
         """What the queries of tasks are after the updates of training: [tasks, examples, out].
 
         As Keras's; x: tasks, see `as_dataset`. Class probabilities, or outputs of regression.
+        Raises ValueError for others, and if an adaptation diverges.
         """
-        return super().predict(as_dataset(x, 'steps', steps), steps=steps, **named)
+        output = super().predict(as_dataset(x, 'steps', steps), steps=steps, **named)
+        return checked_finite({'output': output}, 'the answers')['output']
 
     # What Keras calls for each meta-batch.
 

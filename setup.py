@@ -1,8 +1,9 @@
 """`pip install -e .` for training and evaluation, `'.[plots]'` for the pictures too.
 
-`'.[demo]'` adds what scripts/model/demo.py needs, `'.[demo_test]'` what draws on it in a browser.
-`'.[test]'` adds what the tests need, `'.[dev]'` the linter and formatter as well, `'.[notebook]'`
-what executes scripts/examples/tutorial.ipynb.
+`'.[gpu]'` adds CUDA's libraries, by which TensorFlow uses an NVIDIA GPU, `'.[test]'` what the tests
+need, `'.[dev]'` the linter and formatter as well, `'.[notebook]'` what executes
+scripts/examples/tutorial.ipynb, `'.[demo]'` what scripts/model/demo.py needs, and `'.[demo_test]'`
+what draws on its page in a browser.
 """
 
 from setuptools import setup
@@ -38,5 +39,6 @@ setup(
         'demo_test': DEMO_TEST,
         'test': TEST,
         'dev': DEV,
+        'gpu': ['tensorflow[and-cuda]>=2.16'],
     },
 )

@@ -703,6 +703,8 @@ def keras_batch_norm(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Ten
 def task_layer(layer: keras.Layer) -> Callable | None:
     """The function above that computes a layer for all tasks at once; None if there is none."""
     kind = type(layer)
+    if not has_known_activations(layer):
+        return None
     if kind is keras.layers.Dense:
         return keras_dense
     if kind is keras.layers.BatchNormalization:
@@ -735,7 +737,25 @@ def is_per_example(layer: keras.Layer) -> bool:
     """Whether a layer may be called with the examples of all tasks, one after another."""
     own = getattr(keras.layers, type(layer).__name__, None) is type(layer)
     over_examples = 0 in np.atleast_1d(getattr(layer, 'axis', -1))
-    return own and type(layer).__name__ in PER_EXAMPLE and not over_examples
+    known = type(layer).__name__ in PER_EXAMPLE and has_known_activations(layer)
+    return own and known and not over_examples
+
+
+def has_known_activations(layer) -> bool:
+    """Whether a layer's activations are Keras's, or TensorFlow's of the same name.
+
+    Another function may do anything: mix the examples of tasks, or stop a gradient.
+    """
+    functions = (getattr(layer, name, None) for name in ('activation', 'recurrent_activation'))
+    return all(function is None or is_known_activation(function) for function in functions)
+
+
+def is_known_activation(function: Callable) -> bool:
+    if isinstance(function, keras.Layer):
+        return is_per_example(function)
+    home = getattr(function, '__module__', None) or ''
+    named = hasattr(keras.activations, getattr(function, '__name__', ''))
+    return named and home.startswith(('keras.', 'tensorflow.'))
 
 
 def map_tasks(function: Callable, tasks: int | tf.Tensor, values) -> tf.Tensor:

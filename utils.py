@@ -1,29 +1,75 @@
 """Losses; files; devices.
 
-Losses of tasks, the meta-batches they are taken of, and intervals of their means. The files of a
-run, checkpoints, summaries and tables, each of them written whole or not at all; and what users
-wrote for it. Compiled pieces of a program, and the devices that compute the tasks of a meta-batch
-together.
+Losses of tasks, the meta-batches they are taken of, and intervals of their means. Checks of
+arguments. The files of a run, checkpoints, summaries and tables, each of them written whole or not
+at all; and what users wrote for it. Compiled pieces of a program, and the devices that compute the
+tasks of a meta-batch together.
 """
 
 import csv
 import functools
+import glob
 import hashlib
 import importlib.util
 import json
+import operator
 import os
 import platform
 import re
+import subprocess
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
-import tensorflow as tf
+
+# A quiet start ------------------------------------------------------------------------------------
+
+# What TensorFlow says of its instructions and of a GPU that is not there; errors come through.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+# Lines that its C++ prints while it is loaded, before that level counts. Some say nothing at all,
+# some say nothing where there is no GPU.
+IDLE_LINES = ('All log messages before absl::InitializeLog', 'Unable to register cu[A-Z]+ factory')
+LINES_WITHOUT_GPU = ('Could not find cuda drivers', 'failed call to cuInit')
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the system has the device of an NVIDIA GPU, usable or not."""
+    return any(Path('/dev').glob('nvidia[0-9]*')) or Path('/dev/dxg').exists()  # the latter: WSL
+
+
+@contextmanager
+def without_lines(patterns: Iterable[str]) -> Iterator[None]:
+    """Keeps lines with one of the patterns from the process's stderr while entered.
+
+    Another program reads them: should this process be aborted, what it said last comes through.
+    All lines come where there is no `sed`.
+    """
+    program = ['sed', '-E', f'/{"|".join(patterns)}/d']
+    with ExitStack() as closing:
+        with suppress(OSError):  # no sed, or no stderr
+            stderr = os.dup(2)
+            closing.callback(os.close, stderr)
+            reader = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=stderr)
+            closing.callback(reader.wait)
+            closing.callback(os.dup2, stderr, 2)
+            os.dup2(reader.stdin.fileno(), 2)
+            reader.stdin.close()
+        yield
+
+
+ALL_LINES = os.environ['TF_CPP_MIN_LOG_LEVEL'] == '0'  # asked for
+DROPPED = IDLE_LINES if has_nvidia_gpu() else IDLE_LINES + LINES_WITHOUT_GPU
+with nullcontext() if ALL_LINES else without_lines(DROPPED):
+    import tensorflow as tf
+
+    if not has_nvidia_gpu():
+        tf.config.list_physical_devices()  # looks for GPUs, and says that there is none
 
 # Meta-batches, losses and their means -------------------------------------------------------------
 
@@ -52,8 +98,10 @@ def cross_entropy(shots: int):
 
     The support loss is thereby N times the mean over examples, a query loss with Q images per class
     N*Q/K times it; α and the gradient clip refer to this scale. Returns a function of logits and
-    one-hot labels, [T, examples, N] each, to [T]; its attribute `shots` tells K.
+    one-hot labels, [T, examples, N] each, to [T]; its attribute `shots` tells K. Raises ValueError
+    if that is not above 0.
     """
+    real_number('shots', shots, above=0)
 
     def loss(output, label):
         return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(label, output), axis=1) / shots
@@ -81,6 +129,72 @@ def confidence(values: np.ndarray) -> np.ndarray:
     """
     with np.errstate(invalid='ignore'):  # inf - inf
         return scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)
+
+
+# Arguments, checked -------------------------------------------------------------------------------
+
+
+def whole_number(name: str, value, lowest: int = 0) -> int:
+    """An argument that counts something. Raises ValueError, with its name, if it is no count."""
+    try:
+        found = operator.index(value)
+    except TypeError:  # also of 2.0, which may be a mistake
+        found = None
+    if found is None or found < lowest:
+        raise ValueError(
+            f'{name} must be a whole number, at least {lowest}, but it is {value!r:.60}'
+        )
+    return found
+
+
+def real_number(name: str, value, above: float | None = None) -> float:
+    """An argument of 0 or more, a step size; or one greater than `above`.
+
+    Raises ValueError, with its name, if it is infinite, NaN, out of range or no real number.
+    """
+    try:
+        array = real_numbers(name, value)
+        found = float(array) if array.ndim == 0 else np.nan
+    except ValueError:
+        found = np.nan
+    if not (found >= 0 if above is None else found > above) or found == np.inf:
+        wanted = 'of 0 or more' if above is None else f'above {above:g}'
+        raise ValueError(f'{name} must be a finite number {wanted}, but it is {value!r:.60}')
+    return found
+
+
+def real_numbers(name: str, values) -> np.ndarray:
+    """An argument as an array. Raises ValueError, with its name, if it is not one of real numbers.
+
+    Booleans count as such.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise ValueError(f'{name} must be an array, but it is none ({error})') from error
+    if not np.can_cast(array.dtype, np.float64, 'same_kind'):
+        kind = 'None' if values is None else f'of type {array.dtype}'
+        raise ValueError(f'{name} must be an array of real numbers, but it is {kind}')
+    return array
+
+
+def finite_numbers(name: str, array: np.ndarray, dtype) -> np.ndarray:
+    """In another type. Raises ValueError, with the name, if they are not finite in it."""
+    with np.errstate(over='ignore'):
+        array = np.asarray(array, dtype)
+    if not np.isfinite(array).all():
+        count = int(np.sum(~np.isfinite(array)))
+        raise ValueError(
+            f'{name} must be finite numbers of {array.dtype}, but {count} are NaN or infinite'
+        )
+    return array
+
+
+def folder_path(name: str, value) -> Path:
+    """An argument that names a folder. Raises ValueError, with its name, for what is no path."""
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise ValueError(f'{name} must be the path of a folder, but it is {value!r:.60}')
+    return Path(value)
 
 
 # Files of a run: checkpoints ----------------------------------------------------------------------
@@ -126,8 +240,9 @@ def write_checkpoint(
     path = str(Path(folder) / f'{kind}{iteration}')
     run = tf.Variable(json.dumps({**(state or {}), 'iteration': iteration}))
     try:
-        # The index comes last, so a checkpoint that has one is complete.
-        tf.train.Checkpoint(checkpoint, run=run).write(path)
+        with for_tensorflow(path) as prefix:
+            # The index comes last, so a checkpoint that has one is complete.
+            tf.train.Checkpoint(checkpoint, run=run).write(prefix)
     except tf.errors.OpError as error:
         remove_leftovers(folder)
         raise OSError(f'{path} cannot be written ({first_line(error)})') from error
@@ -136,6 +251,29 @@ def write_checkpoint(
         if is_own(old):
             remove_checkpoint(old)
     return path
+
+
+def taken_as_written(path: str) -> bool:
+    """Whether TensorFlow takes a path for what it is.
+
+    One that it reads it takes for a pattern, with [ and the like, and it wants all in UTF-8.
+    """
+    return not re.search(r'[\[\]{}*?\\\udc80-\udcff]', path)
+
+
+@contextmanager
+def for_tensorflow(path: str) -> Iterator[str]:
+    """A path of the same checkpoint that TensorFlow takes as it is written, while entered.
+
+    If need be one through a link to the folder.
+    """
+    if taken_as_written(path):
+        yield path
+        return
+    folder, name = os.path.split(os.path.abspath(path))
+    with tempfile.TemporaryDirectory() as beside:
+        os.symlink(folder, link := os.path.join(beside, 'run'))
+        yield os.path.join(link, name)
 
 
 def remove_checkpoint(path: str):
@@ -186,16 +324,39 @@ def read_run_state(path: str) -> dict:
 def stored_values(path: str) -> dict[str, np.ndarray]:
     """All that is in a checkpoint, by TensorFlow's keys, its checksums compared.
 
-    Raises DamagedCheckpoint.
+    Raises DamagedCheckpoint, and OSError if this process may not read it, which is no damage.
     """
+    for file in Path(path).parent.glob(f'{glob.escape(Path(path).name)}.*'):
+        open(file, 'rb').close()
+    with for_tensorflow(path) as prefix:
+        return all_values(prefix, path)
+
+
+def all_values(prefix: str, path: str) -> dict[str, np.ndarray]:
+    """The part of `stored_values` that TensorFlow does; prefix: of `for_tensorflow`."""
     try:
-        reader = tf.train.load_checkpoint(path)
+        reader = tf.train.load_checkpoint(prefix)
         return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
     except Exception as error:  # OpError, ValueError, IndexError ...: it depends on the damage
         raise DamagedCheckpoint(
-            f'{path} cannot be read as a checkpoint; remove it or name another with --test_iter '
-            f'({first_line(error)})'
+            f'{path} is damaged, it cannot be read as a checkpoint ({first_line(error)})'
         ) from error
+
+
+def first_whole(candidates: dict[int, str], tell: Callable[[str], None]) -> tuple[int, str, dict]:
+    """The first of a run's checkpoints that is whole: iteration, path, and state of the run.
+
+    candidates: {iteration: path}, the best choice first. tell: is told of those that are damaged.
+    Raises DamagedCheckpoint if all are.
+    """
+    for number, (iteration, path) in enumerate(candidates.items(), start=1):
+        try:
+            return iteration, path, read_run_state(path)
+        except DamagedCheckpoint as error:
+            if number == len(candidates):
+                raise
+            tell(f'{error}; the one before it is used.')
+    raise ValueError('there are no checkpoints')
 
 
 def first_line(error: Exception) -> str:
@@ -225,6 +386,14 @@ def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray],
         )
     optimizers = [name for name in OPTIMIZERS if any(key.startswith(f'{name}/') for key in stored)]
     return values, optimizers
+
+
+def read_objects(path: str, objects: dict):
+    """Gives objects of TensorFlow and Keras the state that a checkpoint has by these names."""
+    with for_tensorflow(path) as prefix:
+        status = tf.train.Checkpoint(**objects).read(prefix)
+    # There is more in a checkpoint than this: the run's own state.
+    status.assert_existing_objects_matched().expect_partial()
 
 
 def original_parameters(stored: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
@@ -295,7 +464,7 @@ def forget_summaries(folder: str | Path, start: int):
     for path in event_files(folder):
         events, kept = read_events(path), 0
         beside = path.with_name(path.name.replace('events.', 'part.'))
-        with tf.io.TFRecordWriter(str(beside)) as writer:
+        with tf.io.TFRecordWriter(os.fsencode(beside)) as writer:
             for record in events:
                 event = tf.compat.v1.Event.FromString(record)
                 if event.HasField('file_version') or event.step < start:
@@ -312,7 +481,7 @@ def read_events(path: Path) -> list[bytes]:
     """The serialised events of a file, up to the first that is damaged."""
     records = []
     try:
-        for record in tf.data.TFRecordDataset(str(path)):
+        for record in tf.data.TFRecordDataset(os.fsencode(path)):
             records.append(record.numpy())
     except (tf.errors.DataLossError, tf.errors.OutOfRangeError):
         pass
@@ -345,10 +514,20 @@ def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
     for path in event_files(folder):
         for event in map(tf.compat.v1.Event.FromString, read_events(path)):
             for value in event.summary.value:
-                if value.tensor.dtype == number:
+                if value.tensor.dtype == number and not value.tensor.tensor_shape.dim:
                     values = found.setdefault(value.tag, {})
                     values[event.step] = float(tf.make_ndarray(value.tensor))
     return {tag: dict(sorted(values.items())) for tag, values in found.items()}
+
+
+def print_anything():
+    """From now on, what the encoding of an output has no characters for is printed as \\x...
+
+    A file's name may not be UTF-8, and an α not in ASCII: a program does not end for that.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
 
 
 def write_whole(path: Path, content: bytes):
@@ -484,6 +663,28 @@ class graph(piece):
 # Devices: the replicas of a model -----------------------------------------------------------------
 
 ASKING_INTERVAL = 5  # iterations between the workers' questions whether one of them is to stop
+
+
+def set_up_gpus(tf32: bool = False):
+    """Exact products, and no more memory than is needed; before TensorFlow's first operation.
+
+    By default TensorFlow rounds the factors of float32 products to TF32, which has 10 bits of
+    mantissa, on GPUs that can: here only if `tf32`. It also takes all the memory of all GPUs; if
+    they are in use already, that stays as it is. Says so if the machine has a GPU that TensorFlow
+    does not find.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(tf32)
+    gpus = tf.config.list_physical_devices('GPU')
+    with suppress(RuntimeError):  # in use
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+    hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
+    if has_nvidia_gpu() and not gpus and not hidden:
+        print(
+            'There is an NVIDIA GPU, but TensorFlow does not find it, so the CPU computes: '
+            "`pip install -e '.[gpu]'` installs TensorFlow's CUDA libraries.",
+            file=sys.stderr,
+        )
 
 
 class Replicas:

@@ -1,5 +1,6 @@
 """Checkpoints: resuming, keeping ten, refusing others; the original's, and its published model."""
 
+import os
 import pickle
 import re
 import shutil
@@ -12,18 +13,21 @@ from command_line import (
     DATA,
     ORIGINAL,
     assert_refused,
+    evaluate_few,
     in_process,
     listing,
     make_omniglot,
     parsed,
     run,
+    running_eagerly,
     succeeded,
 )
 
 import main
+from maml import Learner
 from scripts.data import prepare_miniimagenet
-from scripts.model import import_tf1_checkpoint
-from utils import checkpoints, read_checkpoint, write_checkpoint
+from scripts.model import import_tf1_checkpoint, publish
+from utils import checkpoints, read_checkpoint, read_scalars, write_checkpoint
 
 SINUSOID = ['--meta_batch_size=4', '--log=False']
 OMNIGLOT = [
@@ -120,6 +124,47 @@ def test_ten_are_kept(tmp_path, eager, monkeypatch):
     suffixes = ('index', 'data-00000-of-00001')
     assert names == {f'model{i}.{end}' for i in checkpoints(folder) for end in suffixes}
     assert f'model{23}' in succeeded(run(*train, '--train=False')).lines[0]  # the newest
+
+
+# Names of folders ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory) -> Path:
+    """The folder of four iterations on sinusoids."""
+    logdir = tmp_path_factory.mktemp('plain')
+    with running_eagerly(pytest.MonkeyPatch()) as _:
+        succeeded(run('--meta_batch_size=4', f'--logdir={logdir}', '--metatrain_iterations=4'))
+    return next(logdir.iterdir())
+
+
+@pytest.mark.parametrize(
+    'name',
+    [b'caf\xe9 [x]', pytest.param(b'*?{b}\\c', marks=pytest.mark.slow)],
+    ids=['brackets, not UTF-8', 'others'],
+)
+def test_folders_of_any_name(tmp_path, eager, uninterrupted, name):
+    """TensorFlow takes some for patterns, and wants UTF-8; runs continue and are read there too."""
+    logdir = tmp_path / os.fsdecode(name)
+    flags = ['--meta_batch_size=4', f'--logdir={logdir}']
+    for iterations in (2, 4):
+        outcome = succeeded(run(*flags, f'--metatrain_iterations={iterations}'))
+    assert 'Continuing at iteration 2 of 4' in outcome.out
+    folder = folder_of(logdir, *flags)
+    assert read_scalars(folder) == read_scalars(uninterrupted) != {}
+    shutil.copytree(folder, tmp_path / 'run')
+    assert_same(contents(tmp_path / 'run/model3'), contents(uninterrupted / 'model3'))
+    kept = publish.publish(folder, logdir / 'kept')
+    assert_same(*(values_of(Learner.load(place).model) for place in (folder, kept)))
+    succeeded(run(*flags, '--train=False', '--test_iter=3'))
+
+
+@pytest.mark.parametrize('flag', ['--logdir', '--data_dir'])
+def test_addresses_are_no_folders(tmp_path, monkeypatch, flag):
+    """They would be made as folders beside this program."""
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run(f'{flag}=gs://bucket/runs'), flag, 'a folder, not an address')
+    assert not [*tmp_path.iterdir()]
 
 
 # Refusals -----------------------------------------------------------------------------------------
@@ -530,7 +575,7 @@ def assert_figures(values: np.ndarray):
 @pytest.mark.slow
 @pytest.mark.parametrize('tasks', [16, 600])
 def test_accuracy_of_the_published_model(published_run, validation_classes, monkeypatch, tasks):
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', tasks)
+    evaluate_few(monkeypatch, tasks, updates=10)
     succeeded(run(*FLAGS, f'--data_dir={validation_classes}', f'--logdir={published_run.parent}'))
     values = mses(published_run, 'ubs1_stepsize0.01')
     assert values.shape == (tasks, 11)

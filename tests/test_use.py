@@ -353,8 +353,12 @@ def test_weights_that_do_not_fit():
             model.predict(queries, wrong)
     with pytest.raises(ValueError, match='query_x must be'):
         model.predict(queries, single)
-    for arguments in (-1, None), (1, -0.1), (1, np.inf):
-        with pytest.raises(ValueError, match='must not be negative'):
+    for arguments, words in [
+        ((-1, None), 'steps must be'),
+        ((1, -0.1), 'lr must be'),
+        ((1, np.inf), 'lr must be'),
+    ]:
+        with pytest.raises(ValueError, match=words):
             model.adapt(x, y, *arguments)
 
 

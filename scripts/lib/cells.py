@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
 import numpy as np
 import tensorflow as tf
 
+from main import SINUSOIDS, Cell, same
 from utils import (
     DamagedCheckpoint,
     checkpoints,
@@ -28,112 +32,6 @@ from utils import (
 DIVERGED = 100.0
 
 
-class Cell(NamedTuple):
-    """One entry of the paper's tables."""
-
-    name: str  # the script's and the folder's
-    title: str
-    group: str  # cells that are drawn together
-    kind: str  # title within the group
-    paper: str  # what it says
-    updates: int  # the paper's number of updates in evaluation
-    settings: dict  # flags of main.py, as in the script
-
-    @property
-    def numbers(self) -> list[float]:
-        """The numbers in `paper`: a value and half of its interval.
-
-        Of sinusoids they are the errors after 1, 5 and 10 updates.
-        """
-        return [float(number) for number in re.findall(r'[\d.]+', self.paper)]
-
-
-def omniglot(ways: int, shots: int, paper: str, conv: bool = True) -> Cell:
-    few = ways == 5
-    settings = dict(
-        datasource='omniglot',
-        num_classes=ways,
-        update_batch_size=shots,
-        update_lr=0.4 if few else 0.1,
-        num_updates=1 if few else 5,
-        meta_batch_size=32 if few else 16,
-        conv=conv,
-        num_filters=64,
-        max_pool=False,
-        stop_grad=False,
-    )
-    more = '' if conv else ', no convolutions'
-    return Cell(
-        f'omniglot_{ways}way_{shots}shot' + ('' if conv else '_no_conv'),
-        f'Omniglot, {ways}-way {shots}-shot{more}',
-        f'Omniglot, {ways}-way{more}',
-        f'{shots}-shot',
-        paper,
-        3 if few else 5,
-        settings,
-    )
-
-
-def miniimagenet(shots: int, paper: str, first_order: bool = False) -> Cell:
-    settings = dict(
-        datasource='miniimagenet',
-        num_classes=5,
-        update_batch_size=shots,
-        update_lr=0.01,
-        num_updates=5,
-        meta_batch_size=4 if shots == 1 else 2,
-        conv=True,
-        num_filters=32,
-        max_pool=True,
-        stop_grad=first_order,
-    )
-    kind = f'{shots}-shot' + ', first order' * first_order
-    return Cell(
-        f'miniimagenet_5way_{shots}shot' + '_first_order' * first_order,
-        f'miniImagenet, 5-way {kind}',
-        'miniImagenet, 5-way',
-        kind,
-        paper,
-        10,
-        settings,
-    )
-
-
-def sinusoid(
-    name: str, title: str, paper: str, baseline: str | None = None, update_lr: float = 0.01
-) -> Cell:
-    settings = dict(
-        datasource='sinusoid',
-        update_batch_size=10,
-        update_lr=update_lr,
-        num_updates=1,
-        meta_batch_size=25,
-        norm='None',
-        baseline=baseline,
-        stop_grad=False,
-    )
-    return Cell(name, title, 'Sinusoid', title, paper, 10, settings)
-
-
-CELLS = [
-    omniglot(5, 1, '89.7 ± 1.1', conv=False),
-    omniglot(5, 5, '97.5 ± 0.6', conv=False),
-    omniglot(5, 1, '98.7 ± 0.4'),
-    omniglot(5, 5, '99.9 ± 0.1'),
-    omniglot(20, 1, '95.8 ± 0.3'),
-    omniglot(20, 5, '98.9 ± 0.2'),
-    miniimagenet(1, '48.07 ± 1.75', first_order=True),
-    miniimagenet(1, '48.70 ± 1.84'),
-    miniimagenet(5, '63.15 ± 0.91', first_order=True),
-    miniimagenet(5, '63.11 ± 0.92'),
-]
-MAML_ERRORS = '.67 / .38 / .35'
-SINUSOIDS = [
-    sinusoid('sinusoid', 'MAML', MAML_ERRORS),
-    sinusoid('sinusoid_published_command', 'MAML, α = 0.001', MAML_ERRORS, update_lr=0.001),
-    sinusoid('sinusoid_pretrain', 'pre-trained on all tasks', '2.41 / 2.23 / 2.19'),
-    sinusoid('sinusoid_oracle', 'oracle', '', 'oracle'),
-]
 # Flags that make a run another cell's, or none's; other settings make it another run of the cell.
 TELLING = {'datasource', 'num_classes', 'update_batch_size', 'conv', 'stop_grad', 'baseline'}
 
@@ -192,11 +90,6 @@ def read_table(path: Path) -> Table:
             f'{path} and {path.stem}.pkl are not the tables that main.py writes, '
             'or not of one evaluation'
         ) from None
-
-
-def same(value, wanted) -> bool:
-    """Whether two values of a flag are the same; --baseline=None is the text 'None'."""
-    return value == wanted or str(value) == str(wanted) == 'None'
 
 
 def deviations(folder: Path, flags: dict, cell: Cell) -> dict[str, tuple]:

@@ -21,7 +21,7 @@ option() {
         case $before in --$name|-$name) value=$argument;; esac
         before=$argument
     done
-    echo "$value"
+    echo "${value/#\~\//$HOME/}" # bash leaves --logdir=~/runs as it is
 }
 
 # Takes --NAME=VALUE and --NAME VALUE out of the arguments.
@@ -61,6 +61,15 @@ train() {
     python main.py "${flags[@]}"
 }
 
+# Whether a best checkpoint was kept. The folder's name is no pattern, whatever is in it.
+has_best() {
+    local index
+    for index in "$logdir"/*/best*.index; do
+        [ -e "$index" ] && return
+    done
+    return 1
+}
+
 # evaluate FLAGS: the last checkpoint of what was trained, and the best of the validations, on 600
 # tasks of the test classes.
 evaluate() {
@@ -70,7 +79,7 @@ evaluate() {
         split=--test_set=False
     fi
     python main.py "${flags[@]}" --train=False $split "$@"
-    if compgen -G "$logdir/*/best*.index" >/dev/null; then
+    if has_best; then
         python main.py "${flags[@]}" --train=False $split --test_iter=best "$@"
     fi
 }

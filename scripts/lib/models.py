@@ -1,16 +1,37 @@
 """Trained models, as scripts/model/ loads them."""
 
+import contextlib
+import sys
+import warnings
 from pathlib import Path
 
 from maml import Learner, find_checkpoint, user_network
-from utils import read_run_state
+from utils import read_run_state, set_up_gpus
 
 
-def load(run_folder: Path, checkpoint: int | str, network: str = '') -> Learner:
-    """As Learner.load; network: FILE.py:FUNCTION, if the run was trained with one.
+def load(run_folder: Path, checkpoint: int | str = -1, network: str = '') -> Learner:
+    """As Learner.load, on GPUs as main.py uses them.
 
-    Raises ValueError and UserCodeError.
+    network: FILE.py:FUNCTION, if the run was trained with one. Raises ValueError and UserCodeError.
     """
+    set_up_gpus()
+    with said():
+        return _load(run_folder, checkpoint, network)
+
+
+@contextlib.contextmanager
+def said():
+    """Prints warnings as a script's other sentences, each once, when it is left."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter('always', UserWarning)
+        try:
+            yield
+        finally:
+            for text in dict.fromkeys(str(warning.message) for warning in heard):
+                print(f'{Path(sys.argv[0]).name}: {text}', file=sys.stderr)
+
+
+def _load(run_folder: Path, checkpoint: int | str, network: str) -> Learner:
     if not network:
         return Learner.load(run_folder, checkpoint)
     settings = read_run_state(find_checkpoint(run_folder, checkpoint)).get('flags', {})

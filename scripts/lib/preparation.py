@@ -281,6 +281,7 @@ def run(prepare: Callable[[], str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     warnings.simplefilter('error', Image.DecompressionBombWarning)
+    sys.stdout.reconfigure(errors='backslashreplace')  # as utils.print_anything
     try:
         print(prepare())
     except (PreparationError, OSError) as error:

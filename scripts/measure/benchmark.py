@@ -29,16 +29,18 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 STARTED = time.time()
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
 import main
 from maml import FastMAML, FullyConnected, make_model
-from utils import Batch
+from utils import Batch, print_anything
 
 
 def since_start() -> float:
@@ -298,10 +300,10 @@ def time_evaluation(f: flags.FlagValues) -> dict:
         main.evaluate(run, f)
     elapsed = time.perf_counter() - start
     return {
-        'tasks': main.EVALUATION_TASKS,
+        'tasks': f.test_tasks,
         'updates': max(f.num_updates, main.EVALUATION_UPDATES),
         'evaluation_s': round(elapsed, 2),
-        'tasks_per_s': round(main.EVALUATION_TASKS / elapsed, 2),
+        'tasks_per_s': round(f.test_tasks / elapsed, 2),
         'since_process_start_s': round(since_start(), 2),
     }
 
@@ -356,5 +358,6 @@ def program(arguments: list[str]):
 
 
 if __name__ == '__main__':
+    print_anything()
     define_flags()
     app.run(program)

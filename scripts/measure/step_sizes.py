@@ -13,21 +13,21 @@ there are several, else over tasks.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import tensorflow as tf
 from absl import flags
 
 import main as program
 from data_generator import DataGenerator
 from maml import Learner
 from scripts.lib.cells import DIVERGED
-from utils import Batch, confidence
+from scripts.lib.models import load
+from utils import Batch, accuracy, confidence, print_anything, whole_number
 
 SHOWN = (1, 3, 5, 10)  # updates
 UPDATES = SHOWN[-1]
@@ -55,20 +55,18 @@ def outcomes(learner: Learner, batch: Batch, halved: bool) -> np.ndarray:
 
     The result's shape is [1 + UPDATES, T].
     """
-    classes = learner.is_classifier
-    labela, labelb = batch.labela, batch.labelb  # [T, examples, out]
-    if classes:
-        labela, labelb = np.argmax(labela, -1), np.argmax(labelb, -1)  # [T, examples]
-    weights, found = None, []
+    model, run = learner.model, learner.programs  # adapt and predict refuse what diverges
+    batch = Batch(*(tf.constant(values, model.dtype) for values in batch))
+    tasks, examples, _ = batch.inputa.shape
+    scale, found = learner.example_scale(examples), []
+    weights = model.initial_weights(tasks)
     for update in range(1 + UPDATES):
-        alpha = learner.model.update_lr / (2 if halved and update > 1 else 1)
-        steps = min(update, 1)
-        weights = learner.adapt(batch.inputa, labela, steps=steps, lr=alpha, weights=weights)
-        if classes:
-            correct = learner.predict(batch.inputb, weights).argmax(-1) == labelb
-            found.append(correct.mean(-1))
+        alpha = scale * model.update_lr / (2 if halved and update > 1 else 1)
+        weights = run.adapt(batch.inputa, batch.labela, weights, alpha, steps=min(update, 1))
+        if learner.is_classifier:
+            found.append(accuracy(run.output(batch.inputb, weights), batch.labelb))
         else:
-            found.append(learner.task_loss(batch.inputb, labelb, weights))
+            found.append(run.losses(batch.inputb, batch.labelb, weights))
     return np.where(np.isfinite(found), found, np.inf)
 
 
@@ -127,13 +125,15 @@ def main(arguments: list[str]):
     parser.add_argument('--data_dir', default='data')
     options = parser.parse_args(arguments)
     try:
-        if options.tasks < 1:
-            raise ValueError(f'--tasks must be at least 1, but it is {options.tasks}')
-        models = [Learner.load(run) for run in options.runs]
+        for name in ('shots', 'tasks'):
+            if vars(options)[name] is not None:
+                whole_number(f'--{name}', vars(options)[name], lowest=1)
+        models = [load(run) for run in options.runs]
         table(models, options.shots, options.tasks, options.data_dir)
     except (ValueError, OSError) as error:
         sys.exit(f'step_sizes.py: {error}')
 
 
 if __name__ == '__main__':
+    print_anything()
     main(sys.argv[1:])

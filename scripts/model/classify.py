@@ -11,12 +11,10 @@ printed with the likeliest label and its probability.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
@@ -24,7 +22,7 @@ import numpy as np
 from data_generator import ImageLayout, image_files, read_image, run_layout
 from maml import Learner
 from scripts.lib.models import load
-from utils import UserCodeError
+from utils import UserCodeError, print_anything
 
 
 class Support(NamedTuple):
@@ -134,7 +132,10 @@ def classify(values: argparse.Namespace) -> dict:
     weights, losses = adapt(learner, support, chosen_steps(values, learner), values.lr)
     outputs = learner.predict(x, weights, None if values.transductive else support.x)
     probabilities = outputs[:, : len(support.labels)]  # [queries, labels]
-    probabilities /= probabilities.sum(1, keepdims=True)  # outputs without a label do not count
+    total = probabilities.sum(1, keepdims=True)  # outputs without a label do not count
+    if not (total > 0).all():
+        raise ValueError('none of the labels has a probability: adaptation diverged, lower --lr')
+    probabilities /= total
     images = [answer(file, support.labels, row) for file, row in zip(files, probabilities)]
     return {'labels': support.labels, 'losses': losses, 'images': images}
 
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None):
     except (ValueError, OSError, UserCodeError) as error:
         sys.exit(f'classify.py: {error}')
     if values.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(found, indent=1, allow_nan=False))
         return
     for step, loss in enumerate(found['losses']):
         print(f'step {step}: loss {loss:.4f} on the labelled images')
@@ -189,4 +190,5 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == '__main__':
+    print_anything()
     main()

@@ -10,7 +10,8 @@ signatures; any number of tasks T, of support examples and of queries will do:
     adapt_and_predict(support_images, support_labels, query_images)  probabilities [T, queries, N]
 
 support_images [T, examples, height, width, channels] and query_images [T, queries, ...] are float32
-from 0 to 1, support_labels [T, examples] int64 from 0 to N-1.
+from 0 to 1, support_labels [T, examples] int64 from 0 to N-1. What does not fit, and an adaptation
+that diverges, is refused with an InvalidArgumentError.
 """
 
 import argparse
@@ -21,19 +22,47 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
 import tensorflow as tf
 
-from maml import Learner, example_shape
+from maml import PIXEL_TOLERANCE, Learner, example_shape
 from scripts.lib.models import load
-from utils import UserCodeError
+from utils import UserCodeError, print_anything, taken_as_written
 
 
 def serve(function: Callable, *arguments: tf.TensorSpec) -> Callable:
     """The function as a signature of the SavedModel."""
     return tf.function(function, input_signature=arguments, autograph=False)
+
+
+# What is refused, as by Learner: the graph asserts it, so that a server does too -------------------
+
+
+def check_sizes(name: str, array: tf.Tensor, wanted: tf.Tensor, meaning: str):
+    """Of the first axes; a wanted size of 0 stands for any that is not 0."""
+    found = tf.shape(array)[: tf.size(wanted)]
+    fits = tf.where(wanted == 0, found > 0, found == wanted)
+    said = f'{name} must be {meaning}, but its sizes are'
+    tf.debugging.Assert(
+        tf.reduce_all(fits), [said, tf.shape(array), 'and these are wanted', wanted]
+    )
+
+
+def check_range(name: str, array: tf.Tensor, low: float, high: float, slack: float = 0):
+    """NaN is out of range too."""
+    fits = tf.reduce_all((array >= low - slack) & (array <= high + slack))
+    said = f'{name} must be from {low} to {high}, but it is from'
+    extremes = [tf.reduce_min(array), 'to', tf.reduce_max(array)]
+    tf.debugging.Assert(fits, [said, *extremes])
+
+
+def check_finite(name: str, array: tf.Tensor):
+    finite = tf.reduce_all(tf.math.is_finite(array))
+    tf.debugging.Assert(finite, [f'{name} must be finite, but some of it is NaN or infinite'])
 
 
 class Serving(NamedTuple):
@@ -62,6 +91,18 @@ class Serving(NamedTuple):
         module.adapt_and_predict = serve(self.adapt_and_predict, *support, query)
         return module
 
+    def check_images(self, name: str, images: tf.Tensor, wanted: tf.Tensor):
+        check_sizes(name, images, wanted, '[tasks, examples, ...]')
+        if self.learner.takes_images:
+            check_range(name, images, 0, 1, PIXEL_TOLERANCE)
+        else:
+            check_finite(name, images)
+
+    def check_support(self, images: tf.Tensor, labels: tf.Tensor):
+        check_sizes('support_labels', labels, tf.constant([0, 0]), '[tasks, examples]')
+        self.check_images('support_images', images, tf.shape(labels))
+        check_range('support_labels', labels, 0, self.learner.model.network.dim_output - 1)
+
     def flat(self, images: tf.Tensor) -> tf.Tensor:
         tasks, examples = tf.unstack(tf.shape(images)[:2])
         dim_input = self.learner.model.network.dim_input
@@ -69,24 +110,30 @@ class Serving(NamedTuple):
 
     def adapt(self, support_images: tf.Tensor, support_labels: tf.Tensor) -> dict[str, tf.Tensor]:
         model = self.learner.model
+        self.check_support(support_images, support_labels)
         label = tf.one_hot(support_labels, model.network.dim_output)  # [T, examples, N]
         x = model.prepare(self.flat(support_images))
         weights = model.initial_weights(tf.shape(support_images)[0])
         lr = self.lr * self.learner.example_scale(tf.cast(tf.shape(label)[1], tf.float32))
         for _ in range(self.steps):
             weights = model.update(weights, model.norms, x, label, lr)
+        for name, value in weights.items():
+            check_finite(f'the adapted weight {name} (diverged, a smaller --lr is needed)', value)
         return weights
 
     def adapt_and_predict(
         self, support_images: tf.Tensor, support_labels: tf.Tensor, query_images: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         model, weights = self.learner.model, self.adapt(support_images, support_labels)
+        self.check_images('query_images', query_images, [tf.shape(support_images)[0], 0])
         x, leading = self.flat(query_images), None
         if not self.transductive:
             x = tf.concat([self.flat(support_images), x], axis=1)
             leading = tf.shape(support_images)[1]
         output = model.output(weights, model.norms, model.prepare(x, leading), leading)
-        return {'probabilities': tf.nn.softmax(output)}
+        probabilities = tf.nn.softmax(output)
+        check_finite('the answer (adaptation diverged, a smaller --lr is needed)', probabilities)
+        return {'probabilities': probabilities}
 
 
 def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, float]:
@@ -118,6 +165,11 @@ def export(values: argparse.Namespace) -> str:
         source = learner.settings['datasource']
         raise ValueError(f'{values.run_folder} is a run on {source}; only classifiers are exported')
     steps, lr = chosen_steps(values, learner)
+    if not taken_as_written(str(values.out)):
+        raise ValueError(
+            f'{values.out}: TensorFlow takes such a path for a pattern, and could not load the '
+            'SavedModel from there: give an OUT without brackets, *, ? and \\'
+        )
     if values.out.exists():
         raise ValueError(
             f'{values.out} is there already, and is not replaced: remove it, or give another OUT'
@@ -169,4 +221,5 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == '__main__':
+    print_anything()
     main()

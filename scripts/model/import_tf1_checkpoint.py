@@ -12,18 +12,24 @@ name.
 """
 
 import argparse
-import os
 import re
 import shlex
 import sys
 from collections.abc import Collection
 from pathlib import Path
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from maml import make_model
-from utils import OBJECT_GRAPH, checkpoints, read_checkpoint, stored_values, write_checkpoint
+from scripts.lib.preparation import as_path
+from utils import (
+    OBJECT_GRAPH,
+    checkpoints,
+    print_anything,
+    read_checkpoint,
+    stored_values,
+    write_checkpoint,
+)
 
 NAME = re.compile(
     r'cls_(?P<num_classes>\d+)\.mbs_(?P<meta_batch_size>\d+)\.ubs_(?P<update_batch_size>\d+)'
@@ -197,7 +203,7 @@ def main(arguments: list[str] | None = None):
         'source', type=Path, metavar='CHECKPOINT_OR_FOLDER', help='model{iteration}, or its folder'
     )
     parser.add_argument(
-        '--target', type=Path, metavar='RUN_FOLDER', help='the folder to write to, LOGDIR/NAME'
+        '--target', type=as_path, metavar='RUN_FOLDER', help='the folder to write to, LOGDIR/NAME'
     )
     values = parser.parse_args(arguments)
     try:
@@ -207,4 +213,5 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == '__main__':
+    print_anything()
     main()

@@ -10,25 +10,26 @@ it, as the run itself; training that continues from it starts with a fresh Adam.
 """
 
 import argparse
-import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
 import tensorflow as tf
 from absl import flags
 
 from main import define_flags
-from maml import find_checkpoint
 from scripts.lib.models import load
 from utils import (
     UserCodeError,
     checkpoints,
     event_files,
+    print_anything,
     read_events,
     read_run_state,
     write_checkpoint,
@@ -45,7 +46,7 @@ def has_picture(event: tf.compat.v1.Event) -> bool:
 def thin(source: Path, target: Path):
     """Copies some of the summaries, and the last of all, which tells the time that the run took."""
     records = read_events(source)
-    with tf.io.TFRecordWriter(str(target)) as writer:
+    with tf.io.TFRecordWriter(os.fsencode(target)) as writer:
         for i, record in enumerate(records):
             event = tf.compat.v1.Event.FromString(record)
             interval = PICTURES if has_picture(event) else SUMMARIES
@@ -68,21 +69,18 @@ def training_command(settings: dict) -> str:
     return shlex.join(['python', 'main.py', *given])
 
 
-def copy_weights(
-    run_folder: Path, target: Path, kind: str, which: int | str, network: str = ''
-) -> None:
-    """Writes a checkpoint of the run, without Adam's state; kind: of the files, model or best.
+def copy_weights(run_folder: Path, target: Path, which: int | str, network: str = '') -> dict:
+    """Writes a checkpoint of the run, without Adam's state. Returns its flags.
 
-    network: see `load`.
+    which, network: see `load`.
     """
-    found = checkpoints(run_folder, kind)
-    if not found and kind == 'best':  # as of sinusoids
-        return
-    model = load(run_folder, which, network).model
+    learner = load(run_folder, which, network)
     target.mkdir(parents=True, exist_ok=True)
-    weights = tf.train.Checkpoint(weights=model.weights, norms=model.norms)
-    iteration = max(found)
-    write_checkpoint(weights, target, iteration, read_run_state(found[iteration]), kind)
+    weights = tf.train.Checkpoint(weights=learner.model.weights, norms=learner.model.norms)
+    state = read_run_state(learner.checkpoint)
+    kind = 'best' if which == 'best' else 'model'
+    write_checkpoint(weights, target, state['iteration'], state, kind)
+    return learner.settings
 
 
 def publish(run_folder: Path, target: Path, network: str = '') -> Path:
@@ -95,14 +93,15 @@ def publish(run_folder: Path, target: Path, network: str = '') -> Path:
     beside = folder.with_name(folder.name + '.part')
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        copy_weights(run_folder, beside, 'model', -1, network)
-        copy_weights(run_folder, beside, 'best', 'best', network)
+        settings = copy_weights(run_folder, beside, -1, network)
+        if checkpoints(run_folder, 'best'):  # none of sinusoids
+            copy_weights(run_folder, beside, 'best', network)
         for path in [*run_folder.glob('test_ubs*.csv'), *run_folder.glob('test_ubs*.pkl')]:
             shutil.copy(path, beside)
         for path in event_files(run_folder):
             thin(path, beside / path.name)
-        command = training_command(read_run_state(find_checkpoint(run_folder))['flags'])
-        (beside / 'command.txt').write_text(f'{command}\n')
+        command = training_command(settings)
+        (beside / 'command.txt').write_bytes(os.fsencode(f'{command}\n'))
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -129,4 +128,5 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == '__main__':
+    print_anything()
     main()

@@ -21,6 +21,7 @@ import numpy as np
 matplotlib.use('Agg')  # a picture in a file, on machines without a display too
 import matplotlib.pyplot as plt
 
+from scripts.lib.preparation import as_path
 from scripts.lib.sinusoid_fits import CURVES, Fit, fits
 
 NORMS = {'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}
@@ -117,7 +118,7 @@ def load_model(run_folder: Path):
       FileNotFoundError: there is no checkpoint.
     """
     from maml import make_model
-    from utils import checkpoints
+    from utils import checkpoints, first_whole
 
     name = re.fullmatch(
         r'cls_\d+\.mbs_\d+\.ubs_(\d+)\.numstep(\d+)\.updatelr([-+.\de]+?)(?:hidden\d+)?(?:maxpool)?'
@@ -144,8 +145,13 @@ def load_model(run_folder: Path):
     found = checkpoints(run_folder)
     if not found:
         raise FileNotFoundError(f'{run_folder} holds no checkpoint; train it first')
-    model.restore(found[max(found)])
+    _, path, _ = first_whole(dict(reversed(found.items())), tell)
+    model.restore(path)
     return model, int(shots), bool(baseline)
+
+
+def tell(text: str) -> None:
+    print(f'plot_sinusoid.py: {text}', file=sys.stderr)
 
 
 def main() -> None:
@@ -155,7 +161,7 @@ def main() -> None:
     of_folder = 'the folder with checkpoints and results that main.py made'
     of_output = 'picture to write (default: sinusoid.png in the run folder)'
     parser.add_argument('run_folder', type=Path, help=of_folder)
-    parser.add_argument('--output', type=Path, help=of_output)
+    parser.add_argument('--output', type=as_path, help=of_output)
     parser.add_argument('--seed', type=int, default=0, help='of the tasks drawn')
     args = parser.parse_args()
     folder = args.run_folder
@@ -167,6 +173,9 @@ def main() -> None:
         draw(fits(*load_model(folder), seed=args.seed), errors, output)
     except (OSError, ValueError) as error:
         sys.exit(f'{parser.prog}: {error}')
+    from utils import print_anything
+
+    print_anything()
     print(f'Wrote {output}')
 
 

@@ -10,17 +10,16 @@ there, is quoted.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.lib.cells import CELLS, DIVERGED, SINUSOIDS, Cell, Run, Table, pooled, read_runs
+from scripts.lib.preparation import as_path
 from scripts.lib.report_figures import FIGURES, Runs
-from utils import write_whole
+from utils import print_anything, write_whole
 
 
 def row(*values) -> str:
@@ -222,7 +221,9 @@ def main(arguments: list[str]):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('logs', type=Path, nargs='?', default=Path('logs'))
-    parser.add_argument('--output', type=Path, help='folder of the report (default: LOGS/report)')
+    parser.add_argument(
+        '--output', type=as_path, help='folder of the report (default: LOGS/report)'
+    )
     values = parser.parse_args(arguments)
     try:
         if not values.logs.is_dir():
@@ -239,4 +240,5 @@ def main(arguments: list[str]):
 
 
 if __name__ == '__main__':
+    print_anything()
     main(sys.argv[1:])

@@ -20,16 +20,17 @@ derivative of batch normalisation's derivative:
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
 import numpy as np
 import tensorflow as tf
 from absl import app
@@ -37,7 +38,7 @@ from absl import app
 import main
 import maml
 from special_grads import BATCH_NORM_EPSILON, Normalization
-from utils import Batch, read_evaluation, read_scalars
+from utils import Batch, print_anything, read_evaluation, read_scalars
 
 AXES = [1, 2, 3]  # examples, height, width
 
@@ -230,7 +231,7 @@ def plot(folder: Path):
         above = dict(loc='outside upper center', ncols=len(curves), frameon=False)
         figure.legend(curves.values(), curves.keys(), **above)
     figure.savefig(folder / 'ablation.png', dpi=150)
-    (folder / 'ablation.md').write_text('\n'.join(rows) + '\n')
+    (folder / 'ablation.md').write_text('\n'.join(rows) + '\n', encoding='utf-8')
     print(folder / 'ablation.md')
 
 
@@ -249,4 +250,5 @@ def program(arguments: list[str]):
 
 
 if __name__ == '__main__':
+    print_anything()
     program(sys.argv[1:])
