@@ -188,7 +188,7 @@ def test_demo_refuses(tmp_path, monkeypatch):
         taken = server.getsockname()[1]
         for folder, port, words in [
             (tmp_path, 0, 'has no checkpoint'),
-            (tmp_path / 'none', 0, 'has no checkpoint'),
+            (tmp_path / 'none', 0, 'there is no folder'),
             (tmp_path / 'sine', 0, 'has no images'),
             (RUN, taken, f'port {taken} of 127.0.0.1 cannot be had'),
             (RUN, 70000, '--port'),

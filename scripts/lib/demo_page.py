@@ -253,11 +253,11 @@ class AnswerView:
         self.title.text = f'After {updates} update' + ('' if updates == 1 else 's')
         row = np.zeros(len(self.labels)) if self.answer is None else self.answer[updates]
         for (name, bar, percent), label, p in zip(self.rows, self.labels, row):
-            wins = self.answer is not None and p == row.max()
+            wins = p > 0 and p == row.max()
             name.text = label
             name.style('font-weight: ' + ('700' if wins else '400'))
             bar.style(f'width: {100 * p:.1f}%')
-            percent.text = '' if self.answer is None else f'{100 * p:.0f} %'
+            percent.text = f'{100 * p:.0f} %' if row.any() else ''
 
 
 def line_options(labels: list[str]) -> dict:

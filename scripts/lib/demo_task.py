@@ -170,13 +170,15 @@ class Task:
     def answer(self, question: Question) -> np.ndarray:
         """The classes' probabilities after 0 to UPDATES updates, [UPDATES + 1, N].
 
-        That of a class without examples is 0. One thread at a time.
+        That of a class without examples is 0; so are all after updates that diverged. One thread
+        at a time.
         """
         weights, tasks = self.weights(question), (UPDATES + 1, 1, 1, 1, 1)
         support_x, query_x = np.tile(question.x, tasks), np.tile(question.query, tasks)
         outputs = self.learner.predict(query_x, weights, support_x)[:, 0]
         outputs *= np.isin(np.arange(len(self.classes)), question.y)
-        return outputs / outputs.sum(1, keepdims=True)
+        total = outputs.sum(1, keepdims=True)
+        return np.divide(outputs, total, out=np.zeros_like(outputs), where=total > 0)
 
     def weights(self, question: Question) -> dict[str, np.ndarray]:
         """θ and the weights after each update, [UPDATES + 1, ...] each.

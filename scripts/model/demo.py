@@ -11,17 +11,15 @@ alone, at 127.0.0.1, and needs no internet. It needs `pip install -e '.[demo]'`.
 
 import argparse
 import importlib.util
-import os
 import socket
 import sys
 from pathlib import Path
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from maml import Learner
 from scripts.lib.models import load
-from utils import UserCodeError
+from utils import UserCodeError, print_anything
 
 HOST = '127.0.0.1'  # the machine itself, and nobody else
 
@@ -94,4 +92,5 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == '__main__':
+    print_anything()
     main()
