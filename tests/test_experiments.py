@@ -148,6 +148,15 @@ def foreign_values(folder: Path):
     (folder / f'{TABLE}.pkl').write_bytes(pickle.dumps([1]))
 
 
+class Calls:
+    def __reduce__(self):
+        return os.system, ('touch called',)
+
+
+def calling_values(folder: Path):
+    (folder / f'{TABLE}.pkl').write_bytes(pickle.dumps({'mses': Calls()}))
+
+
 def mixed_tables(folder: Path):
     write_table(folder, TABLE, [3.0, 2.0])
     (folder / f'{TABLE}.csv').write_text('update0,update1\n3,1\n1,1\n1,1\n')
@@ -180,6 +189,7 @@ NO_TABLES = 'are not the tables that main.py writes'
         (foreign_table, NO_TABLES),
         (lambda folder: (folder / f'{TABLE}.pkl').unlink(), NO_TABLES),
         (foreign_values, NO_TABLES),
+        (calling_values, f'{TABLE}.pkl is refused: it would call {os.system.__module__}.system'),
         (mixed_tables, 'not of one evaluation'),
         (trained_with_other_shots, 'it was trained with --update_batch_size=7, not 10'),
         (jointly_trained, 'it was jointly trained'),
