@@ -85,7 +85,7 @@ from utils import (
     set_up_gpus,
     user_code,
     user_function,
-    write_whole,
+    write_together,
 )
 
 SUMMARY_INTERVAL = 100  # iterations between summaries
@@ -774,7 +774,8 @@ class Log(Observer):
             due = now - self.shown > 1
         if done and due:
             self.shown, rate = now, done / (now - self.clock)
-            left = datetime.timedelta(seconds=round((self.end - last) / rate))
+            left = min((self.end - last) / rate, datetime.timedelta.max.total_seconds() / 2)
+            left = datetime.timedelta(seconds=round(left))
             where = f'{last} of {self.end} iterations, {rate:.3g} per second, {left} left'
             end = '\033[K\r' if sys.stdout.isatty() else '\n'
             print(f'{where}, loss {loss:.4g}', end=end, flush=True)
@@ -943,12 +944,12 @@ def evaluate(run: Prepared, f: flags.FlagValues):
         return
     path = run.folder / f'{evaluation_name(f)}{other_data(run, f)}'
     content = {'mses': values, 'iteration': run.start - 1, 'split': split}
-    write_whole(path.with_name(f'{path.name}.pkl'), pickle.dumps(content))
     header = [f'update{j}' for j in range(len(mean))]
     rows = [[*row, split, run.start - 1] for row in (mean, stddev, interval)]
     text = io.StringIO()
     csv.writer(text).writerows([header + ['split', 'iteration'], *rows])
-    write_whole(path.with_name(f'{path.name}.csv'), text.getvalue().encode())
+    written = {'pkl': pickle.dumps(content), 'csv': text.getvalue().encode()}
+    write_together({path.with_name(f'{path.name}.{end}'): of for end, of in written.items()})
 
 
 def other_data(run: Prepared, f: flags.FlagValues) -> str:
@@ -1387,6 +1388,11 @@ def carry_out(run: Prepared, f: flags.FlagValues):
         sys.exit(f'main.py: {error}')
     except (OSError, Diverged) as error:  # the disk is full, the folder is gone
         sys.exit(f'main.py: {error}')
+    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+        sys.exit(
+            f'main.py: there is not enough memory ({first_line(error)}): use a smaller '
+            '--meta_batch_size, or other sizes of the tasks'
+        )
     except tf.errors.OpError as error:
         if f.strategy != 'multi_worker':
             raise
