@@ -699,9 +699,8 @@ class Log(Observer):
         if self.writer and self.start == 0:
             rows = ['flag | value', '--- | ---']
             rows += [f'`--{name}` | {value}' for name, value in values.items()]
-            text = '\n'.join(rows).encode(errors='backslashreplace')  # a path may not be UTF-8
             with self.writer.as_default():
-                tf.summary.text('flags', text, step=self.start)
+                tf.summary.text('flags', in_utf8('\n'.join(rows)), step=self.start)
         updates = '1 update' if self.update == 1 else f'{self.update} updates'
         after = f', and on the query sets after {updates}' if self.update else ''
         self.line(
@@ -800,18 +799,25 @@ class Log(Observer):
                 self.writer.close()
 
 
-def write_session(writer: tf.summary.SummaryWriter, values: dict, name: str, end: int):
+def in_utf8(text: str) -> str:
+    """The same text, but for the bytes of a path that is not UTF-8, which TensorBoard refuses."""
+    return text.encode(errors='backslashreplace').decode()
+
+
+def write_session(writer: tf.summary.SummaryWriter, values: dict, run: str, end: int):
     """The flags that tell a run from others, for TensorBoard's HPARAMS tab.
 
-    values: of all flags. name: of the run. end: the iteration it is to end with; the flags are
+    values: of all flags. run: its folder. end: the iteration it is to end with; the flags are
     written as if they belonged to it, so that a run that goes on forgets them and writes its own.
     """
     from tensorboard.plugins.hparams import summary_v2  # --log=False does without the package
 
     telling = [flag.name for flag in FLAGS if flag.may_change != ANYTIME]
     shown = {name: values[name] for name in (*telling, 'metatrain_iterations')}
-    shown = {name: 'None' if value is None else value for name, value in shown.items()}
-    session = summary_v2.hparams_pb(shown, trial_id=name)
+    for name, value in shown.items():
+        if value is None or isinstance(value, str):
+            shown[name] = in_utf8(str(value))
+    session = summary_v2.hparams_pb(shown, trial_id=in_utf8(run))
     with writer.as_default():
         tf.summary.experimental.write_raw_pb(session.SerializeToString(), step=end)
 
