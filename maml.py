@@ -50,6 +50,7 @@ from special_grads import (
 )
 from utils import (
     Batch,
+    DamagedCheckpoint,
     Replicas,
     accuracy,
     checkpoints,
@@ -1746,7 +1747,7 @@ class Learner(ArraysOfTasks):
         alpha = lr * self.example_scale(examples)
         adapted = self.programs.adapt(x, label, start, alpha, steps)
         arrays = {name: value.numpy() for name, value in adapted.items()}
-        checked_finite(arrays, f'after {steps} steps with lr={lr:g} the weights')
+        checked_finite(arrays, f'after {steps} step{"s" * (steps != 1)} with lr={lr:g} the weights')
         return {name: value[0] for name, value in arrays.items()} if single else arrays
 
     def predict(
@@ -1830,7 +1831,11 @@ def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
             f'LOGDIR/cls_...; iterations that are there: {there}'
         )
     wanted = {checkpoint: found[checkpoint]} if checkpoint in found else found
-    return first_whole(dict(reversed(wanted.items())), warnings.warn)[1]
+    try:
+        return first_whole(dict(reversed(wanted.items())), warnings.warn)[1]
+    except DamagedCheckpoint as error:
+        remedy = 'give another checkpoint, or a copy of the run that is whole'
+        raise DamagedCheckpoint(f'{error}; {remedy}') from error
 
 
 def check_network_is_given(path: str, settings: dict, network):
