@@ -1500,9 +1500,12 @@ class AnySize:
         if tf.config.functions_run_eagerly():
             return function(self.plain, x, *others)
         key = function.__name__, x.shape[0] == 1, len(others)
-        if key not in self.programs:
-            self.programs[key] = self._program(functools.partial(function, self.plain), x, *others)
-        return self.programs[key](x, *others)
+        program = self.programs.get(key)
+        if program is None:
+            program = self._program(functools.partial(function, self.plain), x, *others)
+        result = program(x, *others)
+        self.programs[key] = program  # not of a loss that failed
+        return result
 
     def _program(self, function: Callable, *arguments) -> Callable:
         """The function as a program for arguments like these; itself if there can be none."""
@@ -2067,7 +2070,7 @@ def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
     nothing says how many are wanted.
     """
     if isinstance(tasks, Batch):
-        tasks = tf.data.Dataset.from_tensors(tasks)
+        tasks = dataset_of_batches([tasks])
     elif not isinstance(tasks, tf.data.Dataset):
         tasks = dataset_of_batches(tasks)
     spec = tasks.element_spec
@@ -2083,7 +2086,10 @@ def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
 
 
 def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
-    """Of a list of Batches, or of a generator, once. Raises ValueError if there is none."""
+    """Of a list of Batches, or of a generator, once.
+
+    Raises ValueError if there is none, and for no numbers and different sizes.
+    """
     try:
         iterator = iter(batches)
         first = Batch(*map(np.asarray, next(iterator)))
@@ -2092,6 +2098,12 @@ def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
             'tasks must be a tf.data.Dataset, as source.dataset(split, num_tasks) is, a Batch, or '
             f'a list or generator of Batches, but this is {type(batches).__name__}'
         ) from None
+    for values in first:
+        real_numbers('each of the four arrays of a Batch', values)
+    if isinstance(batches, Sequence):
+        sizes = {tuple(np.shape(values) for values in batch) for batch in batches}
+        if len(sizes) > 1:
+            raise ValueError(f'all Batches must have the same sizes, but there are {sizes}')
     rest = itertools.chain([first], iterator) if iterator is batches else batches
     spec = Batch(*(tf.TensorSpec(values.shape, values.dtype) for values in first))
     dataset = tf.data.Dataset.from_generator(lambda: rest, output_signature=spec)

@@ -414,7 +414,7 @@ def test_arguments_of_adapt_are_refused_by_name(line, name, value):
         lambda a: a.astype(str),
         lambda a: a.astype('datetime64[D]'),
         lambda a: [[1], [1, 2]],
-        lambda a: None,
+        lambda a: {},
     ],
 )
 def test_no_numbers_are_refused_by_name(line, change):
@@ -444,18 +444,18 @@ def test_what_lists_and_tensors_hold_is_taken(line):
 
 def test_the_type_alone_says_what_pixels_are():
     """uint8 is divided by 255, whatever its values; 0 and 1 of other types are not."""
-    model, (x, y, _) = small_model(), some_tasks()
+    model, (x, y, _) = small_model(conv=False), some_tasks()
     drawn = x > 0.5
     expected = model.adapt(drawn.astype(float), y)
     for kind in (int, bool, np.float16):
         found = model.adapt(drawn.astype(kind), y)
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
     dark = model.adapt(drawn.astype(np.uint8), y)
-    assert not np.array_equal(dark['w5'], expected['w5'])
+    assert not np.array_equal(dark['w1'], expected['w1'])
     with pytest.raises(ValueError, match='or be uint8 from 0 to 255, but it is int64'):
         model.adapt(np.int64(255 * x), y)
     rounded = spoiled(spoiled(x, 1.0000002)[..., ::-1, :], -1e-7)
-    assert np.isfinite(model.adapt(rounded, y)['w5']).all()
+    assert np.isfinite(model.adapt(rounded, y)['w1']).all()
 
 
 def test_what_diverges_is_an_error(line):
@@ -747,7 +747,7 @@ def test_classify_refuses(run_folder, tmp_path):
         ([str(run_folder), support, str(tmp_path / 'none.png')], 'there is no image'),
         ([str(run_folder), support, str(tmp_path)], 'holds no images'),
         ([str(run_folder), support, query, '--steps=-1'], '--steps'),
-        ([str(run_folder), support, query, '--lr=1e30', '--steps=3', '--json'], 'diverged'),
+        ([str(run_folder), support, query, '--lr=1e39', '--json'], 'diverged'),
     ]:
         assert_refused(in_process(classify.main, arguments), 'classify.py: ', words)
 
@@ -819,7 +819,8 @@ def assert_served_refuses(folder: Path, arrays: dict):
     x, y, query = good.values()
 
     def call(changed: dict):
-        arguments = {name: tf.constant(value) for name, value in (good | changed).items()}
+        arguments = {name: np.asarray(value, good[name].dtype) for name, value in changed.items()}
+        arguments = {name: tf.constant(value) for name, value in (good | arguments).items()}
         return signature(**arguments)['probabilities']
 
     assert np.isfinite(call({'query_images': spoiled(query, 1.0000002)})).all()
@@ -834,7 +835,7 @@ def assert_served_refuses(folder: Path, arrays: dict):
         ('query_images', query[:, :0], 'query_images must have the sizes'),
     ]:
         with pytest.raises(tf.errors.InvalidArgumentError, match=words):
-            call({name: np.asarray(value, good[name].dtype)})
+            call({name: value})
 
 
 @pytest.mark.slow
