@@ -17,6 +17,9 @@ import io
 import json
 import os
 import pickle
+import re
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -27,21 +30,26 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
+# isort: split
+import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
 
 from data_generator import (
     EVALUATION_SEED,
+    FITS,
     BadTasks,
     DataGenerator,
     ImageGenerator,
     OmniglotGenerator,
+    OwnImages,
     SinusoidGenerator,
+    TaskSize,
     UserTasks,
-    load_folder,
+    as_in_run,
+    folder_layout,
     load_miniimagenet,
     load_omniglot,
 )
@@ -62,16 +70,19 @@ from utils import (
     Replicas,
     UserCodeError,
     checkpoints,
+    evaluated_iteration,
     event_files,
     first_line,
     first_whole,
     forget_summaries,
     is_spec,
     lock,
+    other_runs,
     print_anything,
     read_run_state,
     remove_checkpoint,
     remove_leftovers,
+    set_up_gpus,
     user_code,
     user_function,
     write_whole,
@@ -82,8 +93,8 @@ PRINT_INTERVAL = 100  # between printed lines; times the source's print_factor
 VALIDATION_INTERVAL = 500  # between validations, if the source validates
 SAVE_INTERVAL = 1000  # between checkpoints
 PICTURE_INTERVAL = 5000  # between pictures of a task for TensorBoard
-EVALUATION_TASKS = 600
 EVALUATION_UPDATES = 10
+SPLITS = {'val': 'validation', 'test': 'test'}
 SOURCES = ('sinusoid', 'omniglot', 'miniimagenet', 'folder')
 MINIIMAGENET_QUERY_IMAGES = 15  # per class in training; K in evaluation, and in both for Omniglot
 
@@ -188,11 +199,21 @@ FLAGS = (
          'height and width that images are resized to (folder only)', POSITIVE, makes_model=True),
     Flag('channels', int, 3, NEVER,
          '3: colour, 1: grey (folder only)', CHANNELS, makes_model=True),
+    Flag('fit', FITS, None, EVALUATION,
+         'what becomes of images that are not square: crop them, pad with white, or squash '
+         '(folder only; default: as the run has it, a new one crops)'),
+    Flag('skip_small_classes', bool, False, ANYTIME,
+         'leave out classes that have too few images for a task (folder only)'),
+    Flag('cache_dir', str, '', ANYTIME,
+         "where decoded images are kept (default: beside the data or, if that cannot be written, "
+         "in the user's cache folder)"),
     Flag('seed', int, 0, EVALUATION,
          'of the initial weights and the training tasks', lowest=0, makes_model=True),
     Flag('strategy', ('none', 'mirrored', 'multi_worker'), 'none', ANYTIME,
          'devices that share the tasks: mirrored: all of this machine; multi_worker: of several '
          'processes, by TF_CONFIG'),
+    Flag('tf32', bool, False, ANYTIME,
+         'let GPUs round the factors of float32 products to 10 bits: faster, other numbers'),
     # Training
     Flag('pretrain_iterations', int, 0, EVALUATION,
          'iterations of joint training on all tasks, before meta-training', lowest=0),
@@ -206,6 +227,10 @@ FLAGS = (
     Flag('update_batch_size', int, 5, EVALUATION,
          'K, shots: support examples per class', POSITIVE, makes_model=True,
          in_name='.ubs_{}'.format),
+    Flag('num_query', int, -1, EVALUATION,
+         'Q, query images per class in training (-1: as the paper, 15 of miniimagenet, else as '
+         'many as shots; images only)', TEST_QUERY,
+         in_name=lambda value: '' if value == -1 else f'.query_{value}'),
     Flag('num_updates', int, 1, EVALUATION,
          'inner updates in training', POSITIVE, makes_model=True, in_name='.numstep{}'.format),
     Flag('update_lr', float, 1e-3, EVALUATION,
@@ -240,14 +265,18 @@ FLAGS = (
     Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders', FOLDER),
     Flag('resume', bool, True, ANYTIME, 'continue from the newest checkpoint of the same run'),
     Flag('overwrite', bool, False, ANYTIME,
-         'with --resume=False: remove the earlier run of the same name'),
+         'with --resume=False: remove the earlier run of the same name; with --test_iter=N: what '
+         'came after iteration N'),
     Flag('validation_tasks', int, 100, EVALUATION,
          'tasks of a validation during training (images only)', lowest=2),
     Flag('train', bool, True, ANYTIME, 'train, else evaluate'),
+    Flag('run', str, '', ANYTIME,
+         'folder of the run to evaluate, which knows its flags; others that are given count'),
     Flag('test_iter', CheckpointParser(), -1, ANYTIME,
          'iteration of the checkpoint to load; -1: the newest; best: that of the best validation'),
     Flag('test_set', bool, False, ANYTIME,
          'evaluate on the test classes, else on the validation classes'),
+    Flag('test_tasks', int, 600, ANYTIME, 'tasks of an evaluation', lowest=2),
     Flag('test_query', int, -1, ANYTIME,
          'query images per class in evaluation (-1: as many as shots; images only)', TEST_QUERY),
     Flag('transductive', bool, True, ANYTIME,
@@ -286,13 +315,23 @@ def model_settings(f: flags.FlagValues) -> dict:
     return {flag.name: f[flag.name].value for flag in FLAGS if flag.makes_model}
 
 
-def run_name(f: flags.FlagValues) -> str:
-    """The name of the run's folder, after the flags it was trained with."""
+def trained_settings(f: flags.FlagValues) -> dict:
+    """As `settings`, with the K and α of training."""
     trained = settings(f)
     for name in ('update_batch_size', 'update_lr'):
         if trained[f'train_{name}'] != -1:
             trained[name] = trained[f'train_{name}']
+    return trained
+
+
+def run_name(f: flags.FlagValues) -> str:
+    """The name of the run's folder, after the flags it was trained with."""
+    trained = trained_settings(f)
     return ''.join(flag.in_name(trained[flag.name]) for flag in FLAGS if flag.in_name)
+
+
+def run_folder(f: flags.FlagValues) -> Path:
+    return Path(os.path.expanduser(f.run or os.path.join(f.logdir, run_name(f))))
 
 
 def iterations(f: flags.FlagValues) -> tuple[int, int]:
@@ -311,10 +350,10 @@ def check_flags(f: flags.FlagValues):
     check_tasks(f)
     if f.train:
         check_training(f)
-    if f.overwrite and (f.resume or not f.train):
+    if f.overwrite and (f.resume and f.test_iter == -1 or not f.train):
         raise ValueError(
             '--overwrite removes an earlier run of the same name, so it needs --resume=False and '
-            '--train=True'
+            '--train=True; or what came after --test_iter=N, if training is to continue there'
         )
 
 
@@ -325,11 +364,18 @@ def check_tasks(f: flags.FlagValues):
             '--baseline=oracle knows amplitude and phase, so it needs --datasource=sinusoid, not '
             f'{f.datasource}'
         )
+    if f.num_query != -1 and (f.datasource == 'sinusoid' or is_spec(f.datasource)):
+        raise ValueError(
+            f'--num_query={f.num_query} is for images, so it needs --datasource=omniglot, '
+            f'miniimagenet or folder, not {f.datasource}'
+        )
     if f.metatrain_iterations == 0 and f.datasource == 'miniimagenet' and f.update_batch_size != 1:
         raise ValueError(
             'a plain network on miniimagenet (--metatrain_iterations=0) takes one image per class, '
             f'so it needs --update_batch_size=1, not {f.update_batch_size}'
         )
+    if f.num_classes == 1 and f.datasource in ('omniglot', 'miniimagenet', 'folder'):
+        raise ValueError('--num_classes=1: between images of one class there is nothing to learn')
     if f.network:
         check_network(f)
     elif f.max_pool and (f.datasource == 'sinusoid' or not f.conv):
@@ -359,6 +405,7 @@ def check_network(f: flags.FlagValues):
 def check_training(f: flags.FlagValues):
     """The part of `check_flags` on what training cannot use."""
     for name, is_asked in {
+        'run': f.run != '',
         'test_query': f.test_query != -1,
         'transductive': not f.transductive,
         'test_iter': f.test_iter == 'best',
@@ -366,6 +413,11 @@ def check_training(f: flags.FlagValues):
         if is_asked:
             text = f'--{name}={f[name].value} is for evaluation, so it needs --train=False'
             raise ValueError(text)
+    if f.test_iter != -1 and not f.resume:
+        raise ValueError(
+            f'--test_iter={f.test_iter} continues from a checkpoint, and --resume=False begins '
+            'afresh: give one of them'
+        )
     if sum(iterations(f)) == 0:
         raise ValueError(
             'there is nothing to train: set --metatrain_iterations or --pretrain_iterations above 0'
@@ -386,8 +438,11 @@ def check_training(f: flags.FlagValues):
 # The tasks ----------------------------------------------------------------------------------------
 
 
-def make_generators(f: flags.FlagValues) -> dict[str, DataGenerator]:
-    """{'train': ..., 'val': ...} for training, {'val' or 'test': ...} for evaluation."""
+def make_generators(f: flags.FlagValues, run: dict | None = None) -> dict[str, DataGenerator]:
+    """{'train': ..., 'val': ...} for training, {'val' or 'test': ...} for evaluation.
+
+    run: what the run knows of its data, see `data_of_run`.
+    """
     splits = {'test' if f.test_set else 'val': EVALUATION_SEED}
     if f.train:
         splits = {'train': f.seed, 'val': EVALUATION_SEED}
@@ -399,26 +454,56 @@ def make_generators(f: flags.FlagValues) -> dict[str, DataGenerator]:
         own = user_function(f.datasource)()
         with user_code(f.datasource, all_of_it=False):
             return dict.fromkeys(splits, UserTasks(own, f.datasource, splits, f.meta_batch_size))
-    make, folders = load_images(f, [*splits])
-    given = (folders, f.num_classes, shots, query_images(f))
-    return {split: make(*given, seed=seed, splits=[split]) for split, seed in splits.items()}
+    make = OmniglotGenerator if f.datasource == 'omniglot' else ImageGenerator
+    run = run or {}
+    folders, counts, fit = load_images(f, [*splits], run)
+    counts |= (f.train and run.get('classes')) or {}  # of splits that are not there any more too
+    generators, given = {}, (folders, f.num_classes, shots, query_images(f))
+    for split, seed in splits.items():
+        generators[split] = source = make(*given, seed=seed, splits=[split])
+        source.classes, source.settled_flags = counts, {'fit': fit}
+    return generators
 
 
-def load_images(f: flags.FlagValues, splits: list[str]) -> tuple[type, dict]:
-    """The generator of tasks, and the classes of each split."""
-    data_dir = os.path.expanduser(f.data_dir)
+def load_images(f: flags.FlagValues, splits: list[str], run: dict) -> tuple[dict, dict, str | None]:
+    """The classes of each split; and what a run is to know of its data, see `data_of_run`."""
+    data_dir, cache_dir = os.path.expanduser(f.data_dir), f.cache_dir or None
+    known = run.get('classes')
+    if f.datasource == 'folder':
+        fit = f.fit or run.get('fit', 'crop')
+        own = OwnImages(data_dir, folder_layout(f.image_size, f.channels, fit), splits)
+        size = TaskSize(f.num_classes, f.update_batch_size, query_images(f))
+        own.choose(split_proportions(f.split), size, f.skip_small_classes, known)
+        return own.load(cache_dir), own.counts, fit
     if f.datasource == 'omniglot':
-        return OmniglotGenerator, load_omniglot(data_dir)
-    if f.datasource == 'miniimagenet':
-        return ImageGenerator, load_miniimagenet(data_dir, splits)
-    proportions = split_proportions(f.split)
-    return ImageGenerator, load_folder(data_dir, f.image_size, f.channels, proportions, splits)
+        folders = load_omniglot(data_dir, cache_dir)
+    else:
+        folders = load_miniimagenet(data_dir, splits, cache_dir)
+    folders = as_in_run(folders, splits, known)
+    counts = {split: classes.sizes() for split, classes in folders.items()}
+    return folders, counts, f.fit
+
+
+def data_of_run(replicas: Replicas, iteration: int, state: dict) -> dict:
+    """What a run knows of its data, the same in all workers; empty of a new run.
+
+    'classes': {split: {class: how many images}}, None in checkpoints from before they were kept;
+    'fit': of images of one's own. iteration, state: of the checkpoint, as from `restore_run`.
+    """
+    fit = state.get('flags', {}).get('fit') or 'squash'
+    data = {'classes': state.get('classes'), 'fit': fit}
+    text = np.frombuffer(json.dumps(data if iteration >= 0 else {}).encode(), np.uint8)
+    (length,) = replicas.agree([np.int64(len(text))])
+    numbers = np.int64(text) if replicas.is_chief else np.zeros(int(length), np.int64)
+    (numbers,) = replicas.agree([numbers])
+    return json.loads(bytes(np.uint8(numbers)))
 
 
 def query_images(f: flags.FlagValues) -> int:
-    """Q, per class: the original's, if --test_query does not say otherwise."""
-    if not f.train and f.test_query != -1:
-        return f.test_query
+    """Q, per class: the original's, if --num_query or --test_query does not say otherwise."""
+    asked = f.num_query if f.train else f.test_query
+    if asked != -1:
+        return asked
     if f.datasource == 'miniimagenet' and f.metatrain_iterations == 0:
         return 0
     if f.datasource == 'miniimagenet' and f.train:
@@ -439,13 +524,15 @@ def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
         return {}
     if not found and f.test_iter == 'best' and checkpoints(folder):
         raise ValueError(
-            f'--test_iter=best: {folder} has no best checkpoint; training on images keeps one from '
-            f'its first validation on, at iteration {VALIDATION_INTERVAL}'
+            f'--test_iter=best: {folder} has no best checkpoint; training keeps one from its first '
+            f'validation on, at iteration {VALIDATION_INTERVAL}: train on, or leave --test_iter '
+            f'away for the newest, of iteration {max(checkpoints(folder))}'
         )
     if not found:
         raise ValueError(
-            f'{folder} holds no checkpoint: train first with the same flags, or give the --logdir, '
-            '--train_update_batch_size and --train_update_lr of the training run'
+            f'{folder} holds no checkpoint{other_runs(folder)}: train first with the same flags, '
+            'or give --run=FOLDER, or --logdir, --train_update_batch_size and --train_update_lr of '
+            'the training run'
         )
     if f.test_iter in (-1, 'best'):
         return dict(reversed(found.items()))
@@ -455,6 +542,55 @@ def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
             f'iterations {", ".join(map(str, found))}'
         )
     return {f.test_iter: found[f.test_iter]}
+
+
+def take_run(f: flags.FlagValues):
+    """With --run, flags that are not given become those that the run was trained with.
+
+    These are the ones that could not change in training, and where the data are, if they are there.
+    Raises ValueError for a folder that is no run, and for flags that --run contradicts.
+    """
+    if not f.run:
+        return
+    naming = ('logdir', 'train_update_batch_size', 'train_update_lr')
+    if given := [f'--{name}' for name in naming if f[name].present]:
+        raise ValueError(f'--run={f.run} names the folder already: leave {given[0]} away')
+    stored = stored_flags(run_folder(f), f)
+    if not os.path.isdir(os.path.expanduser(stored.get('data_dir', ''))):
+        stored.pop('data_dir', None)  # of another machine
+    for name in ('datasource', 'network'):
+        # A checkpoint may come from anywhere: no file is run because it names it.
+        if is_spec(stored.get(name, '')) and not f[name].present:
+            raise ValueError(
+                f'{f.run} was trained with --{name}={stored[name]}, which is not run unasked: give '
+                'it again'
+            )
+    for flag in FLAGS:
+        taken = flag.may_change != ANYTIME or flag.name in ('data_dir', 'metatrain_iterations')
+        if taken and flag.name in stored and not f[flag.name].present:
+            f[flag.name].value = stored[flag.name]
+
+
+def stored_flags(folder: Path, f: flags.FlagValues) -> dict:
+    """The flags in the checkpoint of a run that --test_iter asks for.
+
+    Raises ValueError if the folder is no run, or the run does not tell them.
+    """
+    if not any(checkpoints(folder, kind) for kind in ('model', 'best')):
+        raise ValueError(
+            f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but it has '
+            f'no checkpoint{other_runs(folder)}'
+        )
+    reason = ValueError(
+        f'--run={f.run} does not tell the flags it was trained with: give them, and --logdir'
+    )
+    for path in find_checkpoints(folder, f).values():
+        try:
+            if stored := read_run_state(path).get('flags'):
+                return stored
+        except DamagedCheckpoint as error:
+            reason = error
+    raise reason
 
 
 def load(model: FastMAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[int, dict]:
@@ -484,7 +620,9 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
     stored: the flags that the checkpoint holds; one that is younger than it, it does not hold.
     """
     fixed = (EVALUATION, NEVER) if f.train else (NEVER,)
+    stored = {'fit': 'squash'} | stored  # what runs did that are older than the flag
     names = [flag.name for flag in FLAGS if flag.may_change in fixed and flag.name in stored]
+    names = [name for name in names if name != 'fit' or f.fit]  # else it is the run's
     pretrained = min(stored.get('pretrain_iterations', 0), f.pretrain_iterations)
     if 'pretrain_iterations' in names and (f.baseline == 'oracle' or iteration < pretrained):
         # So far it has trained jointly, and so it would have with the other number.
@@ -496,6 +634,8 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
     if wrong:
         listed = ', '.join(f'--{name}={stored[name]} (now {f[name].value})' for name in wrong)
         remedy = 'give the same flags, or another --logdir'
+        if f.run:
+            remedy = 'no evaluation can change that, so leave it away'
         raise ValueError(f'{path} was trained with {listed}: {remedy}')
 
 
@@ -519,9 +659,9 @@ class Log(Observer):
     """Summaries for TensorBoard, the original's printed lines, and a line of progress.
 
     objective: of the source, 'loss' or 'accuracy'. pretrain, end: iterations of joint training, and
-    of both. update: the number of inner updates whose outcome is printed. interval: iterations
-    between printed lines. start: the first iteration; state: what `state` gave before it. folder:
-    of the summaries, if there are to be any.
+    of both. update: the number of inner updates whose outcome is printed, None if there are no
+    query sets to tell of it. interval: iterations between printed lines. start: the first
+    iteration; state: what `state` gave before it. folder: of the summaries, if there are to be any.
     """
 
     def __init__(
@@ -529,7 +669,7 @@ class Log(Observer):
         objective: str,
         pretrain: int,
         end: int,
-        update: int,
+        update: int | None,
         interval: int,
         start: int = 0,
         state: dict | None = None,
@@ -540,6 +680,8 @@ class Log(Observer):
         before, after = (state or {}).get('printing', ([], []))
         # What the next printed line is the mean of.
         self.before, self.after = [*map(np.float32, before)], [*map(np.float32, after)]
+        self.best = ((state or {}).get('best') or {}).get(objective, np.nan)  # of the validations
+        self.folder = folder
         self.clock = self.shown = time.perf_counter()
         self.writer = tf.summary.create_file_writer(os.fsencode(folder)) if folder else None
         self.shows_pictures = self.writer is not None
@@ -548,7 +690,12 @@ class Log(Observer):
         return {'printing': [[*map(float, values)] for values in (self.before, self.after)]}
 
     def introduce(self, values: dict):
-        """Writes the flags of a run that begins, and says what the lines to come hold."""
+        """Writes the flags of a run that begins, and says what the lines to come hold.
+
+        TensorBoard's HPARAMS tab gets those of a run that goes on too: they may be others.
+        """
+        if self.writer:
+            write_session(self.writer, values, str(self.folder), self.end)
         if self.writer and self.start == 0:
             rows = ['flag | value', '--- | ---']
             rows += [f'`--{name}` | {value}' for name, value in values.items()]
@@ -556,23 +703,24 @@ class Log(Observer):
             with self.writer.as_default():
                 tf.summary.text('flags', text, step=self.start)
         updates = '1 update' if self.update == 1 else f'{self.update} updates'
+        after = f', and on the query sets after {updates}' if self.update else ''
         self.line(
             f'To be printed every {self.interval} iterations: mean {self.objective} on the support '
-            f'sets before any update, and on the query sets after {updates}.'
+            f'sets before any update{after}.'
         )
 
-    def summaries(self, prefix: str, results: Results, iteration: int) -> tuple[float, float]:
+    def summaries(self, prefix: str, results: Results, iteration: int) -> list[float]:
         """Writes the scalars of one meta-batch under the original's tags.
 
         Returns the means of the objective to print: before any update, and after `update`.
         """
         for kind in ('loss',) if self.objective == 'loss' else ('loss', 'accuracy'):
             before, after = results.of(kind)
-            pre, post = np.mean(before), np.mean(after, axis=1)
+            pre, post = np.mean(before), np.mean(after, axis=1) if self.update else []
             tags = [f'Pre-update_{kind}']
             tags += [f'Post-update_{kind}__step_{j}' for j in range(1, len(post) + 1)]
             self._write(tuple(f'{prefix}_{tag}' for tag in tags), [pre, *post], iteration)
-        return pre, post[self.update - 1]  # of the objective, which comes last
+        return [pre, post[self.update - 1]] if self.update else [pre]  # the objective comes last
 
     def _write(self, tags: tuple[str, ...], values: list, iteration: int):
         if self.writer:
@@ -586,21 +734,30 @@ class Log(Observer):
 
     def training(self, results: Results, iteration: int):
         """Prints the means of all meta-batches since the last line, if one is due."""
-        before, after = self.summaries('metatrain', results, iteration)
-        self.before.append(before)
-        self.after.append(after)
+        means = self.summaries('metatrain', results, iteration)
+        for shown, mean in zip((self.before, self.after), means):
+            shown.append(mean)
+        if self.update:
+            self._write((f'last_training_{self.objective}',), [np.mean(self.after)], iteration)
         if iteration % self.interval == 0 and iteration != 0:
             label = f'Iteration {iteration - self.pretrain}'
             if iteration < self.pretrain:
                 label = f'Pretrain Iteration {iteration}'
-            self.line(f'{label}: {np.mean(self.before)}, {np.mean(self.after)}')
+            means = [np.mean(shown) for shown in (self.before, self.after) if shown]
+            self.line(f'{label}: {", ".join(map(str, means))}')
             self.before, self.after = [], []
 
     def validation(self, results: Results, interval: float, iteration: int):
         before, after = self.summaries('metaval', results, iteration)
         self.line(f'Validation results: {before}, {after}')
-        tag = f'metaval_Post-update_{self.objective}_interval'
-        self._write((tag,), [np.float32(interval)], iteration)
+        better = np.fmax if self.objective == 'accuracy' else np.fmin  # a nan is never the best
+        self.best = better(self.best, after)
+        tags = (
+            f'metaval_Post-update_{self.objective}_interval',
+            f'last_validation_{self.objective}',
+            f'best_validation_{self.objective}',
+        )
+        self._write(tags, [*map(np.float32, (interval, after, self.best))], iteration)
 
     def steps(self, first: int, last: int, loss: float):
         """The first step's time, compilation included; then where the run is.
@@ -642,6 +799,22 @@ class Log(Observer):
                 self.writer.close()
 
 
+def write_session(writer: tf.summary.SummaryWriter, values: dict, name: str, end: int):
+    """The flags that tell a run from others, for TensorBoard's HPARAMS tab.
+
+    values: of all flags. name: of the run. end: the iteration it is to end with; the flags are
+    written as if they belonged to it, so that a run that goes on forgets them and writes its own.
+    """
+    from tensorboard.plugins.hparams import summary_v2  # --log=False does without the package
+
+    telling = [flag.name for flag in FLAGS if flag.may_change != ANYTIME]
+    shown = {name: values[name] for name in (*telling, 'metatrain_iterations')}
+    shown = {name: 'None' if value is None else value for name, value in shown.items()}
+    session = summary_v2.hparams_pb(shown, trial_id=name)
+    with writer.as_default():
+        tf.summary.experimental.write_raw_pb(session.SerializeToString(), step=end)
+
+
 # Training -----------------------------------------------------------------------------------------
 
 
@@ -664,7 +837,7 @@ def make_trainer(run: Prepared, f: flags.FlagValues) -> Trainer:
         source.objective,
         pretrain,
         schedule.end,
-        f.num_updates,
+        f.num_updates if source.has_queries else None,
         PRINT_INTERVAL * source.print_factor,
         run.start,
         run.state,
@@ -680,7 +853,7 @@ def make_trainer(run: Prepared, f: flags.FlagValues) -> Trainer:
         log,
         run.start,
         run.state,
-        settings(f) | source.model_settings,
+        settings(f) | source.model_settings | source.settled_flags,
         f.validation_tasks,
     )
 
@@ -718,54 +891,256 @@ def train(trainer: Trainer, watch: Callable = iter):
     end = trainer.schedule.end
     if done < end:
         print(
-            f'Saved {trainer.folder}/model{done - 1}; the same command continues at iteration '
-            f'{done} of {end}.'
+            f'Saved {trainer.folder}/model{done - 1}; {command_again(trainer.settings)} continues '
+            f'at iteration {done} of {end}.'
         )
         sys.exit(128 + (signals.received or signal.SIGTERM))  # another worker's signal stops all
+
+
+def command_again(given: dict) -> str:
+    """What continues a run: the command without what said where this process was to begin."""
+    names = ('resume', 'overwrite', 'test_iter')
+    defaults = {flag.name: flag.default for flag in FLAGS}
+    once = [f'--{name}={given[name]}' for name in names if given[name] != defaults[name]]
+    return f'the same command{" without " if once else ""}{" and ".join(once)}'
 
 
 # Evaluation ---------------------------------------------------------------------------------------
 
 
 def evaluate(run: Prepared, f: flags.FlagValues):
-    """600 tasks: prints means, standard deviations and 95 % intervals over 0...10 updates.
+    """--test_tasks tasks: prints means, standard deviations and 95 % intervals over 0...10 updates.
 
-    Writes them as csv and pkl; besides the original's `mses`, the latter tells the iteration of the
-    checkpoint and the split.
+    As the original does, then as a table. Writes them as csv and pkl; besides the original's
+    `mses`, the latter tells the iteration of the checkpoint and the split.
     """
     ((split, source),) = run.generators.items()
     updates, rows = max(f.num_updates, EVALUATION_UPDATES), []
-    tasks = (split, EVALUATION_TASKS, updates, f.transductive)
+    tasks = (split, f.test_tasks, updates, f.transductive)
     for row in evaluate_tasks(run.model, source, *tasks):
         rows.append(row)
         if sys.stdout.isatty():
             done = len(row) * len(rows)
-            print(f'{done} of {EVALUATION_TASKS} tasks', end='\033[K\r', flush=True)
-    values = np.concatenate(rows)[:EVALUATION_TASKS]  # [600, 1 + updates]
+            print(f'{done} of {f.test_tasks} tasks', end='\033[K\r', flush=True)
+    values = np.concatenate(rows)[: f.test_tasks]  # [tasks, 1 + updates]
+    if not source.has_queries:
+        values = values[:, :1]
+        print(
+            'There are no query images, as in the original, to tell of updates: '
+            f'--test_query={MINIIMAGENET_QUERY_IMAGES} takes some.'
+        )
     mean, stddev = values.mean(0), values.std(0)
     interval = 1.96 * stddev / np.sqrt(len(values))
     print('Mean validation accuracy/loss, stddev, and confidence intervals')
     print((mean, stddev, interval))
+    objective = 'accuracy' if source.objective == 'accuracy' else 'squared error'
+    what = f'{objective} on {len(values)} {SPLITS[split]} tasks'
+    paper = {} if other_data(run, f) else paper_figures(run.state, f)
+    print(*result_table(what, mean, interval, paper), sep='\n')
+    if caution := source.caution(split):
+        print(caution)
     if not run.model.replicas.is_chief:
         return
-    path = run.folder / evaluation_name(f)
+    path = run.folder / f'{evaluation_name(f)}{other_data(run, f)}'
     content = {'mses': values, 'iteration': run.start - 1, 'split': split}
     write_whole(path.with_name(f'{path.name}.pkl'), pickle.dumps(content))
     header = [f'update{j}' for j in range(len(mean))]
+    rows = [[*row, split, run.start - 1] for row in (mean, stddev, interval)]
     text = io.StringIO()
-    csv.writer(text).writerows([header, mean, stddev, interval])
+    csv.writer(text).writerows([header + ['split', 'iteration'], *rows])
     write_whole(path.with_name(f'{path.name}.csv'), text.getvalue().encode())
 
 
+def other_data(run: Prepared, f: flags.FlagValues) -> str:
+    """What a result's name ends with if it is on classes that the run does not know."""
+    ((split, source),) = run.generators.items()
+    known = (run.state.get('classes') or {}).get(split)
+    if known in (None, source.classes.get(split)):
+        return ''
+    return f'_on_{os.path.basename(os.path.abspath(os.path.expanduser(f.data_dir)))}'
+
+
+def result_table(what: str, mean: np.ndarray, interval: np.ndarray, paper: dict) -> list[str]:
+    """The lines of a table of means and halves of their 95 % intervals, [1 + updates] each.
+
+    what: they are of, beginning with the objective: accuracies are shown in percent. paper:
+    {updates: its figure}. A mean that does not exist is shown as a hyphen.
+    """
+    scale, digits = (100, '.2f') if what.startswith('accuracy') else (1, '.4g')
+    unit = ', %' if scale == 100 else ''
+    lines = [f'Mean {what}{unit}', 'updates      mean    95 % interval']
+    for update, (value, half) in enumerate(zip(scale * mean, scale * interval)):
+        shown = (f'{value:{digits}}', f'+- {half:{digits}}') if np.isfinite(value) else ('-', '-')
+        note = '   on the support sets' if update == 0 else ''
+        if update in paper:
+            note += f'   paper, on test tasks: {paper[update]}'
+        lines.append(f'{update:7} {shown[0]:>9}    {shown[1]:<13}{note}'.rstrip())
+    return lines
+
+
 def evaluation_name(f: flags.FlagValues) -> str:
-    """Of the files that hold an evaluation, without suffix."""
+    """Of the files that hold an evaluation, without suffix.
+
+    It is the original's for the test classes and the newest checkpoint, and tells what is not so.
+    """
     parts = [
         f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}',
         f'_query{f.test_query}' if f.test_query != -1 else '',
+        f'_tasks{f.test_tasks}' if f.test_tasks != f['test_tasks'].default else '',
         '' if f.transductive else '_inductive',
-        '_best' if f.test_iter == 'best' else '',
+        '' if f.test_set else '_val',
+        {-1: '', 'best': '_best'}.get(f.test_iter, f'_iteration{f.test_iter}'),
     ]
     return ''.join(parts)
+
+
+# The paper's tables -------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """One entry of the paper's tables."""
+
+    name: str  # the script's and the folder's
+    title: str
+    group: str  # cells that are drawn together
+    kind: str  # title within the group
+    paper: str  # what it says
+    updates: int  # the paper's number of updates in evaluation
+    settings: dict  # flags of main.py, as in the script
+
+    @property
+    def numbers(self) -> list[float]:
+        """The numbers in `paper`: a value and half of its interval.
+
+        Of sinusoids they are the errors after 1, 5 and 10 updates.
+        """
+        return [float(number) for number in re.findall(r'[\d.]+', self.paper)]
+
+    @property
+    def figures(self) -> dict[int, str]:
+        """{updates: what the paper says}."""
+        if self.settings['datasource'] == 'sinusoid':
+            return dict(zip((1, 5, 10), self.paper.split(' / '))) if self.paper else {}
+        return {self.updates: self.paper.replace('±', '+-')}
+
+    @property
+    def test_shots(self) -> int:
+        """K in the paper's evaluation; its sinusoid was trained with another."""
+        is_sinusoid = self.settings['datasource'] == 'sinusoid'
+        return 5 if is_sinusoid else self.settings['update_batch_size']
+
+
+def omniglot(ways: int, shots: int, paper: str, conv: bool = True) -> Cell:
+    few = ways == 5
+    settings = dict(
+        datasource='omniglot',
+        num_classes=ways,
+        update_batch_size=shots,
+        update_lr=0.4 if few else 0.1,
+        num_updates=1 if few else 5,
+        meta_batch_size=32 if few else 16,
+        conv=conv,
+        num_filters=64,
+        max_pool=False,
+        stop_grad=False,
+    )
+    more = '' if conv else ', no convolutions'
+    return Cell(
+        f'omniglot_{ways}way_{shots}shot' + ('' if conv else '_no_conv'),
+        f'Omniglot, {ways}-way {shots}-shot{more}',
+        f'Omniglot, {ways}-way{more}',
+        f'{shots}-shot',
+        paper,
+        3 if few else 5,
+        settings,
+    )
+
+
+def miniimagenet(shots: int, paper: str, first_order: bool = False) -> Cell:
+    settings = dict(
+        datasource='miniimagenet',
+        num_classes=5,
+        update_batch_size=shots,
+        update_lr=0.01,
+        num_updates=5,
+        meta_batch_size=4 if shots == 1 else 2,
+        conv=True,
+        num_filters=32,
+        max_pool=True,
+        stop_grad=first_order,
+    )
+    kind = f'{shots}-shot' + ', first order' * first_order
+    return Cell(
+        f'miniimagenet_5way_{shots}shot' + '_first_order' * first_order,
+        f'miniImagenet, 5-way {kind}',
+        'miniImagenet, 5-way',
+        kind,
+        paper,
+        10,
+        settings,
+    )
+
+
+def sinusoid(
+    name: str, title: str, paper: str, baseline: str | None = None, update_lr: float = 0.01
+) -> Cell:
+    settings = dict(
+        datasource='sinusoid',
+        update_batch_size=10,
+        update_lr=update_lr,
+        num_updates=1,
+        meta_batch_size=25,
+        norm='None',
+        baseline=baseline,
+        stop_grad=False,
+    )
+    return Cell(name, title, 'Sinusoid', title, paper, 10, settings)
+
+
+CELLS = [
+    omniglot(5, 1, '89.7 ± 1.1', conv=False),
+    omniglot(5, 5, '97.5 ± 0.6', conv=False),
+    omniglot(5, 1, '98.7 ± 0.4'),
+    omniglot(5, 5, '99.9 ± 0.1'),
+    omniglot(20, 1, '95.8 ± 0.3'),
+    omniglot(20, 5, '98.9 ± 0.2'),
+    miniimagenet(1, '48.07 ± 1.75', first_order=True),
+    miniimagenet(1, '48.70 ± 1.84'),
+    miniimagenet(5, '63.15 ± 0.91', first_order=True),
+    miniimagenet(5, '63.11 ± 0.92'),
+]
+MAML_ERRORS = '.67 / .38 / .35'
+SINUSOIDS = [
+    sinusoid('sinusoid', 'MAML', MAML_ERRORS),
+    sinusoid('sinusoid_published_command', 'MAML, α = 0.001', MAML_ERRORS, update_lr=0.001),
+    sinusoid('sinusoid_pretrain', 'pre-trained on all tasks', '2.41 / 2.23 / 2.19'),
+    sinusoid('sinusoid_oracle', 'oracle', '', 'oracle'),
+]
+
+
+def same(value, wanted) -> bool:
+    """Whether two values of a flag are the same; --baseline=None is the text 'None'."""
+    return value == wanted or str(value) == str(wanted) == 'None'
+
+
+def paper_figures(state: dict, f: flags.FlagValues) -> dict[int, str]:
+    """{updates: what the paper's tables have after as many}, for an evaluation of one of its cells.
+
+    state: of the checkpoint, with the flags that it was trained with. Empty for other evaluations.
+    """
+    trained = trained_settings(f) | state.get('flags', {})
+    if f.test_query != -1 or not f.transductive or f.update_lr != trained['update_lr']:
+        return {}
+    telling = [flag for flag in FLAGS if flag.makes_model or flag.in_name]
+    joint = trained['metatrain_iterations'] == 0
+    for cell in CELLS + SINUSOIDS:
+        wanted = {flag.name: flag.default for flag in telling if flag.name != 'seed'}
+        wanted |= cell.settings
+        differing = [name for name in wanted if not same(trained.get(name), wanted[name])]
+        pretrained = cell.name == 'sinusoid_pretrain'
+        if not differing and joint == pretrained and f.update_batch_size == cell.test_shots:
+            return cell.figures
+    return {}
 
 
 # The program --------------------------------------------------------------------------------------
@@ -778,7 +1153,7 @@ def prepare(f: flags.FlagValues, held: ExitStack, norm: Normalization | None = N
     Raises ValueError, OSError and UserCodeError.
     """
     check_flags(f)
-    folder, total = Path(os.path.expanduser(f.logdir)) / run_name(f), sum(iterations(f))
+    folder, total = run_folder(f), sum(iterations(f))
     replicas = make_replicas(f)
     replicas.slice_of(f.meta_batch_size)
     own = make_generators(f) if is_spec(f.datasource) else {}
@@ -787,17 +1162,24 @@ def prepare(f: flags.FlagValues, held: ExitStack, norm: Normalization | None = N
     start = int(replicas.agree([np.int64(iteration)])[0]) + 1
     model.agree()
     if f.train and start >= total:
-        print(
-            f'The run is complete: {start} of {total} iterations; raise --metatrain_iterations for '
-            'more.'
-        )
+        print(complete(start, f))
         return Prepared(model, {}, folder, start, state)
-    generators = own or make_generators(f)
+    generators = own or make_generators(f, data_of_run(replicas, iteration, state))
     if replicas.is_chief:
         open_folder(folder, f, start, held)
+        if f.overwrite and not best_is_there(folder, state):
+            state = {**state, 'best': None}
     if f.train and start > 0:
         print(f'Continuing at iteration {start} of {total}.')
     return Prepared(model, generators, folder, start, state)
+
+
+def complete(done: int, f: flags.FlagValues) -> str:
+    """Says that nothing is left to train."""
+    total, joint = sum(iterations(f)), f.metatrain_iterations == 0
+    flag = '--pretrain_iterations' if joint else '--metatrain_iterations'
+    of = f'of {total} iterations' if done == total else f'iterations, and {total} are asked for'
+    return f'The run is complete: {done} {of}; raise {flag} for more.'
 
 
 def build_model(
@@ -872,7 +1254,20 @@ def restore_run(
             f'{folder} holds a run: leave --resume=False away to continue it, add --overwrite to '
             'remove it, or give another --logdir'
         )
+    if f.train and f.test_iter != -1 and not f.overwrite:
+        check_nothing_later(folder, f.test_iter)
     return load(model, candidates, f)
+
+
+def check_nothing_later(folder: Path, iteration: int):
+    """Raises ValueError if a run has gone on after an iteration: it has one history."""
+    last = max(checkpoints(folder))
+    if last > iteration:
+        raise ValueError(
+            f'{folder} goes on after --test_iter={iteration} until iteration {last}: add '
+            '--overwrite to remove what came later, leave --test_iter away to continue at the end, '
+            'or give another --logdir'
+        )
 
 
 def lock_folder(folder: Path, held: ExitStack):
@@ -889,7 +1284,8 @@ def lock_folder(folder: Path, held: ExitStack):
 def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
     """Makes the run's folder, sees that it can be written, and clears what is not to stay.
 
-    With --overwrite that is the earlier run; else what a process that died has left of later
+    With --overwrite that is the earlier run, or what came after the iteration that it continues
+    from; else what a process that died has left of later
     iterations. Raises OSError and ValueError.
     """
     try:
@@ -899,7 +1295,9 @@ def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
                 lock_folder(folder, held)
         tempfile.TemporaryFile(dir=folder).close()
         if f.train:
-            if f.overwrite:
+            if f.overwrite and f.resume:
+                remove_later(folder, start)
+            elif f.overwrite:
                 remove_run(folder)
             remove_leftovers(folder)
             forget_summaries(folder, start)
@@ -920,15 +1318,43 @@ def remove_run(folder: Path):
     print(f'Removed the earlier run in {folder}: {count} checkpoints, summaries and results.')
 
 
+def best_is_there(folder: Path, state: dict) -> bool:
+    """Whether the checkpoint of the best validation so far is still there, or there was none."""
+    best = state.get('best')
+    return not best or best['iteration'] in checkpoints(folder, 'best')
+
+
+def remove_later(folder: Path, start: int):
+    """Removes what a run has written of iteration `start` and later, and says so.
+
+    The newest goes first: what is left, if the process dies, is an earlier state of the run. Its
+    summaries are left to `forget_summaries`.
+    """
+    found = {kind: checkpoints(folder, kind) for kind in ('best', 'model')}
+    later = {kind: [i for i in found[kind] if i >= start] for kind in found}
+    for kind, iterations_ in later.items():
+        for i in reversed(iterations_):
+            remove_checkpoint(found[kind][i])
+    for path in folder.glob('test_ubs*_stepsize*.csv'):
+        if evaluated_iteration(path) >= start:
+            path.unlink()
+            path.with_suffix('.pkl').unlink(missing_ok=True)
+    print(
+        f'Removed what came after iteration {start - 1} in {folder}: {len(later["model"])} '
+        'checkpoints, and their summaries and results.'
+    )
+
+
 def main(
     arguments: list[str],
     f: flags.FlagValues = flags.FLAGS,
     norm: Normalization | None = None,
+    start: Callable = lambda f: None,
 ):
     """Trains or evaluates.
 
     arguments: the program and what is left of the command line after the flags. norm: see
-    `prepare`.
+    `prepare`. start: is called with the flags before anything of TensorFlow.
     """
     logging.set_verbosity(logging.ERROR)
     if worker_index(f) > 0:
@@ -937,6 +1363,8 @@ def main(
         try:
             if len(arguments) > 1:
                 raise ValueError(f'"{arguments[1]}" is no flag: flags are written --name=value')
+            take_run(f)
+            start(f)
             run = prepare(f, held, norm)
         except (ValueError, OSError, UserCodeError) as error:
             sys.exit(f'main.py: {error}')
@@ -952,6 +1380,7 @@ def carry_out(run: Prepared, f: flags.FlagValues):
         with user_code(f.datasource, all_of_it=False), user_code(f.network, all_of_it=False):
             if f.train:
                 train(make_trainer(run, f))
+                print(next_steps(run, f))
             else:
                 evaluate(run, f)
     except (UserCodeError, BadTasks) as error:
@@ -963,11 +1392,32 @@ def carry_out(run: Prepared, f: flags.FlagValues):
             raise
         print(
             f'main.py: worker {worker_index(f)} lost another one ({first_line(error)}); start all '
-            f'of them again: the run continues from its newest checkpoint in {run.folder}',
+            f'of them again: {command_again(settings(f))} continues from the newest checkpoint in '
+            f'{run.folder}',
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)  # leaving the cluster in order would wait for the one that is gone
+
+
+def next_steps(run: Prepared, f: flags.FlagValues) -> str:
+    """Where a run is that has come to its end, and what can be done with it."""
+    # Of the user's own files: a run names them, and they are not run unasked.
+    given = [f'--{n}={f[n].value}' for n in ('datasource', 'network') if is_spec(f[n].value)]
+    evaluation = ['main.py', '--train=False', '--test_set=True', f'--run={run.folder}', *given]
+    commands = [command_line(*evaluation)]
+    if f.datasource in ('omniglot', 'miniimagenet', 'folder'):
+        network = [f'--network={f.network}'] if f.network else []
+        classify = ['scripts/model/classify.py', run.folder, 'SUPPORT_DIR', 'IMAGE', *network]
+        commands.append(command_line(*classify))
+    return '\n    '.join([f'The run is in {run.folder}. Test it, use it:', *commands])
+
+
+def command_line(script: str, *arguments: str | Path) -> str:
+    """A line for the shell that starts a script of this project from the folder at hand."""
+    own, script = sys.executable, os.path.relpath(Path(__file__).resolve().parent / script)
+    python = 'python' if shutil.which('python') == own else own
+    return shlex.join([python, script, *map(str, arguments)])
 
 
 def worker_index(f: flags.FlagValues) -> int:
@@ -981,13 +1431,15 @@ def worker_index(f: flags.FlagValues) -> int:
 
 
 def tune(f: flags.FlagValues):
-    """Settings of TensorFlow that suit a run, by measurement; to be called before anything of it.
+    """Settings of TensorFlow that suit a run; to be called before anything of it.
 
-    A thread for each operation where tasks are tiny: handing work over takes longer than the work.
-    XLA's older generator of loops for Omniglot: it compiles a quarter faster and into less, and the
-    code is as fast; for the others the code is slower. XLA ends the process at options it does not
-    know, so only in the version tried.
+    GPUs as `utils.set_up_gpus` says; the rest by measurement. A thread for each operation where
+    tasks are tiny: handing work over takes longer than the work. XLA's older generator of loops for
+    Omniglot: it compiles a quarter faster and into less, and the code is as fast; for the others
+    the code is slower. XLA ends the process at options it does not know, so only in the version
+    tried.
     """
+    set_up_gpus(f.tf32)
     if f.datasource == 'sinusoid':
         tf.config.threading.set_intra_op_parallelism_threads(1)
     if f.datasource == 'omniglot' and tf.__version__.startswith('2.21.'):
@@ -997,9 +1449,8 @@ def tune(f: flags.FlagValues):
 
 def program(arguments: list[str], norm: Normalization | None = None):
     """main.py as a process of its own."""
-    tune(flags.FLAGS)
     try:
-        main(arguments, norm=norm)
+        main(arguments, norm=norm, start=tune)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -503,6 +503,13 @@ def convolve_normalized(
 # Normalisation ------------------------------------------------------------------------------------
 
 
+def batch_moments(x: tf.Tensor, leading: int | tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean and variance per channel, [T, 1, channels] each; arguments as of `batch_norm`."""
+    if leading is not None:  # in a loop XLA has no second derivative of a slice, even of all
+        x = x[:, :leading]
+    return moments(tf.reshape(x, [sizes(x)[0], -1, x.shape[-1]]))
+
+
 def batch_norm(
     x: tf.Tensor, beta: tf.Tensor, leading: int | tf.Tensor | None = None, max_pool: bool = False
 ) -> tf.Tensor:
@@ -516,7 +523,7 @@ def batch_norm(
     leading: how many of the examples, from the first on, give the statistics (None: all).
     """
     tasks, channels = sizes(x)[0], x.shape[-1]
-    mean, variance = moments(tf.reshape(x[:, :leading], [tasks, -1, channels]))  # [T, 1, channels]
+    mean, variance = batch_moments(x, leading)
     # Without a gain larger stays larger: pooling first gives the same, for less work, and equal
     # inputs stay equal.
     x = max_pool2x2(x) if max_pool else x
@@ -689,7 +696,7 @@ def keras_batch_norm(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Ten
     """keras.layers.BatchNormalization by the statistics of the examples at hand."""
     tasks, channels = sizes(x)[0], x.shape[-1]
     rows = tf.reshape(x, [tasks, -1, channels])
-    mean, variance = moments(tf.reshape(x[:, :leading], [tasks, -1, channels]))  # [T, 1, channels]
+    mean, variance = batch_moments(x, leading)
     scale = tf.math.rsqrt(variance + layer.epsilon)
     zero = tf.zeros([tasks, 1, channels], x.dtype)
     offset = weights['beta'][:, tf.newaxis] if layer.center else zero
@@ -703,6 +710,8 @@ def keras_batch_norm(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Ten
 def task_layer(layer: keras.Layer) -> Callable | None:
     """The function above that computes a layer for all tasks at once; None if there is none."""
     kind = type(layer)
+    if not has_known_activations(layer):
+        return None
     if kind is keras.layers.Dense:
         return keras_dense
     if kind is keras.layers.BatchNormalization:
@@ -735,7 +744,25 @@ def is_per_example(layer: keras.Layer) -> bool:
     """Whether a layer may be called with the examples of all tasks, one after another."""
     own = getattr(keras.layers, type(layer).__name__, None) is type(layer)
     over_examples = 0 in np.atleast_1d(getattr(layer, 'axis', -1))
-    return own and type(layer).__name__ in PER_EXAMPLE and not over_examples
+    known = type(layer).__name__ in PER_EXAMPLE and has_known_activations(layer)
+    return own and known and not over_examples
+
+
+def has_known_activations(layer) -> bool:
+    """Whether a layer's activations are Keras's, or TensorFlow's of the same name.
+
+    Another function may do anything: mix the examples of tasks, or stop a gradient.
+    """
+    functions = (getattr(layer, name, None) for name in ('activation', 'recurrent_activation'))
+    return all(function is None or is_known_activation(function) for function in functions)
+
+
+def is_known_activation(function: Callable) -> bool:
+    if isinstance(function, keras.Layer):
+        return is_per_example(function)
+    home = getattr(function, '__module__', None) or ''
+    named = hasattr(keras.activations, getattr(function, '__name__', ''))
+    return named and home.startswith(('keras.', 'tensorflow.'))
 
 
 def map_tasks(function: Callable, tasks: int | tf.Tensor, values) -> tf.Tensor:

@@ -16,17 +16,95 @@ import operator
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
-import tensorflow as tf
+
+# A quiet start ------------------------------------------------------------------------------------
+
+# What TensorFlow says of its instructions and of a GPU that is not there; errors come through.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+# Keras reads them when it is loaded: another backend, or Keras 2, would not do.
+KERAS_CAME_FIRST = 'keras' in sys.modules
+if not KERAS_CAME_FIRST:
+    os.environ['KERAS_BACKEND'] = 'tensorflow'
+for name in ('TF_USE_LEGACY_KERAS', 'TF2_BEHAVIOR'):
+    os.environ.pop(name, None)
+# Lines that its C++ prints while it is loaded, before that level counts. Some say nothing at all,
+# some say nothing where there is no GPU.
+IDLE_LINES = ('All log messages before absl::InitializeLog', 'Unable to register cu[A-Z]+ factory')
+LINES_WITHOUT_GPU = ('Could not find cuda drivers', 'failed call to cuInit')
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the system has the device of an NVIDIA GPU, usable or not."""
+    return any(Path('/dev').glob('nvidia[0-9]*')) or Path('/dev/dxg').exists()  # the latter: WSL
+
+
+@contextmanager
+def without_lines(patterns: Iterable[str]) -> Iterator[None]:
+    """Keeps lines with one of the patterns from the process's stderr while entered.
+
+    Another program reads them: should this process be aborted, what it said last comes through.
+    All lines come where there is no `sed`.
+    """
+    program = ['sed', '-E', f'/{"|".join(patterns)}/d']
+    with ExitStack() as closing:
+        with suppress(OSError):  # no sed, or no stderr
+            stderr = os.dup(2)
+            closing.callback(os.close, stderr)
+            reader = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=stderr)
+            closing.callback(reader.wait)
+            closing.callback(os.dup2, stderr, 2)
+            os.dup2(reader.stdin.fileno(), 2)
+            reader.stdin.close()
+        yield
+
+
+ALL_LINES = os.environ['TF_CPP_MIN_LOG_LEVEL'] == '0'  # asked for
+DROPPED = IDLE_LINES if has_nvidia_gpu() else IDLE_LINES + LINES_WITHOUT_GPU
+with nullcontext() if ALL_LINES else without_lines(DROPPED):
+    import keras
+    import tensorflow as tf
+
+    if not has_nvidia_gpu():
+        tf.config.list_physical_devices()  # looks for GPUs, and says that there is none
+
+# Keras's settings ---------------------------------------------------------------------------------
+
+
+def settle_keras(came_first: bool):
+    """Keras as this project needs it, whatever ~/.keras/keras.json says.
+
+    came_first: a program that imported Keras before may have set it up as it likes, but not on
+    another backend. Raises ImportError then.
+    """
+    if keras.config.backend() != 'tensorflow':
+        raise ImportError(
+            f'Keras runs on {keras.config.backend()} here, and this project needs it on '
+            'TensorFlow: set KERAS_BACKEND=tensorflow, or import this before keras'
+        )
+    if not came_first:
+        keras.config.set_floatx('float32')
+        keras.config.set_epsilon(1e-7)
+        keras.config.set_image_data_format('channels_last')
+    elif keras.config.floatx() != 'float32':
+        warnings.warn(
+            f'Keras rounds step sizes to {keras.config.floatx()} here, by its setting floatx',
+            stacklevel=2,
+        )
+
+
+settle_keras(KERAS_CAME_FIRST)
 
 # Meta-batches, losses and their means -------------------------------------------------------------
 
@@ -177,6 +255,21 @@ def checkpoints(folder: str | Path, kind: str = 'model') -> dict[int, str]:
     found = (re.fullmatch(kind + r'(\d+)\.index', name) for name in names)
     iterations = sorted(int(match[1]) for match in found if match)
     return {i: str(Path(folder) / f'{kind}{i}') for i in iterations}
+
+
+def other_runs(folder: str | Path) -> str:
+    """Where there are runs, if a folder is none: the end of a clause, empty if nowhere near."""
+    folder = Path(folder)
+    text = '' if folder.is_dir() else ', since there is no such folder'
+    if not folder.parent.is_dir():
+        text += f', nor {folder.parent}'
+    for place in (folder, folder.parent, folder.parent.parent):
+        found = [*place.glob('*/*.index'), *place.glob('*/*/*.index')]
+        runs = sorted({str(path.parent.relative_to(place)) for path in found})
+        if runs:
+            more = f' and {len(runs) - 3} more' if len(runs) > 3 else ''
+            return f'{text}, but {place} has the runs {", ".join(runs[:3])}{more}'
+    return text
 
 
 class DamagedCheckpoint(ValueError):
@@ -453,10 +546,10 @@ def read_evaluation(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Each is [1 + updates]. Raises ValueError if the file is none.
     """
     try:
-        with open(path, newline='') as file:
-            header, *rows = csv.reader(file)
-        means, deviations, intervals = np.array(rows, float)
-        if header != [f'update{i}' for i in range(len(means))]:
+        header, rows = read_table(path)
+        size = sum(name.startswith('update') for name in header)  # split and iteration may follow
+        means, deviations, intervals = np.array([row[:size] for row in rows], float)
+        if header[:size] != [f'update{i}' for i in range(size)] or size == 0:
             raise ValueError
     except ValueError:
         raise ValueError(
@@ -466,6 +559,25 @@ def read_evaluation(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return means, deviations, intervals
 
 
+def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a csv file. Raises ValueError if it has none."""
+    with open(path, newline='') as file:
+        try:
+            header, *rows = csv.reader(file)
+        except csv.Error as error:
+            raise ValueError(f'{path} is no csv file ({error})') from error
+    return header, rows
+
+
+def evaluated_iteration(path: Path) -> int:
+    """Of the checkpoint that a test_*.csv tells of; -1 if it does not say, as older ones."""
+    try:
+        header, rows = read_table(path)
+        return int(rows[0][header.index('iteration')])
+    except (ValueError, IndexError):
+        return -1
+
+
 def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
     """{tag: {iteration: value}} of the numbers among a run's summaries, in order of iteration."""
     number = tf.float32.as_datatype_enum  # others are texts and pictures
@@ -473,7 +585,7 @@ def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
     for path in event_files(folder):
         for event in map(tf.compat.v1.Event.FromString, read_events(path)):
             for value in event.summary.value:
-                if value.tensor.dtype == number:
+                if value.tensor.dtype == number and not value.tensor.tensor_shape.dim:
                     values = found.setdefault(value.tag, {})
                     values[event.step] = float(tf.make_ndarray(value.tensor))
     return {tag: dict(sorted(values.items())) for tag, values in found.items()}
@@ -622,6 +734,28 @@ class graph(piece):
 # Devices: the replicas of a model -----------------------------------------------------------------
 
 ASKING_INTERVAL = 5  # iterations between the workers' questions whether one of them is to stop
+
+
+def set_up_gpus(tf32: bool = False):
+    """Exact products, and no more memory than is needed; before TensorFlow's first operation.
+
+    By default TensorFlow rounds the factors of float32 products to TF32, which has 10 bits of
+    mantissa, on GPUs that can: here only if `tf32`. It also takes all the memory of all GPUs; if
+    they are in use already, that stays as it is. Says so if the machine has a GPU that TensorFlow
+    does not find.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(tf32)
+    gpus = tf.config.list_physical_devices('GPU')
+    with suppress(RuntimeError):  # in use
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+    hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
+    if has_nvidia_gpu() and not gpus and not hidden:
+        print(
+            'There is an NVIDIA GPU, but TensorFlow does not find it, so the CPU computes: '
+            "`pip install -e '.[gpu]'` installs TensorFlow's CUDA libraries.",
+            file=sys.stderr,
+        )
 
 
 class Replicas:

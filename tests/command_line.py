@@ -63,12 +63,18 @@ def run(*arguments: str) -> Outcome:
     return in_process(main.main, values(['main.py', *arguments]), values)
 
 
+def evaluate_few(patch, tasks: int, updates: int = 2):
+    """Fewer tasks and updates than evaluations have by default; patch: a MonkeyPatch."""
+    rows = [row._replace(default=tasks) if row.name == 'test_tasks' else row for row in main.FLAGS]
+    patch.setattr(main, 'FLAGS', tuple(rows))
+    patch.setattr(main, 'EVALUATION_UPDATES', updates)
+
+
 @contextlib.contextmanager
 def running_eagerly(patch) -> Iterator[None]:
     """main.py uncompiled and on few tasks, for many models for a moment; patch: a MonkeyPatch."""
     patch.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
-    patch.setattr(main, 'EVALUATION_TASKS', 20)
-    patch.setattr(main, 'EVALUATION_UPDATES', 2)
+    evaluate_few(patch, 20)
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)

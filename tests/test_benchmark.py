@@ -97,9 +97,9 @@ def test_training_loop(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_evaluation(tmp_path, monkeypatch):
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', 40)
-    got = figures(run('--evaluate', *TINY, f'--data_dir={make_omniglot(tmp_path)}'))
+def test_evaluation(tmp_path):
+    few = [*TINY, '--test_tasks=40']
+    got = figures(run('--evaluate', *few, f'--data_dir={make_omniglot(tmp_path)}'))
     assert (got['tasks'], got['updates']) == (40, 10)
     assert got['tasks_per_s'] == pytest.approx(40 / got['evaluation_s'], rel=0.05)
 

@@ -62,9 +62,13 @@ def attention() -> keras.Model:
 
 
 def operations() -> keras.Model:
-    """More than layers: an operation of Keras between them."""
+    """More than layers: operations of Keras between them."""
     x = keras.Input((4,))
-    return keras.Model(x, layers.Dense(WAYS)(keras.ops.sin(layers.Dense(3)(x)) + 1))
+    hidden = layers.Dense(6)(x)
+    gated = keras.ops.silu(hidden) * keras.ops.sigmoid(hidden) - keras.ops.gelu(hidden)
+    summed = keras.ops.sin(hidden) + keras.ops.softmax(hidden) + keras.ops.tanh(gated)
+    pooled = keras.ops.mean(keras.ops.reshape(summed, (-1, 2, 3)), 1)
+    return keras.Model(x, layers.Dense(WAYS)(keras.ops.concatenate([gated, pooled], -1)))
 
 
 class Subclassed(keras.Model):
@@ -339,6 +343,53 @@ def test_layers_of_one_s_own_are_named():
         KerasNetwork(small(Affine(name='affine')))
     with pytest.warns(UserWarning, match='Subclassed'):
         KerasNetwork(Subclassed(), input_shape=(4,))
+
+
+def centred(x):
+    return x - tf.reduce_mean(x, 0)
+
+
+def held(x):
+    return tf.stop_gradient(x) + x
+
+
+@pytest.mark.parametrize(
+    'layer', [layers.Activation(held), layers.Dense(3, held), layers.Dense(3, tf.math.sin)]
+)
+def test_functions_of_one_s_own_are_named(layer):
+    with pytest.warns(UserWarning, match=rf'of {layer.name} \({type(layer).__name__}\) are not'):
+        KerasNetwork(small(layer))
+
+
+@pytest.mark.filterwarnings('error:the second derivatives')
+def test_known_functions_are_not_named():
+    for activation in ('tanh', tf.nn.relu, layers.LeakyReLU()):
+        KerasNetwork(small(layers.Dense(3, activation)))
+
+
+def test_operations_between_layers_are_named():
+    x = keras.Input((4,))
+    model = keras.Model(x, layers.Dense(2)(x + keras.ops.stop_gradient(x)))
+    with pytest.warns(UserWarning, match=r'of stop_gradient\w* \(StopGradient\) are not'):
+        KerasNetwork(model)
+
+
+@pytest.mark.parametrize(
+    'layer', [layers.Activation(centred), layers.Dense(3, centred), layers.Conv2D(3, 3, 1, 'same')]
+)
+@pytest.mark.filterwarnings('ignore:the second derivatives')
+def test_activations_of_one_s_own_see_one_task(layer):
+    """One that takes all examples in sight must not see those of other tasks."""
+    if isinstance(layer, layers.Conv2D):
+        layer.activation = centred
+    start = [keras.Input((4, 4, 2)), layers.Dense(2)]
+    network = KerasNetwork(keras.Sequential([*start, layer, layers.Flatten()]))
+    weights = {name: tf.stack([made[0]] * 2) for name, made in network.parameters.items()}
+    x = np.random.default_rng(0).normal(size=(2, 5, 32)).astype('float32')
+    together = network(network.prepare(tf.constant(x)), weights, {})
+    for task in range(2):
+        alone = network.model(x[task].reshape(5, 4, 4, 2))
+        np.testing.assert_allclose(together[task], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', MODELS)

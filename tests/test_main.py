@@ -18,6 +18,7 @@ from command_line import (
     Outcome,
     assert_refused,
     command,
+    evaluate_few,
     listing,
     make_miniimagenet,
     make_omniglot,
@@ -25,7 +26,13 @@ from command_line import (
     run,
     succeeded,
 )
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.hparams_plugin import HParamsPlugin
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
+from werkzeug.test import Client
 
 import main
 import maml
@@ -98,7 +105,7 @@ def summaries(folder: Path) -> dict[str, dict[int, float]]:
     """{tag: {step: value}} of all scalars in a folder's event files."""
     found = {}
     for step, value in values(folder):
-        if value.tag not in ('flags', 'fit', 'task'):
+        if value.tag not in ('flags', 'fit', 'task', SESSION_START_INFO_TAG):
             assert value.metadata.plugin_data.plugin_name == 'scalars'
             steps = found.setdefault(value.tag, {})
             assert step not in steps, 'written twice'
@@ -156,6 +163,9 @@ def test_flags_and_defaults():
         'transductive',
         'strategy',
         'network',
+        'tf32',
+        'test_tasks',
+        'run',
     }
 
 
@@ -523,7 +533,7 @@ def tags(prefix: str, kinds: list[str], updates: int) -> set[str]:
 def test_tags_of_a_sinusoid(tmp_path, graphs):
     succeeded(run(*SINUSOID, '--metatrain_iterations=201', f'--logdir={tmp_path}'))
     written = summaries(only(tmp_path))
-    assert written.keys() == tags('metatrain', ['loss'], 5)
+    assert written.keys() == tags('metatrain', ['loss'], 5) | {'last_training_loss'}
     assert all([*values] == [0, 100, 200] for values in written.values())
     assert all(np.isfinite([*values.values()]).all() for values in written.values())
 
@@ -533,9 +543,10 @@ def test_tags_of_images(tmp_path, data, intervals, graphs):
     folders = [f'--data_dir={data}', f'--logdir={tmp_path}']
     succeeded(run(*PLAIN, '--metatrain_iterations=101', *folders))
     written = summaries(only(tmp_path))
-    training = tags('metatrain', ['loss', 'accuracy'], 10)
+    training = tags('metatrain', ['loss', 'accuracy'], 10) | {'last_training_accuracy'}
     validation = tags('metaval', ['loss', 'accuracy'], 10)
     validation |= {'metaval_Post-update_accuracy_interval'}
+    validation |= {'last_validation_accuracy', 'best_validation_accuracy'}
     assert written.keys() == training | validation
     assert all([*written[tag]] == [0, 100] for tag in training)
     assert all([*written[tag]] == [100] for tag in validation)
@@ -566,7 +577,8 @@ def test_updates_shown_of_miniimagenet(tmp_path, data):
         flags = [*MINIIMAGENET, f'--num_updates={updates}', f'--data_dir={data}']
         succeeded(run(*flags, '--metatrain_iterations=1', f'--logdir={logdir}'))
         written = summaries(only(logdir))
-        assert written.keys() == tags('metatrain', ['loss', 'accuracy'], updates)
+        expected = tags('metatrain', ['loss', 'accuracy'], updates) | {'last_training_accuracy'}
+        assert written.keys() == expected
 
 
 def test_summaries_of_a_continued_run(tmp_path, intervals):
@@ -584,16 +596,68 @@ def test_no_summaries(tmp_path):
     assert not [*tmp_path.rglob('events.*')]
 
 
+def compared(logdir: Path) -> dict[str, tuple[dict, dict]]:
+    """{run: (its flags, its metrics)} as TensorBoard's HPARAMS tab gets them from its server."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(logdir)).Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(logdir))
+    apps = HParamsPlugin(TBContext(data_provider=provider)).get_plugin_apps()
+    ask = {'startIndex': 0, 'sliceSize': 100, 'allowedStatuses': ['STATUS_UNKNOWN']}
+    answer = Client(apps['/session_groups']).post('/', json=ask).json
+    found = {}
+    for group in answer['sessionGroups']:
+        (session,) = group['sessions']
+        values = {value['name']['tag']: value for value in session['metricValues']}
+        found[session['name']] = group['hparams'], values
+    assert len(found) == answer['totalSize']
+    return found
+
+
+def test_runs_are_compared_by_flags_and_accuracies(tmp_path, data, intervals):
+    """Of a run that went on, the flags that it has now, the newest values and the best."""
+    intervals(summary=2, line=2, validation=2)
+    train = [*PLAIN, f'--data_dir={data}', f'--logdir={tmp_path}', '--validation_tasks=2']
+    for more in (['--metatrain_iterations=3'], ['--metatrain_iterations=5'], ['--num_updates=2']):
+        succeeded(run(*train, '--metatrain_iterations=3', *more))
+    runs = compared(tmp_path)
+    ends = {hparams['num_updates']: hparams['metatrain_iterations'] for hparams, _ in runs.values()}
+    assert ends == {1: 5, 2: 3} and len(runs) == 2
+    for name, (hparams, metrics) in runs.items():
+        updates = int(hparams['num_updates'])
+        assert hparams['conv'] is False and hparams['baseline'] == 'None'
+        assert 'logdir' not in hparams
+        written = summaries(tmp_path / name)
+        validated = written[f'metaval_Post-update_accuracy__step_{updates}']
+        trained = written[f'metatrain_Post-update_accuracy__step_{updates}']
+        assert max(validated) == max(trained) == ends[updates] - 1
+        metric = metrics['last_validation_accuracy']
+        assert (metric['trainingStep'], metric['value']) == [*validated.items()][-1]
+        assert metrics['best_validation_accuracy']['value'] == max(validated.values())
+
+
+def test_runs_are_compared_by_errors(tmp_path, intervals):
+    """Sinusoids are not validated: training tasks are new ones, too. The mean since the line."""
+    intervals(summary=1, line=1)
+    succeeded(run(*SINUSOID, '--metatrain_iterations=13', f'--logdir={tmp_path}'))
+    ((name, (hparams, metrics)),) = compared(tmp_path).items()
+    losses = summaries(tmp_path / name)['metatrain_Post-update_loss__step_1']
+    expected = np.mean([losses[step] for step in (11, 12)])
+    assert metrics['last_training_loss']['value'] == pytest.approx(expected, rel=1e-5)
+    assert hparams['norm'] == 'None'
+
+
 # Evaluation ---------------------------------------------------------------------------------------
 
 
 def results(folder: Path, name: str) -> np.ndarray:
     """The 600 tasks of an evaluation, after a comparison of its csv with its pkl."""
-    values = pickle.loads((folder / f'{name}.pkl').read_bytes())['mses']
+    stored = pickle.loads((folder / f'{name}.pkl').read_bytes())
+    values = stored['mses']
     with open(folder / f'{name}.csv', newline='') as file:
         header, *rows = csv.reader(file)
-    assert header == [f'update{j}' for j in range(values.shape[1])] and len(rows) == 3
-    means, stddevs, ci95 = np.array(rows, float)
+    updates = [f'update{j}' for j in range(values.shape[1])]
+    assert header == [*updates, 'split', 'iteration'] and len(rows) == 3
+    assert {tuple(row[-2:]) for row in rows} == {(stored['split'], str(stored['iteration']))}
+    means, stddevs, ci95 = np.array([row[:-2] for row in rows], float)
     np.testing.assert_allclose(means, values.mean(0, dtype=float), rtol=1e-5)
     np.testing.assert_allclose(stddevs, values.std(0, dtype=float), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(ci95, 1.96 * stddevs / np.sqrt(len(values)), rtol=1e-5)
@@ -619,8 +683,8 @@ def test_evaluation_of_a_sinusoid(tmp_path):
     train = [*SINUSOID, '--metatrain_iterations=20', f'--logdir={tmp_path}', '--log=False']
     succeeded(run(*train))
     outcome = succeeded(run(*train, '--train=False'))
-    values = results(only(tmp_path), 'test_ubs5_stepsize0.001')
-    stored = pickle.loads((only(tmp_path) / 'test_ubs5_stepsize0.001.pkl').read_bytes())
+    values = results(only(tmp_path), 'test_ubs5_stepsize0.001_val')
+    stored = pickle.loads((only(tmp_path) / 'test_ubs5_stepsize0.001_val.pkl').read_bytes())
     assert (stored['iteration'], stored['split']) == (19, 'val')  # what was evaluated on what
     assert values.shape == (600, 11) and np.isfinite(values).all()
     assert outcome.lines[1] == 'Done initializing, starting evaluation.'
@@ -634,8 +698,7 @@ def test_evaluation_of_a_sinusoid(tmp_path):
 
 def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
     """The numbers per task do not depend on how many are evaluated at once."""
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', 22)  # a chunk and a bit
-    monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
+    evaluate_few(monkeypatch, 22)  # a chunk and a bit
     train = once(tmp_path, data)
     succeeded(run(*train))
     succeeded(run(*train, '--train=False', '--test_set=True'))
@@ -654,8 +717,7 @@ def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
 
 def test_evaluation_with_other_shots_and_step_size(tmp_path, data, monkeypatch):
     """K=2 and α=0.4 on a run trained with K=1 and α=0.001, found by its name."""
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', 40)
-    monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
+    evaluate_few(monkeypatch, 40)
     train = once(tmp_path, data)
     succeeded(run(*train))
     other = ['--train=False', '--update_batch_size=2', '--update_lr=.4']
@@ -664,42 +726,172 @@ def test_evaluation_with_other_shots_and_step_size(tmp_path, data, monkeypatch):
     assert_refused(run(*train, *other), 'ubs_2', *words)
     assert listing(tmp_path) == before
     succeeded(run(*train, *other, '--train_update_batch_size=1', '--train_update_lr=0.001'))
-    values = results(only(tmp_path), 'test_ubs2_stepsize0.4')
+    values = results(only(tmp_path), 'test_ubs2_stepsize0.4_val')
     assert values.shape == (40, 3) and set(values.ravel()) <= {0, 0.25, 0.5, 0.75, 1}
 
 
+def table(outcome: Outcome) -> tuple[str, list[list[str]]]:
+    """The title of the table that follows the three vectors, and the words of its rows."""
+    _, _, text = outcome.out.partition('))\n')
+    title, head, *rows = text.splitlines()
+    assert head.split() == ['updates', 'mean', '95', '%', 'interval']
+    return title, [row.split() for row in rows]
+
+
+def test_table_of_errors(tmp_path):
+    train = [*SINUSOID, '--metatrain_iterations=2', f'--logdir={tmp_path}', '--log=False']
+    succeeded(run(*train))
+    title, rows = table(succeeded(run(*train, '--train=False', '--test_set=True')))
+    assert title == 'Mean squared error on 600 test tasks'
+    values = results(only(tmp_path), 'test_ubs5_stepsize0.001')
+    interval = 1.96 * values.std(0) / 600**0.5
+    assert rows[0][4:] == 'on the support sets'.split()
+    for j, row in enumerate(rows):
+        assert row[:4] == [str(j), f'{values.mean(0)[j]:.4g}', '+-', f'{interval[j]:.4g}']
+    assert len(rows) == 11 and all(len(row) == 4 for row in rows[1:]), 'no figure of the paper'
+
+
+def test_tables_of_accuracies_of_the_first_tasks(tmp_path, data, monkeypatch):
+    """In percent; fewer tasks are the first ones of more, and have files of their own."""
+    evaluate_few(monkeypatch, 20)
+    train = [*once(tmp_path, data), '--conv=False']
+    succeeded(run(*train))
+    evaluations = {}
+    for tasks in (3, 9):
+        outcome = succeeded(run(*train, '--train=False', f'--test_tasks={tasks}'))
+        values = results(only(tmp_path), f'test_ubs1_stepsize0.001_tasks{tasks}')
+        title, rows = table(outcome)
+        assert title == f'Mean accuracy on {tasks} validation tasks, %'
+        assert [row[1] for row in rows] == [f'{100 * mean:.2f}' for mean in values.mean(0)]
+        evaluations[tasks] = values
+    assert len(evaluations[9]) == 9
+    np.testing.assert_array_equal(evaluations[3], evaluations[9][:3])
+    assert not [*only(tmp_path).glob('test_ubs1_stepsize0.001.*')]
+
+
+OMNIGLOT_CELL = '--datasource=omniglot --update_batch_size=1 --update_lr=0.4 --meta_batch_size=32'
+SINUSOID_CELL = '--norm=None --update_batch_size=10 --update_lr=0.01'
+
+
+@pytest.mark.parametrize(
+    'trained, evaluated, figures',
+    [
+        (OMNIGLOT_CELL, '', {3: '98.7 +- 0.4'}),
+        (f'{OMNIGLOT_CELL} --conv=False', '--seed=3', {3: '89.7 +- 1.1'}),
+        (f'{OMNIGLOT_CELL} --norm=layer_norm', '', {}),
+        (f'{OMNIGLOT_CELL} --meta_batch_size=16', '', {}),
+        (OMNIGLOT_CELL, '--test_query=15', {}),
+        (OMNIGLOT_CELL, '--transductive=False', {}),
+        (OMNIGLOT_CELL, '--update_lr=0.2 --train_update_lr=0.4', {}),
+        (OMNIGLOT_CELL, '--update_batch_size=5 --train_update_batch_size=1', {}),
+        (SINUSOID_CELL, '', {}),
+        (
+            SINUSOID_CELL,
+            '--update_batch_size=5 --train_update_batch_size=10',
+            {1: '.67', 5: '.38', 10: '.35'},
+        ),
+        (
+            f'{SINUSOID_CELL} --pretrain_iterations=70000 --metatrain_iterations=0',
+            '--update_batch_size=5 --train_update_batch_size=10',
+            {1: '2.41', 5: '2.23', 10: '2.19'},
+        ),
+    ],
+)
+def test_figures_of_the_paper(trained, evaluated, figures):
+    """With the run's flags in the checkpoint and, of the original's checkpoints, without."""
+    stored = main.settings(parsed(*trained.split()))
+    f = parsed(*trained.split(), *evaluated.split(), '--train=False')
+    for state in ({'flags': stored}, {}):
+        assert main.paper_figures(state, f) == figures
+
+
+def test_evaluation_of_a_run_by_its_folder(tmp_path, data, monkeypatch):
+    """The run knows its flags, wherever it is; what is given counts; no other folder appears."""
+    evaluate_few(monkeypatch, 4)
+    train = [*once(tmp_path / 'logs', data), '--conv=False']
+    train += ['--seed=3', '--num_updates=2', '--log=True', '--test_set=True']
+    succeeded(run(*train))
+    usual = succeeded(run(*train, '--train=False', '--test_set=False'))
+    folder = only(tmp_path / 'logs').rename(tmp_path / 'elsewhere')
+    before = listing(folder)
+    outcome = succeeded(run('--train=False', f'--run={folder}'))
+    assert printed(outcome).tolist() == printed(usual).tolist()
+    assert table(outcome) == table(usual)
+    assert listing(folder).keys() == before.keys() and {*tmp_path.iterdir()} == {
+        folder,
+        tmp_path / 'logs',
+    }
+    given = ['--update_batch_size=2', '--update_lr=0.5', '--test_set', '--test_tasks=2']
+    succeeded(run('--train=False', f'--run={folder}', *given))
+    assert results(folder, 'test_ubs2_stepsize0.5_tasks2').shape == (2, 3)
+
+
+def test_folder_that_is_no_run(tmp_path):
+    """One sentence; a folder of runs names one of them."""
+    evaluate = ['--train=False', f'--run={tmp_path}/logs']
+    assert_refused(run(*evaluate), '--run=', 'no such folder')
+    (tmp_path / 'logs').mkdir()
+    assert_refused(run(*evaluate), 'has no checkpoint')
+    succeeded(run(*SINUSOID, '--metatrain_iterations=1', f'--logdir={tmp_path}/logs'))
+    folder = only(tmp_path / 'logs')
+    assert_refused(run(*evaluate), f'{tmp_path}/logs has the runs {folder.name}')
+    there = ['--train=False', f'--run={folder}']
+    assert_refused(run(*there, '--test_iter=7'), '--test_iter=7', 'no such checkpoint')
+    assert_refused(run(*there, '--norm=layer_norm'), '--norm=None (now layer_norm)', 'leave it')
+    assert_refused(run(*there, '--logdir=x'), '--run=', 'leave --logdir away')
+    assert_refused(run(f'--run={folder}'), '--run=', 'needs --train=False')
+    (folder / 'model0.data-00000-of-00001').write_bytes(b'')
+    assert_refused(run(*there), 'model0 cannot be read')
+
+
 def test_test_classes_are_others(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', 20)
-    monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
+    evaluate_few(monkeypatch, 20)
     train = once(tmp_path, data)
     succeeded(run(*train))
     validation = printed(succeeded(run(*train, '--train=False')))
     test = printed(succeeded(run(*train, '--train=False', '--test_set=True')))
     assert not np.array_equal(validation, test)
+    succeeded(run(*train, '--train=False', '--test_set=True', '--test_iter=0'))
+    usual = 'test_ubs1_stepsize0.001'  # none of them replaces another
+    for name, vectors in (usual, test), (f'{usual}_iteration0', test), (f'{usual}_val', validation):
+        values = results(only(tmp_path), name)
+        np.testing.assert_allclose(values.mean(0), vectors[0], rtol=1e-4)
 
 
 def test_more_updates_than_ten(tmp_path):
     train = [*SINUSOID, '--num_updates=12', f'--logdir={tmp_path}', '--log=False']
     train += ['--metatrain_iterations=1']
     succeeded(run(*train))
-    succeeded(run(*train, '--train=False'))
+    succeeded(run(*train, '--train=False', '--test_set=True'))
     assert results(only(tmp_path), 'test_ubs5_stepsize0.001').shape == (600, 13)
 
 
 def test_plain_network_on_miniimagenet(tmp_path, data, monkeypatch):
-    """Without meta-training, one image per class and no queries: no figures after an update."""
-    monkeypatch.setattr(main, 'EVALUATION_TASKS', 8)
-    monkeypatch.setattr(main, 'EVALUATION_UPDATES', 2)
+    """Without meta-training, one image per class and no queries: no figures after an update.
+
+    Nor a best validation. With --test_query there are.
+    """
+    for interval in ('VALIDATION_INTERVAL', 'SUMMARY_INTERVAL', 'PRINT_INTERVAL'):
+        monkeypatch.setattr(main, interval, 1)
+    evaluate_few(monkeypatch, 8)
     train = [*MINIIMAGENET, '--metatrain_iterations=0', '--pretrain_iterations=2']
     train += [f'--data_dir={data}', f'--logdir={tmp_path}']
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        succeeded(run(*train))
+        trained = succeeded(run(*train))
         outcome = succeeded(run(*train, '--train=False'))
     vectors = printed(outcome)
-    assert vectors.shape == (3, 3)
-    assert np.isfinite(vectors[:, 0]).all() and np.isnan(vectors[:, 1:]).all()
+    assert vectors.shape == (3, 1) and np.isfinite(vectors).all()
+    assert results(only(tmp_path), 'test_ubs1_stepsize0.01_val').shape == (8, 1)
+    assert 'no query images' in outcome.out and '--test_query=15' in outcome.out
     assert 'Warning' not in outcome.err
+    assert re.search(r'^Pretrain Iteration 1: \d\.\d+$', trained.out, re.MULTILINE), trained.out
+    assert not re.search(r'\bnan\b|validation', trained.out + outcome.out.partition('Mean')[0])
+    assert not checkpoints(only(tmp_path), 'best')
+    written = summaries(only(tmp_path))
+    assert 'metatrain_Pre-update_accuracy' in written
+    assert all(np.isfinite([*values.values()]).all() for values in written.values())
+    assert printed(succeeded(run(*train, '--train=False', '--test_query=3'))).shape == (3, 3)
 
 
 def test_nothing_is_half_written(tmp_path):
@@ -720,7 +912,10 @@ def test_complete_run(tmp_path):
     for words in ('3 of 3 iterations', 'complete', '--metatrain_iterations'):
         assert words in outcome.out
     assert listing(tmp_path) == before
-    assert 'complete' in succeeded(run(*train, '--metatrain_iterations=2')).out
+    outcome = succeeded(run(*train, '--metatrain_iterations=2'))
+    assert (
+        'complete: 3 iterations, and 2 are asked for; raise --metatrain_iterations' in outcome.out
+    )
     assert listing(tmp_path) == before
 
 

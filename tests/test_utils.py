@@ -1,11 +1,20 @@
 """Losses, normalisation with its second derivatives, initial values and checkpoint files."""
 
+import io
+import os
+import subprocess
+import sys
+
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from command_line import ROOT, parsed
 
+import main
+import utils
 from data_generator import fit_picture, task_picture
-from maml import FullyConnected, initial_value
+from maml import FullyConnected, Learner, initial_value
 from special_grads import batch_norm, layer_norm
 from utils import (
     Batch,
@@ -352,3 +361,167 @@ GRAPH_ERROR = (
 )
 def test_first_line(text, line):
     assert first_line(ValueError(text)) == line
+
+
+# A quiet start ------------------------------------------------------------------------------------
+
+NO_GPU = 'E0000 00:00:1.2 34 cuda_platform.cc:52] failed call to cuInit: INTERNAL: CUDA error'
+NO_AVX = 'F0000 00:00:1.2 34 cpu_feature_guard.cc:4] was compiled to use AVX instructions'
+NO_LIBRARY = 'W0000 00:00:1.2 34 gpu_device.cc:5] Cannot dlopen some GPU libraries'
+
+
+def test_lines_that_say_nothing_are_dropped(capfd):
+    """On the process's stderr, where C++ prints, and only while entered."""
+    with utils.without_lines(utils.LINES_WITHOUT_GPU):
+        os.write(2, f'{NO_LIBRARY}\n{NO_GPU}\n{NO_AVX}\n'.encode())
+    os.write(2, f'{NO_GPU}\n'.encode())
+    assert capfd.readouterr().err.splitlines() == [NO_LIBRARY, NO_AVX, NO_GPU]
+
+
+def test_all_lines_without_sed(capfd, monkeypatch):
+    monkeypatch.setenv('PATH', '')
+    with utils.without_lines(utils.LINES_WITHOUT_GPU):
+        os.write(2, NO_GPU.encode())
+    assert capfd.readouterr().err == NO_GPU
+
+
+def quietly(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Python code in a process with a user's settings."""
+    inherited = {name: text for name, text in os.environ.items() if name != 'TF_CPP_MIN_LOG_LEVEL'}
+    line = [sys.executable, '-B', '-c', code]
+    given = {'env': inherited | environment, 'cwd': ROOT, 'capture_output': True, 'text': True}
+    return subprocess.run(line, timeout=600, **given)
+
+
+@pytest.mark.slow
+def test_a_start_is_quiet():
+    """The modules and TensorFlow's first operation; what ends the process comes through."""
+    start = 'import maml, os, tensorflow as tf; print(tf.reduce_sum(tf.ones(3)).numpy())'
+    done = quietly(start)
+    assert (done.stdout, done.stderr) == ('3.0\n', '')
+    aborted = quietly(
+        'import os, utils\n'
+        'with utils.without_lines(utils.LINES_WITHOUT_GPU):\n'
+        f'    os.write(2, b"{NO_GPU}\\n{NO_AVX}\\n")\n'
+        '    os.abort()'
+    )
+    assert aborted.returncode < 0 and aborted.stderr == f'{NO_AVX}\n'
+    if not utils.has_nvidia_gpu():
+        assert 'cuInit' in quietly(start, TF_CPP_MIN_LOG_LEVEL='0').stderr
+
+
+@pytest.mark.slow
+def test_warnings_come_through(tmp_path):
+    """main.py, from start to end: the two lines that it prints on stderr itself, and no other."""
+    flags = ['--norm=None', '--max_pool=True', '--metatrain_iterations=1', '--log=False']
+    arguments = ['main.py', *flags, f'--logdir={tmp_path}/a', '--update_lr=1e30']
+    code = f'import runpy, sys; sys.argv = {arguments}; runpy.run_path("main.py", None, "__main__")'
+    done = quietly(code)
+    said = done.stderr.splitlines()
+    assert done.returncode == 1 and len(said) == 2
+    assert said[0].startswith('--max_pool is part of the name of the run, but does nothing')
+    assert said[1].startswith('main.py: the loss is')
+
+
+# GPUs ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch) -> dict:
+    """What TensorFlow is told of the two GPUs that it seems to have."""
+    told = {}
+    config = tf.config.experimental
+    monkeypatch.setattr(
+        config, 'enable_tensor_float_32_execution', told.setdefault('tf32', []).append
+    )
+    monkeypatch.setattr(tf.config, 'list_physical_devices', lambda kind: [f'{kind}:0', f'{kind}:1'])
+    monkeypatch.setattr(config, 'set_memory_growth', told.__setitem__)
+    monkeypatch.setattr(utils, 'has_nvidia_gpu', lambda: True)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    return told
+
+
+@pytest.mark.parametrize('tf32', [False, True])
+def test_gpus_are_exact_and_shared(gpus, capsys, tf32):
+    main.tune(parsed('--datasource=miniimagenet', f'--tf32={tf32}'))
+    assert gpus == {'tf32': [tf32], 'GPU:0': True, 'GPU:1': True}
+    assert capsys.readouterr().err == ''
+
+
+def test_gpus_in_use(gpus, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError('Physical devices cannot be modified after being initialized')
+
+    monkeypatch.setattr(tf.config.experimental, 'set_memory_growth', refuse)
+    utils.set_up_gpus()
+    assert gpus == {'tf32': [False]}
+
+
+def test_gpu_that_tensorflow_does_not_find(gpus, monkeypatch, capsys):
+    monkeypatch.setattr(tf.config, 'list_physical_devices', lambda kind: [])
+    utils.set_up_gpus()
+    assert "pip install -e '.[gpu]'" in capsys.readouterr().err
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')  # on purpose
+    utils.set_up_gpus()
+    assert capsys.readouterr().err == ''
+
+
+# What is outside ----------------------------------------------------------------------------------
+
+
+def test_any_text_is_printed(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, 'ascii'))
+    utils.print_anything()
+    print('α caf\udce9', flush=True)
+    assert written.getvalue() == b'\\u03b1 caf\\udce9\n'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'script', ['main.py', 'scripts/model/publish.py', 'scripts/paper/report.py']
+)
+def test_help_where_the_output_is_ascii(script):
+    line = [sys.executable, ROOT / script, '--help']
+    environment = {**os.environ, 'PYTHONIOENCODING': 'ascii'}
+    done = subprocess.run(line, capture_output=True, env=environment, timeout=600)
+    assert b'Traceback' not in done.stderr and len(done.stdout) > 300
+    if script == 'main.py':
+        assert b'\\u03b1, step size of the inner loop' in done.stdout
+
+
+def test_settings_of_keras():
+    """Those of keras.json do not count, a program's own do."""
+    try:
+        keras.config.set_floatx('float16')
+        with pytest.warns(UserWarning, match='float16'):
+            utils.settle_keras(came_first=True)
+        utils.settle_keras(came_first=False)
+        assert keras.config.floatx() == 'float32'
+    finally:
+        keras.config.set_floatx('float32')
+
+
+def test_another_backend_of_keras(monkeypatch):
+    monkeypatch.setattr(keras.config, 'backend', lambda: 'jax')
+    with pytest.raises(ImportError, match='Keras runs on jax here.*KERAS_BACKEND=tensorflow'):
+        utils.settle_keras(came_first=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'name', ['KERAS_BACKEND', 'TF_USE_LEGACY_KERAS', 'TF2_BEHAVIOR', 'KERAS_HOME']
+)
+def test_settings_of_the_environment(tmp_path, name):
+    """None of them makes other weights."""
+    (tmp_path / 'keras.json').write_text('{"floatx": "float16", "backend": "jax"}')
+    values = {'KERAS_BACKEND': 'jax', 'TF_USE_LEGACY_KERAS': '1', 'TF2_BEHAVIOR': '0'}
+    weights = []
+    for logdir, more in ('plain', {}), ('other', {name: values.get(name, str(tmp_path))}):
+        flags = ['--norm=None', '--metatrain_iterations=2', f'--logdir={tmp_path / logdir}']
+        line = [sys.executable, ROOT / 'main.py', *flags, '--log=False']
+        subprocess.run(line, check=True, env={**os.environ, **more}, timeout=600)
+        (folder,) = (tmp_path / logdir).iterdir()
+        weights.append(Learner.load(folder).model.weights)
+    for key, value in weights[0].items():
+        np.testing.assert_array_equal(value, weights[1][key])

@@ -1,6 +1,6 @@
-"""The cells of the paper's tables, and their runs.
+"""The runs of the cells of the paper's tables, `main.CELLS`.
 
-The runs are as scripts/paper/omniglot_5way_1shot.sh and its like leave them.
+They are as scripts/paper/omniglot_5way_1shot.sh and its like leave them.
 """
 
 import pickle
@@ -10,9 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
 import numpy as np
 import tensorflow as tf
 
+from main import SINUSOIDS, Cell, same
+from scripts.lib import unpickling
 from utils import (
     DamagedCheckpoint,
     checkpoints,
@@ -28,112 +33,6 @@ from utils import (
 DIVERGED = 100.0
 
 
-class Cell(NamedTuple):
-    """One entry of the paper's tables."""
-
-    name: str  # the script's and the folder's
-    title: str
-    group: str  # cells that are drawn together
-    kind: str  # title within the group
-    paper: str  # what it says
-    updates: int  # the paper's number of updates in evaluation
-    settings: dict  # flags of main.py, as in the script
-
-    @property
-    def numbers(self) -> list[float]:
-        """The numbers in `paper`: a value and half of its interval.
-
-        Of sinusoids they are the errors after 1, 5 and 10 updates.
-        """
-        return [float(number) for number in re.findall(r'[\d.]+', self.paper)]
-
-
-def omniglot(ways: int, shots: int, paper: str, conv: bool = True) -> Cell:
-    few = ways == 5
-    settings = dict(
-        datasource='omniglot',
-        num_classes=ways,
-        update_batch_size=shots,
-        update_lr=0.4 if few else 0.1,
-        num_updates=1 if few else 5,
-        meta_batch_size=32 if few else 16,
-        conv=conv,
-        num_filters=64,
-        max_pool=False,
-        stop_grad=False,
-    )
-    more = '' if conv else ', no convolutions'
-    return Cell(
-        f'omniglot_{ways}way_{shots}shot' + ('' if conv else '_no_conv'),
-        f'Omniglot, {ways}-way {shots}-shot{more}',
-        f'Omniglot, {ways}-way{more}',
-        f'{shots}-shot',
-        paper,
-        3 if few else 5,
-        settings,
-    )
-
-
-def miniimagenet(shots: int, paper: str, first_order: bool = False) -> Cell:
-    settings = dict(
-        datasource='miniimagenet',
-        num_classes=5,
-        update_batch_size=shots,
-        update_lr=0.01,
-        num_updates=5,
-        meta_batch_size=4 if shots == 1 else 2,
-        conv=True,
-        num_filters=32,
-        max_pool=True,
-        stop_grad=first_order,
-    )
-    kind = f'{shots}-shot' + ', first order' * first_order
-    return Cell(
-        f'miniimagenet_5way_{shots}shot' + '_first_order' * first_order,
-        f'miniImagenet, 5-way {kind}',
-        'miniImagenet, 5-way',
-        kind,
-        paper,
-        10,
-        settings,
-    )
-
-
-def sinusoid(
-    name: str, title: str, paper: str, baseline: str | None = None, update_lr: float = 0.01
-) -> Cell:
-    settings = dict(
-        datasource='sinusoid',
-        update_batch_size=10,
-        update_lr=update_lr,
-        num_updates=1,
-        meta_batch_size=25,
-        norm='None',
-        baseline=baseline,
-        stop_grad=False,
-    )
-    return Cell(name, title, 'Sinusoid', title, paper, 10, settings)
-
-
-CELLS = [
-    omniglot(5, 1, '89.7 ± 1.1', conv=False),
-    omniglot(5, 5, '97.5 ± 0.6', conv=False),
-    omniglot(5, 1, '98.7 ± 0.4'),
-    omniglot(5, 5, '99.9 ± 0.1'),
-    omniglot(20, 1, '95.8 ± 0.3'),
-    omniglot(20, 5, '98.9 ± 0.2'),
-    miniimagenet(1, '48.07 ± 1.75', first_order=True),
-    miniimagenet(1, '48.70 ± 1.84'),
-    miniimagenet(5, '63.15 ± 0.91', first_order=True),
-    miniimagenet(5, '63.11 ± 0.92'),
-]
-MAML_ERRORS = '.67 / .38 / .35'
-SINUSOIDS = [
-    sinusoid('sinusoid', 'MAML', MAML_ERRORS),
-    sinusoid('sinusoid_published_command', 'MAML, α = 0.001', MAML_ERRORS, update_lr=0.001),
-    sinusoid('sinusoid_pretrain', 'pre-trained on all tasks', '2.41 / 2.23 / 2.19'),
-    sinusoid('sinusoid_oracle', 'oracle', '', 'oracle'),
-]
 # Flags that make a run another cell's, or none's; other settings make it another run of the cell.
 TELLING = {'datasource', 'num_classes', 'update_batch_size', 'conv', 'stop_grad', 'baseline'}
 
@@ -180,23 +79,21 @@ def read_table(path: Path) -> Table:
     """Raises ValueError if a file is not what main.py writes."""
     try:
         means, _, interval = read_evaluation(path)
-        stored = pickle.loads(path.with_suffix('.pkl').read_bytes())
+        with path.with_suffix('.pkl').open('rb') as file:
+            stored = unpickling.load(file)
         values = stored['mses']  # [600, 1 + updates]
         assert values.shape[1:] == means.shape
         assert np.allclose(values.mean(0), means, rtol=1e-4, equal_nan=True)
         medians = np.median(np.where(np.isnan(values), np.inf, values), axis=0)
         iteration, split = int(stored.get('iteration', -1)), str(stored.get('split', ''))
         return Table(means, interval, medians, iteration, split)
-    except Exception:  # pickle has no error of its own
+    except pickle.UnpicklingError as error:
+        raise ValueError(f'{path.with_suffix(".pkl")} {error}') from None
+    except Exception:  # of a table that is none, nearly any
         raise ValueError(
             f'{path} and {path.stem}.pkl are not the tables that main.py writes, '
             'or not of one evaluation'
         ) from None
-
-
-def same(value, wanted) -> bool:
-    """Whether two values of a flag are the same; --baseline=None is the text 'None'."""
-    return value == wanted or str(value) == str(wanted) == 'None'
 
 
 def deviations(folder: Path, flags: dict, cell: Cell) -> dict[str, tuple]:
@@ -242,9 +139,11 @@ def read_tables(folder: Path, update_lr: str | None) -> dict[tuple, Table]:
     """
     tables = {}
     for path in sorted(folder.glob('test_ubs*_stepsize*.csv')):
-        match = re.fullmatch(r'test_ubs(\d+)_stepsize([^_]+)(_best)?\.csv', path.name)
+        match = re.fullmatch(r'test_ubs(\d+)_stepsize([^_]+)(_val)?(_best)?\.csv', path.name)
         if match and update_lr in (None, match[2]):  # others are of --test_query and the like
-            tables[int(match[1]), 'best' if match[3] else 'last'] = read_table(path)
+            kind = int(match[1]), 'best' if match[4] else 'last'
+            if kind not in tables:  # those of the test classes come first
+                tables[kind] = read_table(path)
     return tables
 
 

@@ -62,6 +62,4 @@ set_up() {
     install "$1"
     exec 9<&-
     PATH=$PWD/.venv/bin:$PATH
-    # Errors only: no lines about CPU features and missing GPUs.
-    export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
 }

@@ -6,14 +6,15 @@ import warnings
 from pathlib import Path
 
 from maml import Learner, find_checkpoint, user_network
-from utils import read_run_state
+from utils import read_run_state, set_up_gpus
 
 
 def load(run_folder: Path, checkpoint: int | str = -1, network: str = '') -> Learner:
-    """As Learner.load; network: FILE.py:FUNCTION, if the run was trained with one.
+    """As Learner.load, on GPUs as main.py uses them.
 
-    Raises ValueError and UserCodeError.
+    network: FILE.py:FUNCTION, if the run was trained with one. Raises ValueError and UserCodeError.
     """
+    set_up_gpus()
     with said():
         return _load(run_folder, checkpoint, network)
 

@@ -29,9 +29,12 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 STARTED = time.time()
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
+import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
@@ -72,7 +75,7 @@ def versions() -> dict[str, str]:
     return {
         'python': sys.version.split()[0],
         'tensorflow': tf.__version__,
-        'keras': tf.keras.__version__,
+        'keras': keras.__version__,
         'numpy': np.__version__,
     }
 
@@ -298,10 +301,10 @@ def time_evaluation(f: flags.FlagValues) -> dict:
         main.evaluate(run, f)
     elapsed = time.perf_counter() - start
     return {
-        'tasks': main.EVALUATION_TASKS,
+        'tasks': f.test_tasks,
         'updates': max(f.num_updates, main.EVALUATION_UPDATES),
         'evaluation_s': round(elapsed, 2),
-        'tasks_per_s': round(main.EVALUATION_TASKS / elapsed, 2),
+        'tasks_per_s': round(f.test_tasks / elapsed, 2),
         'since_process_start_s': round(since_start(), 2),
     }
 

@@ -13,11 +13,9 @@ there are several, else over tasks.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np

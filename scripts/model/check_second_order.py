@@ -16,15 +16,16 @@ refused, or a mistake in the command or in FUNCTION.
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
 import keras
 import numpy as np
 import tensorflow as tf

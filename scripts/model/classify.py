@@ -11,12 +11,10 @@ printed with the likeliest label and its probability.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np

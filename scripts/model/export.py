@@ -22,9 +22,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
 import tensorflow as tf
 
 from maml import PIXEL_TOLERANCE, Learner, example_shape

@@ -12,14 +12,12 @@ name.
 """
 
 import argparse
-import os
 import re
 import shlex
 import sys
 from collections.abc import Collection
 from pathlib import Path
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from maml import make_model

@@ -16,9 +16,11 @@ import shutil
 import sys
 from pathlib import Path
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
 import tensorflow as tf
 from absl import flags
 
@@ -62,7 +64,7 @@ def training_command(settings: dict) -> str:
     define_flags(defaults)
     given = []
     for name, value in settings.items():
-        told = name in defaults and name not in ('logdir', 'data_dir')
+        told = name in defaults and name not in ('logdir', 'data_dir', 'cache_dir')
         if told and value != defaults[name].value:
             given.append(f'--{name}={value}')
     return shlex.join(['python', 'main.py', *given])

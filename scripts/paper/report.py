@@ -10,15 +10,14 @@ there, is quoted.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.lib.cells import CELLS, DIVERGED, SINUSOIDS, Cell, Run, Table, pooled, read_runs
+from main import CELLS, SINUSOIDS, Cell
+from scripts.lib.cells import DIVERGED, Run, Table, pooled, read_runs
 from scripts.lib.preparation import as_path
 from scripts.lib.report_figures import FIGURES, Runs
 from utils import print_anything, write_whole

@@ -20,16 +20,17 @@ derivative of batch normalisation's derivative:
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # no lines about CPU features and missing GPUs
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+
+# isort: split
 import numpy as np
 import tensorflow as tf
 from absl import app
@@ -164,7 +165,9 @@ def read_result(folder: Path) -> Result | None:
     values = []
     for step, value in summaries.get(f'{tag}__step_{updates}', {}).items():
         values.append([step, 100 * value, 100 * summaries[f'{tag}_interval'][step]])
-    test = next(iter(sorted(run.glob('test_ubs?_stepsize*.csv'))), None)
+    tables = sorted(run.glob('test_ubs?_stepsize*.csv'))
+    usual = (path for path in tables if path.stem.count('_') == 2)  # the others tell what is not
+    test = next(usual, None)
     if test:
         means, _, intervals = read_evaluation(test)
         test = 100 * means[updates], 100 * intervals[updates]
