@@ -1672,7 +1672,8 @@ class Learner(ArraysOfTasks):
     Of one task, x is [examples, ...], y [examples] and weights [...]; of several, with an axis of
     tasks before: x [T, examples, ...], y [T, examples], weights [T, ...]. An example is an array of
     any shape of the network's size, such as an image [height, width, channels] with values from 0
-    to 1, or uint8 from 0 to 255. y are the classes' numbers, 0 to N-1; of regression, the values,
+    to 1, or uint8 from 0 to 255: the type alone says which, 0 and 1 of uint8 are almost black. y
+    are the classes' numbers, 0 to N-1; of regression, the values,
     [(T,) examples, out].
 
     Attributes: model, a FastMAML; of one that was loaded also settings, the flags it was trained
@@ -1843,6 +1844,8 @@ def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
         text = "checkpoint, if it is not 'best' or -1 for the newest,"
         checkpoint = whole_number(text, checkpoint)
     folder = folder_path('run_folder', run_folder)
+    if not folder.is_dir():
+        raise ValueError(f'there is no folder {folder}: give one that main.py trained in')
     found = checkpoints(folder, 'best' if checkpoint == 'best' else 'model')
     there = [*checkpoints(folder)]
     if not found and not there:
