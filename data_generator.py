@@ -151,10 +151,7 @@ class DataGenerator:
 
     def _draw(self, split: str, iteration: int, num_tasks: int) -> np.ndarray:
         """Uniform numbers in [0, 1), a row for each task: [T, num_draws]."""
-        if split not in SPLITS:
-            raise ValueError(f'there is no split {split!r}; the splits are {", ".join(SPLITS)}')
-        num_tasks = whole_number('--meta_batch_size', num_tasks, lowest=1)
-        iteration = whole_number('iteration', iteration)
+        iteration, num_tasks = _asked(split, iteration, num_tasks)
         generator = np.random.default_rng([self.seed, SPLITS.index(split), iteration])
         return generator.random((num_tasks, self.num_draws))
 
@@ -399,8 +396,9 @@ class UserTasks(DataGenerator):
     def batch(
         self, split: str, iteration: int, num_tasks: int, tasks: slice = slice(None)
     ) -> Batch:
+        asked = _asked(split, iteration, num_tasks)
         with self.busy:
-            asked, held = (iteration, num_tasks), self.newest.get(split)
+            held = self.newest.get(split)
             if not held or held[0] != asked:  # else another slice of the same tasks
                 held = self.newest[split] = asked, self._drawn(split, *asked)
         return Batch(*(array[tasks] for array in held[1]))
@@ -556,6 +554,13 @@ def label_objective(tasks, labels: Sequence[np.ndarray], name: str) -> str:
             f'{labels[0].min():g} to {labels[0].max():g}'
         )
     return asked
+
+
+def _asked(split: str, iteration: int, num_tasks: int) -> tuple[int, int]:
+    """Iteration and number of tasks. Raises ValueError if there is no such meta-batch."""
+    if split not in SPLITS:
+        raise ValueError(f'there is no split {split!r}; the splits are {", ".join(SPLITS)}')
+    return whole_number('iteration', iteration), whole_number('--meta_batch_size', num_tasks, 1)
 
 
 class TaskSize(NamedTuple):

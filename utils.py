@@ -202,8 +202,10 @@ def real_number(name: str, value, above: float | None = None) -> float:
 def real_numbers(name: str, values) -> np.ndarray:
     """An argument as an array. Raises ValueError, with its name, if it is not one of real numbers.
 
-    Booleans count as such.
+    Booleans count as such; what NumPy masks does not.
     """
+    if np.ma.is_masked(values):
+        raise ValueError(f'{name} must be real numbers, but some are masked')
     try:
         array = np.asarray(values)
     except ValueError as error:  # lists of different lengths
