@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import draw, listing
 from PIL import Image
 
 import data_generator
@@ -20,6 +21,7 @@ from data_generator import (
     ClassImages,
     ImageGenerator,
     SinusoidGenerator,
+    load_folder,
     load_miniimagenet,
     load_omniglot,
     split_classes,
@@ -655,6 +657,19 @@ def test_damaged_cache_is_never_used(omniglot, capsys, damage):
         assert 'cannot be kept' in printed  # left to its owner
     else:
         assert load(omniglot, capsys) == (first, '')
+
+
+@pytest.mark.parametrize('inside, data_dir', [('photos', '.'), ('photos/0', '..'), ('photos', '')])
+def test_folders_relative_to_where_one_is(tmp_path, monkeypatch, inside, data_dir):
+    """The cache lies beside the folder, and not in it: that one is the user's."""
+    for c in range(3):
+        draw(tmp_path / f'photos/{c}/image.png', (8, 8), 'RGB', c, 0)
+    before = listing(tmp_path / 'photos')
+    monkeypatch.chdir(tmp_path / inside)
+    classes = load_folder(data_dir, image_size=8)
+    assert {len(of.names) for of in classes.values()} == {1}
+    assert listing(tmp_path / 'photos') == before
+    assert {path.name for path in tmp_path.iterdir()} == {'photos', 'photos.8x8x3.cache'}
 
 
 def test_data_without_a_place_for_the_cache(omniglot, capsys):

@@ -1,6 +1,6 @@
-"""The cells of the paper's tables, and their runs.
+"""The runs of the cells of the paper's tables, `main.CELLS`.
 
-The runs are as scripts/paper/omniglot_5way_1shot.sh and its like leave them.
+They are as scripts/paper/omniglot_5way_1shot.sh and its like leave them.
 """
 
 import pickle
@@ -139,9 +139,11 @@ def read_tables(folder: Path, update_lr: str | None) -> dict[tuple, Table]:
     """
     tables = {}
     for path in sorted(folder.glob('test_ubs*_stepsize*.csv')):
-        match = re.fullmatch(r'test_ubs(\d+)_stepsize([^_]+)(_best)?\.csv', path.name)
+        match = re.fullmatch(r'test_ubs(\d+)_stepsize([^_]+)(_val)?(_best)?\.csv', path.name)
         if match and update_lr in (None, match[2]):  # others are of --test_query and the like
-            tables[int(match[1]), 'best' if match[3] else 'last'] = read_table(path)
+            kind = int(match[1]), 'best' if match[4] else 'last'
+            if kind not in tables:  # those of the test classes come first
+                tables[kind] = read_table(path)
     return tables
 
 
