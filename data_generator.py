@@ -79,6 +79,7 @@ class DataGenerator:
     updates_shown = 1  # inner updates evaluated during training, at least
     tasks_at_once = 4  # tasks evaluated together, which bounds the memory; divides 600
     picture_name = 'task'  # the tag of `picture` in TensorBoard
+    has_queries = True  # whether tasks have query sets; else updates have no outcome to tell of
     model_settings = {}  # what `make_model` must know of the tasks besides the flags
     classes = {}  # {split: {class: how many images}}, which checkpoints keep
     settled_flags = {}  # values of flags that were left to the data
@@ -263,6 +264,7 @@ class ImageGenerator(DataGenerator):
         self.folders = {split: folders[split] for split in splits}
         self.num_classes, self.num_support, self.num_query = num_classes, num_support, num_query
         self.rotate = self.rotates if rotate is None else rotate
+        self.has_queries = self.validates = num_query > 0
         size = TaskSize(num_classes, num_support, num_query)
         for split, classes in self.folders.items():
             check_split(split, classes.folder, classes.sizes(), size)
@@ -806,7 +808,7 @@ def load_omniglot(data_dir: str, cache_dir: str | None = None) -> dict[str, Clas
 def load_miniimagenet(
     data_dir: str, splits: Iterable[str] = SPLITS, cache_dir: str | None = None
 ) -> dict[str, ClassImages]:
-    """The classes `data_dir/miniImagenet/<split>/<wnid>/*.jpg` (84x84, colour) of each split.
+    """The classes `data_dir/miniImagenet/<split>/<wnid>/*` (84x84, colour) of each split.
 
     splits: those that are needed; other folders need not exist. cache_dir: see load_class_folders.
     Raises FileNotFoundError if the folder of a split is missing, and ValueError if it is empty or
@@ -814,8 +816,8 @@ def load_miniimagenet(
     """
     folder = Path(data_dir) / 'miniImagenet'
     command = (
-        f'`python scripts/data/prepare_miniimagenet.py --source=FOLDER {_target(folder)}`, where '
-        'FOLDER holds the images and the csv files of the splits'
+        f'`python scripts/data/prepare_miniimagenet.py {_target(folder)}`, which downloads it '
+        'unless it is given a folder that has it by --source=FOLDER'
     )
     given = (command, cache_dir)
     return {

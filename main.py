@@ -70,6 +70,7 @@ from utils import (
     Replicas,
     UserCodeError,
     checkpoints,
+    evaluated_iteration,
     event_files,
     first_line,
     first_whole,
@@ -264,7 +265,8 @@ FLAGS = (
     Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders', FOLDER),
     Flag('resume', bool, True, ANYTIME, 'continue from the newest checkpoint of the same run'),
     Flag('overwrite', bool, False, ANYTIME,
-         'with --resume=False: remove the earlier run of the same name'),
+         'with --resume=False: remove the earlier run of the same name; with --test_iter=N: what '
+         'came after iteration N'),
     Flag('validation_tasks', int, 100, EVALUATION,
          'tasks of a validation during training (images only)', lowest=2),
     Flag('train', bool, True, ANYTIME, 'train, else evaluate'),
@@ -348,10 +350,10 @@ def check_flags(f: flags.FlagValues):
     check_tasks(f)
     if f.train:
         check_training(f)
-    if f.overwrite and (f.resume or not f.train):
+    if f.overwrite and (f.resume and f.test_iter == -1 or not f.train):
         raise ValueError(
             '--overwrite removes an earlier run of the same name, so it needs --resume=False and '
-            '--train=True'
+            '--train=True; or what came after --test_iter=N, if training is to continue there'
         )
 
 
@@ -372,6 +374,8 @@ def check_tasks(f: flags.FlagValues):
             'a plain network on miniimagenet (--metatrain_iterations=0) takes one image per class, '
             f'so it needs --update_batch_size=1, not {f.update_batch_size}'
         )
+    if f.num_classes == 1 and f.datasource in ('omniglot', 'miniimagenet', 'folder'):
+        raise ValueError('--num_classes=1: between images of one class there is nothing to learn')
     if f.network:
         check_network(f)
     elif f.max_pool and (f.datasource == 'sinusoid' or not f.conv):
@@ -409,6 +413,11 @@ def check_training(f: flags.FlagValues):
         if is_asked:
             text = f'--{name}={f[name].value} is for evaluation, so it needs --train=False'
             raise ValueError(text)
+    if f.test_iter != -1 and not f.resume:
+        raise ValueError(
+            f'--test_iter={f.test_iter} continues from a checkpoint, and --resume=False begins '
+            'afresh: give one of them'
+        )
     if sum(iterations(f)) == 0:
         raise ValueError(
             'there is nothing to train: set --metatrain_iterations or --pretrain_iterations above 0'
@@ -650,9 +659,9 @@ class Log(Observer):
     """Summaries for TensorBoard, the original's printed lines, and a line of progress.
 
     objective: of the source, 'loss' or 'accuracy'. pretrain, end: iterations of joint training, and
-    of both. update: the number of inner updates whose outcome is printed. interval: iterations
-    between printed lines. start: the first iteration; state: what `state` gave before it. folder:
-    of the summaries, if there are to be any.
+    of both. update: the number of inner updates whose outcome is printed, None if there are no
+    query sets to tell of it. interval: iterations between printed lines. start: the first
+    iteration; state: what `state` gave before it. folder: of the summaries, if there are to be any.
     """
 
     def __init__(
@@ -660,7 +669,7 @@ class Log(Observer):
         objective: str,
         pretrain: int,
         end: int,
-        update: int,
+        update: int | None,
         interval: int,
         start: int = 0,
         state: dict | None = None,
@@ -694,23 +703,24 @@ class Log(Observer):
             with self.writer.as_default():
                 tf.summary.text('flags', text, step=self.start)
         updates = '1 update' if self.update == 1 else f'{self.update} updates'
+        after = f', and on the query sets after {updates}' if self.update else ''
         self.line(
             f'To be printed every {self.interval} iterations: mean {self.objective} on the support '
-            f'sets before any update, and on the query sets after {updates}.'
+            f'sets before any update{after}.'
         )
 
-    def summaries(self, prefix: str, results: Results, iteration: int) -> tuple[float, float]:
+    def summaries(self, prefix: str, results: Results, iteration: int) -> list[float]:
         """Writes the scalars of one meta-batch under the original's tags.
 
         Returns the means of the objective to print: before any update, and after `update`.
         """
         for kind in ('loss',) if self.objective == 'loss' else ('loss', 'accuracy'):
             before, after = results.of(kind)
-            pre, post = np.mean(before), np.mean(after, axis=1)
+            pre, post = np.mean(before), np.mean(after, axis=1) if self.update else []
             tags = [f'Pre-update_{kind}']
             tags += [f'Post-update_{kind}__step_{j}' for j in range(1, len(post) + 1)]
             self._write(tuple(f'{prefix}_{tag}' for tag in tags), [pre, *post], iteration)
-        return pre, post[self.update - 1]  # of the objective, which comes last
+        return [pre, post[self.update - 1]] if self.update else [pre]  # the objective comes last
 
     def _write(self, tags: tuple[str, ...], values: list, iteration: int):
         if self.writer:
@@ -724,15 +734,17 @@ class Log(Observer):
 
     def training(self, results: Results, iteration: int):
         """Prints the means of all meta-batches since the last line, if one is due."""
-        before, after = self.summaries('metatrain', results, iteration)
-        self.before.append(before)
-        self.after.append(after)
-        self._write((f'last_training_{self.objective}',), [np.mean(self.after)], iteration)
+        means = self.summaries('metatrain', results, iteration)
+        for shown, mean in zip((self.before, self.after), means):
+            shown.append(mean)
+        if self.update:
+            self._write((f'last_training_{self.objective}',), [np.mean(self.after)], iteration)
         if iteration % self.interval == 0 and iteration != 0:
             label = f'Iteration {iteration - self.pretrain}'
             if iteration < self.pretrain:
                 label = f'Pretrain Iteration {iteration}'
-            self.line(f'{label}: {np.mean(self.before)}, {np.mean(self.after)}')
+            means = [np.mean(shown) for shown in (self.before, self.after) if shown]
+            self.line(f'{label}: {", ".join(map(str, means))}')
             self.before, self.after = [], []
 
     def validation(self, results: Results, interval: float, iteration: int):
@@ -825,7 +837,7 @@ def make_trainer(run: Prepared, f: flags.FlagValues) -> Trainer:
         source.objective,
         pretrain,
         schedule.end,
-        f.num_updates,
+        f.num_updates if source.has_queries else None,
         PRINT_INTERVAL * source.print_factor,
         run.start,
         run.state,
@@ -879,10 +891,18 @@ def train(trainer: Trainer, watch: Callable = iter):
     end = trainer.schedule.end
     if done < end:
         print(
-            f'Saved {trainer.folder}/model{done - 1}; the same command continues at iteration '
-            f'{done} of {end}.'
+            f'Saved {trainer.folder}/model{done - 1}; {command_again(trainer.settings)} continues '
+            f'at iteration {done} of {end}.'
         )
         sys.exit(128 + (signals.received or signal.SIGTERM))  # another worker's signal stops all
+
+
+def command_again(given: dict) -> str:
+    """What continues a run: the command without what said where this process was to begin."""
+    names = ('resume', 'overwrite', 'test_iter')
+    defaults = {flag.name: flag.default for flag in FLAGS}
+    once = [f'--{name}={given[name]}' for name in names if given[name] != defaults[name]]
+    return f'the same command{" without " if once else ""}{" and ".join(once)}'
 
 
 # Evaluation ---------------------------------------------------------------------------------------
@@ -903,6 +923,12 @@ def evaluate(run: Prepared, f: flags.FlagValues):
             done = len(row) * len(rows)
             print(f'{done} of {f.test_tasks} tasks', end='\033[K\r', flush=True)
     values = np.concatenate(rows)[: f.test_tasks]  # [tasks, 1 + updates]
+    if not source.has_queries:
+        values = values[:, :1]
+        print(
+            'There are no query images, as in the original, to tell of updates: '
+            f'--test_query={MINIIMAGENET_QUERY_IMAGES} takes some.'
+        )
     mean, stddev = values.mean(0), values.std(0)
     interval = 1.96 * stddev / np.sqrt(len(values))
     print('Mean validation accuracy/loss, stddev, and confidence intervals')
@@ -919,8 +945,9 @@ def evaluate(run: Prepared, f: flags.FlagValues):
     content = {'mses': values, 'iteration': run.start - 1, 'split': split}
     write_whole(path.with_name(f'{path.name}.pkl'), pickle.dumps(content))
     header = [f'update{j}' for j in range(len(mean))]
+    rows = [[*row, split, run.start - 1] for row in (mean, stddev, interval)]
     text = io.StringIO()
-    csv.writer(text).writerows([header, mean, stddev, interval])
+    csv.writer(text).writerows([header + ['split', 'iteration'], *rows])
     write_whole(path.with_name(f'{path.name}.csv'), text.getvalue().encode())
 
 
@@ -952,13 +979,17 @@ def result_table(what: str, mean: np.ndarray, interval: np.ndarray, paper: dict)
 
 
 def evaluation_name(f: flags.FlagValues) -> str:
-    """Of the files that hold an evaluation, without suffix."""
+    """Of the files that hold an evaluation, without suffix.
+
+    It is the original's for the test classes and the newest checkpoint, and tells what is not so.
+    """
     parts = [
         f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}',
         f'_query{f.test_query}' if f.test_query != -1 else '',
         f'_tasks{f.test_tasks}' if f.test_tasks != f['test_tasks'].default else '',
         '' if f.transductive else '_inductive',
-        '_best' if f.test_iter == 'best' else '',
+        '' if f.test_set else '_val',
+        {-1: '', 'best': '_best'}.get(f.test_iter, f'_iteration{f.test_iter}'),
     ]
     return ''.join(parts)
 
@@ -1131,17 +1162,24 @@ def prepare(f: flags.FlagValues, held: ExitStack, norm: Normalization | None = N
     start = int(replicas.agree([np.int64(iteration)])[0]) + 1
     model.agree()
     if f.train and start >= total:
-        print(
-            f'The run is complete: {start} of {total} iterations; raise --metatrain_iterations for '
-            'more.'
-        )
+        print(complete(start, f))
         return Prepared(model, {}, folder, start, state)
     generators = own or make_generators(f, data_of_run(replicas, iteration, state))
     if replicas.is_chief:
         open_folder(folder, f, start, held)
+        if f.overwrite and not best_is_there(folder, state):
+            state = {**state, 'best': None}
     if f.train and start > 0:
         print(f'Continuing at iteration {start} of {total}.')
     return Prepared(model, generators, folder, start, state)
+
+
+def complete(done: int, f: flags.FlagValues) -> str:
+    """Says that nothing is left to train."""
+    total, joint = sum(iterations(f)), f.metatrain_iterations == 0
+    flag = '--pretrain_iterations' if joint else '--metatrain_iterations'
+    of = f'of {total} iterations' if done == total else f'iterations, and {total} are asked for'
+    return f'The run is complete: {done} {of}; raise {flag} for more.'
 
 
 def build_model(
@@ -1216,7 +1254,20 @@ def restore_run(
             f'{folder} holds a run: leave --resume=False away to continue it, add --overwrite to '
             'remove it, or give another --logdir'
         )
+    if f.train and f.test_iter != -1 and not f.overwrite:
+        check_nothing_later(folder, f.test_iter)
     return load(model, candidates, f)
+
+
+def check_nothing_later(folder: Path, iteration: int):
+    """Raises ValueError if a run has gone on after an iteration: it has one history."""
+    last = max(checkpoints(folder))
+    if last > iteration:
+        raise ValueError(
+            f'{folder} goes on after --test_iter={iteration} until iteration {last}: add '
+            '--overwrite to remove what came later, leave --test_iter away to continue at the end, '
+            'or give another --logdir'
+        )
 
 
 def lock_folder(folder: Path, held: ExitStack):
@@ -1233,7 +1284,8 @@ def lock_folder(folder: Path, held: ExitStack):
 def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
     """Makes the run's folder, sees that it can be written, and clears what is not to stay.
 
-    With --overwrite that is the earlier run; else what a process that died has left of later
+    With --overwrite that is the earlier run, or what came after the iteration that it continues
+    from; else what a process that died has left of later
     iterations. Raises OSError and ValueError.
     """
     try:
@@ -1243,7 +1295,9 @@ def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
                 lock_folder(folder, held)
         tempfile.TemporaryFile(dir=folder).close()
         if f.train:
-            if f.overwrite:
+            if f.overwrite and f.resume:
+                remove_later(folder, start)
+            elif f.overwrite:
                 remove_run(folder)
             remove_leftovers(folder)
             forget_summaries(folder, start)
@@ -1262,6 +1316,33 @@ def remove_run(folder: Path):
     for path in [*event_files(folder), *tables]:
         path.unlink()
     print(f'Removed the earlier run in {folder}: {count} checkpoints, summaries and results.')
+
+
+def best_is_there(folder: Path, state: dict) -> bool:
+    """Whether the checkpoint of the best validation so far is still there, or there was none."""
+    best = state.get('best')
+    return not best or best['iteration'] in checkpoints(folder, 'best')
+
+
+def remove_later(folder: Path, start: int):
+    """Removes what a run has written of iteration `start` and later, and says so.
+
+    The newest goes first: what is left, if the process dies, is an earlier state of the run. Its
+    summaries are left to `forget_summaries`.
+    """
+    found = {kind: checkpoints(folder, kind) for kind in ('best', 'model')}
+    later = {kind: [i for i in found[kind] if i >= start] for kind in found}
+    for kind, iterations_ in later.items():
+        for i in reversed(iterations_):
+            remove_checkpoint(found[kind][i])
+    for path in folder.glob('test_ubs*_stepsize*.csv'):
+        if evaluated_iteration(path) >= start:
+            path.unlink()
+            path.with_suffix('.pkl').unlink(missing_ok=True)
+    print(
+        f'Removed what came after iteration {start - 1} in {folder}: {len(later["model"])} '
+        'checkpoints, and their summaries and results.'
+    )
 
 
 def main(
@@ -1311,7 +1392,8 @@ def carry_out(run: Prepared, f: flags.FlagValues):
             raise
         print(
             f'main.py: worker {worker_index(f)} lost another one ({first_line(error)}); start all '
-            f'of them again: the run continues from its newest checkpoint in {run.folder}',
+            f'of them again: {command_again(settings(f))} continues from the newest checkpoint in '
+            f'{run.folder}',
             file=sys.stderr,
             flush=True,
         )

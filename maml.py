@@ -103,7 +103,7 @@ def initial_value(kind, shape: tuple[int, ...], seed: list[int]) -> np.ndarray:
             raise ValueError(f'an initial value is {list(value.shape)}, not {list(shape)}')
         return value
     number = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)
-    make = tf.keras.initializers
+    make = keras.initializers
     if kind in ('zeros', 'ones'):
         initializer = {'zeros': make.Zeros, 'ones': make.Ones}[kind]()
     elif kind == 'glorot':
@@ -623,8 +623,8 @@ class MAML(tf.Module):
         # Learned by the outer loop only.
         self.norms = {name: variables[name] for name in network.norm_parameters}
         # ε as TensorFlow 1's Adam has it; Keras's own default is ten times larger.
-        self.metatrain_optimizer = tf.keras.optimizers.Adam(meta_lr, epsilon=1e-8)
-        self.pretrain_optimizer = tf.keras.optimizers.Adam(meta_lr, epsilon=1e-8)
+        self.metatrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
+        self.pretrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
         for optimizer in (self.metatrain_optimizer, self.pretrain_optimizer):
             optimizer.build(self.parameters)
 
@@ -1343,14 +1343,15 @@ class Trainer:
         values = results.of(objective)[1][self.model.num_updates - 1]  # [tasks]
         mean, interval = float(np.mean(values)), float(confidence(values))
         self.log.validation(results, interval, iteration)
-        sign = 1 if objective == 'accuracy' else -1
-        if self.best is None or sign * mean > sign * self.best[objective]:
+        best = self.best or {objective: np.nan}
+        if is_better(mean, best[objective], objective):
             self.best = {'iteration': iteration, objective: mean, 'interval': interval}
             self.save(iteration, 'best')
             verdict = 'the best so far'
+        elif np.isfinite(best[objective]):
+            verdict = f'the best was {best[objective]:.4f} at iteration {best["iteration"]}'
         else:
-            best, at = self.best[objective], self.best['iteration']
-            verdict = f'the best was {best:.4f} at iteration {at}'
+            verdict = 'none was a number so far'
         shown = f'{mean:.4f} +- {interval:.4f}, {verdict}.'
         what = f'{objective.capitalize()} on {self.validation_tasks} validation tasks'
         self.log.line(f'{what}: {shown}')
@@ -1392,8 +1393,15 @@ class Trainer:
             last = 'there is no checkpoint yet'
         raise Diverged(
             f'{what}, so training has stopped; {last}. Try a smaller --update_lr or --meta_lr, or '
-            '--norm=batch_norm'
+            '--norm=batch_norm, with another --logdir'
         )
+
+
+def is_better(value: float, best: float, objective: str) -> bool:
+    """Whether a loss is lower, or an accuracy higher; what is no finite number never is."""
+    if not np.isfinite(value) or not np.isfinite(best):
+        return bool(np.isfinite(value))
+    return value > best if objective == 'accuracy' else value < best
 
 
 def evaluate_tasks(

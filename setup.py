@@ -2,7 +2,8 @@
 
 `'.[gpu]'` adds CUDA's libraries, by which TensorFlow uses an NVIDIA GPU, `'.[test]'` what the tests
 need, `'.[dev]'` the linter and formatter as well, `'.[notebook]'` what executes
-scripts/examples/tutorial.ipynb.
+scripts/examples/tutorial.ipynb, `'.[demo]'` what scripts/model/demo.py needs, and `'.[demo_test]'`
+what draws on its page in a browser.
 """
 
 from setuptools import setup
@@ -10,6 +11,8 @@ from setuptools import setup
 PLOTS = ['matplotlib>=3.7']
 NOTEBOOK = [*PLOTS, 'ipykernel', 'nbclient>=0.8']
 TEST = [*PLOTS, 'pytest>=7']
+DEMO = ['nicegui>=3.5']
+DEMO_TEST = [*TEST, *DEMO, 'playwright>=1.40']
 # One version, since another formats otherwise.
 DEV = [*TEST, 'ruff==0.17.6']
 
@@ -32,6 +35,8 @@ setup(
     extras_require={
         'plots': PLOTS,
         'notebook': NOTEBOOK,
+        'demo': DEMO,
+        'demo_test': DEMO_TEST,
         'test': TEST,
         'dev': DEV,
         'gpu': ['tensorflow[and-cuda]>=2.16'],

@@ -201,7 +201,8 @@ def test_folder_from_the_command_line(tmp_path, eager):
     (run_folder,) = (tmp_path / 'logs').iterdir()
     names = {path.stem for path in run_folder.glob('*.csv')}
     evaluated = 'test_ubs1_stepsize0.001'
-    assert names == {evaluated, f'{evaluated}_query3', f'{evaluated}_query2_inductive'}
+    parts = ('', '_val', '_query3_val', '_query2_inductive_val')
+    assert names == {evaluated + part for part in parts}
     assert_refused(run(*flags, '--train=False', '--split=1,2,1'), '--split=1,1,1 (now 1,2,1)')
     assert_refused(run(*flags, '--train=False', '--image_size=9'), '--image_size=8 (now 9)')
     model = Learner.load(run_folder)
@@ -602,7 +603,7 @@ def test_publish(tmp_path, eager):
     names = {name for name in listing(folder) if not name.startswith('model0')}
     assert listing(kept).keys() == names | {'command.txt'}
     assert_command_of(folder, (kept / 'command.txt').read_text())
-    data, table = 'model1.data-00000-of-00001', kept / 'test_ubs1_stepsize0.001.csv'
+    data, table = 'model1.data-00000-of-00001', kept / 'test_ubs1_stepsize0.001_val.csv'
     assert (kept / data).stat().st_size < 0.4 * (folder / data).stat().st_size
     expected = table.read_text()
     succeeded(run(*flags, '--train=False', f'--logdir={tmp_path}/kept'))

@@ -1,0 +1,454 @@
+"""The page of scripts/model/demo.py, in NiceGUI."""
+
+import base64
+import io
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from nicegui import app, background_tasks, events, run, ui
+from starlette.datastructures import Headers
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from data_generator import ImageLayout, image_files
+from maml import Learner
+from scripts.lib.demo_task import GRID, MAX_BYTES, PEN, UPDATES, Question, Slot, Task, picture
+
+
+class Texts(NamedTuple):
+    """What the page asks for."""
+
+    show: str
+    ask: str
+
+
+CHARACTERS = Path(__file__).resolve().parents[2] / 'tests' / 'characters'
+COLOURS = ('#4269d0', '#e08a00', '#d6402f', '#3a9e8f', '#8a56c2')
+COLOURS += ('#2f7d32', '#c2518d', '#8c6239', '#5b7083', '#2e9bd6')
+DRAWINGS = Texts(
+    'Draw a character in each square, or drop image files on it.',
+    'Draw one of the characters again.',
+)
+PHOTOS = Texts(
+    'Drop an image file on each square, or draw in it.',
+    'Drop another image of one of the classes.',
+)
+READY = 'The likeliest class is bold.'
+INTERVAL = 0.05  # seconds between two messages of one who draws
+PAGE_STYLE = """
+body { background: #f4f5f7; color: #1d2430; }
+.card { background: white; border-radius: 12px; padding: 16px 20px;
+        box-shadow: 0 1px 3px rgb(0 0 0 / 12%); }
+.pad { border: 2px solid var(--colour); border-radius: 8px; overflow: hidden; display: block; }
+.seen { border: 1px solid #d5d9e0; border-radius: 3px; image-rendering: pixelated; }
+.hint { color: #5b6573; font-size: 14px; line-height: 1.45; }
+.step { font-size: 17px; font-weight: 600; }
+.bar { height: 18px; border-radius: 4px; background: var(--colour); }
+"""
+
+
+class Pad(ui.element, component='demo_pad.js'):
+    """A square to draw in; on_draw is called with the strokes, see demo_task.draw."""
+
+    def __init__(self, size: int, on_draw: Callable[[list], None]):
+        super().__init__()
+        self._props.update(size=size, grid=GRID, pen=PEN, image='')
+        self.on('draw', lambda event: on_draw(event.args), throttle=INTERVAL)
+        self.classes('pad')
+
+    def show(self, image: str):
+        """An image by its address instead of strokes; '': nothing."""
+        self.run_method('empty')
+        self.show_behind(image)
+
+    def show_behind(self, image: str):
+        if self._props['image'] != image:
+            self._props['image'] = image
+            self.update()
+
+
+class SlotView:
+    """A pad with its buttons, and the images of its slot as the network sees them."""
+
+    def __init__(self, slot: Slot, size: int, colour: str, on_change: Callable[[], None]):
+        self.slot, self.on_change = slot, on_change
+        with ui.column().classes('gap-1').style(f'--colour: {colour}'):
+            self.pad = Pad(size, self.draw)
+            self.upload = self.make_upload()
+            with (
+                ui.row()
+                .classes('w-full items-center no-wrap gap-0')
+                .style(f'min-height: {34 if slot.limit > 1 else 60}px')
+            ):
+                self.make_buttons()
+                ui.space()
+                if slot.limit == 1:
+                    ui.label('What the network sees').classes('hint mr-2')
+                self.current = self.thumbnail()
+            self.kept = ui.row().classes('gap-1 justify-end').style(f'width: {size}px')
+        self.show()
+
+    def make_upload(self) -> ui.upload:
+        """What takes files, unseen: those that are dropped on the pad, or chosen by a button."""
+        several = self.slot.limit > 1
+        upload = ui.upload(
+            multiple=several,
+            max_file_size=MAX_BYTES,
+            max_files=self.slot.limit,
+            on_upload=self.upload_one,
+            on_rejected=lambda: complain(
+                f'Only image files of up to {MAX_BYTES >> 20} MB, {self.slot.limit} at a time.'
+            ),
+            auto_upload=True,
+        ).classes('hidden')
+        upload.on('finish', lambda: upload.reset())
+        self.pad.on('dragover', js_handler='(event) => event.preventDefault()')
+        files = '[...event.dataTransfer.files]' + ('' if several else '.slice(0, 1)')
+        self.pad.on(
+            'drop',
+            js_handler=f"""(event) => {{
+            event.preventDefault();
+            getElement({upload.id}).$refs.qRef.addFiles({files});
+        }}""",
+        )
+        return upload
+
+    def make_buttons(self):
+        def button(icon: str, tip: str, action: Callable | None = None) -> ui.button:
+            made = ui.button(icon=icon, on_click=action).props('flat dense size=sm color=grey-8')
+            made.props(f'aria-label="{tip}"')
+            with made:
+                ui.tooltip(tip)
+            return made
+
+        button('undo', 'Undo the last stroke', lambda: self.pad.run_method('undo'))
+        button('delete_outline', 'Clear', self.clear)
+        pick = button('upload_file', 'Choose image files, or drop them on the square')
+        pick.on('click', js_handler=f'() => getElement({self.upload.id}).$refs.qRef.pickFiles()')
+        if self.slot.limit > 1:
+            button('add', 'Keep this example and draw another of the class', self.keep)
+
+    def draw(self, strokes: list):
+        if self.attempt(lambda: self.slot.draw(strokes)):
+            self.pad.show_behind('')
+        self.changed()
+
+    async def upload_one(self, event: events.UploadEventArguments):
+        self.add(event.file.name, await event.file.read())
+
+    def add(self, name: str, data: bytes):
+        if self.attempt(lambda: self.slot.add(name, data)):
+            self.pad.show(self.address(self.slot.current))
+            self.show_kept()
+        self.changed()
+
+    def keep(self):
+        if self.attempt(self.slot.keep):
+            self.pad.show('')
+            self.show_kept()
+        self.changed()
+
+    def clear(self):
+        self.slot.clear()
+        self.pad.show('')
+        self.show_kept()
+        self.changed()
+
+    def remove(self, index: int):
+        self.slot.remove(index)
+        self.show_kept()
+        self.changed()
+
+    def attempt(self, action: Callable[[], None]) -> bool:
+        """Whether it went well; else the page says why not."""
+        try:
+            action()
+        except ValueError as error:
+            complain(str(error))
+            return False
+        return True
+
+    def changed(self):
+        self.show()
+        self.on_change()
+
+    def show(self):
+        """The images as the network sees them."""
+        current = self.slot.current
+        self.current.set_visibility(current is not None)
+        if current is not None:
+            self.current.props['src'] = self.address(current)
+            self.current.props['title'] = 'This is what the network sees: {}×{} pixels'.format(
+                *current.shape[:2]
+            )
+
+    def show_kept(self):
+        self.kept.clear()
+        with self.kept:
+            for index, image in enumerate(self.slot.kept):
+                shown = self.thumbnail().style('cursor: pointer')
+                shown.props['src'] = self.address(image)
+                shown.props['title'] = 'A kept example; a click removes it'
+                shown.on('click', lambda index=index: self.remove(index))
+
+    def thumbnail(self) -> ui.element:
+        size = 30 if self.slot.limit > 1 else 56
+        return ui.element('img').props(f'width={size} height={size}').classes('seen')
+
+    def address(self, image: np.ndarray) -> str:
+        file = io.BytesIO()
+        picture(image, self.slot.layout).save(file, 'PNG')
+        return 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
+
+
+def complain(sentence: str):
+    ui.notify(sentence, type='warning', position='top', multi_line=True, timeout=8000)
+
+
+class AnswerView:
+    """Probabilities as bars after a number of updates that one chooses, and as lines over all."""
+
+    def __init__(self, labels: list[str], updates: int):
+        self.labels, self.answer = labels, None  # [UPDATES + 1, N]
+        with ui.row().classes('items-center no-wrap w-full gap-4'):
+            self.title = ui.label().classes('hint').style('min-width: 118px')
+            self.updates = ui.slider(
+                min=0, max=UPDATES, value=min(updates, UPDATES), on_change=self.show
+            ).props('markers snap color=blue-grey-7 aria-label="Updates"')
+        with ui.grid(columns='auto 1fr 3.2em').classes('w-full items-center gap-x-3 gap-y-1'):
+            self.rows = [self.make_row(c) for c in range(len(labels))]
+        ui.label('The same over 0 to 10 updates').classes('hint mt-2')
+        self.lines = ui.echart(line_options(labels)).classes('w-full').style('height: 190px')
+        self.show()
+
+    def make_row(self, c: int) -> tuple[ui.label, ui.element, ui.label]:
+        name = (
+            ui.label()
+            .classes('bar-name text-sm')
+            .style('max-width: 170px; overflow-wrap: anywhere')
+        )
+        with ui.element('div').style('background: #eef0f3; border-radius: 4px'):
+            bar = ui.element('div').classes('bar').style(f'--colour: {colour(c)}; width: 0')
+        return name, bar, ui.label().classes('text-sm text-right')
+
+    def rename(self, c: int, label: str):
+        self.labels[c] = label
+        self.lines.options['series'][c]['name'] = label
+        self.show()
+
+    def set(self, answer: np.ndarray | None):
+        """answer: as of Task.answer, None if there is none."""
+        self.answer = answer
+        for c, series in enumerate(self.lines.options['series']):
+            series['data'] = [] if answer is None else [round(float(p), 4) for p in answer[:, c]]
+        self.lines.update()
+        self.show()
+
+    def show(self):
+        updates = int(self.updates.value)
+        self.title.text = f'After {updates} update' + ('' if updates == 1 else 's')
+        row = np.zeros(len(self.labels)) if self.answer is None else self.answer[updates]
+        for (name, bar, percent), label, p in zip(self.rows, self.labels, row):
+            wins = p > 0 and p == row.max()
+            name.text = label
+            name.style('font-weight: ' + ('700' if wins else '400'))
+            bar.style(f'width: {100 * p:.1f}%')
+            percent.text = f'{100 * p:.0f} %' if row.any() else ''
+
+
+def line_options(labels: list[str]) -> dict:
+    """Of ECharts."""
+    return {
+        'animation': False,
+        'grid': {'left': 42, 'right': 12, 'top': 10, 'bottom': 36},
+        'xAxis': {
+            'type': 'category',
+            'data': list(range(UPDATES + 1)),
+            'boundaryGap': False,
+            'name': 'updates',
+            'nameLocation': 'middle',
+            'nameGap': 22,
+        },
+        'yAxis': {'type': 'value', 'min': 0, 'max': 1, 'interval': 0.5},
+        'tooltip': {'trigger': 'axis'},
+        'series': [
+            {'type': 'line', 'name': label, 'color': colour(c), 'symbolSize': 5, 'data': []}
+            for c, label in enumerate(labels)
+        ],
+    }
+
+
+def colour(c: int) -> str:
+    return COLOURS[c % len(COLOURS)]
+
+
+class Page:
+    """One browser tab: the classes, the query, and the answers, which follow every change."""
+
+    def __init__(self, learner: Learner, name: str):
+        self.task, self.stale, self.busy = Task(learner), False, False
+        self.counts = {len(self.task.classes)}  # of examples, see warm_up
+        self.texts = DRAWINGS if self.task.layout.mode == 'L' else PHOTOS
+        self.labels = [f'Class {c + 1}' for c in range(len(self.task.classes))]
+        ui.colors(primary='#4269d0')
+        ui.add_css(PAGE_STYLE)
+        with (
+            ui.column()
+            .classes('w-full items-stretch gap-4')
+            .style('max-width: 1080px; margin: auto')
+        ):
+            self.make_head(name)
+            with ui.element('div').classes('card'):
+                self.make_classes()
+            with ui.row().classes('gap-4 items-stretch w-full'):
+                with ui.element('div').classes('card'):
+                    self.make_query()
+                with ui.element('div').classes('card').style('flex: 1; min-width: 380px'):
+                    self.make_answers(learner.model.num_updates)
+
+    def make_head(self, name: str):
+        ways = len(self.task.classes)
+        with ui.row().classes('items-center w-full no-wrap'):
+            with ui.column().classes('gap-0').style('flex: 1'):
+                ui.label('Learning from a few examples').classes('text-2xl font-semibold')
+                ui.label(
+                    f'A model that was meta-trained by MAML learns {ways} new classes from what '
+                    f'you show it, by a few gradient steps. Run: {name}'
+                ).classes('hint')
+            if self.texts is DRAWINGS and CHARACTERS.is_dir():
+                self.examples = cycle(example_files(self.task.layout, ways))
+                ui.button('Load an example', on_click=self.load_example).props(
+                    'no-caps no-wrap unelevated'
+                )
+            ui.button('Clear all', on_click=self.clear).props('no-caps no-wrap outline')
+
+    def make_classes(self):
+        ui.label('1  Show it each class').classes('step')
+        ui.label(
+            f'{self.texts.show} The small picture is what the network sees. More examples make it '
+            'surer: + keeps one and takes another.'
+        ).classes('hint mb-2')
+        with ui.row().classes('gap-5'):
+            self.views = [self.make_class(c) for c in range(len(self.task.classes))]
+
+    def make_class(self, c: int) -> SlotView:
+        size = 188 if len(self.labels) <= 5 else 128
+        with ui.column().classes('gap-1'):
+            name = ui.input(
+                value=self.labels[c], on_change=lambda event: self.rename(c, event.value)
+            )
+            name.props('dense borderless maxlength=30 aria-label="Name of the class"')
+            name.style(f'width: {size}px').classes('font-semibold')
+            view = SlotView(self.task.classes[c], size, colour(c), self.changed)
+            view.name = name
+        return view
+
+    def make_query(self):
+        ui.label('2  Ask').classes('step')
+        ui.label(self.texts.ask).classes('hint mb-2')
+        self.query = SlotView(self.task.query, 280, '#1d2430', self.changed)
+
+    def make_answers(self, updates: int):
+        ui.label('3  What the model takes it for').classes('step')
+        self.hint = ui.label(self.task.lacking).classes('hint mb-2')
+        self.answers = AnswerView(self.labels, updates)
+
+    def rename(self, c: int, name: str):
+        self.answers.rename(c, name.strip() or f'Class {c + 1}')
+
+    def clear(self):
+        for view in [*self.views, self.query]:
+            view.clear()
+        for c, view in enumerate(self.views):
+            view.name.value = f'Class {c + 1}'
+
+    def load_example(self):
+        """The characters of tests/characters; each time another one to classify."""
+        support, query = next(self.examples)
+        self.clear()
+        for view, file in zip(self.views, support):
+            view.add(file.name, file.read_bytes())
+            view.name.value = file.parent.name.replace('_', ' ')
+        self.query.add(query.name, query.read_bytes())
+
+    def changed(self):
+        self.stale = True
+        if not self.busy:
+            self.busy = True
+            background_tasks.create(self.refresh(), name='answer')
+
+    async def refresh(self):
+        """Asks the model until the answer is that to what is drawn now."""
+        try:
+            while self.stale:
+                self.stale = False
+                question = self.task.question()
+                self.tell_of_wait(question)
+                answer = await run.io_bound(self.task.answer, question) if question else None
+                self.answers.set(answer)
+                self.hint.text = self.task.lacking or READY
+        finally:
+            self.busy = False
+
+    def tell_of_wait(self, question: Question | None):
+        """TensorFlow takes seconds for a number of examples that it has not had before."""
+        if question and len(question.x) not in self.counts:
+            self.counts.add(len(question.x))
+            self.hint.text = f'A moment: the first answer from {len(question.x)} examples …'
+
+
+def example_files(layout: ImageLayout, ways: int) -> list[tuple[list[Path], Path]]:
+    """The characters that ship with the tests: an image of each class, and one to classify."""
+    support = [
+        Path(file)
+        for folder in sorted(CHARACTERS.glob('support/*'))[:ways]
+        for file in image_files(folder, layout)[:1]
+    ]
+    names = tuple(file.parent.name for file in support)
+    queries = [Path(file) for file in image_files(CHARACTERS / 'query', layout)]
+    return [(support, query) for query in queries if query.name.startswith(names)]
+
+
+class UploadLimit:
+    """Refuses requests with more bytes than an upload may have, before they are read."""
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send):
+        if scope['type'] == 'http' and scope['method'] not in ('GET', 'HEAD', 'OPTIONS'):
+            length = Headers(scope=scope).get('content-length', '')
+            if not length.isdecimal() or int(length) > self.limit:
+                answer = PlainTextResponse(f'At most {self.limit} bytes are taken.', 413)
+                await answer(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def serve(learner: Learner, name: str, host: str, port: int, show: bool):
+    """Shows the page until the program is ended; show: open it in the browser."""
+    app.add_middleware(UploadLimit, limit=MAX_BYTES + 2**16)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, 'localhost'])
+    app.on_startup(lambda: print(f'Open http://{host}:{port} (Ctrl-C ends this).', flush=True))
+    warm_up(learner)
+    ui.run(
+        lambda: Page(learner, name),
+        host=host,
+        port=port,
+        title='MAML',
+        show=show,
+        reload=False,
+        show_welcome_message=False,
+    )
+
+
+def warm_up(learner: Learner):
+    """TensorFlow takes seconds for what it does for the first time."""
+    task = Task(learner)
+    for slot in (*task.classes, task.query):
+        slot.current = np.zeros(task.layout.shape(1)[1:], np.uint8)
+    task.answer(task.question())

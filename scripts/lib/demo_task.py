@@ -1,0 +1,195 @@
+"""What the page of scripts/model/demo.py gathers and asks a model, without the page."""
+
+import io
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+from data_generator import ImageLayout, read_image, run_layout
+from maml import Learner
+
+UPDATES = 10  # the answers are shown after 0 to so many
+GRID = 105  # height and width of a drawing, as of Omniglot's originals
+# Omniglot's strokes are about 5 of 105 pixels wide. Thinner lines fall apart at 28x28, where images
+# are resized by nearest neighbour.
+PEN = 5
+MAX_POINTS = 20_000  # of one drawing
+MAX_EXAMPLES = 10  # of one class
+MAX_BYTES = 20 * 2**20  # of an image file
+MAX_PIXELS = 50_000_000  # of an image file, decoded
+
+
+def draw(strokes: Sequence[Sequence[float]]) -> Image.Image:
+    """Black lines on white, 105x105 of 1 bit, as Omniglot's originals.
+
+    strokes: for each x, y, x, y, ... from 0 to 105; a single point is a dot. Raises ValueError.
+    """
+    if sum(map(len, strokes)) > 2 * MAX_POINTS:
+        raise ValueError(f'a drawing may have at most {MAX_POINTS} points')
+    image = Image.new('1', (GRID, GRID), 1)
+    pen = ImageDraw.Draw(image)
+    for stroke in strokes:
+        points = np.array(stroke, float).reshape(-1, 2)
+        if not np.isfinite(points).all():
+            raise ValueError('a drawing must be of finite numbers')
+        points = [tuple(point) for point in np.clip(points, -GRID, 2 * GRID)]
+        pen.line(points, fill=0, width=PEN, joint='curve')
+        for point in points[:1] + points[-1:]:  # round ends
+            pen.circle(point, PEN / 2, fill=0)
+    return image
+
+
+def read_file(name: str, data: bytes, layout: ImageLayout) -> np.ndarray:
+    """An image file as the network sees it: [height, width, channels] uint8.
+
+    Raises ValueError if it is too large or cannot be decoded.
+    """
+    if len(data) > MAX_BYTES:
+        raise ValueError(f'{name} has more than {MAX_BYTES >> 20} MB')
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'image'
+        path.write_bytes(data)
+        try:
+            check_pixels(name, data)
+            return read_image(str(path), layout)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), name)) from error
+
+
+def check_pixels(name: str, data: bytes):
+    """Raises ValueError before an image is decoded that would fill the memory."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+    except Image.DecompressionBombError:
+        width, height = MAX_PIXELS, MAX_PIXELS
+    except Exception:  # read_image says what is wrong with it
+        return
+    if width * height > MAX_PIXELS:
+        raise ValueError(f'{name} has more than {MAX_PIXELS // 10**6} million pixels')
+
+
+def read_drawing(strokes: Sequence[Sequence[float]], layout: ImageLayout) -> np.ndarray:
+    """As read_file, of strokes as for `draw`: the same way that the images of the training went."""
+    file = io.BytesIO()
+    draw(strokes).save(file, 'PNG')
+    return read_file('the drawing', file.getvalue(), layout)
+
+
+def picture(x: np.ndarray, layout: ImageLayout) -> Image.Image:
+    """What a network sees, [height, width, channels] uint8, in the colours of the file."""
+    image = Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)
+    return ImageOps.invert(image) if layout.invert else image
+
+
+class Slot:
+    """The images of a class, or the one to classify: some that are kept, and one in the pad."""
+
+    def __init__(self, layout: ImageLayout, limit: int = MAX_EXAMPLES):
+        self.layout, self.limit = layout, limit
+        self.kept, self.current = [], None  # of arrays [height, width, channels] uint8
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        return self.kept + ([] if self.current is None else [self.current])
+
+    def draw(self, strokes: Sequence[Sequence[float]]):
+        """The pad holds these strokes, or nothing. Raises ValueError."""
+        self.current = read_drawing(strokes, self.layout) if strokes else None
+
+    def add(self, name: str, data: bytes):
+        """The pad holds an image file; what it held is kept if there is room for several.
+
+        Raises ValueError if there is no room, or for a file that is no such image.
+        """
+        if self.limit > 1 and len(self.images) == self.limit:
+            raise ValueError(f'{name} was left out: a class has at most {self.limit} examples here')
+        image = read_file(name, data, self.layout)
+        self.keep()
+        self.current = image
+
+    def keep(self):
+        """Makes room in the pad for another example. Raises ValueError if there can be no other."""
+        if self.current is None or self.limit == 1:
+            return
+        if len(self.images) == self.limit:
+            raise ValueError(f'a class has at most {self.limit} examples here')
+        self.kept.append(self.current)
+        self.current = None
+
+    def remove(self, index: int):
+        """One of those that are kept."""
+        del self.kept[index]
+
+    def clear(self):
+        self.kept, self.current = [], None
+
+
+class Question(NamedTuple):
+    """A task whose query is to be classified."""
+
+    x: np.ndarray  # [examples, height, width, channels] uint8
+    y: np.ndarray  # [examples], the classes' numbers
+    query: np.ndarray  # [height, width, channels] uint8
+
+
+class Task:
+    """Classes with examples, an image to classify, and a model that answers.
+
+    Attributes: classes, a Slot for each of the model's N; query, a Slot.
+    """
+
+    def __init__(self, learner: Learner):
+        self.learner, self.layout = learner, run_layout(learner.settings)
+        ways = learner.model.network.dim_output
+        self.classes = [Slot(self.layout) for _ in range(ways)]
+        self.query = Slot(self.layout, limit=1)
+        self.adapted = None  # the support set and the weights of the last answer
+
+    @property
+    def lacking(self) -> str:
+        """What has to be given before there is an answer; '' if there is one."""
+        if sum(bool(slot.images) for slot in self.classes) < 2:
+            return 'It needs an example of at least two classes.'
+        return '' if self.query.images else 'Now one to classify, in the large square.'
+
+    def question(self) -> Question | None:
+        """What is drawn now, None as long as something is lacking."""
+        if self.lacking:
+            return None
+        counts = [len(slot.images) for slot in self.classes]
+        images = [image for slot in self.classes for image in slot.images]
+        return Question(
+            np.stack(images), np.repeat(np.arange(len(counts)), counts), self.query.current
+        )
+
+    def answer(self, question: Question) -> np.ndarray:
+        """The classes' probabilities after 0 to UPDATES updates, [UPDATES + 1, N].
+
+        That of a class without examples is 0; so are all after updates that diverged. One thread
+        at a time.
+        """
+        weights, tasks = self.weights(question), (UPDATES + 1, 1, 1, 1, 1)
+        support_x, query_x = np.tile(question.x, tasks), np.tile(question.query, tasks)
+        outputs = self.learner.predict(query_x, weights, support_x)[:, 0]
+        outputs *= np.isin(np.arange(len(self.classes)), question.y)
+        total = outputs.sum(1, keepdims=True)
+        return np.divide(outputs, total, out=np.zeros_like(outputs), where=total > 0)
+
+    def weights(self, question: Question) -> dict[str, np.ndarray]:
+        """θ and the weights after each update, [UPDATES + 1, ...] each.
+
+        They are those of the last question if its examples were the same.
+        """
+        support = question.x.tobytes(), question.y.tobytes()
+        if self.adapted is None or self.adapted[0] != support:
+            steps = [self.learner.adapt(question.x, question.y, 0)]
+            for _ in range(UPDATES):
+                steps.append(self.learner.adapt(question.x, question.y, 1, weights=steps[-1]))
+            weights = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+            self.adapted = support, weights
+        return self.adapted[1]

@@ -1,0 +1,96 @@
+#!/usr/bin/env python
+"""A page on which one draws: a few examples of each class, then new images, which a model names.
+
+    python scripts/model/demo.py RUN_FOLDER
+
+RUN_FOLDER is a folder that main.py trained on images in, LOGDIR/cls_... The page opens in the
+browser. Draw a character for each class, or drop image files; then one of them again in the large
+square. The probabilities after 0 to 10 updates follow while you draw. The page is for this machine
+alone, at 127.0.0.1, and needs no internet. It needs `pip install -e '.[demo]'`.
+"""
+
+import argparse
+import importlib.util
+import socket
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from maml import Learner
+from scripts.lib.models import load
+from utils import UserCodeError, print_anything
+
+HOST = '127.0.0.1'  # the machine itself, and nobody else
+
+
+def check_extra():
+    """Raises ValueError if the library of the page is not installed."""
+    if importlib.util.find_spec('nicegui') is None:
+        raise ValueError("the page needs NiceGUI; install it with `pip install -e '.[demo]'`")
+
+
+def free_port(port: int) -> int:
+    """The port if it is free, of 0 any that is. Raises ValueError if it is in use."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, 'strerror', None) or error
+            raise ValueError(
+                f'port {port} of {HOST} cannot be had ({reason}); name another with --port'
+            ) from error
+        return server.getsockname()[1]
+
+
+def image_learner(values: argparse.Namespace) -> Learner:
+    """Raises ValueError and UserCodeError if there is no run of images."""
+    learner = load(values.run_folder, values.checkpoint, values.network)
+    if not learner.takes_images:
+        raise ValueError(
+            f'{values.run_folder} is a run on {learner.settings["datasource"]}, which has no images'
+        )
+    return learner
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('run_folder', type=Path, metavar='RUN_FOLDER')
+    parser.add_argument('--port', type=int, default=8765, help='default 8765; 0: any free one')
+    parser.add_argument('--no_browser', action='store_true', help='print the address only')
+    parser.add_argument(
+        '--checkpoint',
+        choices=['last', 'best'],
+        default='last',
+        help='best: that of the best validation',
+    )
+    parser.add_argument(
+        '--network',
+        default='',
+        metavar='FILE.py:FUNCTION',
+        help='if the run was trained with --network: what makes its network',
+    )
+    values = parser.parse_args(arguments)
+    values.checkpoint = {'last': -1}.get(values.checkpoint, values.checkpoint)
+    return values
+
+
+def main(arguments: list[str] | None = None):
+    values = parse(arguments)
+    try:
+        check_extra()
+        port = free_port(values.port)
+        learner = image_learner(values)
+    except (ValueError, OSError, UserCodeError) as error:
+        sys.exit(f'demo.py: {error}')
+    from scripts.lib import demo_page  # imports NiceGUI, which is an extra
+
+    demo_page.serve(learner, values.run_folder.name, HOST, port, not values.no_browser)
+
+
+if __name__ == '__main__':
+    print_anything()
+    main()
