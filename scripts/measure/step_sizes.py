@@ -100,7 +100,10 @@ def training(learner: Learner) -> tuple:
 def table(
     models: list[Learner], shots: int | None, tasks: int, data_dir: str, classes: dict | None
 ):
-    """Prints it; classes: that the first run knows. Raises ValueError if the runs do not belong together."""
+    """Prints it; classes: that the first run knows.
+
+    Raises ValueError if the runs do not belong together.
+    """
     first, alpha = models[0], models[0].model.update_lr
     if len({training(learner) for learner in models}) > 1 or 'oracle' in training(first):
         raise ValueError('the runs must be seeds of the same training, and not of the oracle')
