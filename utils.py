@@ -269,7 +269,7 @@ def other_runs(folder: str | Path) -> str:
         runs = sorted({str(path.parent.relative_to(place)) for path in found})
         if runs:
             more = f' and {len(runs) - 3} more' if len(runs) > 3 else ''
-            return f'{text}, but {place} has the runs {", ".join(runs[:3])}{more}'
+            return f'{text}; {place} has the runs {", ".join(runs[:3])}{more}'
     return text
 
 
