@@ -32,7 +32,6 @@ from utils import (
 # Mean squared error of a sinusoid: its largest amplitude is 5, so predicting 0 has 25 at most.
 DIVERGED = 100.0
 
-
 # Flags that make a run another cell's, or none's; other settings make it another run of the cell.
 TELLING = {'datasource', 'num_classes', 'update_batch_size', 'conv', 'stop_grad', 'baseline'}
 
