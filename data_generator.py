@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,6 +34,7 @@ from PIL import Image, ImageDraw, ImageOps
 from utils import Batch, whole_number
 
 SPLITS = ('train', 'val', 'test')
+FEW_COMBINATIONS = 100  # of classes in an evaluation, which it should say
 EVALUATION_SEED = 1  # of tasks that are the same for every run and checkpoint
 
 
@@ -49,6 +51,15 @@ class ClassImages(NamedTuple):
         """Some of the classes, in the order given, on the same images."""
         names = [self.names[c] for c in classes]
         return self._replace(names=names, starts=self.starts[classes], counts=self.counts[classes])
+
+    def named(self, names: Iterable[str]) -> 'ClassImages':
+        """The classes of these names, alike."""
+        place = {name: i for i, name in enumerate(self.names)}
+        return self.select([place[name] for name in names])
+
+    def sizes(self) -> dict[str, int]:
+        """{class: how many images}."""
+        return dict(zip(self.names, map(int, self.counts)))
 
 
 # Tasks --------------------------------------------------------------------------------------------
@@ -68,7 +79,10 @@ class DataGenerator:
     updates_shown = 1  # inner updates evaluated during training, at least
     tasks_at_once = 4  # tasks evaluated together, which bounds the memory; divides 600
     picture_name = 'task'  # the tag of `picture` in TensorBoard
+    has_queries = True  # whether tasks have query sets; else updates have no outcome to tell of
     model_settings = {}  # what `make_model` must know of the tasks besides the flags
+    classes = {}  # {split: {class: how many images}}, which checkpoints keep
+    settled_flags = {}  # values of flags that were left to the data
 
     def __init__(self, dim_input: int, dim_output: int, num_draws: int, seed: int):
         seed = whole_number('the seed', seed)
@@ -130,6 +144,10 @@ class DataGenerator:
         [J, T, examples, out].
         """
         raise NotImplementedError
+
+    def caution(self, split: str) -> str:
+        """What is to be kept in mind of an evaluation on a split, a sentence; empty if nothing."""
+        return ''
 
     def _draw(self, split: str, iteration: int, num_tasks: int) -> np.ndarray:
         """Uniform numbers in [0, 1), a row for each task: [T, num_draws]."""
@@ -246,8 +264,10 @@ class ImageGenerator(DataGenerator):
         self.folders = {split: folders[split] for split in splits}
         self.num_classes, self.num_support, self.num_query = num_classes, num_support, num_query
         self.rotate = self.rotates if rotate is None else rotate
-        for split in self.folders:
-            self._check(split)
+        self.has_queries = self.validates = num_query > 0
+        size = TaskSize(num_classes, num_support, num_query)
+        for split, classes in self.folders.items():
+            check_split(split, classes.folder, classes.sizes(), size)
         first = next(iter(self.folders.values()))
         self.image_shape = first.images.shape[1:]  # (height, width, channels)
         height, width, _ = self.image_shape
@@ -261,23 +281,19 @@ class ImageGenerator(DataGenerator):
         """The first task of the meta-batch."""
         return task_picture(batch, self.image_shape)
 
-    def _check(self, split: str):
-        """Raises ValueError if the split cannot fill a task."""
-        classes, images = self.folders[split], self.num_support + self.num_query
-        if self.num_classes > len(classes.names):
-            raise ValueError(
-                f'--num_classes={self.num_classes} is more than the {len(classes.names)} classes '
-                f'of the {split} split in {classes.folder}: use a smaller --num_classes, or give '
-                'the split more classes'
-            )
-        smallest = int(np.argmin(classes.counts))
-        if images > classes.counts[smallest]:
-            raise ValueError(
-                f'the class {classes.names[smallest]} of the {split} split in {classes.folder} '
-                f'has {classes.counts[smallest]} images, but a task takes {images} of each class '
-                f'({self.num_support} for support, {self.num_query} for query): use a smaller '
-                '--update_batch_size'
-            )
+    def caution(self, split: str) -> str:
+        """Says if its classes can be combined to few tasks only."""
+        classes, ways = len(self.folders[split].names), self.num_classes
+        combinations = math.comb(classes, ways)
+        if combinations >= FEW_COMBINATIONS:
+            return ''
+        tasks = f'have {combinations} combinations of {ways} of the {classes} {split} classes'
+        if combinations == 1:
+            tasks = f'are of the same {ways} classes, since the {split} split has no others'
+        return (
+            f'Note: all these tasks {tasks}. The interval tells how far the images matter; other '
+            'classes may give quite another mean.'
+        )
 
     def _tasks(self, split: str, uniform: np.ndarray) -> Batch:
         if split not in self.folders:
@@ -542,6 +558,57 @@ def label_objective(tasks, labels: Sequence[np.ndarray], name: str) -> str:
     return asked
 
 
+class TaskSize(NamedTuple):
+    """What a task takes of a split: so many classes, and of each so many images."""
+
+    ways: int = 1
+    support: int = 1
+    query: int = 0
+
+    @property
+    def images(self) -> int:
+        return self.support + self.query
+
+
+SMALLEST_TASK = TaskSize()
+
+
+def check_split(
+    split: str, folder: str | Path, counts: Mapping[str, int], size: TaskSize, own: bool = False
+):
+    """Raises ValueError if a split cannot fill a task.
+
+    counts: {class: how many images}. own: whether --skip_small_classes would help.
+    """
+    if size.ways > len(counts):
+        raise ValueError(
+            f'--num_classes={size.ways} is more than the {len(counts)} classes of the {split} '
+            f'split in {folder}: use a smaller --num_classes, or give the split more classes'
+        )
+    small = small_classes(counts, size)
+    if not small:
+        return
+    more = f' (too few have also {listed(small[1:])})' if small[1:] else ''
+    leave = 'leave it out with --skip_small_classes' if own else 'remove it'
+    fewer = ', or use a smaller --update_batch_size or --num_query' if size.images > 2 else ''
+    raise ValueError(
+        f'the class {small[0]} of the {split} split in {folder} has {counts[small[0]]} images, but '
+        f'a task takes {size.images} of each class ({size.support} for support, {size.query} for '
+        f'query){more}: add images to it, or {leave}{fewer}'
+    )
+
+
+def small_classes(counts: Mapping[str, int], size: TaskSize) -> list[str]:
+    """Those that have too few images for a task, the smallest first."""
+    return sorted((name for name in counts if counts[name] < size.images), key=counts.get)
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first few, and how many there are besides."""
+    shown = ', '.join(names[:most])
+    return f'{shown} and {len(names) - most} more' if len(names) > most else shown
+
+
 def _check_shots(num_support: int, num_query: int):
     """Raises ValueError if they are out of range."""
     whole_number('--update_batch_size', num_support, lowest=1)
@@ -629,6 +696,9 @@ def _places(points: np.ndarray, size: tuple[int, int]) -> list[tuple[float, floa
 # Data sets ----------------------------------------------------------------------------------------
 
 
+FITS = ('crop', 'pad', 'squash')
+
+
 class ImageLayout(NamedTuple):
     """How a data set lies on disk, and how its images are to be stored."""
 
@@ -639,6 +709,21 @@ class ImageLayout(NamedTuple):
     invert: bool  # store 255 - pixel
     resampling: int  # how images of another size are resized, see PIL.Image.Resampling
     prepared: bool  # whether the files have that size already, so that others are mistakes
+    # What happens to images of another shape: 'crop' cuts off what is too long, at both ends alike,
+    # 'pad' fills with white what is missing, 'squash' stretches.
+    fit: str = 'squash'
+
+    def key(self) -> str:
+        """All that the stored pixels depend on, in the form that caches have had from the start."""
+        fields = self._replace(suffixes=())._asdict()
+        fit = fields.pop('fit')
+        text = ', '.join(f'{name}={value!r}' for name, value in fields.items())
+        return f'ImageLayout({text})' + (f' {fit}' if fit != 'squash' else '')
+
+    def kind(self) -> list[str]:
+        """What tells the caches of a folder apart."""
+        size = 'x'.join(map(str, self.shape(1)[1:]))
+        return [size] if self.fit == 'squash' else [size, self.fit]
 
     def shape(self, total: int) -> tuple:
         """Of the array that holds `total` images."""
@@ -665,8 +750,8 @@ MINIIMAGENET = ImageLayout(
 )
 
 
-def folder_layout(image_size: int, channels: int) -> ImageLayout:
-    """Of class folders of any images; channels: 1 (grey) or 3 (colour)."""
+def folder_layout(image_size: int, channels: int, fit: str = 'crop') -> ImageLayout:
+    """Of class folders of any images; channels: 1 (grey) or 3 (colour); fit: one of FITS."""
     Image.init()  # Pillow knows few of its formats before
     formats = Image.registered_extensions().items()
     suffixes = sorted(suffix for suffix, name in formats if name in Image.OPEN)
@@ -678,25 +763,29 @@ def folder_layout(image_size: int, channels: int) -> ImageLayout:
         invert=False,
         resampling=Image.Resampling.LANCZOS,
         prepared=False,
+        fit=fit,
     )
 
 
 def run_layout(settings: Mapping) -> ImageLayout:
     """For images given to a trained model: any file, any size.
 
-    settings: the flags it was trained with, of which datasource, image_size and channels count.
+    settings: the flags it was trained with, of which datasource, image_size, channels and fit
+    count. Runs that are older than the last one squash, and the original's data were squashed too.
     """
     if settings['datasource'] == 'omniglot':
         return OMNIGLOT._replace(prepared=False, suffixes=folder_layout(28, 1).suffixes)
     if settings['datasource'] == 'miniimagenet':
-        return folder_layout(84, 3)
-    return folder_layout(settings['image_size'], settings['channels'])
+        return folder_layout(84, 3, 'squash')
+    fit = settings.get('fit') or 'squash'
+    return folder_layout(settings['image_size'], settings['channels'], fit)
 
 
-def load_omniglot(data_dir: str) -> dict[str, ClassImages]:
+def load_omniglot(data_dir: str, cache_dir: str | None = None) -> dict[str, ClassImages]:
     """The classes `data_dir/omniglot_resized/<Alphabet>/<character>/*.png` (28x28) of each split.
 
     Values are 1 - pixel / 255, so ink is 1. See split_classes for which character goes where.
+    cache_dir: see load_class_folders.
     Raises FileNotFoundError if there is no such folder, and ValueError if it is empty or has fewer
     than three classes, or an image is damaged or not 28x28.
     """
@@ -705,7 +794,7 @@ def load_omniglot(data_dir: str) -> dict[str, ClassImages]:
         f'`python scripts/data/prepare_omniglot.py {_target(folder)}`, which downloads the '
         'archives unless it is given a folder that has them by --source=FOLDER'
     )
-    characters = load_class_folders(folder, OMNIGLOT, _cache_of(folder), command)
+    characters = load_class_folders(folder, OMNIGLOT, _cache_of(folder), command, cache_dir)
     if len(characters.names) < len(SPLITS):
         raise ValueError(
             f'{folder} has only {len(characters.names)} character folders, but training, '
@@ -716,58 +805,25 @@ def load_omniglot(data_dir: str) -> dict[str, ClassImages]:
     return {split: characters.select(chosen) for split, chosen in classes.items()}
 
 
-def load_miniimagenet(data_dir: str, splits: Iterable[str] = SPLITS) -> dict[str, ClassImages]:
-    """The classes `data_dir/miniImagenet/<split>/<wnid>/*.jpg` (84x84, colour) of each split.
+def load_miniimagenet(
+    data_dir: str, splits: Iterable[str] = SPLITS, cache_dir: str | None = None
+) -> dict[str, ClassImages]:
+    """The classes `data_dir/miniImagenet/<split>/<wnid>/*` (84x84, colour) of each split.
 
-    splits: those that are needed; other folders need not exist.
+    splits: those that are needed; other folders need not exist. cache_dir: see load_class_folders.
     Raises FileNotFoundError if the folder of a split is missing, and ValueError if it is empty or
     an image is damaged or not 84x84.
     """
     folder = Path(data_dir) / 'miniImagenet'
     command = (
-        f'`python scripts/data/prepare_miniimagenet.py --source=FOLDER {_target(folder)}`, where '
-        'FOLDER holds the images and the csv files of the splits'
+        f'`python scripts/data/prepare_miniimagenet.py {_target(folder)}`, which downloads it '
+        'unless it is given a folder that has it by --source=FOLDER'
     )
+    given = (command, cache_dir)
     return {
-        split: load_class_folders(folder / split, MINIIMAGENET, _cache_of(folder, split), command)
+        split: load_class_folders(folder / split, MINIIMAGENET, _cache_of(folder, split), *given)
         for split in splits
     }
-
-
-def load_folder(
-    folder: str,
-    image_size: int = 84,
-    channels: int = 3,
-    proportions: Sequence[float] = (0.64, 0.16, 0.2),
-    splits: Iterable[str] = SPLITS,
-) -> dict[str, ClassImages]:
-    """The classes `folder/<split>/<class>/*`, or `folder/<class>/*` dealt out, of each split.
-
-    Any format that Pillow reads; images become image_size x image_size whatever their shape was,
-    grey (channels 1) or colour (3), transparency white. The pixels are kept beside the folder.
-
-    proportions: what train, val and test get of the classes; at least one class each. Which class
-    goes where depends on the classes' names alone. Without effect if the splits have folders.
-    splits: those that are needed; other folders need not exist.
-    Raises FileNotFoundError if there is no such folder, and ValueError if it is empty or has fewer
-    than three classes, or an image cannot be read.
-    """
-    folder, layout = Path(folder), folder_layout(image_size, channels)
-    kind = f'{image_size}x{image_size}x{channels}'
-    if any((folder / split).is_dir() and _class_folders(folder / split, 1) for split in SPLITS):
-        return {
-            split: load_class_folders(folder / split, layout, _cache_of(folder, split, kind))
-            for split in splits
-        }
-    classes = load_class_folders(folder, layout, _cache_of(folder, kind))
-    count = len(classes.names)
-    if count < len(SPLITS):
-        raise ValueError(
-            f'{folder} has only {count} class folders, but training, validation and test need at '
-            'least one each'
-        )
-    dealt = _deal_out(count, *_held_out(count, proportions))
-    return {split: classes.select(chosen) for split, chosen in dealt.items()}
 
 
 def _target(folder: Path) -> str:
@@ -777,6 +833,7 @@ def _target(folder: Path) -> str:
 
 def _cache_of(folder: Path, *parts: str) -> Path:
     """Beside the folder: what is in it belongs to the user, or to what prepares the data."""
+    folder = Path(os.path.abspath(folder))  # '.' has no name
     return folder.with_name('.'.join((folder.name, *parts, 'cache')))
 
 
@@ -808,6 +865,362 @@ def _deal_out(num_classes: int, val: int, test: int) -> dict[str, list[int]]:
     return {'train': order[:train], 'val': order[train : train + val], 'test': order[train + val :]}
 
 
+# Images of one's own ------------------------------------------------------------------------------
+
+VALIDATION_FOLDERS = ('val', 'valid', 'validation', 'dev')  # what people call it
+MAX_DEPTH = 5  # of class folders
+Counts = Mapping[str, int]  # {class: how many images}
+
+
+def load_folder(
+    folder: str,
+    image_size: int = 84,
+    channels: int = 3,
+    proportions: Sequence[float] = (0.64, 0.16, 0.2),
+    splits: Iterable[str] = SPLITS,
+    fit: str = 'crop',
+    cache_dir: str | None = None,
+) -> dict[str, ClassImages]:
+    """The classes of a folder of one's own, of each split; see OwnImages.
+
+    Any format that Pillow reads; images become image_size x image_size, grey (channels 1) or colour
+    (3), transparency white. The pixels are kept beside the folder.
+
+    proportions: see deal_classes. fit: see ImageLayout. cache_dir: see load_class_folders.
+    splits: those that are needed; other folders need not exist.
+    Raises FileNotFoundError and ValueError as OwnImages does, and ValueError if an image cannot be
+    read.
+    """
+    own = OwnImages(folder, folder_layout(image_size, channels, fit), splits)
+    own.choose(proportions)
+    return own.load(cache_dir)
+
+
+class OwnImages:
+    """The classes in a folder of one's own: found, chosen and checked before any is decoded.
+
+    A class is a folder of images at any one depth below the folder, and is called after its path.
+    Either folders `train`, `val` (or `valid`, `validation`, `dev`) and `test` hold the classes, or
+    these are dealt out by their names alone.
+
+    splits: those that are needed; other folders need not exist, and may hold too little.
+    Attributes: classes, {split: {class: its image files}}, from `choose` on; counts, {split:
+    {class: how many images}}, which a run keeps in its checkpoints.
+    Raises FileNotFoundError if there is no such folder, and ValueError if two are the same split's.
+    """
+
+    def __init__(self, folder: str | Path, layout: ImageLayout, splits: Iterable[str] = SPLITS):
+        self.folder, self.layout, self.splits = Path(folder), layout, [*splits]
+        _check_folder(self.folder)
+        self.paths = split_folders(self.folder)  # none if the classes are to be dealt out
+        for split in self.splits if self.paths else ():
+            _check_folder(self.paths.get(split, self.folder / split))
+        if self.paths:
+            self.found = {split: own_classes(path, layout) for split, path in self.paths.items()}
+        else:
+            self.found = dict.fromkeys(SPLITS, own_classes(self.folder, layout))
+        self.classes, self.counts = {}, {}
+
+    def choose(
+        self,
+        proportions: Sequence[float] = (0.64, 0.16, 0.2),
+        size: TaskSize = SMALLEST_TASK,
+        skip_small: bool = False,
+        known: Mapping[str, Counts] | None = None,
+    ):
+        """Chooses the classes of each split; says on stderr what is left out.
+
+        proportions: see deal_classes. size: of the tasks. skip_small: leaves out classes that are
+        too small for them. known: the counts of a run that goes on or is evaluated, see
+        classes_of_run: it keeps its classes, and those added since are left out.
+        Raises ValueError if there are no classes or they lie at different depths, if they are too
+        few or too small for the splits that are needed, or are not those of the run.
+        """
+        for split in self.splits:
+            lenient = skip_small or bool(known)
+            _check_classes(self.found[split], self.path(split), self.layout, None, lenient)
+        if not known:
+            self._tell_of_files()
+        found = {split: _counts(classes) for split, classes in self.found.items()}
+        chosen = classes_of_run(found, self.splits, known, self.folder) if known else None
+        if chosen:
+            needed = {split: chosen[split] for split in self.splits}
+            chosen |= self._large(needed, size, skip_small)
+        elif self.paths:
+            chosen = self._large(found, size, skip_small)
+        else:
+            names = [*self._large(found, size, skip_small)['train']]
+            dealt = deal_classes(names, proportions, size.ways, self.splits, self.folder)
+            chosen = {split: {name: found[split][name] for name in dealt[split]} for split in dealt}
+        self._check_sizes(chosen, size, first=not known)
+        self.counts = chosen
+        self.classes = {
+            split: {name: self.found[split][name] for name in names}
+            for split, names in chosen.items()
+        }
+
+    def load(self, cache_dir: str | None = None) -> dict[str, ClassImages]:
+        """Decodes the splits that are needed, or all if the classes were dealt out.
+
+        Raises ValueError if an image cannot be read. cache_dir: see load_class_folders.
+        """
+        kind, given = self.layout.kind(), (None, cache_dir)
+        if self.paths:
+            loaded = {}
+            for split in self.splits:
+                cache = _cache_of(self.folder, split, *kind)
+                classes = self.classes[split]
+                loaded[split] = _load(self.paths[split], self.layout, cache, classes, *given)
+            return loaded
+        chosen = {name for classes in self.classes.values() for name in classes}
+        classes = {name: files for name, files in self.found['train'].items() if name in chosen}
+        images = _load(self.folder, self.layout, _cache_of(self.folder, *kind), classes, *given)
+        return {split: images.named(names) for split, names in self.classes.items()}
+
+    def path(self, split: str) -> Path:
+        """The folder that the split's classes lie in."""
+        return self.paths[split] if self.paths else self.folder
+
+    def _large(self, counts: dict[str, Counts], size: TaskSize, skip: bool) -> dict[str, Counts]:
+        """The classes that have enough images; all, unless the others are to be skipped."""
+        if not skip:
+            return counts
+        small = {name: n for part in counts.values() for name, n in part.items() if n < size.images}
+        if small:
+            shown = listed([f'{name} ({n})' for name, n in small.items()])
+            _tell(
+                f'--skip_small_classes leaves out of {self.folder} what has fewer than '
+                f'{size.images} images: {shown}.'
+            )
+        return {
+            split: {name: n for name, n in part.items() if n >= size.images}
+            for split, part in counts.items()
+        }
+
+    def _check_sizes(self, counts: dict[str, Counts], size: TaskSize, first: bool):
+        """Raises ValueError if a split that is needed cannot fill a task; warns of others."""
+        for split in self.splits:
+            check_split(split, self.folder, counts[split], size, own=True)
+        for split in set(counts) - set(self.splits) if first and 'train' in self.splits else ():
+            try:
+                check_split(split, self.folder, counts[split], size, own=True)
+            except ValueError as error:
+                _tell(f'Training can do without, but an evaluation cannot: {error}.')
+
+    def _tell_of_files(self):
+        """Says which files are no images, and which classes of different splits are namesakes."""
+        left_out = []
+        for split in self.paths or ['train']:
+            left_out += _other_files(self.path(split), self.found[split], self.layout)
+        if left_out:
+            kinds = Counter(Path(file).suffix.lower() or 'no suffix' for file in left_out)
+            listed_kinds = ', '.join(f'{count} {kind}' for kind, count in kinds.most_common())
+            _tell(
+                f'{len(left_out)} files in {self.folder} are left out, since Pillow reads no such '
+                f'files ({listed_kinds}): {listed(left_out)}.'
+            )
+        places = Counter(name for split in self.paths for name in self.found[split])
+        namesakes = [name for name, count in places.items() if count > 1]
+        if namesakes:
+            folders = ', '.join(path.name for path in self.paths.values())
+            _tell(
+                f'Several of {folders} in {self.folder} have folders of these names: '
+                f'{listed(namesakes)}. They are taken for different classes; if they are the same '
+                'ones, put the images of a class into one folder: MAML is tested on new classes.'
+            )
+
+
+def _tell(text: str):
+    print(text, file=sys.stderr, flush=True)
+
+
+def _counts(classes: Mapping[str, Sequence]) -> dict[str, int]:
+    return {name: len(files) for name, files in classes.items()}
+
+
+def _check_folder(folder: Path):
+    """Raises FileNotFoundError if it does not exist."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f'there is no folder {folder}; give --data_dir the folder that holds a folder of '
+            'images for each class'
+        )
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """The folders of classes of each split; empty if none of them holds any.
+
+    Raises ValueError if two are the same split's, or all lie one level further down.
+    """
+    found, inside = _split_folders(folder), _class_folders(folder, 1)
+    if not found and len(inside) == 1 and _split_folders(Path(inside[0][1])):
+        raise ValueError(f'the folders of the splits lie in {inside[0][1]}: give it as --data_dir')
+    return found
+
+
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """As split_folders, in this folder only."""
+    found = {}
+    for split in SPLITS:
+        names = VALIDATION_FOLDERS if split == 'val' else (split,)
+        there = [folder / name for name in names if (folder / name).is_dir()]
+        holding = [path for path in there if _class_folders(path, 1)]
+        if len(holding) > 1:
+            raise ValueError(
+                f'{holding[0]} and {holding[1]} both hold validation classes: move those of one '
+                'into the other, and remove it'
+            )
+        if there:
+            found[split] = (holding or there)[0]
+    return found if any(_class_folders(path, 1) for path in found.values()) else {}
+
+
+def own_classes(folder: Path, layout: ImageLayout) -> dict[str, list[os.DirEntry]]:
+    """{class: image files}, sorted level by level: the folders where images begin.
+
+    Folders without any at that depth or above, which have no folders either, are among them.
+    """
+    ends, level = {}, [('', str(folder))]
+    for _ in range(MAX_DEPTH):
+        below = []
+        for name, path in level:
+            inside = _class_folders(path, 1)
+            below += [(f'{name}/{child}'.lstrip('/'), place) for child, place in inside]
+            if name and not inside:
+                ends[name] = []
+        classes = {name: _image_files(path, layout) for name, path in below}
+        if any(classes.values()):
+            return ends | classes
+        level = below
+    return ends
+
+
+def _other_files(folder: Path, classes: Iterable[str], layout: ImageLayout) -> list[str]:
+    """Paths relative to the folder of the files in it and its classes that are no images."""
+    places = {'': None}
+    for name in classes:
+        parts = name.split('/')
+        places |= {'/'.join(parts[:i]): None for i in range(1, len(parts) + 1)}
+    found = []
+    for place in places:
+        names = [entry.name for entry in _visible(str(folder / place)) if entry.is_file()]
+        others = [name for name in names if not name.lower().endswith(layout.suffixes)]
+        found += [f'{place}/{name}'.lstrip('/') for name in others]
+    return found
+
+
+def deal_classes(
+    names: Sequence[str],
+    proportions: Sequence[float],
+    ways: int,
+    splits: Sequence[str],
+    folder: str | Path,
+) -> dict[str, list[str]]:
+    """Which of the sorted classes belong to which split; a function of their names alone.
+
+    proportions: of train, val and test, at least one class each. If these cannot fill tasks of
+    `ways` classes, neither for training nor in the `splits` that are needed, they are moved just so
+    far that each split can. folder: for messages. Raises ValueError if there are too few classes.
+    """
+    count = len(names)
+    if count < len(SPLITS):
+        raise ValueError(
+            f'{folder} has only {count} class folders, but training, validation and test need at '
+            'least one each'
+        )
+    val, test = _held_out(count, proportions)
+    dealt = _deal_out(count, val, test)
+    if not any(all(len(dealt[s]) >= ways for s in some) for some in (('train', 'val'), splits)):
+        _check_count(count, ways, folder)
+        val = max(ways, min(val, count - 2 * ways))
+        dealt = _deal_out(count, val, max(ways, min(test, count - ways - val)))
+    return {split: [names[i] for i in chosen] for split, chosen in dealt.items()}
+
+
+def _check_count(count: int, ways: int, folder: str | Path):
+    """Raises ValueError, with what would do, if not every split can have `ways` classes."""
+    if count >= 3 * ways:
+        return
+    remedies, most = [], count // 3
+    if most > 1:
+        remedies.append(f'--num_classes={most} --split={count - 2 * most},{most},{most}')
+    if count > 2 * ways:
+        shares = f'{count - ways - 1},{ways},1'
+        remedies.append(f'--split={shares}, which leaves nothing to test on')
+    remedy = f', or give {" or ".join(remedies)}' if remedies else ''
+    raise ValueError(
+        f'{folder} has {count} classes, but --num_classes={ways} takes {3 * ways}: {ways} each for '
+        f'training, validation and test; add classes{remedy}'
+    )
+
+
+# The data of a run --------------------------------------------------------------------------------
+
+
+def as_in_run(
+    folders: Mapping[str, ClassImages],
+    splits: Iterable[str],
+    known: Mapping[str, Counts] | None,
+) -> dict[str, ClassImages]:
+    """The classes of prepared data that a run knows; see classes_of_run, whose errors it raises."""
+    first = next(iter(folders.values()))
+    found = {split: classes.sizes() for split, classes in folders.items()}
+    chosen = classes_of_run(found, splits, known, first.folder) if known else None
+    if chosen is None:
+        return dict(folders)
+    return {split: folders[split].named(names) for split, names in chosen.items()}
+
+
+def classes_of_run(
+    found: Mapping[str, Counts],
+    splits: Iterable[str],
+    known: Mapping[str, Counts],
+    folder: str | Path,
+) -> dict[str, Counts] | None:
+    """The classes of each split that a run knows, in its order.
+
+    None if the data are others, of which the run knows no class: these may be evaluated on.
+
+    found: the classes among which those of a split are. splits: those that are needed.
+    known: those of the run, from its checkpoint.
+    Raises ValueError with the difference if the run knows some of them, or is to be trained.
+    """
+    splits, used = [*splits], {name for classes in known.values() for name in classes}
+    wrong = [text for split in splits for text in differences(split, found[split], known)]
+    if wrong and 'train' not in splits and all(used.isdisjoint(found[s]) for s in splits):
+        if used and all(split in known for split in splits):
+            _tell(f'The run knows no class of {folder}: they are new to it.')
+        return None
+    if wrong:
+        raise ValueError(
+            f'the run has other data than {folder}: {"; ".join(wrong)}. Give the --data_dir that '
+            'it was trained with, or to train anew another --logdir; to evaluate on new classes, '
+            "a folder with none of the run's"
+        )
+    chosen = {}
+    for split in [split for split in known if split in found]:
+        chosen[split] = {name: found[split][name] for name in known[split] if name in found[split]}
+    added = [*dict.fromkeys(name for s in chosen for name in found[s] if name not in used)]
+    if added:
+        _tell(f'Classes in {folder} that the run does not know are left out: {listed(added)}.')
+    return chosen
+
+
+def differences(split: str, found: Counts, known: Mapping[str, Counts]) -> list[str]:
+    """What of a split is not as the run knows it, as texts."""
+    if split not in known:
+        used = [name for name in found if any(name in classes for classes in known.values())]
+        return [f'it knows no {split} classes, and used {listed(used)} otherwise']
+    texts, wanted = [], known[split]
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        texts.append(f'of {len(wanted)} {split} classes it misses {listed(missing)}')
+    for name, count in wanted.items():
+        if found.get(name, count) != count:
+            texts.append(f'{name} has {found[name]} images and had {count}')
+    return texts
+
+
 # Class folders, decoded once ----------------------------------------------------------------------
 
 CACHE_FORMAT = 2  # raise it when what the cache holds changes
@@ -815,7 +1228,11 @@ CHUNK = 256  # images decoded, written and checksummed together
 
 
 def load_class_folders(
-    folder: Path, layout: ImageLayout, cache: Path, command: str | None = None
+    folder: Path,
+    layout: ImageLayout,
+    cache: Path,
+    command: str | None = None,
+    cache_dir: str | None = None,
 ) -> ClassImages:
     """All images of a folder of class folders, sorted by class and file name.
 
@@ -824,26 +1241,44 @@ def load_class_folders(
     cache is written if it can be.
 
     folder: the data set, or one split of it; layout: how it lies on disk.
-    cache: the folder for the decoded images.
+    cache: the folder for the decoded images; one in the user's cache folder if it cannot be made.
     command: what makes the data, for the error messages; None if it is the user's own.
+    cache_dir: where that folder is to be instead.
     Raises FileNotFoundError if there is no such folder, and ValueError if it holds no classes, a
     class holds no images, or an image is damaged or has another size.
     """
-    if not folder.is_dir():
-        own = 'give --data_dir the folder that holds a folder of images for each class'
-        remedy = f'make it with {command}' if command else own
-        raise FileNotFoundError(f'there is no folder {folder}; {remedy}')
+    if command and not folder.is_dir():
+        raise FileNotFoundError(f'there is no folder {folder}; make it with {command}')
+    _check_folder(folder)
     found = _class_folders(folder, layout.depth)
     classes = {name: _image_files(path, layout) for name, path in found}
     _check_classes(classes, folder, layout, command)
+    return _load(folder, layout, cache, classes, command, cache_dir)
+
+
+def _load(
+    folder: Path,
+    layout: ImageLayout,
+    cache: Path,
+    classes: dict[str, list[os.DirEntry]],
+    command: str | None,
+    cache_dir: str | None,
+) -> ClassImages:
+    """The images of classes; others as of load_class_folders."""
     files = [file for images in classes.values() for file in images]
-    images = _cached_images(folder, layout, cache, files, command)
-    counts = np.array([len(files) for files in classes.values()])
+    images = _cached_images(folder, layout, _cache_places(cache, cache_dir), files, command)
+    counts = np.array([*_counts(classes).values()])
     return ClassImages(str(folder), list(classes), np.cumsum(counts) - counts, counts, images)
 
 
-def _check_classes(classes: dict, folder: Path, layout: ImageLayout, command: str | None):
-    """Raises ValueError if there are none, or one holds no images; classes: {name: files}."""
+def _check_classes(
+    classes: dict[str, list[os.DirEntry]],
+    folder: Path,
+    layout: ImageLayout,
+    command: str | None,
+    skip_small: bool = False,
+):
+    """Raises ValueError if there are none, or one holds no images and is not to be skipped."""
     again = f'move {folder} away and make it again with {command}'
     if not classes:
         remedy = again if command else 'it needs a folder of images for each class'
@@ -854,10 +1289,16 @@ def _check_classes(classes: dict, folder: Path, layout: ImageLayout, command: st
                 f'{folder / name} holds no images ({", ".join(layout.suffixes)}); remove it if it '
                 f'is no class, or {again}'
             )
-        if not files:
+        deeper = [] if files else [path for _, path in _class_folders(folder / name, 1)]
+        if deeper:
+            raise ValueError(
+                f'{folder / name} holds no images but folders, and other classes of {folder} hold '
+                'images: move folders so that all classes lie at one depth'
+            )
+        if not files and not skip_small:
             raise ValueError(
                 f'{folder / name} holds no images of a format that Pillow reads; add some, or '
-                'remove it if it is no class'
+                'remove it if it is no class, or leave it out with --skip_small_classes'
             )
 
 
@@ -890,40 +1331,75 @@ def _image_files(folder: str, layout: ImageLayout) -> list[os.DirEntry]:
     return [entry for entry in files if entry.is_file()]
 
 
+def _cache_places(cache: Path, cache_dir: str | None) -> list[Path]:
+    """Where decoded images may be kept, the first choice first.
+
+    cache: beside the data. cache_dir: another folder, instead. Away from the data the name tells
+    where they are, since folders of one name may be different data.
+    """
+    place = os.fsencode(cache)
+    name = f'{cache.stem}.{hashlib.sha256(place).hexdigest()[:16]}{cache.suffix}'
+    if cache_dir:
+        return [Path(cache_dir).expanduser() / name]
+    home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return [cache, Path(home) / 'maml-tf2' / name]
+
+
 def _cached_images(
-    folder: Path, layout: ImageLayout, cache: Path, files: list[os.DirEntry], command: str | None
+    folder: Path,
+    layout: ImageLayout,
+    places: Sequence[Path],
+    files: list[os.DirEntry],
+    command: str | None,
 ) -> np.ndarray:
-    """The images of `files` in order, mapped from the cache, else decoded.
+    """The images of `files` in order, mapped from a cache, else decoded.
 
     Returns [total, height, width, channels] uint8.
     """
 
     def decoded() -> Iterator[np.ndarray]:
-        print(f'Decoding the {len(files)} images of {folder}.', file=sys.stderr, flush=True)
-        return _decode_all(files, lambda file: read_image(file.path, layout, command))
+        _tell(f'Decoding the {len(files)} images of {folder}.')
+        yield from _decode_all(files, lambda file: read_image(file.path, layout, command))
 
     key, shape = _fingerprint(folder, layout, files), layout.shape(len(files))
-    images = _read_cache(cache, key, shape)
-    if images is None:
+    for cache in places:
+        images = _read_cache(cache, key, shape)
+        if images is not None:
+            return images
+    cache = _keep(places, key, decoded)
+    images = _read_cache(cache, key, shape) if cache else None
+    if images is not None:
+        return images
+    images = np.empty(shape, np.uint8)
+    for place, chunk in zip(_chunks(images), decoded()):
+        place[:] = chunk
+    return images
+
+
+def _keep(
+    places: Sequence[Path], key: str, decoded: Callable[[], Iterator[np.ndarray]]
+) -> Path | None:
+    """Writes the cache at the first place where it can be, and returns that."""
+    failures = []
+    for cache in places:
         try:
             _write_cache(cache, key, decoded())
-            images = _read_cache(cache, key, shape)
         except OSError as error:
-            print(
-                f'The decoded images cannot be kept in {cache} ({error.strerror or error}); they '
-                'will be decoded at every start.',
-                file=sys.stderr,
-            )
-    if images is None:
-        images = np.empty(shape, np.uint8)
-        for place, chunk in zip(_chunks(images), decoded()):
-            place[:] = chunk
-    return images
+            failures.append(f'{cache} ({error.strerror or error})')
+            continue
+        if failures:
+            _tell(f'The decoded images cannot be kept in {failures[0]}, but are in {cache}.')
+        return cache
+    _tell(
+        f'The decoded images cannot be kept in {" or ".join(failures)}; they will be decoded at '
+        'every start. --cache_dir=FOLDER keeps them elsewhere.'
+    )
+    return None
 
 
 def _fingerprint(folder: Path, layout: ImageLayout, files: list[os.DirEntry]) -> str:
     """Changes when the layout or any file's name, size or time of change does."""
-    digest = hashlib.sha256(repr((CACHE_FORMAT, layout._replace(suffixes=()))).encode())
+    digest = hashlib.sha256(f'({CACHE_FORMAT}, {layout.key()})'.encode())
     for file in files:
         status = file.stat()
         path = os.fsencode(file.path.removeprefix(str(folder)))  # the folder itself may move
@@ -944,7 +1420,7 @@ def _read_cache(cache: Path, key: str, shape: tuple) -> np.ndarray | None:
             if list(pool.map(zlib.crc32, _chunks(images))) != index['checksums']:
                 raise ValueError('wrong checksum')
         return images
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # whatever is wrong with a cache, it can be made again
         print(f'The cache {cache} is damaged ({error}) and is not used.', file=sys.stderr)
@@ -959,7 +1435,7 @@ def _write_cache(cache: Path, key: str, chunks: Iterator[np.ndarray]):
     """
     images, index = (cache / f'{name}.{os.getpid()}.tmp' for name in ('images.raw', 'index.json'))
     try:
-        cache.mkdir(exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(cache)
         with open(images, 'wb') as file:
             checksums = [zlib.crc32(chunk) for chunk in chunks if file.write(chunk)]
@@ -1050,8 +1526,18 @@ def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:
         image = Image.alpha_composite(white, image.convert('RGBA'))
     image = image.convert(layout.mode)
     if image.size[::-1] != layout.size:
-        image = image.resize(layout.size[::-1], layout.resampling)
+        image = _fitted(image, layout)
     return np.asarray(image).reshape(layout.shape(1)[1:])
+
+
+def _fitted(image: Image.Image, layout: ImageLayout) -> Image.Image:
+    """In the layout's size, by its `fit`."""
+    size = layout.size[::-1]  # (width, height)
+    if layout.fit == 'crop':
+        return ImageOps.fit(image, size, layout.resampling)
+    if layout.fit == 'pad':
+        return ImageOps.pad(image, size, layout.resampling, color='white')
+    return image.resize(size, layout.resampling)
 
 
 def _chunks(items: Sequence) -> list[Sequence]:

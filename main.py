@@ -18,6 +18,8 @@ import json
 import os
 import pickle
 import re
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -37,13 +39,17 @@ from absl import app, flags, logging
 
 from data_generator import (
     EVALUATION_SEED,
+    FITS,
     BadTasks,
     DataGenerator,
     ImageGenerator,
     OmniglotGenerator,
+    OwnImages,
     SinusoidGenerator,
+    TaskSize,
     UserTasks,
-    load_folder,
+    as_in_run,
+    folder_layout,
     load_miniimagenet,
     load_omniglot,
 )
@@ -64,12 +70,14 @@ from utils import (
     Replicas,
     UserCodeError,
     checkpoints,
+    evaluated_iteration,
     event_files,
     first_line,
     first_whole,
     forget_summaries,
     is_spec,
     lock,
+    other_runs,
     print_anything,
     read_run_state,
     remove_checkpoint,
@@ -191,6 +199,14 @@ FLAGS = (
          'height and width that images are resized to (folder only)', POSITIVE, makes_model=True),
     Flag('channels', int, 3, NEVER,
          '3: colour, 1: grey (folder only)', CHANNELS, makes_model=True),
+    Flag('fit', FITS, None, EVALUATION,
+         'what becomes of images that are not square: crop them, pad with white, or squash '
+         '(folder only; default: as the run has it, a new one crops)'),
+    Flag('skip_small_classes', bool, False, ANYTIME,
+         'leave out classes that have too few images for a task (folder only)'),
+    Flag('cache_dir', str, '', ANYTIME,
+         "where decoded images are kept (default: beside the data or, if that cannot be written, "
+         "in the user's cache folder)"),
     Flag('seed', int, 0, EVALUATION,
          'of the initial weights and the training tasks', lowest=0, makes_model=True),
     Flag('strategy', ('none', 'mirrored', 'multi_worker'), 'none', ANYTIME,
@@ -211,6 +227,10 @@ FLAGS = (
     Flag('update_batch_size', int, 5, EVALUATION,
          'K, shots: support examples per class', POSITIVE, makes_model=True,
          in_name='.ubs_{}'.format),
+    Flag('num_query', int, -1, EVALUATION,
+         'Q, query images per class in training (-1: as the paper, 15 of miniimagenet, else as '
+         'many as shots; images only)', TEST_QUERY,
+         in_name=lambda value: '' if value == -1 else f'.query_{value}'),
     Flag('num_updates', int, 1, EVALUATION,
          'inner updates in training', POSITIVE, makes_model=True, in_name='.numstep{}'.format),
     Flag('update_lr', float, 1e-3, EVALUATION,
@@ -245,7 +265,8 @@ FLAGS = (
     Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders', FOLDER),
     Flag('resume', bool, True, ANYTIME, 'continue from the newest checkpoint of the same run'),
     Flag('overwrite', bool, False, ANYTIME,
-         'with --resume=False: remove the earlier run of the same name'),
+         'with --resume=False: remove the earlier run of the same name; with --test_iter=N: what '
+         'came after iteration N'),
     Flag('validation_tasks', int, 100, EVALUATION,
          'tasks of a validation during training (images only)', lowest=2),
     Flag('train', bool, True, ANYTIME, 'train, else evaluate'),
@@ -329,10 +350,10 @@ def check_flags(f: flags.FlagValues):
     check_tasks(f)
     if f.train:
         check_training(f)
-    if f.overwrite and (f.resume or not f.train):
+    if f.overwrite and (f.resume and f.test_iter == -1 or not f.train):
         raise ValueError(
             '--overwrite removes an earlier run of the same name, so it needs --resume=False and '
-            '--train=True'
+            '--train=True; or what came after --test_iter=N, if training is to continue there'
         )
 
 
@@ -343,11 +364,18 @@ def check_tasks(f: flags.FlagValues):
             '--baseline=oracle knows amplitude and phase, so it needs --datasource=sinusoid, not '
             f'{f.datasource}'
         )
+    if f.num_query != -1 and (f.datasource == 'sinusoid' or is_spec(f.datasource)):
+        raise ValueError(
+            f'--num_query={f.num_query} is for images, so it needs --datasource=omniglot, '
+            f'miniimagenet or folder, not {f.datasource}'
+        )
     if f.metatrain_iterations == 0 and f.datasource == 'miniimagenet' and f.update_batch_size != 1:
         raise ValueError(
             'a plain network on miniimagenet (--metatrain_iterations=0) takes one image per class, '
             f'so it needs --update_batch_size=1, not {f.update_batch_size}'
         )
+    if f.num_classes == 1 and f.datasource in ('omniglot', 'miniimagenet', 'folder'):
+        raise ValueError('--num_classes=1: between images of one class there is nothing to learn')
     if f.network:
         check_network(f)
     elif f.max_pool and (f.datasource == 'sinusoid' or not f.conv):
@@ -385,6 +413,11 @@ def check_training(f: flags.FlagValues):
         if is_asked:
             text = f'--{name}={f[name].value} is for evaluation, so it needs --train=False'
             raise ValueError(text)
+    if f.test_iter != -1 and not f.resume:
+        raise ValueError(
+            f'--test_iter={f.test_iter} continues from a checkpoint, and --resume=False begins '
+            'afresh: give one of them'
+        )
     if sum(iterations(f)) == 0:
         raise ValueError(
             'there is nothing to train: set --metatrain_iterations or --pretrain_iterations above 0'
@@ -405,8 +438,11 @@ def check_training(f: flags.FlagValues):
 # The tasks ----------------------------------------------------------------------------------------
 
 
-def make_generators(f: flags.FlagValues) -> dict[str, DataGenerator]:
-    """{'train': ..., 'val': ...} for training, {'val' or 'test': ...} for evaluation."""
+def make_generators(f: flags.FlagValues, run: dict | None = None) -> dict[str, DataGenerator]:
+    """{'train': ..., 'val': ...} for training, {'val' or 'test': ...} for evaluation.
+
+    run: what the run knows of its data, see `data_of_run`.
+    """
     splits = {'test' if f.test_set else 'val': EVALUATION_SEED}
     if f.train:
         splits = {'train': f.seed, 'val': EVALUATION_SEED}
@@ -418,26 +454,56 @@ def make_generators(f: flags.FlagValues) -> dict[str, DataGenerator]:
         own = user_function(f.datasource)()
         with user_code(f.datasource, all_of_it=False):
             return dict.fromkeys(splits, UserTasks(own, f.datasource, splits, f.meta_batch_size))
-    make, folders = load_images(f, [*splits])
-    given = (folders, f.num_classes, shots, query_images(f))
-    return {split: make(*given, seed=seed, splits=[split]) for split, seed in splits.items()}
+    make = OmniglotGenerator if f.datasource == 'omniglot' else ImageGenerator
+    run = run or {}
+    folders, counts, fit = load_images(f, [*splits], run)
+    counts |= (f.train and run.get('classes')) or {}  # of splits that are not there any more too
+    generators, given = {}, (folders, f.num_classes, shots, query_images(f))
+    for split, seed in splits.items():
+        generators[split] = source = make(*given, seed=seed, splits=[split])
+        source.classes, source.settled_flags = counts, {'fit': fit}
+    return generators
 
 
-def load_images(f: flags.FlagValues, splits: list[str]) -> tuple[type, dict]:
-    """The generator of tasks, and the classes of each split."""
-    data_dir = os.path.expanduser(f.data_dir)
+def load_images(f: flags.FlagValues, splits: list[str], run: dict) -> tuple[dict, dict, str | None]:
+    """The classes of each split; and what a run is to know of its data, see `data_of_run`."""
+    data_dir, cache_dir = os.path.expanduser(f.data_dir), f.cache_dir or None
+    known = run.get('classes')
+    if f.datasource == 'folder':
+        fit = f.fit or run.get('fit', 'crop')
+        own = OwnImages(data_dir, folder_layout(f.image_size, f.channels, fit), splits)
+        size = TaskSize(f.num_classes, f.update_batch_size, query_images(f))
+        own.choose(split_proportions(f.split), size, f.skip_small_classes, known)
+        return own.load(cache_dir), own.counts, fit
     if f.datasource == 'omniglot':
-        return OmniglotGenerator, load_omniglot(data_dir)
-    if f.datasource == 'miniimagenet':
-        return ImageGenerator, load_miniimagenet(data_dir, splits)
-    proportions = split_proportions(f.split)
-    return ImageGenerator, load_folder(data_dir, f.image_size, f.channels, proportions, splits)
+        folders = load_omniglot(data_dir, cache_dir)
+    else:
+        folders = load_miniimagenet(data_dir, splits, cache_dir)
+    folders = as_in_run(folders, splits, known)
+    counts = {split: classes.sizes() for split, classes in folders.items()}
+    return folders, counts, f.fit
+
+
+def data_of_run(replicas: Replicas, iteration: int, state: dict) -> dict:
+    """What a run knows of its data, the same in all workers; empty of a new run.
+
+    'classes': {split: {class: how many images}}, None in checkpoints from before they were kept;
+    'fit': of images of one's own. iteration, state: of the checkpoint, as from `restore_run`.
+    """
+    fit = state.get('flags', {}).get('fit') or 'squash'
+    data = {'classes': state.get('classes'), 'fit': fit}
+    text = np.frombuffer(json.dumps(data if iteration >= 0 else {}).encode(), np.uint8)
+    (length,) = replicas.agree([np.int64(len(text))])
+    numbers = np.int64(text) if replicas.is_chief else np.zeros(int(length), np.int64)
+    (numbers,) = replicas.agree([numbers])
+    return json.loads(bytes(np.uint8(numbers)))
 
 
 def query_images(f: flags.FlagValues) -> int:
-    """Q, per class: the original's, if --test_query does not say otherwise."""
-    if not f.train and f.test_query != -1:
-        return f.test_query
+    """Q, per class: the original's, if --num_query or --test_query does not say otherwise."""
+    asked = f.num_query if f.train else f.test_query
+    if asked != -1:
+        return asked
     if f.datasource == 'miniimagenet' and f.metatrain_iterations == 0:
         return 0
     if f.datasource == 'miniimagenet' and f.train:
@@ -458,13 +524,15 @@ def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
         return {}
     if not found and f.test_iter == 'best' and checkpoints(folder):
         raise ValueError(
-            f'--test_iter=best: {folder} has no best checkpoint; training on images keeps one from '
-            f'its first validation on, at iteration {VALIDATION_INTERVAL}'
+            f'--test_iter=best: {folder} has no best checkpoint; training keeps one from its first '
+            f'validation on, at iteration {VALIDATION_INTERVAL}: train on, or leave --test_iter '
+            f'away for the newest, of iteration {max(checkpoints(folder))}'
         )
     if not found:
         raise ValueError(
-            f'{folder} holds no checkpoint: train first with the same flags, or give the --logdir, '
-            '--train_update_batch_size and --train_update_lr of the training run'
+            f'{folder} holds no checkpoint{other_runs(folder)}: train first with the same flags, '
+            'or give --run=FOLDER, or --logdir, --train_update_batch_size and --train_update_lr of '
+            'the training run'
         )
     if f.test_iter in (-1, 'best'):
         return dict(reversed(found.items()))
@@ -509,12 +577,9 @@ def stored_flags(folder: Path, f: flags.FlagValues) -> dict:
     Raises ValueError if the folder is no run, or the run does not tell them.
     """
     if not any(checkpoints(folder, kind) for kind in ('model', 'best')):
-        runs = sorted(path.parent.name for path in folder.glob('*/*.index'))
-        found = f'it holds runs, as {folder / runs[0]}' if runs else 'it has no checkpoint'
-        if not folder.is_dir():
-            found = 'there is no such folder'
         raise ValueError(
-            f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but {found}'
+            f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but it has '
+            f'no checkpoint{other_runs(folder)}'
         )
     reason = ValueError(
         f'--run={f.run} does not tell the flags it was trained with: give them, and --logdir'
@@ -555,7 +620,9 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
     stored: the flags that the checkpoint holds; one that is younger than it, it does not hold.
     """
     fixed = (EVALUATION, NEVER) if f.train else (NEVER,)
+    stored = {'fit': 'squash'} | stored  # what runs did that are older than the flag
     names = [flag.name for flag in FLAGS if flag.may_change in fixed and flag.name in stored]
+    names = [name for name in names if name != 'fit' or f.fit]  # else it is the run's
     pretrained = min(stored.get('pretrain_iterations', 0), f.pretrain_iterations)
     if 'pretrain_iterations' in names and (f.baseline == 'oracle' or iteration < pretrained):
         # So far it has trained jointly, and so it would have with the other number.
@@ -592,9 +659,9 @@ class Log(Observer):
     """Summaries for TensorBoard, the original's printed lines, and a line of progress.
 
     objective: of the source, 'loss' or 'accuracy'. pretrain, end: iterations of joint training, and
-    of both. update: the number of inner updates whose outcome is printed. interval: iterations
-    between printed lines. start: the first iteration; state: what `state` gave before it. folder:
-    of the summaries, if there are to be any.
+    of both. update: the number of inner updates whose outcome is printed, None if there are no
+    query sets to tell of it. interval: iterations between printed lines. start: the first
+    iteration; state: what `state` gave before it. folder: of the summaries, if there are to be any.
     """
 
     def __init__(
@@ -602,7 +669,7 @@ class Log(Observer):
         objective: str,
         pretrain: int,
         end: int,
-        update: int,
+        update: int | None,
         interval: int,
         start: int = 0,
         state: dict | None = None,
@@ -636,23 +703,24 @@ class Log(Observer):
             with self.writer.as_default():
                 tf.summary.text('flags', text, step=self.start)
         updates = '1 update' if self.update == 1 else f'{self.update} updates'
+        after = f', and on the query sets after {updates}' if self.update else ''
         self.line(
             f'To be printed every {self.interval} iterations: mean {self.objective} on the support '
-            f'sets before any update, and on the query sets after {updates}.'
+            f'sets before any update{after}.'
         )
 
-    def summaries(self, prefix: str, results: Results, iteration: int) -> tuple[float, float]:
+    def summaries(self, prefix: str, results: Results, iteration: int) -> list[float]:
         """Writes the scalars of one meta-batch under the original's tags.
 
         Returns the means of the objective to print: before any update, and after `update`.
         """
         for kind in ('loss',) if self.objective == 'loss' else ('loss', 'accuracy'):
             before, after = results.of(kind)
-            pre, post = np.mean(before), np.mean(after, axis=1)
+            pre, post = np.mean(before), np.mean(after, axis=1) if self.update else []
             tags = [f'Pre-update_{kind}']
             tags += [f'Post-update_{kind}__step_{j}' for j in range(1, len(post) + 1)]
             self._write(tuple(f'{prefix}_{tag}' for tag in tags), [pre, *post], iteration)
-        return pre, post[self.update - 1]  # of the objective, which comes last
+        return [pre, post[self.update - 1]] if self.update else [pre]  # the objective comes last
 
     def _write(self, tags: tuple[str, ...], values: list, iteration: int):
         if self.writer:
@@ -666,15 +734,17 @@ class Log(Observer):
 
     def training(self, results: Results, iteration: int):
         """Prints the means of all meta-batches since the last line, if one is due."""
-        before, after = self.summaries('metatrain', results, iteration)
-        self.before.append(before)
-        self.after.append(after)
-        self._write((f'last_training_{self.objective}',), [np.mean(self.after)], iteration)
+        means = self.summaries('metatrain', results, iteration)
+        for shown, mean in zip((self.before, self.after), means):
+            shown.append(mean)
+        if self.update:
+            self._write((f'last_training_{self.objective}',), [np.mean(self.after)], iteration)
         if iteration % self.interval == 0 and iteration != 0:
             label = f'Iteration {iteration - self.pretrain}'
             if iteration < self.pretrain:
                 label = f'Pretrain Iteration {iteration}'
-            self.line(f'{label}: {np.mean(self.before)}, {np.mean(self.after)}')
+            means = [np.mean(shown) for shown in (self.before, self.after) if shown]
+            self.line(f'{label}: {", ".join(map(str, means))}')
             self.before, self.after = [], []
 
     def validation(self, results: Results, interval: float, iteration: int):
@@ -767,7 +837,7 @@ def make_trainer(run: Prepared, f: flags.FlagValues) -> Trainer:
         source.objective,
         pretrain,
         schedule.end,
-        f.num_updates,
+        f.num_updates if source.has_queries else None,
         PRINT_INTERVAL * source.print_factor,
         run.start,
         run.state,
@@ -783,7 +853,7 @@ def make_trainer(run: Prepared, f: flags.FlagValues) -> Trainer:
         log,
         run.start,
         run.state,
-        settings(f) | source.model_settings,
+        settings(f) | source.model_settings | source.settled_flags,
         f.validation_tasks,
     )
 
@@ -821,10 +891,18 @@ def train(trainer: Trainer, watch: Callable = iter):
     end = trainer.schedule.end
     if done < end:
         print(
-            f'Saved {trainer.folder}/model{done - 1}; the same command continues at iteration '
-            f'{done} of {end}.'
+            f'Saved {trainer.folder}/model{done - 1}; {command_again(trainer.settings)} continues '
+            f'at iteration {done} of {end}.'
         )
         sys.exit(128 + (signals.received or signal.SIGTERM))  # another worker's signal stops all
+
+
+def command_again(given: dict) -> str:
+    """What continues a run: the command without what said where this process was to begin."""
+    names = ('resume', 'overwrite', 'test_iter')
+    defaults = {flag.name: flag.default for flag in FLAGS}
+    once = [f'--{name}={given[name]}' for name in names if given[name] != defaults[name]]
+    return f'the same command{" without " if once else ""}{" and ".join(once)}'
 
 
 # Evaluation ---------------------------------------------------------------------------------------
@@ -845,22 +923,41 @@ def evaluate(run: Prepared, f: flags.FlagValues):
             done = len(row) * len(rows)
             print(f'{done} of {f.test_tasks} tasks', end='\033[K\r', flush=True)
     values = np.concatenate(rows)[: f.test_tasks]  # [tasks, 1 + updates]
+    if not source.has_queries:
+        values = values[:, :1]
+        print(
+            'There are no query images, as in the original, to tell of updates: '
+            f'--test_query={MINIIMAGENET_QUERY_IMAGES} takes some.'
+        )
     mean, stddev = values.mean(0), values.std(0)
     interval = 1.96 * stddev / np.sqrt(len(values))
     print('Mean validation accuracy/loss, stddev, and confidence intervals')
     print((mean, stddev, interval))
     objective = 'accuracy' if source.objective == 'accuracy' else 'squared error'
     what = f'{objective} on {len(values)} {SPLITS[split]} tasks'
-    print(*result_table(what, mean, interval, paper_figures(run.state, f)), sep='\n')
+    paper = {} if other_data(run, f) else paper_figures(run.state, f)
+    print(*result_table(what, mean, interval, paper), sep='\n')
+    if caution := source.caution(split):
+        print(caution)
     if not run.model.replicas.is_chief:
         return
-    path = run.folder / evaluation_name(f)
+    path = run.folder / f'{evaluation_name(f)}{other_data(run, f)}'
     content = {'mses': values, 'iteration': run.start - 1, 'split': split}
     write_whole(path.with_name(f'{path.name}.pkl'), pickle.dumps(content))
     header = [f'update{j}' for j in range(len(mean))]
+    rows = [[*row, split, run.start - 1] for row in (mean, stddev, interval)]
     text = io.StringIO()
-    csv.writer(text).writerows([header, mean, stddev, interval])
+    csv.writer(text).writerows([header + ['split', 'iteration'], *rows])
     write_whole(path.with_name(f'{path.name}.csv'), text.getvalue().encode())
+
+
+def other_data(run: Prepared, f: flags.FlagValues) -> str:
+    """What a result's name ends with if it is on classes that the run does not know."""
+    ((split, source),) = run.generators.items()
+    known = (run.state.get('classes') or {}).get(split)
+    if known in (None, source.classes.get(split)):
+        return ''
+    return f'_on_{os.path.basename(os.path.abspath(os.path.expanduser(f.data_dir)))}'
 
 
 def result_table(what: str, mean: np.ndarray, interval: np.ndarray, paper: dict) -> list[str]:
@@ -882,13 +979,17 @@ def result_table(what: str, mean: np.ndarray, interval: np.ndarray, paper: dict)
 
 
 def evaluation_name(f: flags.FlagValues) -> str:
-    """Of the files that hold an evaluation, without suffix."""
+    """Of the files that hold an evaluation, without suffix.
+
+    It is the original's for the test classes and the newest checkpoint, and tells what is not so.
+    """
     parts = [
         f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}',
         f'_query{f.test_query}' if f.test_query != -1 else '',
         f'_tasks{f.test_tasks}' if f.test_tasks != f['test_tasks'].default else '',
         '' if f.transductive else '_inductive',
-        '_best' if f.test_iter == 'best' else '',
+        '' if f.test_set else '_val',
+        {-1: '', 'best': '_best'}.get(f.test_iter, f'_iteration{f.test_iter}'),
     ]
     return ''.join(parts)
 
@@ -1061,17 +1162,24 @@ def prepare(f: flags.FlagValues, held: ExitStack, norm: Normalization | None = N
     start = int(replicas.agree([np.int64(iteration)])[0]) + 1
     model.agree()
     if f.train and start >= total:
-        print(
-            f'The run is complete: {start} of {total} iterations; raise --metatrain_iterations for '
-            'more.'
-        )
+        print(complete(start, f))
         return Prepared(model, {}, folder, start, state)
-    generators = own or make_generators(f)
+    generators = own or make_generators(f, data_of_run(replicas, iteration, state))
     if replicas.is_chief:
         open_folder(folder, f, start, held)
+        if f.overwrite and not best_is_there(folder, state):
+            state = {**state, 'best': None}
     if f.train and start > 0:
         print(f'Continuing at iteration {start} of {total}.')
     return Prepared(model, generators, folder, start, state)
+
+
+def complete(done: int, f: flags.FlagValues) -> str:
+    """Says that nothing is left to train."""
+    total, joint = sum(iterations(f)), f.metatrain_iterations == 0
+    flag = '--pretrain_iterations' if joint else '--metatrain_iterations'
+    of = f'of {total} iterations' if done == total else f'iterations, and {total} are asked for'
+    return f'The run is complete: {done} {of}; raise {flag} for more.'
 
 
 def build_model(
@@ -1146,7 +1254,20 @@ def restore_run(
             f'{folder} holds a run: leave --resume=False away to continue it, add --overwrite to '
             'remove it, or give another --logdir'
         )
+    if f.train and f.test_iter != -1 and not f.overwrite:
+        check_nothing_later(folder, f.test_iter)
     return load(model, candidates, f)
+
+
+def check_nothing_later(folder: Path, iteration: int):
+    """Raises ValueError if a run has gone on after an iteration: it has one history."""
+    last = max(checkpoints(folder))
+    if last > iteration:
+        raise ValueError(
+            f'{folder} goes on after --test_iter={iteration} until iteration {last}: add '
+            '--overwrite to remove what came later, leave --test_iter away to continue at the end, '
+            'or give another --logdir'
+        )
 
 
 def lock_folder(folder: Path, held: ExitStack):
@@ -1163,7 +1284,8 @@ def lock_folder(folder: Path, held: ExitStack):
 def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
     """Makes the run's folder, sees that it can be written, and clears what is not to stay.
 
-    With --overwrite that is the earlier run; else what a process that died has left of later
+    With --overwrite that is the earlier run, or what came after the iteration that it continues
+    from; else what a process that died has left of later
     iterations. Raises OSError and ValueError.
     """
     try:
@@ -1173,7 +1295,9 @@ def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
                 lock_folder(folder, held)
         tempfile.TemporaryFile(dir=folder).close()
         if f.train:
-            if f.overwrite:
+            if f.overwrite and f.resume:
+                remove_later(folder, start)
+            elif f.overwrite:
                 remove_run(folder)
             remove_leftovers(folder)
             forget_summaries(folder, start)
@@ -1192,6 +1316,33 @@ def remove_run(folder: Path):
     for path in [*event_files(folder), *tables]:
         path.unlink()
     print(f'Removed the earlier run in {folder}: {count} checkpoints, summaries and results.')
+
+
+def best_is_there(folder: Path, state: dict) -> bool:
+    """Whether the checkpoint of the best validation so far is still there, or there was none."""
+    best = state.get('best')
+    return not best or best['iteration'] in checkpoints(folder, 'best')
+
+
+def remove_later(folder: Path, start: int):
+    """Removes what a run has written of iteration `start` and later, and says so.
+
+    The newest goes first: what is left, if the process dies, is an earlier state of the run. Its
+    summaries are left to `forget_summaries`.
+    """
+    found = {kind: checkpoints(folder, kind) for kind in ('best', 'model')}
+    later = {kind: [i for i in found[kind] if i >= start] for kind in found}
+    for kind, iterations_ in later.items():
+        for i in reversed(iterations_):
+            remove_checkpoint(found[kind][i])
+    for path in folder.glob('test_ubs*_stepsize*.csv'):
+        if evaluated_iteration(path) >= start:
+            path.unlink()
+            path.with_suffix('.pkl').unlink(missing_ok=True)
+    print(
+        f'Removed what came after iteration {start - 1} in {folder}: {len(later["model"])} '
+        'checkpoints, and their summaries and results.'
+    )
 
 
 def main(
@@ -1229,6 +1380,7 @@ def carry_out(run: Prepared, f: flags.FlagValues):
         with user_code(f.datasource, all_of_it=False), user_code(f.network, all_of_it=False):
             if f.train:
                 train(make_trainer(run, f))
+                print(next_steps(run, f))
             else:
                 evaluate(run, f)
     except (UserCodeError, BadTasks) as error:
@@ -1240,11 +1392,32 @@ def carry_out(run: Prepared, f: flags.FlagValues):
             raise
         print(
             f'main.py: worker {worker_index(f)} lost another one ({first_line(error)}); start all '
-            f'of them again: the run continues from its newest checkpoint in {run.folder}',
+            f'of them again: {command_again(settings(f))} continues from the newest checkpoint in '
+            f'{run.folder}',
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)  # leaving the cluster in order would wait for the one that is gone
+
+
+def next_steps(run: Prepared, f: flags.FlagValues) -> str:
+    """Where a run is that has come to its end, and what can be done with it."""
+    # Of the user's own files: a run names them, and they are not run unasked.
+    given = [f'--{n}={f[n].value}' for n in ('datasource', 'network') if is_spec(f[n].value)]
+    evaluation = ['main.py', '--train=False', '--test_set=True', f'--run={run.folder}', *given]
+    commands = [command_line(*evaluation)]
+    if f.datasource in ('omniglot', 'miniimagenet', 'folder'):
+        network = [f'--network={f.network}'] if f.network else []
+        classify = ['scripts/model/classify.py', run.folder, 'SUPPORT_DIR', 'IMAGE', *network]
+        commands.append(command_line(*classify))
+    return '\n    '.join([f'The run is in {run.folder}. Test it, use it:', *commands])
+
+
+def command_line(script: str, *arguments: str | Path) -> str:
+    """A line for the shell that starts a script of this project from the folder at hand."""
+    own, script = sys.executable, os.path.relpath(Path(__file__).resolve().parent / script)
+    python = 'python' if shutil.which('python') == own else own
+    return shlex.join([python, script, *map(str, arguments)])
 
 
 def worker_index(f: flags.FlagValues) -> int:

@@ -67,6 +67,7 @@ from utils import (
     is_spec,
     machine,
     mean_squared_error,
+    other_runs,
     piece,
     read_checkpoint,
     read_objects,
@@ -102,7 +103,7 @@ def initial_value(kind, shape: tuple[int, ...], seed: list[int]) -> np.ndarray:
             raise ValueError(f'an initial value is {list(value.shape)}, not {list(shape)}')
         return value
     number = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)
-    make = tf.keras.initializers
+    make = keras.initializers
     if kind in ('zeros', 'ones'):
         initializer = {'zeros': make.Zeros, 'ones': make.Ones}[kind]()
     elif kind == 'glorot':
@@ -622,8 +623,8 @@ class MAML(tf.Module):
         # Learned by the outer loop only.
         self.norms = {name: variables[name] for name in network.norm_parameters}
         # ε as TensorFlow 1's Adam has it; Keras's own default is ten times larger.
-        self.metatrain_optimizer = tf.keras.optimizers.Adam(meta_lr, epsilon=1e-8)
-        self.pretrain_optimizer = tf.keras.optimizers.Adam(meta_lr, epsilon=1e-8)
+        self.metatrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
+        self.pretrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
         for optimizer in (self.metatrain_optimizer, self.pretrain_optimizer):
             optimizer.build(self.parameters)
 
@@ -1342,14 +1343,15 @@ class Trainer:
         values = results.of(objective)[1][self.model.num_updates - 1]  # [tasks]
         mean, interval = float(np.mean(values)), float(confidence(values))
         self.log.validation(results, interval, iteration)
-        sign = 1 if objective == 'accuracy' else -1
-        if self.best is None or sign * mean > sign * self.best[objective]:
+        best = self.best or {objective: np.nan}
+        if is_better(mean, best[objective], objective):
             self.best = {'iteration': iteration, objective: mean, 'interval': interval}
             self.save(iteration, 'best')
             verdict = 'the best so far'
+        elif np.isfinite(best[objective]):
+            verdict = f'the best was {best[objective]:.4f} at iteration {best["iteration"]}'
         else:
-            best, at = self.best[objective], self.best['iteration']
-            verdict = f'the best was {best:.4f} at iteration {at}'
+            verdict = 'none was a number so far'
         shown = f'{mean:.4f} +- {interval:.4f}, {verdict}.'
         what = f'{objective.capitalize()} on {self.validation_tasks} validation tasks'
         self.log.line(f'{what}: {shown}')
@@ -1379,6 +1381,7 @@ class Trainer:
         pretraining = iteration < self.schedule.pretrain
         checkpoint = self.model.pretrain_checkpoint if pretraining else self.model.checkpoint
         state = {'flags': self.settings, 'best': self.best, 'machine': machine()}
+        state |= {'classes': self.source.classes} if self.source.classes else {}
         write_checkpoint(checkpoint, self.folder, iteration, state | self.log.state(), kind)
         if kind == 'model':
             self.saved = iteration
@@ -1390,8 +1393,15 @@ class Trainer:
             last = 'there is no checkpoint yet'
         raise Diverged(
             f'{what}, so training has stopped; {last}. Try a smaller --update_lr or --meta_lr, or '
-            '--norm=batch_norm'
+            '--norm=batch_norm, with another --logdir'
         )
+
+
+def is_better(value: float, best: float, objective: str) -> bool:
+    """Whether a loss is lower, or an accuracy higher; what is no finite number never is."""
+    if not np.isfinite(value) or not np.isfinite(best):
+        return bool(np.isfinite(value))
+    return value > best if objective == 'accuracy' else value < best
 
 
 def evaluate_tasks(
@@ -1829,15 +1839,22 @@ def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
         text = "checkpoint, if it is not 'best' or -1 for the newest,"
         checkpoint = whole_number(text, checkpoint)
     folder = folder_path('run_folder', run_folder)
-    if not folder.is_dir():
-        raise ValueError(f'there is no folder {folder}: give one that main.py trained in')
     found = checkpoints(folder, 'best' if checkpoint == 'best' else 'model')
-    if not found or checkpoint not in (-1, 'best', *found):
-        there = ', '.join(map(str, checkpoints(folder))) or 'none'
-        asked = f'no checkpoint {checkpoint!r}'.removesuffix(' -1')
+    there = [*checkpoints(folder)]
+    if not found and not there:
         raise ValueError(
-            f'{folder} has {asked}; it should be a folder that main.py trained in, '
-            f'LOGDIR/cls_...; iterations that are there: {there}'
+            f'{folder} has no checkpoint{other_runs(folder)}: give a folder that main.py trained '
+            'in, LOGDIR/cls_...'
+        )
+    if not found:
+        raise ValueError(
+            f'{folder} has no best checkpoint, which training keeps from its first validation on: '
+            f'train on, or take the newest, of iteration {there[-1]}'
+        )
+    if checkpoint not in (-1, 'best', *found):
+        raise ValueError(
+            f'{folder} has no checkpoint {checkpoint!r}; iterations that are there: '
+            f'{", ".join(map(str, there))}'
         )
     wanted = {checkpoint: found[checkpoint]} if checkpoint in found else found
     return first_whole(dict(reversed(wanted.items())), warnings.warn)[1]

@@ -503,6 +503,13 @@ def convolve_normalized(
 # Normalisation ------------------------------------------------------------------------------------
 
 
+def batch_moments(x: tf.Tensor, leading: int | tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean and variance per channel, [T, 1, channels] each; arguments as of `batch_norm`."""
+    if leading is not None:  # in a loop XLA has no second derivative of a slice, even of all
+        x = x[:, :leading]
+    return moments(tf.reshape(x, [sizes(x)[0], -1, x.shape[-1]]))
+
+
 def batch_norm(
     x: tf.Tensor, beta: tf.Tensor, leading: int | tf.Tensor | None = None, max_pool: bool = False
 ) -> tf.Tensor:
@@ -516,7 +523,7 @@ def batch_norm(
     leading: how many of the examples, from the first on, give the statistics (None: all).
     """
     tasks, channels = sizes(x)[0], x.shape[-1]
-    mean, variance = moments(tf.reshape(x[:, :leading], [tasks, -1, channels]))  # [T, 1, channels]
+    mean, variance = batch_moments(x, leading)
     # Without a gain larger stays larger: pooling first gives the same, for less work, and equal
     # inputs stay equal.
     x = max_pool2x2(x) if max_pool else x
@@ -689,7 +696,7 @@ def keras_batch_norm(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Ten
     """keras.layers.BatchNormalization by the statistics of the examples at hand."""
     tasks, channels = sizes(x)[0], x.shape[-1]
     rows = tf.reshape(x, [tasks, -1, channels])
-    mean, variance = moments(tf.reshape(x[:, :leading], [tasks, -1, channels]))  # [T, 1, channels]
+    mean, variance = batch_moments(x, leading)
     scale = tf.math.rsqrt(variance + layer.epsilon)
     zero = tf.zeros([tasks, 1, channels], x.dtype)
     offset = weights['beta'][:, tf.newaxis] if layer.center else zero

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -32,6 +33,12 @@ import scipy.stats
 
 # What TensorFlow says of its instructions and of a GPU that is not there; errors come through.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+# Keras reads them when it is loaded: another backend, or Keras 2, would not do.
+KERAS_CAME_FIRST = 'keras' in sys.modules
+if not KERAS_CAME_FIRST:
+    os.environ['KERAS_BACKEND'] = 'tensorflow'
+for name in ('TF_USE_LEGACY_KERAS', 'TF2_BEHAVIOR'):
+    os.environ.pop(name, None)
 # Lines that its C++ prints while it is loaded, before that level counts. Some say nothing at all,
 # some say nothing where there is no GPU.
 IDLE_LINES = ('All log messages before absl::InitializeLog', 'Unable to register cu[A-Z]+ factory')
@@ -66,10 +73,38 @@ def without_lines(patterns: Iterable[str]) -> Iterator[None]:
 ALL_LINES = os.environ['TF_CPP_MIN_LOG_LEVEL'] == '0'  # asked for
 DROPPED = IDLE_LINES if has_nvidia_gpu() else IDLE_LINES + LINES_WITHOUT_GPU
 with nullcontext() if ALL_LINES else without_lines(DROPPED):
+    import keras
     import tensorflow as tf
 
     if not has_nvidia_gpu():
         tf.config.list_physical_devices()  # looks for GPUs, and says that there is none
+
+# Keras's settings ---------------------------------------------------------------------------------
+
+
+def settle_keras(came_first: bool):
+    """Keras as this project needs it, whatever ~/.keras/keras.json says.
+
+    came_first: a program that imported Keras before may have set it up as it likes, but not on
+    another backend. Raises ImportError then.
+    """
+    if keras.config.backend() != 'tensorflow':
+        raise ImportError(
+            f'Keras runs on {keras.config.backend()} here, and this project needs it on '
+            'TensorFlow: set KERAS_BACKEND=tensorflow, or import this before keras'
+        )
+    if not came_first:
+        keras.config.set_floatx('float32')
+        keras.config.set_epsilon(1e-7)
+        keras.config.set_image_data_format('channels_last')
+    elif keras.config.floatx() != 'float32':
+        warnings.warn(
+            f'Keras rounds step sizes to {keras.config.floatx()} here, by its setting floatx',
+            stacklevel=2,
+        )
+
+
+settle_keras(KERAS_CAME_FIRST)
 
 # Meta-batches, losses and their means -------------------------------------------------------------
 
@@ -218,6 +253,21 @@ def checkpoints(folder: str | Path, kind: str = 'model') -> dict[int, str]:
     found = (re.fullmatch(kind + r'(\d+)\.index', name) for name in names)
     iterations = sorted(int(match[1]) for match in found if match)
     return {i: str(Path(folder) / f'{kind}{i}') for i in iterations}
+
+
+def other_runs(folder: str | Path) -> str:
+    """Where there are runs, if a folder is none: the end of a clause, empty if nowhere near."""
+    folder = Path(folder)
+    text = '' if folder.is_dir() else ', since there is no such folder'
+    if not folder.parent.is_dir():
+        text += f', nor {folder.parent}'
+    for place in (folder, folder.parent, folder.parent.parent):
+        found = [*place.glob('*/*.index'), *place.glob('*/*/*.index')]
+        runs = sorted({str(path.parent.relative_to(place)) for path in found})
+        if runs:
+            more = f' and {len(runs) - 3} more' if len(runs) > 3 else ''
+            return f'{text}, but {place} has the runs {", ".join(runs[:3])}{more}'
+    return text
 
 
 class DamagedCheckpoint(ValueError):
@@ -494,10 +544,10 @@ def read_evaluation(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Each is [1 + updates]. Raises ValueError if the file is none.
     """
     try:
-        with open(path, newline='') as file:
-            header, *rows = csv.reader(file)
-        means, deviations, intervals = np.array(rows, float)
-        if header != [f'update{i}' for i in range(len(means))]:
+        header, rows = read_table(path)
+        size = sum(name.startswith('update') for name in header)  # split and iteration may follow
+        means, deviations, intervals = np.array([row[:size] for row in rows], float)
+        if header[:size] != [f'update{i}' for i in range(size)] or size == 0:
             raise ValueError
     except ValueError:
         raise ValueError(
@@ -505,6 +555,25 @@ def read_evaluation(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             'and confidence intervals); evaluate the run again with --train=False'
         ) from None
     return means, deviations, intervals
+
+
+def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a csv file. Raises ValueError if it has none."""
+    with open(path, newline='') as file:
+        try:
+            header, *rows = csv.reader(file)
+        except csv.Error as error:
+            raise ValueError(f'{path} is no csv file ({error})') from error
+    return header, rows
+
+
+def evaluated_iteration(path: Path) -> int:
+    """Of the checkpoint that a test_*.csv tells of; -1 if it does not say, as older ones."""
+    try:
+        header, rows = read_table(path)
+        return int(rows[0][header.index('iteration')])
+    except (ValueError, IndexError):
+        return -1
 
 
 def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:

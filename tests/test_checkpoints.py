@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -98,16 +99,60 @@ def test_resumed_run_is_exact(tmp_path, eager, omniglot, flags, iterations):
     assert_same(contents(once / f'model{total - 1}'), contents(often / f'model{total - 1}'))
 
 
-def test_resuming_from_an_earlier_checkpoint(tmp_path, eager):
-    """--test_iter names the checkpoint that training continues from, too."""
-    train = [*SINUSOID, f'--logdir={tmp_path}']
+def test_continuing_from_an_earlier_checkpoint(tmp_path, eager):
+    """--test_iter=N names the checkpoint; what came later is removed when told to, else refused."""
+    train = ['--meta_batch_size=4', f'--logdir={tmp_path}']
     for iterations in (2, 4):
         succeeded(run(*train, f'--metatrain_iterations={iterations}'))
     folder = folder_of(tmp_path, *train)
-    before = contents(folder / 'model3')
-    outcome = succeeded(run(*train, '--metatrain_iterations=4', '--test_iter=1'))
+    for iteration in (1, 3):
+        succeeded(run(*train, '--train=False', f'--test_iter={iteration}'))
+    write_checkpoint(tf.train.Checkpoint(), folder, 3, kind='best')
+    last, curves, before = contents(folder / 'model3'), read_scalars(folder), listing(tmp_path)
+    earlier = [*train, '--metatrain_iterations=4', '--test_iter=1']
+    words = ['--test_iter=1 until iteration 3', '--overwrite', 'leave --test_iter away']
+    assert_refused(run(*earlier), *words)
+    assert_refused(run(*earlier, '--resume=False'), '--test_iter=1', '--resume=False', 'one of')
+    assert listing(tmp_path) == before
+    outcome = succeeded(run(*earlier, '--overwrite'))
     assert 'Continuing at iteration 2 of 4' in outcome.out
-    assert_same(before, contents(folder / 'model3'))
+    assert f'Removed what came after iteration 1 in {folder}: 1 checkpoints' in outcome.out
+    assert_same(last, contents(folder / 'model3'))
+    assert read_scalars(folder) == curves and not checkpoints(folder, 'best')
+    table = 'test_ubs5_stepsize0.001_val_iteration1'
+    assert {path.name for path in folder.glob('test_*')} == {f'{table}.csv', f'{table}.pkl'}
+
+
+@pytest.mark.parametrize(
+    'begun, without',
+    [
+        ([], ''),
+        (['--test_iter=1'], ' without --test_iter=1'),
+        (['--test_iter=1', '--overwrite'], ' without --overwrite=True and --test_iter=1'),
+        (['--resume=False', '--overwrite'], ' without --resume=False and --overwrite=True'),
+    ],
+    ids=['as usual', 'earlier', 'earlier again', 'afresh'],
+)
+def test_the_command_that_continues(tmp_path, eager, monkeypatch, begun, without):
+    """It is what the line says that tells of it: --overwrite would begin there once more."""
+
+    class Stopped(main.Signals):
+        def __init__(self):
+            super().__init__()
+            self.received = signal.SIGTERM
+
+    train = [*SINUSOID, f'--logdir={tmp_path}']
+    folder = write_run(tmp_path, *train, iterations=(1,))
+    train += ['--metatrain_iterations=9']
+    monkeypatch.setattr(main, 'SAVE_INTERVAL', 1)
+    monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 1)
+    monkeypatch.setattr(main, 'Signals', Stopped)
+    outcome = run(*train, *begun)
+    saved = max(checkpoints(folder))
+    assert outcome.status == 128 + signal.SIGTERM
+    told = f'the same command{without} continues at iteration {saved + 1} of 9.'
+    assert outcome.lines[-1] == f'Saved {folder}/model{saved}; {told}'
+    assert f'Continuing at iteration {saved + 1} of 9.' in run(*train).out
 
 
 def test_ten_are_kept(tmp_path, eager, monkeypatch):
@@ -255,7 +300,8 @@ def test_the_checkpoint_before_a_damaged_one(tmp_path, eager):
     """It can be evaluated, and trained from again."""
     train = [*SINUSOID, f'--logdir={tmp_path}']
     flip(write_run(tmp_path, *train, iterations=(0, 1)) / 'model1.data-00000-of-00001')
-    for more in (['--train=False', '--test_iter=0'], ['--metatrain_iterations=3', '--test_iter=0']):
+    again = ['--metatrain_iterations=3', '--test_iter=0', '--overwrite']
+    for more in (['--train=False', '--test_iter=0'], again):
         assert 'model0' in succeeded(run(*train, *more)).lines[0]
     assert 'model2' in succeeded(run(*train, '--train=False')).lines[0]
 
@@ -431,7 +477,7 @@ def test_converted_checkpoint_evaluates_alike(tmp_path, eager, omniglot, build, 
     assert f'--logdir={tmp_path}/converted' in told
     succeeded(run(*flags, omniglot, '--train=False', f'--logdir={tmp_path}/original'))
     succeeded(run(*told, omniglot))
-    table = f'ubs{parsed(*flags).update_batch_size}_stepsize0.001'
+    table = f'ubs{parsed(*flags).update_batch_size}_stepsize0.001_val'
     np.testing.assert_array_equal(mses(target, table), mses(path.parent, table))
     more = ['--train=True', '--metatrain_iterations=702', '--log=False']
     outcome = succeeded(run(*told, omniglot, *more))
@@ -577,7 +623,7 @@ def assert_figures(values: np.ndarray):
 def test_accuracy_of_the_published_model(published_run, validation_classes, monkeypatch, tasks):
     evaluate_few(monkeypatch, tasks, updates=10)
     succeeded(run(*FLAGS, f'--data_dir={validation_classes}', f'--logdir={published_run.parent}'))
-    values = mses(published_run, 'ubs1_stepsize0.01')
+    values = mses(published_run, 'ubs1_stepsize0.01_val')
     assert values.shape == (tasks, 11)
     assert np.isin(np.round(5 * values, 4), range(6)).all()  # of five query images
     assert_figures(values)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import draw, listing
 from PIL import Image
 
 import data_generator
@@ -20,6 +21,7 @@ from data_generator import (
     ClassImages,
     ImageGenerator,
     SinusoidGenerator,
+    load_folder,
     load_miniimagenet,
     load_omniglot,
     split_classes,
@@ -657,6 +659,19 @@ def test_damaged_cache_is_never_used(omniglot, capsys, damage):
         assert load(omniglot, capsys) == (first, '')
 
 
+@pytest.mark.parametrize('inside, data_dir', [('photos', '.'), ('photos/0', '..'), ('photos', '')])
+def test_folders_relative_to_where_one_is(tmp_path, monkeypatch, inside, data_dir):
+    """The cache lies beside the folder, and not in it: that one is the user's."""
+    for c in range(3):
+        draw(tmp_path / f'photos/{c}/image.png', (8, 8), 'RGB', c, 0)
+    before = listing(tmp_path / 'photos')
+    monkeypatch.chdir(tmp_path / inside)
+    classes = load_folder(data_dir, image_size=8)
+    assert {len(of.names) for of in classes.values()} == {1}
+    assert listing(tmp_path / 'photos') == before
+    assert {path.name for path in tmp_path.iterdir()} == {'photos', 'photos.8x8x3.cache'}
+
+
 def test_data_without_a_place_for_the_cache(omniglot, capsys):
     (omniglot / 'omniglot_resized.cache').write_text('a file, so that no folder can be made here')
     found, printed = load(omniglot, capsys)
@@ -741,7 +756,7 @@ def test_missing_folders(tmp_path):
         load_miniimagenet(tmp_path, ['train', 'val'])
     message, target = str(error.value), f'--target={tmp_path}/miniImagenet'
     assert f'no folder {tmp_path}/miniImagenet/val;' in message
-    assert f'prepare_miniimagenet.py --source=FOLDER {target}`' in message
+    assert f'`python scripts/data/prepare_miniimagenet.py {target}`' in message
 
 
 def named_scripts_exist(message: str) -> bool:
@@ -817,7 +832,7 @@ def test_spoilt_data(omniglot, spoil, capsys):
 def test_colour_images_of_another_size(tmp_path):
     make_miniimagenet(tmp_path, ['val'], side=80)
     found = r'n0/0\.png is 80x80 of mode RGB, but images of 84x84 .*'
-    told = r'prepare_miniimagenet\.py --source=FOLDER'
+    told = r'prepare_miniimagenet\.py --target=.*--source=FOLDER'
     with pytest.raises(ValueError, match=found + told) as error:
         load_miniimagenet(tmp_path, ['val'])
     assert named_scripts_exist(str(error.value))

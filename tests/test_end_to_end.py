@@ -23,8 +23,8 @@ def run(*arguments) -> Outcome:
 def results(folder: Path, name: str) -> np.ndarray:
     values = pickle.loads((folder / f'{name}.pkl').read_bytes())['mses']
     header, means, _, _ = csv.reader((folder / f'{name}.csv').read_text().splitlines())
-    assert header == [f'update{j}' for j in range(11)] and values.shape == (600, 11)
-    np.testing.assert_allclose(np.array(means, float), values.mean(0), rtol=1e-5)
+    assert header[:11] == [f'update{j}' for j in range(11)] and values.shape == (600, 11)
+    np.testing.assert_allclose(np.array(means[:11], float), values.mean(0), rtol=1e-5)
     return values
 
 
@@ -126,7 +126,7 @@ def test_miniimagenet(tmp_path, official_miniimagenet):
     assert_trained(run(*flags, '--metatrain_iterations=110'), folder, 110)
     assert_continued(run(*flags, '--metatrain_iterations=120'), folder, 110, 120)
     run(*flags, '--train=False')
-    values = results(folder, 'test_ubs1_stepsize0.01')
+    values = results(folder, 'test_ubs1_stepsize0.01_val')
     assert values[:, 10].mean() > 0.6  # of four classes
 
 
@@ -137,5 +137,5 @@ def test_sinusoid(tmp_path):
     outcome = run(*flags, '--metatrain_iterations=1001')
     assert re.search(rf'^Iteration 1000: {NUMBER}, {NUMBER}$', outcome.out, re.MULTILINE)
     run(*flags, '--train=False')
-    losses = results(folder, 'test_ubs10_stepsize0.001').mean(0)
+    losses = results(folder, 'test_ubs10_stepsize0.001_val').mean(0)
     assert losses[10] < losses[1] < losses[0]

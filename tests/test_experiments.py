@@ -129,7 +129,7 @@ def test_report(logs):
         '| 6 ± 38 | 4 ± 25 | 3.2 ± 20 | 2.2 ± 14 | 2 / 1.6 / 1.1 | 3 | 0, 1 |'
     )
     assert row in text
-    assert '| oracle | |  | not run |' in text and text.count('not run') == 3 + len(cells.CELLS)
+    assert '| oracle | |  | not run |' in text and text.count('not run') == 3 + len(main.CELLS)
     names = {path.name for path in (logs / 'report').iterdir()}
     assert names == {'report.md', 'fits.png', 'errors.png'}
 
@@ -146,6 +146,15 @@ def foreign_table(folder: Path):
 
 def foreign_values(folder: Path):
     (folder / f'{TABLE}.pkl').write_bytes(pickle.dumps([1]))
+
+
+class Calls:
+    def __reduce__(self):
+        return os.system, ('touch called',)
+
+
+def calling_values(folder: Path):
+    (folder / f'{TABLE}.pkl').write_bytes(pickle.dumps({'mses': Calls()}))
 
 
 def mixed_tables(folder: Path):
@@ -180,6 +189,7 @@ NO_TABLES = 'are not the tables that main.py writes'
         (foreign_table, NO_TABLES),
         (lambda folder: (folder / f'{TABLE}.pkl').unlink(), NO_TABLES),
         (foreign_values, NO_TABLES),
+        (calling_values, f'{TABLE}.pkl is refused: it would call {os.system.__module__}.system'),
         (mixed_tables, 'not of one evaluation'),
         (trained_with_other_shots, 'it was trained with --update_batch_size=7, not 10'),
         (jointly_trained, 'it was jointly trained'),
@@ -277,7 +287,7 @@ def test_report_tells_validation_classes(tmp_path, eager, monkeypatch):
     """Where the images of the test classes were not at hand."""
     make_omniglot(tmp_path)
     name = 'omniglot_5way_1shot_no_conv'
-    cell = next(cell for cell in cells.CELLS if cell.name == name)
+    cell = next(cell for cell in main.CELLS if cell.name == name)
     monkeypatch.setitem(cell.settings, 'num_classes', 2)  # so few classes are enough
     flags = ['--datasource=omniglot', '--conv=False', '--num_classes=2', '--update_batch_size=1']
     flags += ['--update_lr=.4', '--metatrain_iterations=1', '--meta_batch_size=32']
@@ -319,7 +329,7 @@ def test_report_of_damaged_summaries(logs):
 
 def test_cells_are_what_the_scripts_train():
     """The settings by which the report knows a cell's runs are the flags in the cell's script."""
-    for cell in cells.CELLS + cells.SINUSOIDS:
+    for cell in main.CELLS + main.SINUSOIDS:
         name = 'sinusoid_10shot' if cell.name == 'sinusoid' else cell.name
         script = (ROOT / f'scripts/paper/{name}.sh').read_text()
         call = re.search(rf'^train {cell.name} ((?:.*\\\n)*.*)', script, re.MULTILINE)[1]
@@ -366,7 +376,7 @@ def bash(checkout: Path, script: str, *arguments: str) -> subprocess.CompletedPr
     [
         *('sinusoid_5shot', 'sinusoid_10shot', 'sinusoid_pretrain', 'sinusoid_oracle'),
         'sinusoid_published_command',
-        *(cell.name for cell in cells.CELLS),
+        *(cell.name for cell in main.CELLS),
     ],
 )
 def test_cell(checkout, cell):

@@ -622,7 +622,7 @@ def test_runs_are_compared_by_flags_and_accuracies(tmp_path, data, intervals):
     ends = {hparams['num_updates']: hparams['metatrain_iterations'] for hparams, _ in runs.values()}
     assert ends == {1: 5, 2: 3} and len(runs) == 2
     for name, (hparams, metrics) in runs.items():
-        updates = hparams['num_updates']
+        updates = int(hparams['num_updates'])
         assert hparams['conv'] is False and hparams['baseline'] == 'None'
         assert 'logdir' not in hparams
         written = summaries(tmp_path / name)
@@ -650,11 +650,14 @@ def test_runs_are_compared_by_errors(tmp_path, intervals):
 
 def results(folder: Path, name: str) -> np.ndarray:
     """The 600 tasks of an evaluation, after a comparison of its csv with its pkl."""
-    values = pickle.loads((folder / f'{name}.pkl').read_bytes())['mses']
+    stored = pickle.loads((folder / f'{name}.pkl').read_bytes())
+    values = stored['mses']
     with open(folder / f'{name}.csv', newline='') as file:
         header, *rows = csv.reader(file)
-    assert header == [f'update{j}' for j in range(values.shape[1])] and len(rows) == 3
-    means, stddevs, ci95 = np.array(rows, float)
+    updates = [f'update{j}' for j in range(values.shape[1])]
+    assert header == [*updates, 'split', 'iteration'] and len(rows) == 3
+    assert {tuple(row[-2:]) for row in rows} == {(stored['split'], str(stored['iteration']))}
+    means, stddevs, ci95 = np.array([row[:-2] for row in rows], float)
     np.testing.assert_allclose(means, values.mean(0, dtype=float), rtol=1e-5)
     np.testing.assert_allclose(stddevs, values.std(0, dtype=float), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(ci95, 1.96 * stddevs / np.sqrt(len(values)), rtol=1e-5)
@@ -680,8 +683,8 @@ def test_evaluation_of_a_sinusoid(tmp_path):
     train = [*SINUSOID, '--metatrain_iterations=20', f'--logdir={tmp_path}', '--log=False']
     succeeded(run(*train))
     outcome = succeeded(run(*train, '--train=False'))
-    values = results(only(tmp_path), 'test_ubs5_stepsize0.001')
-    stored = pickle.loads((only(tmp_path) / 'test_ubs5_stepsize0.001.pkl').read_bytes())
+    values = results(only(tmp_path), 'test_ubs5_stepsize0.001_val')
+    stored = pickle.loads((only(tmp_path) / 'test_ubs5_stepsize0.001_val.pkl').read_bytes())
     assert (stored['iteration'], stored['split']) == (19, 'val')  # what was evaluated on what
     assert values.shape == (600, 11) and np.isfinite(values).all()
     assert outcome.lines[1] == 'Done initializing, starting evaluation.'
@@ -723,7 +726,7 @@ def test_evaluation_with_other_shots_and_step_size(tmp_path, data, monkeypatch):
     assert_refused(run(*train, *other), 'ubs_2', *words)
     assert listing(tmp_path) == before
     succeeded(run(*train, *other, '--train_update_batch_size=1', '--train_update_lr=0.001'))
-    values = results(only(tmp_path), 'test_ubs2_stepsize0.4')
+    values = results(only(tmp_path), 'test_ubs2_stepsize0.4_val')
     assert values.shape == (40, 3) and set(values.ravel()) <= {0, 0.25, 0.5, 0.75, 1}
 
 
@@ -831,7 +834,7 @@ def test_folder_that_is_no_run(tmp_path):
     assert_refused(run(*evaluate), 'has no checkpoint')
     succeeded(run(*SINUSOID, '--metatrain_iterations=1', f'--logdir={tmp_path}/logs'))
     folder = only(tmp_path / 'logs')
-    assert_refused(run(*evaluate), f'it holds runs, as {folder}')
+    assert_refused(run(*evaluate), f'{tmp_path}/logs has the runs {folder.name}')
     there = ['--train=False', f'--run={folder}']
     assert_refused(run(*there, '--test_iter=7'), '--test_iter=7', 'no such checkpoint')
     assert_refused(run(*there, '--norm=layer_norm'), '--norm=None (now layer_norm)', 'leave it')
@@ -848,29 +851,47 @@ def test_test_classes_are_others(tmp_path, data, monkeypatch):
     validation = printed(succeeded(run(*train, '--train=False')))
     test = printed(succeeded(run(*train, '--train=False', '--test_set=True')))
     assert not np.array_equal(validation, test)
+    succeeded(run(*train, '--train=False', '--test_set=True', '--test_iter=0'))
+    usual = 'test_ubs1_stepsize0.001'  # none of them replaces another
+    for name, vectors in (usual, test), (f'{usual}_iteration0', test), (f'{usual}_val', validation):
+        values = results(only(tmp_path), name)
+        np.testing.assert_allclose(values.mean(0), vectors[0], rtol=1e-4)
 
 
 def test_more_updates_than_ten(tmp_path):
     train = [*SINUSOID, '--num_updates=12', f'--logdir={tmp_path}', '--log=False']
     train += ['--metatrain_iterations=1']
     succeeded(run(*train))
-    succeeded(run(*train, '--train=False'))
+    succeeded(run(*train, '--train=False', '--test_set=True'))
     assert results(only(tmp_path), 'test_ubs5_stepsize0.001').shape == (600, 13)
 
 
 def test_plain_network_on_miniimagenet(tmp_path, data, monkeypatch):
-    """Without meta-training, one image per class and no queries: no figures after an update."""
+    """Without meta-training, one image per class and no queries: no figures after an update.
+
+    Nor a best validation. With --test_query there are.
+    """
+    for interval in ('VALIDATION_INTERVAL', 'SUMMARY_INTERVAL', 'PRINT_INTERVAL'):
+        monkeypatch.setattr(main, interval, 1)
     evaluate_few(monkeypatch, 8)
     train = [*MINIIMAGENET, '--metatrain_iterations=0', '--pretrain_iterations=2']
     train += [f'--data_dir={data}', f'--logdir={tmp_path}']
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        succeeded(run(*train))
+        trained = succeeded(run(*train))
         outcome = succeeded(run(*train, '--train=False'))
     vectors = printed(outcome)
-    assert vectors.shape == (3, 3)
-    assert np.isfinite(vectors[:, 0]).all() and np.isnan(vectors[:, 1:]).all()
+    assert vectors.shape == (3, 1) and np.isfinite(vectors).all()
+    assert results(only(tmp_path), 'test_ubs1_stepsize0.01_val').shape == (8, 1)
+    assert 'no query images' in outcome.out and '--test_query=15' in outcome.out
     assert 'Warning' not in outcome.err
+    assert re.search(r'^Pretrain Iteration 1: \d\.\d+$', trained.out, re.MULTILINE), trained.out
+    assert not re.search(r'\bnan\b|validation', trained.out + outcome.out.partition('Mean')[0])
+    assert not checkpoints(only(tmp_path), 'best')
+    written = summaries(only(tmp_path))
+    assert 'metatrain_Pre-update_accuracy' in written
+    assert all(np.isfinite([*values.values()]).all() for values in written.values())
+    assert printed(succeeded(run(*train, '--train=False', '--test_query=3'))).shape == (3, 3)
 
 
 def test_nothing_is_half_written(tmp_path):
@@ -891,7 +912,10 @@ def test_complete_run(tmp_path):
     for words in ('3 of 3 iterations', 'complete', '--metatrain_iterations'):
         assert words in outcome.out
     assert listing(tmp_path) == before
-    assert 'complete' in succeeded(run(*train, '--metatrain_iterations=2')).out
+    outcome = succeeded(run(*train, '--metatrain_iterations=2'))
+    assert (
+        'complete: 3 iterations, and 2 are asked for; raise --metatrain_iterations' in outcome.out
+    )
     assert listing(tmp_path) == before
 
 

@@ -339,7 +339,7 @@ def test_image_with_too_many_pixels(tmp_path, target, side):
     assert not target.parent.exists()
 
 
-@pytest.mark.parametrize('damage', ['truncated', 'crc', 'empty', 'text'])
+@pytest.mark.parametrize('damage', ['truncated', 'crc', 'empty', 'text', 'web page'])
 def test_damaged_archives(omniglot, target, damage):
     path = omniglot / 'images_evaluation.zip'
     data = path.read_bytes()
@@ -347,11 +347,13 @@ def test_damaged_archives(omniglot, target, damage):
     damaged = {
         'truncated': data[: len(data) * 2 // 3],
         'empty': b'',
-        'text': b'<html>Not found</html>',
+        'text': b'Not found',
+        'web page': b'\n<!DOCTYPE html><html>Not found</html>',
         'crc': data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
     }
     path.write_bytes(damaged[damage])
-    with pytest.raises(PreparationError, match=f'{path} is damaged'):
+    fault = 'is a web page' if damage == 'web page' else 'is damaged'
+    with pytest.raises(PreparationError, match=f'{path} {fault}'):
         prepare(omniglot, target)
     assert not target.parent.exists()
 
@@ -405,20 +407,25 @@ def test_download(mirror, omniglot, target, tmp_path):
 
 def test_download_with_wrong_md5_is_refused(mirror, target, tmp_path):
     result = command('prepare_omniglot.py', f'--url={mirror[0]}', cwd=tmp_path)
-    sentence = f'{mirror[0]}images_background.zip is not the official archive'
+    sentence = f'{mirror[0]}images_background.zip is not the official file'
     refused(result, sentence, '68d2efa1b9178cc56df9314c21c6e718')
     assert {path.name for path in tmp_path.iterdir()} == {'official'}
 
 
 def test_download_that_fails(mirror, omniglot, target):
-    (omniglot / 'images_evaluation.zip').unlink()
-    with pytest.raises(PreparationError, match='images_evaluation.zip cannot be downloaded .*404'):
-        prepare(None, target, *mirror)
+    """What was fetched is kept, and not fetched again; without any of it, nothing is left."""
     for url in ('http://127.0.0.1:9', 'nonsense'):
         sentence = f'{url}/images_background.zip cannot be downloaded'
         with pytest.raises(PreparationError, match=sentence):
             prepare(None, target, url)
     assert not target.parent.exists()
+    (omniglot / 'images_evaluation.zip').rename(omniglot / 'elsewhere')
+    with pytest.raises(PreparationError, match='images_evaluation.zip cannot be downloaded .*404'):
+        prepare(None, target, *mirror)
+    assert files(target.parent) == {'target.download/images_background.zip'}
+    (omniglot / 'elsewhere').rename(omniglot / 'images_evaluation.zip')
+    (omniglot / 'images_background.zip').unlink()
+    assert '8 images' in prepare(None, target, *mirror)
 
 
 # miniImagenet -------------------------------------------------------------------------------------
@@ -624,12 +631,6 @@ def test_undecodable_image_is_named(tmp_path, target):
     result = command('prepare_miniimagenet.py', f'--source={source}', f'--target={target}')
     refused(result, str(source / 'images/b1.jpg'), 'truncated')
     assert not target.parent.exists()
-
-
-def test_without_source_the_way_to_the_files_is_told(tmp_path):
-    result = command('prepare_miniimagenet.py', cwd=tmp_path)
-    refused(result, '--source=FOLDER', 'train.csv', 'Ravi', 'ImageNet')
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])

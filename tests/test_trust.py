@@ -33,7 +33,7 @@ from test_checkpoints import assert_same, contents
 
 import main
 import maml
-from maml import Learner
+from maml import Learner, is_better
 from utils import checkpoints, event_files, forget_summaries, lock, read_events, read_run_state
 
 SINUSOID = ['--norm=None', '--update_batch_size=5', '--meta_batch_size=4']
@@ -367,9 +367,51 @@ def test_best_checkpoint(tmp_path, eager, data, often):
     assert written == accuracies
     outcome = succeeded(run(*train, '--train=False', '--test_iter=best'))
     assert f'{folder}/best{best}' in outcome.lines[0]
-    assert (folder / 'test_ubs1_stepsize0.001_best.csv').exists()
+    assert (folder / 'test_ubs1_stepsize0.001_val_best.csv').exists()
     succeeded(run(*train, '--train=False'))
-    assert (folder / 'test_ubs1_stepsize0.001.csv').exists()
+    assert (folder / 'test_ubs1_stepsize0.001_val.csv').exists()
+
+
+WILD_TASKS = """
+import pathlib
+import numpy as np
+
+class Tasks:
+    validates = True
+
+    def batch(self, split, iteration, num_tasks):
+        wild = split == 'val' and pathlib.Path(__file__).with_name('wild').exists()
+        x = np.linspace(-1, 1, 4 * num_tasks).reshape(num_tasks, 4, 1)
+        y = 1e30 * x if wild else x
+        return x, y, x, y
+"""
+
+
+def test_best_is_a_number(tmp_path, eager, often):
+    """A validation that diverges is never the best, and the next that does not replaces none."""
+    (tmp_path / 'tasks.py').write_text(WILD_TASKS)
+    (tmp_path / 'wild').touch()
+    train = [f'--datasource={tmp_path}/tasks.py:Tasks', '--norm=None', '--meta_batch_size=2']
+    train += [f'--logdir={tmp_path}/logs', '--log=False', '--validation_tasks=2']
+    outcome = succeeded(run(*train, '--metatrain_iterations=16'))
+    folder = folder_of(tmp_path / 'logs', *train)
+    assert 'validation tasks: nan +- nan, none was a number so far.' in outcome.out
+    assert not checkpoints(folder, 'best')
+    (tmp_path / 'wild').unlink()
+    outcome = succeeded(run(*train, '--metatrain_iterations=31'))
+    assert ', the best so far.' in outcome.out
+    assert [*checkpoints(folder, 'best')] == [30]
+
+
+@pytest.mark.parametrize(
+    'objective, lower, higher', [('loss', True, False), ('accuracy', False, True)]
+)
+def test_better(objective, lower, higher):
+    """As an older checkpoint may hold a best validation that is none, it is replaced."""
+    assert is_better(0.5, 0.6, objective) == lower and is_better(0.6, 0.5, objective) == higher
+    for none in (np.nan, np.inf):
+        assert is_better(0.5, none, objective) and not is_better(none, 0.5, objective)
+        assert not is_better(none, none, objective) and not is_better(0.5, 0.5, objective)
 
 
 def test_no_best_checkpoint_yet(tmp_path, eager):

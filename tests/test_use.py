@@ -71,7 +71,7 @@ def test_classes_are_shared_out(tmp_path, capsys):
     assert again['val'].names == loaded['val'].names and not capsys.readouterr().err
     assert load_folder(folder, image_size=9)['train'].images.shape == (48, 9, 9, 3)  # another cache
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {'photos', 'photos.10x10x1.cache', 'photos.9x9x3.cache'}
+    assert names == {'photos', 'photos.10x10x1.crop.cache', 'photos.9x9x3.crop.cache'}
 
 
 @pytest.mark.parametrize(
@@ -201,12 +201,13 @@ def test_folder_from_the_command_line(tmp_path, eager):
     (run_folder,) = (tmp_path / 'logs').iterdir()
     names = {path.stem for path in run_folder.glob('*.csv')}
     evaluated = 'test_ubs1_stepsize0.001'
-    assert names == {evaluated, f'{evaluated}_query3', f'{evaluated}_query2_inductive'}
+    parts = ('', '_val', '_query3_val', '_query2_inductive_val')
+    assert names == {evaluated + part for part in parts}
     assert_refused(run(*flags, '--train=False', '--split=1,2,1'), '--split=1,1,1 (now 1,2,1)')
     assert_refused(run(*flags, '--train=False', '--image_size=9'), '--image_size=8 (now 9)')
     model = Learner.load(run_folder)
     assert model.model.network.image_shape == (8, 8, 1)
-    assert run_layout(model.settings) == folder_layout(8, 1)
+    assert run_layout(model.settings) == folder_layout(8, 1, 'crop')
 
 
 def test_interval_of_small_samples():
@@ -391,7 +392,7 @@ def test_load(tmp_path):
     for path, checkpoint, words in [
         (tmp_path, -1, 'should be a folder that main.py trained in'),
         (folder, 2, 'iterations that are there: 3'),
-        (folder, 'best', 'no checkpoint'),
+        (folder, 'best', 'no best checkpoint.* the newest, of iteration 3'),
         (saved(tmp_path / 'x', SETTINGS, {}), -1, 'does not tell the flags'),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -602,7 +603,7 @@ def test_publish(tmp_path, eager):
     names = {name for name in listing(folder) if not name.startswith('model0')}
     assert listing(kept).keys() == names | {'command.txt'}
     assert_command_of(folder, (kept / 'command.txt').read_text())
-    data, table = 'model1.data-00000-of-00001', kept / 'test_ubs1_stepsize0.001.csv'
+    data, table = 'model1.data-00000-of-00001', kept / 'test_ubs1_stepsize0.001_val.csv'
     assert (kept / data).stat().st_size < 0.4 * (folder / data).stat().st_size
     expected = table.read_text()
     succeeded(run(*flags, '--train=False', f'--logdir={tmp_path}/kept'))

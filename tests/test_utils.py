@@ -1,9 +1,11 @@
 """Losses, normalisation with its second derivatives, initial values and checkpoint files."""
 
+import io
 import os
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,7 +14,7 @@ from command_line import ROOT, parsed
 import main
 import utils
 from data_generator import fit_picture, task_picture
-from maml import FullyConnected, initial_value
+from maml import FullyConnected, Learner, initial_value
 from special_grads import batch_norm, layer_norm
 from utils import (
     Batch,
@@ -462,3 +464,64 @@ def test_gpu_that_tensorflow_does_not_find(gpus, monkeypatch, capsys):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')  # on purpose
     utils.set_up_gpus()
     assert capsys.readouterr().err == ''
+
+
+# What is outside ----------------------------------------------------------------------------------
+
+
+def test_any_text_is_printed(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, 'ascii'))
+    utils.print_anything()
+    print('α caf\udce9', flush=True)
+    assert written.getvalue() == b'\\u03b1 caf\\udce9\n'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'script', ['main.py', 'scripts/model/publish.py', 'scripts/paper/report.py']
+)
+def test_help_where_the_output_is_ascii(script):
+    line = [sys.executable, ROOT / script, '--help']
+    environment = {**os.environ, 'PYTHONIOENCODING': 'ascii'}
+    done = subprocess.run(line, capture_output=True, env=environment, timeout=600)
+    assert b'Traceback' not in done.stderr and len(done.stdout) > 300
+    if script == 'main.py':
+        assert b'\\u03b1, step size of the inner loop' in done.stdout
+
+
+def test_settings_of_keras():
+    """Those of keras.json do not count, a program's own do."""
+    try:
+        keras.config.set_floatx('float16')
+        with pytest.warns(UserWarning, match='float16'):
+            utils.settle_keras(came_first=True)
+        utils.settle_keras(came_first=False)
+        assert keras.config.floatx() == 'float32'
+    finally:
+        keras.config.set_floatx('float32')
+
+
+def test_another_backend_of_keras(monkeypatch):
+    monkeypatch.setattr(keras.config, 'backend', lambda: 'jax')
+    with pytest.raises(ImportError, match='Keras runs on jax here.*KERAS_BACKEND=tensorflow'):
+        utils.settle_keras(came_first=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'name', ['KERAS_BACKEND', 'TF_USE_LEGACY_KERAS', 'TF2_BEHAVIOR', 'KERAS_HOME']
+)
+def test_settings_of_the_environment(tmp_path, name):
+    """None of them makes other weights."""
+    (tmp_path / 'keras.json').write_text('{"floatx": "float16", "backend": "jax"}')
+    values = {'KERAS_BACKEND': 'jax', 'TF_USE_LEGACY_KERAS': '1', 'TF2_BEHAVIOR': '0'}
+    weights = []
+    for logdir, more in ('plain', {}), ('other', {name: values.get(name, str(tmp_path))}):
+        flags = ['--norm=None', '--metatrain_iterations=2', f'--logdir={tmp_path / logdir}']
+        line = [sys.executable, ROOT / 'main.py', *flags, '--log=False']
+        subprocess.run(line, check=True, env={**os.environ, **more}, timeout=600)
+        (folder,) = (tmp_path / logdir).iterdir()
+        weights.append(Learner.load(folder).model.weights)
+    for key, value in weights[0].items():
+        np.testing.assert_array_equal(value, weights[1][key])

@@ -10,11 +10,8 @@ characters of 20 images, 28x28, 1 bit.
 
 import collections
 import functools
-import hashlib
-import http.client
 import io
 import sys
-import urllib.request
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from absl import app, flags
 from PIL import Image
 
-from scripts.lib import preparation
+from scripts.lib import downloads, preparation
+from scripts.lib.archives import archive_items
+from scripts.lib.downloads import Remote
 from scripts.lib.preparation import Item, PreparationError
 
 URL = 'https://raw.githubusercontent.com/brendenlake/omniglot/master/python'
@@ -49,29 +48,15 @@ class Counts(NamedTuple):
 OFFICIAL = Counts()
 
 
-def fetch(address: str) -> bytes:
-    try:
-        with urllib.request.urlopen(address, timeout=60) as response:
-            return response.read(MAX_DOWNLOAD)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise PreparationError(f'{address} cannot be downloaded ({error}); {ADVICE}') from error
-
-
-def download(url: str, md5: Mapping[str, str]) -> list[Item]:
-    """Fetches the archives into memory.
+def download(url: str, md5: Mapping[str, str], folder: Path) -> list[Item]:
+    """Fetches the archives into the folder.
 
     PreparationError if one cannot be had or is not the one that `md5` names.
     """
     items = []
     for name, digest in md5.items():
-        address = f'{url.rstrip("/")}/{name}'
-        print(f'Downloading {address}', file=sys.stderr)
-        data = fetch(address)
-        if hashlib.md5(data, usedforsecurity=False).hexdigest() != digest:
-            raise PreparationError(
-                f'{address} is not the official archive, whose md5 is {digest}; {ADVICE}'
-            )
-        items += preparation.archive_items(io.BytesIO(data), address)
+        remote = Remote(name, f'{url.rstrip("/")}/{name}', digest, MAX_DOWNLOAD)
+        items += archive_items(downloads.fetch(remote, folder, ADVICE), remote.address)
     return items
 
 
@@ -82,7 +67,7 @@ def find(source: Path) -> list[Item]:
     items = []
     for name in MD5:
         if (source / name).is_file():
-            items += preparation.archive_items(source / name, str(source / name))
+            items += archive_items(source / name, str(source / name))
         else:
             items += preparation.folder_items(source / Path(name).stem, '*/*/*.png')
     items = items or preparation.folder_items(source, '*/*/*.png')
@@ -138,6 +123,17 @@ def resize(item: Item) -> bytes:
     return file.getvalue()
 
 
+def write(items: list[Item], source: Path | str, target: Path, counts: Counts) -> str:
+    """Writes the target and returns a report; source: where the images are from."""
+    merged = merge(items)
+    if wrong := fault(merged, counts):
+        raise PreparationError(f'{source} does not hold the complete Omniglot: {wrong}.')
+    images = {name: functools.partial(resize, item) for name, item in merged.items()}
+    preparation.write_images(target, images)
+    classes = f'{counts.alphabets} alphabets, {counts.characters} characters'
+    return f'{target}: {classes}, {len(images)} images.'
+
+
 def prepare(
     source: Path | None,
     target: Path,
@@ -151,13 +147,10 @@ def prepare(
     """
     if preparation.is_prepared(target, lambda paths: fault(paths, counts) is None, RESIZED):
         return f'{target} is complete already; nothing to do.'
-    items = merge(find(source) if source else download(url, md5))
-    if wrong := fault(items, counts):
-        raise PreparationError(f'{source or url} does not hold the complete Omniglot: {wrong}.')
-    images = {name: functools.partial(resize, item) for name, item in items.items()}
-    preparation.write_images(target, images)
-    classes = f'{counts.alphabets} alphabets, {counts.characters} characters'
-    return f'{target}: {classes}, {len(images)} images.'
+    if source:
+        return write(find(source), source, target, counts)
+    with downloads.folder_beside(target, md5) as folder:
+        return write(download(url, md5, folder), url, target, counts)
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,6 @@
-"""The cells of the paper's tables, and their runs.
+"""The runs of the cells of the paper's tables, `main.CELLS`.
 
-The runs are as scripts/paper/omniglot_5way_1shot.sh and its like leave them.
+They are as scripts/paper/omniglot_5way_1shot.sh and its like leave them.
 """
 
 import pickle
@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from main import SINUSOIDS, Cell, same
+from scripts.lib import unpickling
 from utils import (
     DamagedCheckpoint,
     checkpoints,
@@ -78,14 +79,17 @@ def read_table(path: Path) -> Table:
     """Raises ValueError if a file is not what main.py writes."""
     try:
         means, _, interval = read_evaluation(path)
-        stored = pickle.loads(path.with_suffix('.pkl').read_bytes())
+        with path.with_suffix('.pkl').open('rb') as file:
+            stored = unpickling.load(file)
         values = stored['mses']  # [600, 1 + updates]
         assert values.shape[1:] == means.shape
         assert np.allclose(values.mean(0), means, rtol=1e-4, equal_nan=True)
         medians = np.median(np.where(np.isnan(values), np.inf, values), axis=0)
         iteration, split = int(stored.get('iteration', -1)), str(stored.get('split', ''))
         return Table(means, interval, medians, iteration, split)
-    except Exception:  # pickle has no error of its own
+    except pickle.UnpicklingError as error:
+        raise ValueError(f'{path.with_suffix(".pkl")} {error}') from None
+    except Exception:  # of a table that is none, nearly any
         raise ValueError(
             f'{path} and {path.stem}.pkl are not the tables that main.py writes, '
             'or not of one evaluation'
@@ -135,9 +139,11 @@ def read_tables(folder: Path, update_lr: str | None) -> dict[tuple, Table]:
     """
     tables = {}
     for path in sorted(folder.glob('test_ubs*_stepsize*.csv')):
-        match = re.fullmatch(r'test_ubs(\d+)_stepsize([^_]+)(_best)?\.csv', path.name)
+        match = re.fullmatch(r'test_ubs(\d+)_stepsize([^_]+)(_val)?(_best)?\.csv', path.name)
         if match and update_lr in (None, match[2]):  # others are of --test_query and the like
-            tables[int(match[1]), 'best' if match[3] else 'last'] = read_table(path)
+            kind = int(match[1]), 'best' if match[4] else 'last'
+            if kind not in tables:  # those of the test classes come first
+                tables[kind] = read_table(path)
     return tables
 
 

@@ -8,11 +8,13 @@ of the work is Python's own, and more threads, which take turns at it, are slowe
 import contextlib
 import csv
 import functools
+import io
+import lzma
 import os
 import signal
-import stat
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import warnings
@@ -26,7 +28,9 @@ from PIL import Image, UnidentifiedImageError
 
 DAMAGE = (
     zipfile.BadZipFile,
+    tarfile.TarError,
     zlib.error,
+    lzma.LZMAError,
     EOFError,
     struct.error,
     ArithmeticError,
@@ -35,7 +39,6 @@ DAMAGE = (
     OSError,
 )
 MAX_BYTES = 32 * 2**20  # of one image; ImageNet's largest has half of that
-UNPACKABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 class PreparationError(Exception):
@@ -43,11 +46,21 @@ class PreparationError(Exception):
 
 
 class Item(NamedTuple):
-    """An image of the source."""
+    """A file of the source."""
 
     path: PurePosixPath  # inside its archive or folder
     where: str  # for messages
-    read: Callable[[], bytes]  # raises PreparationError
+    origin: str  # what there is to get again: itself, or its archive
+    open: Callable[[], BinaryIO]
+
+    def read(self) -> bytes:
+        """All of an image or of another small file; raises PreparationError."""
+        with blaming(self.origin), self.open() as file:
+            # A header's size is only a claim; at the end of a zip's member, the CRC is checked.
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise PreparationError(f'{self.where} is too large for an image.')
+        return data
 
 
 @contextlib.contextmanager
@@ -64,76 +77,52 @@ def blaming(what: str) -> Iterator[None]:
         ) from error
 
 
-def is_safe(name: str) -> bool:
-    """Whether a member's path stays within the archive, on every system."""
-    printable = bool(name) and name.isprintable() and not set('\\:') & set(name)
-    return printable and not name.startswith('/') and '..' not in PurePosixPath(name).parts
-
-
-def check_member(info: zipfile.ZipInfo, archive: str) -> None:
-    """Raises PreparationError on a member that a plain archive of images does not have."""
-    name = info.orig_filename
-    kind = stat.S_IFMT(info.external_attr >> 16)  # the upper half holds the Unix mode, if any
-    fault = None
-    if not is_safe(name):
-        fault = 'has an unsafe path'
-    elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        fault = 'is a link or a device'
-    elif info.compress_type not in UNPACKABLE:
-        # zipfile cannot unpack the others piece by piece, so they have no bound.
-        fault = 'is neither stored nor deflated'
-    elif info.file_size > MAX_BYTES:
-        fault = f'unpacks to more than {MAX_BYTES // 2**20} MiB'
-    if fault:
-        raise PreparationError(f'{archive} is refused: its member {name!r} {fault}.')
-
-
 def hidden(path: PurePosixPath) -> bool:
     """True for what macOS adds to archives and folders, and the like."""
     return any(part.startswith('.') or part == '__MACOSX' for part in path.parts)
 
 
-def archive_items(file: Path | BinaryIO, name: str) -> list[Item]:
-    """The files in a zip archive, every member checked before the first is read.
+def is_web_page(data: bytes) -> bool:
+    """Whether what begins so is HTML, as servers send in place of what they refuse."""
+    start = data.removeprefix(b'\xef\xbb\xbf').lstrip()[:15].lower()
+    return start.startswith((b'<!doctype html', b'<html', b'<head', b'<?xml'))
 
-    name: stands for the archive in messages.
-    """
-    with blaming(name):
-        archive = zipfile.ZipFile(file)  # open for as long as its items are about
-    for info in archive.infolist():
-        check_member(info, name)
 
-    def read(info: zipfile.ZipInfo) -> bytes:
-        with blaming(name), archive.open(info) as member:
-            # The header's size is only a claim; at the end, the CRC is checked.
-            data = member.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise PreparationError(f'{name} is refused: its member {info.filename!r} is too large.')
-        return data
+def check_no_page(data: bytes, name: str) -> None:
+    """Raises PreparationError if what begins so is a web page."""
+    if is_web_page(data):
+        raise PreparationError(
+            f'{name} is a web page, in the place of the file that was to be downloaded; get that '
+            'with a browser.'
+        )
 
-    items = []
-    for info in archive.infolist():
-        path = PurePosixPath(info.filename)
-        if not info.is_dir() and not hidden(path):
-            items.append(Item(path, f'{name}: {path}', functools.partial(read, info)))
-    return items
+
+def file_item(path: Path, inner: PurePosixPath) -> Item:
+    """inner: its path as the source's."""
+    return Item(inner, str(path), str(path), functools.partial(path.open, 'rb'))
 
 
 def folder_items(folder: Path, pattern: str) -> list[Item]:
     """The files below a folder that match a glob pattern."""
-
-    def read(path: Path) -> bytes:
-        with blaming(str(path)), path.open('rb') as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise PreparationError(f'{path} is too large for an image.')
-        return data
-
     items = []
     for path in sorted(folder.glob(pattern)):
         inner = PurePosixPath(path.relative_to(folder).as_posix())
         if not hidden(inner) and path.is_file():
-            items.append(Item(inner, str(path), functools.partial(read, path)))
+            items.append(file_item(path, inner))
+    return items
+
+
+def all_items(folder: Path, depth: int) -> list[Item]:
+    """The files of a folder and of those so many levels below it, links followed, in order."""
+    items = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        inner = PurePosixPath(Path(parent).relative_to(folder).as_posix())
+        visible = [name for name in folders if not hidden(PurePosixPath(name))]
+        # A link may lead in circles.
+        folders[:] = sorted(visible) if len(inner.parts) < depth else []
+        for name in sorted(files):
+            if not hidden(PurePosixPath(name)):
+                items.append(file_item(Path(parent, name), inner / name))
     return items
 
 
@@ -191,25 +180,47 @@ def has_size(path: Path, size: tuple[int, int]) -> bool:
 
 
 @contextlib.contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Makes the folders above; those that it made, and that are empty, go after an exception."""
+    absent = [parent for parent in path.parents if not parent.exists()]  # nearest first
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in absent:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside the target, renamed to it at the end.
 
     After an exception nothing of it is left.
     """
     target = Path(os.path.realpath(target))  # the target may be a link to a larger disk
-    absent_parents = [parent for parent in target.parents if not parent.exists()]  # nearest first
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as private:
-            folder = Path(private, target.name)  # one deeper: the upper is closed to others
-            folder.mkdir()
-            yield folder
-            os.rename(folder, target)
-    except BaseException:
-        for parent in absent_parents:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
+    beside = dict(prefix=f'.{target.name}.', dir=target.parent)
+    with parents_of(target), tempfile.TemporaryDirectory(**beside) as private:
+        folder = Path(private, target.name)  # one deeper: the upper is closed to others
+        folder.mkdir()
+        yield folder
+        os.rename(folder, target)
+
+
+class Progress:
+    """Lines on stderr, now and then; a terminal keeps one of them."""
+
+    def __init__(self):
+        self.terminal = sys.stderr.isatty()
+        self.interval = 0.1 if self.terminal else 5  # seconds
+        self.shown = time.monotonic()
+
+    def show(self, text: str, last: bool = False):
+        if last or time.monotonic() > self.shown + self.interval:
+            self.shown = time.monotonic()
+            end = '\r' if self.terminal and not last else '\n'
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 def write_images(target: Path, images: Mapping[str, Callable[[], bytes]]) -> None:
@@ -217,19 +228,13 @@ def write_images(target: Path, images: Mapping[str, Callable[[], bytes]]) -> Non
 
     images: {relative path: function that makes the contents}.
     """
-    terminal = sys.stderr.isatty()
-    interval = 0.1 if terminal else 5  # seconds between lines of progress
     with new_folder(target) as folder:
         for parent in {(folder / name).parent for name in images}:
             parent.mkdir(parents=True, exist_ok=True)
-        shown = time.monotonic()
+        progress = Progress()
         for count, (name, contents) in enumerate(images.items(), 1):
             (folder / name).write_bytes(contents())
-            last = count == len(images)
-            if last or time.monotonic() > shown + interval:
-                shown = time.monotonic()
-                end = '\r' if terminal and not last else '\n'  # a terminal keeps one line
-                print(f'{count}/{len(images)} images', end=end, file=sys.stderr, flush=True)
+            progress.show(f'{count}/{len(images)} images', last=count == len(images))
 
 
 def is_plain(name: str) -> bool:
@@ -242,22 +247,25 @@ def is_plain(name: str) -> bool:
     )
 
 
-def read_csv(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
+def read_csv(item: Item, columns: tuple[str, ...]) -> list[list[str]]:
     """The rows of a csv file, only the named columns; all fields must be plain names of files."""
-    rows = []
+    rows, where, data = [], item.where, item.read()
+    check_no_page(data, where)
     try:
-        with path.open(newline='', encoding='utf-8-sig') as file:
-            for row in (reader := csv.DictReader(file)):
-                rows.append([row[column] for column in columns])
-                for name in rows[-1]:
-                    if not is_plain(name):
-                        where = f'{path}, line {reader.line_num}'
-                        raise PreparationError(f'{where}: {name!r} is not a plain name.')
+        file = io.StringIO(data.decode('utf-8-sig'), newline='')
+        for row in (reader := csv.DictReader(file)):
+            rows.append([row[column] for column in columns])
+            for name in rows[-1]:
+                if not is_plain(name):
+                    line = f'{where}, line {reader.line_num}'
+                    raise PreparationError(f'{line}: {name!r} is not a plain name.')
     except KeyError as error:
         wanted = ' and '.join(columns)
-        raise PreparationError(f'{path} has no column {error}; it should have {wanted}.') from error
+        raise PreparationError(
+            f'{where} has no column {error}; it should have {wanted}.'
+        ) from error
     except (csv.Error, ValueError) as error:
-        raise PreparationError(f'{path} is not a csv file ({error}); get it again.') from error
+        raise PreparationError(f'{where} is not a csv file ({error}); get it again.') from error
     return rows
 
 

@@ -11,8 +11,9 @@ import numpy as np
 matplotlib.use('Agg')  # pictures in files, on machines without a display too
 import matplotlib.pyplot as plt
 
+from main import CELLS, SINUSOIDS, Cell
 from maml import Learner
-from scripts.lib.cells import CELLS, DIVERGED, SINUSOIDS, Cell, Run, Table, pooled
+from scripts.lib.cells import DIVERGED, Run, Table, pooled
 from scripts.lib.sinusoid_fits import CURVES, fits
 from utils import read_scalars
 

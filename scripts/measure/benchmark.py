@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
 
 # isort: split
+import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
@@ -74,7 +75,7 @@ def versions() -> dict[str, str]:
     return {
         'python': sys.version.split()[0],
         'tensorflow': tf.__version__,
-        'keras': tf.keras.__version__,
+        'keras': keras.__version__,
         'numpy': np.__version__,
     }
 

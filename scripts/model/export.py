@@ -39,7 +39,7 @@ def serve(function: Callable, *arguments: tf.TensorSpec) -> Callable:
     return tf.function(function, input_signature=arguments, autograph=False)
 
 
-# What is refused, as by Learner: the graph asserts it, so that a server does too -------------------
+# What is refused, as by Learner: the graph asserts it, so that a server does too ------------------
 
 
 def check_sizes(name: str, array: tf.Tensor, wanted: tf.Tensor, meaning: str):

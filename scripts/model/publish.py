@@ -10,6 +10,7 @@ it, as the run itself; training that continues from it starts with a fresh Adam.
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import sys
@@ -63,7 +64,7 @@ def training_command(settings: dict) -> str:
     define_flags(defaults)
     given = []
     for name, value in settings.items():
-        told = name in defaults and name not in ('logdir', 'data_dir')
+        told = name in defaults and name not in ('logdir', 'data_dir', 'cache_dir')
         if told and value != defaults[name].value:
             given.append(f'--{name}={value}')
     return shlex.join(['python', 'main.py', *given])

@@ -47,9 +47,10 @@ def read_errors(run_folder: Path) -> list[Errors]:
 
     found = []
     for path in sorted(run_folder.glob('test_ubs*_stepsize*.csv')):
-        shots, step_size = re.fullmatch(r'test_ubs(.+)_stepsize(.+)\.csv', path.name).groups()
+        shots, told = re.fullmatch(r'test_ubs(.+)_stepsize(.+)\.csv', path.name).groups()
         means, _, ci95 = read_evaluation(path)
-        found.append(Errors(f'{shots}-shot, α = {step_size}', means, ci95))
+        label = f'{shots}-shot, α = {told.replace("_", ", ")}'  # what was not as usual follows
+        found.append(Errors(label, means, ci95))
     if not found:
         raise FileNotFoundError(
             f'{run_folder} holds no test_ubs*_stepsize*.csv; evaluate the run first, with the '

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.lib.cells import CELLS, DIVERGED, SINUSOIDS, Cell, Run, Table, pooled, read_runs
+from main import CELLS, SINUSOIDS, Cell
+from scripts.lib.cells import DIVERGED, Run, Table, pooled, read_runs
 from scripts.lib.preparation import as_path
 from scripts.lib.report_figures import FIGURES, Runs
 from utils import print_anything, write_whole

@@ -165,7 +165,9 @@ def read_result(folder: Path) -> Result | None:
     values = []
     for step, value in summaries.get(f'{tag}__step_{updates}', {}).items():
         values.append([step, 100 * value, 100 * summaries[f'{tag}_interval'][step]])
-    test = next(iter(sorted(run.glob('test_ubs?_stepsize*.csv'))), None)
+    tables = sorted(run.glob('test_ubs?_stepsize*.csv'))
+    usual = (path for path in tables if path.stem.count('_') == 2)  # the others tell what is not
+    test = next(usual, None)
     if test:
         means, _, intervals = read_evaluation(test)
         test = 100 * means[updates], 100 * intervals[updates]

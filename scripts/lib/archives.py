@@ -1,0 +1,150 @@
+"""Files out of untrusted archives, zip and tar, plain or compressed, without unpacking them.
+
+Every member is checked before the first is read: none is a link, or has a path that leads
+elsewhere, or is larger than what is looked for.
+"""
+
+import bz2
+import functools
+import gzip
+import lzma
+import stat
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+from scripts.lib import unpickling
+from scripts.lib.preparation import (
+    MAX_BYTES,
+    Item,
+    PreparationError,
+    blaming,
+    check_no_page,
+    hidden,
+)
+
+COMPRESSED = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\0': lzma.open}
+MAX_ARCHIVE = 256 * 2**30  # bytes of one within another; ImageNet's classes have 0.1 GB each
+MAX_MEMBERS = 2 * 10**6  # ImageNet has 1.3 million images
+PIECE = 2**24  # bytes; what tarfile asks for at once is a header's claim
+SUFFIXES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tbz2', '.tar.xz', '.txz')
+UNPACKABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+class Member(NamedTuple):
+    """What an archive says of one of its files or folders."""
+
+    name: str
+    size: int
+    is_folder: bool
+    fault: str | None  # what a plain archive's members are not
+    open: functools.partial
+
+
+def is_safe(name: str) -> bool:
+    """Whether a member's path stays within the archive, on every system."""
+    printable = bool(name) and name.isprintable() and not set('\\:') & set(name)
+    return printable and not name.startswith('/') and '..' not in PurePosixPath(name).parts
+
+
+def limit(name: str) -> int:
+    """The bytes that a member may have."""
+    if name.lower().endswith('.pkl'):
+        return unpickling.MAX_BYTES
+    return MAX_ARCHIVE if archive_suffix(PurePosixPath(name)) else MAX_BYTES
+
+
+def check_member(member: Member, archive: str) -> None:
+    """Raises PreparationError on a member that a plain archive of images does not have."""
+    fault = member.fault
+    if not is_safe(member.name):
+        fault = 'has an unsafe path'
+    elif not fault and member.size > limit(member.name):
+        fault = f'unpacks to more than {limit(member.name) // 2**20} MiB'
+    if fault:
+        raise PreparationError(f'{archive} is refused: its member {member.name!r} {fault}.')
+
+
+def zip_members(file: Path | BinaryIO) -> Iterator[Member]:
+    archive = zipfile.ZipFile(file)  # open for as long as its items are about
+    for info in archive.infolist():
+        kind = stat.S_IFMT(info.external_attr >> 16)  # the upper half holds the Unix mode, if any
+        fault = None
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            fault = 'is a link or a device'
+        elif info.compress_type not in UNPACKABLE:
+            # zipfile cannot unpack the others piece by piece, so they have no bound.
+            fault = 'is neither stored nor deflated'
+        opened = functools.partial(archive.open, info)
+        yield Member(info.orig_filename, info.file_size, info.is_dir(), fault, opened)
+
+
+class Pieces:
+    """A file for tarfile, of which little can be read at once.
+
+    A header may claim any size, and tarfile reads that into memory.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int) -> bytes:
+        if size > PIECE:
+            raise ValueError(f'a header of {size} bytes')
+        return self.file.read(size)
+
+
+def tar_members(file: Path | BinaryIO, head: bytes) -> Iterator[Member]:
+    raw = file.open('rb') if isinstance(file, Path) else file
+    openers = [opener for magic, opener in COMPRESSED.items() if head.startswith(magic)]
+    stream = Pieces(openers[0](raw) if openers else raw)
+    archive = tarfile.TarFile(fileobj=stream)  # open for as long as its items are about
+    for info in archive:
+        plain = info.isdir() or (info.isreg() and not info.issparse())
+        fault = None if plain else 'is a link, a device or sparse'
+        opened = functools.partial(archive.extractfile, info)
+        yield Member(info.name, info.size, info.isdir(), fault, opened)
+    # To tarfile, whatever is no header is the end; but that has two blocks of zeros.
+    stream.seek(archive.offset)
+    end = stream.read(PIECE)
+    if len(end) < tarfile.BLOCKSIZE or end.strip(b'\0'):
+        raise tarfile.ReadError('its end is missing')
+    if stream.read(1):  # and at the end of what is compressed, there is a checksum
+        raise tarfile.ReadError('it goes on after its end')
+
+
+def archive_items(file: Path | BinaryIO, name: str) -> list[Item]:
+    """The files in an archive, every member checked before the first is read.
+
+    name: stands for the archive in messages.
+    """
+    items = []
+    with blaming(name):
+        if isinstance(file, Path):
+            with file.open('rb') as opened:
+                head = opened.read(tarfile.BLOCKSIZE)
+        else:
+            head = file.read(tarfile.BLOCKSIZE)
+            file.seek(0)
+        check_no_page(head, name)
+        if head.startswith(b'PK') or name.lower().endswith('.zip'):
+            members = zip_members(file)
+        else:
+            members = tar_members(file, head)
+        for member in members:
+            check_member(member, name)
+            path = PurePosixPath(member.name)
+            if not member.is_folder and not hidden(path):
+                items.append(Item(path, f'{name}: {path}', name, member.open))
+            if len(items) > MAX_MEMBERS:
+                raise PreparationError(f'{name} is refused: it has over {MAX_MEMBERS} files.')
+    return items
+
+
+def archive_suffix(path: PurePosixPath) -> str:
+    """'' if it is no archive's name."""
+    endings = [suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)]
+    return max(endings, key=len, default='')

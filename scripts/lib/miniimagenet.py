@@ -1,0 +1,345 @@
+"""miniImagenet in the forms in which people have it: what a folder or an archive holds of it.
+
+- images with Ravi and Larochelle's csv files, which list their names;
+- ImageNet's folders of synsets with the same files, whose n0153282900000005.jpg is the fifth of
+  n01532829's images in the order of their numbers;
+- pickles as Ren et al. made, mini-imagenet-cache-train.pkl and its like;
+- folders train, val and test with a folder for each class.
+
+Which form it is follows from what is there, in this order. Archives are looked into, and archives
+in these: ImageNet's own is one of archives.
+"""
+
+import functools
+import io
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from scripts.lib import preparation, unpickling
+from scripts.lib.archives import archive_items, archive_suffix
+from scripts.lib.preparation import Item, PreparationError, blaming, check_no_page
+
+SIZE = (84, 84)
+CLASSES = {'train': 64, 'val': 16, 'test': 20}  # in the official splits
+IMAGES = 600  # of each class
+SPLITS = {'valid': 'val', 'validation': 'val', 'dev': 'val', **{split: split for split in CLASSES}}
+JPEG = ('.jpg', '.jpeg')
+SUFFIXES = (*JPEG, '.png')
+DEPTH = 8  # of folders: ILSVRC/Data/CLS-LOC/train/n01532829 in another's
+NESTED = 2  # archives, and archives in these
+MAX_COPIED = 64 * 2**10  # bytes; 84x84 pixels have no use for more, however the file is padded
+PICKLE = re.compile(r'mini-imagenet-cache-(\w+)\.pkl')
+SYNSET = re.compile(r'n\d{8}')
+
+
+class Row(NamedTuple):
+    """A line of one of the csv files."""
+
+    split: str
+    filename: str
+    label: str
+
+
+class Found(NamedTuple):
+    """What a source holds."""
+
+    # {path in the target: function that makes the contents}, in the order of the source, so that
+    # compressed archives are read from front to back
+    images: dict[str, Callable[[], bytes]]
+    missing: list[Row]  # listed images that are not there
+    listed: int  # how many are listed
+
+
+# What is there ------------------------------------------------------------------------------------
+
+
+def split_of(name: str) -> str | None:
+    return SPLITS.get(name.lower())
+
+
+def files_of_splits(items: Iterable[Item], pattern: str) -> dict[str, Item]:
+    """{split: the file of a name that matches}; PreparationError if one has two."""
+    found = {}
+    for item in items:
+        match = re.fullmatch(pattern, item.path.name, re.IGNORECASE)
+        split = match and split_of(match[1])
+        if split and found.setdefault(split, item) is not item:
+            raise PreparationError(
+                f'{found[split].where} and {item.where} are both of {split}; take one away.'
+            )
+    return {split: found[split] for split in CLASSES if split in found}
+
+
+def read_rows(items: list[Item]) -> list[Row]:
+    """What the csv files list; PreparationError if they list a file twice."""
+    rows, seen = [], set()
+    for split, item in files_of_splits(items, r'(\w+)\.csv').items():
+        for filename, label in preparation.read_csv(item, ('filename', 'label')):
+            if not filename.lower().endswith(JPEG):
+                raise PreparationError(
+                    f'{item.where}: {filename!r} is not the name of a JPEG file.'
+                )
+            if filename in seen:
+                raise PreparationError(
+                    f'{item.where}: {filename!r} is listed twice, here or in another of the csv '
+                    'files.'
+                )
+            seen.add(filename)
+            rows.append(Row(split, filename, label))
+    return rows
+
+
+def unpack(items: list[Item], labels: set[str]) -> list[Item]:
+    """The items, with what they hold in the place of archives.
+
+    labels: the listed classes, if any; archives of other synsets are left out.
+    """
+    unpacked = []
+    for item in items:
+        suffix = archive_suffix(item.path)
+        folder = item.path.with_name(item.path.name[: -len(suffix)]) if suffix else item.path
+        if not suffix:
+            unpacked.append(item)
+        elif not (labels and SYNSET.fullmatch(folder.name) and folder.name not in labels):
+            with blaming(item.origin):
+                file = item.open()
+            inside = archive_items(file, item.where)
+            unpacked += [inner._replace(path=folder / inner.path) for inner in inside]
+    return unpacked
+
+
+def contents(source: Path) -> tuple[list[Item], list[Row]]:
+    """The files of a source, images/ before other folders, and what its csv files list."""
+    if source.is_file():
+        items = [preparation.file_item(source, PurePosixPath(source.name))]
+    elif source.is_dir():
+        items = preparation.all_items(source, DEPTH)
+        items.sort(key=lambda item: item.path.parts[0] != 'images')
+    else:
+        raise PreparationError(f'--source={source} is neither a folder nor an archive.')
+    rows = read_rows(items)
+    for _ in range(NESTED):
+        items = unpack(items, {row.label for row in rows})
+        rows = rows or read_rows(items)
+    return items, rows
+
+
+def find(source: Path) -> Found:
+    """Raises PreparationError if it has none of the forms."""
+    items, rows = contents(source)
+    pictures = [item for item in items if item.path.name.lower().endswith(SUFFIXES)]
+    listed = listed_images(rows, pictures) if rows and pictures else None
+    if listed and listed.images:
+        return listed
+    if pickles := files_of_splits(items, PICKLE.pattern):
+        return Found(pickled_images(pickles), [], 0)
+    if images := tree_images(pictures):
+        return Found(images, [], 0)
+    if listed:
+        return listed
+    lacking = (
+        'no .jpg images, which train.csv, val.csv or test.csv list'
+        if rows
+        else 'no miniImagenet: no train.csv, val.csv or test.csv that lists an image, no '
+        'mini-imagenet-cache-train.pkl or the like, and no folders train, val and test with a '
+        'folder of images for each class'
+    )
+    raise PreparationError(f'--source={source} has {lacking}.')
+
+
+# Images and csv files -----------------------------------------------------------------------------
+
+
+def listed_images(rows: list[Row], pictures: list[Item]) -> Found:
+    """The listed images, by their names or, where no image has one of these, from the synsets."""
+    wanted = {row.filename: row for row in rows}
+    found = by_name(wanted, pictures) or by_number(rows, pictures)
+    images = {}
+    for filename, item in found.items():
+        row = wanted[filename]
+        images[f'{row.split}/{row.label}/{filename}'] = functools.partial(resize, item)
+    missing = [row for row in rows if row.filename not in found]
+    return Found(images, missing, len(rows))
+
+
+def by_name(wanted: Mapping[str, Row], pictures: list[Item]) -> dict[str, Item]:
+    """{filename: image}, of images/ and, where that lacks them, of other folders and archives.
+
+    PreparationError if two of the same place have the same file name.
+    """
+    found, places = {}, {}
+    for item in pictures:
+        name = item.path.name
+        if name not in wanted:
+            continue
+        # Images in folders, not in an archive, have themselves as origin.
+        place = item.path.parts[0] == 'images' if item.origin == item.where else item.origin
+        if places.setdefault((name, place), item) is not item:
+            raise PreparationError(
+                f'{item.where} and {places[name, place].where} have the same file name; the csv '
+                'files cannot tell them apart.'
+            )
+        found.setdefault(name, item)
+    return found
+
+
+def by_number(rows: list[Row], pictures: list[Item]) -> dict[str, Item]:
+    """{filename: image}: the last eight digits count the images of the synset, from 1 on."""
+    synsets = {row.label: {} for row in rows}  # {synset: {number: image}}
+    for item in pictures:
+        synset, _, number = item.path.stem.partition('_')
+        if synset in synsets and number.isdecimal():
+            first = synsets[synset].setdefault(int(number), item)
+            if first is not item:
+                raise PreparationError(f'{first.where} and {item.where} are both the same image.')
+    ordered = {label: [images[n] for n in sorted(images)] for label, images in synsets.items()}
+    found = {}
+    for row in rows:
+        place, images = row.filename.removeprefix(row.label).partition('.')[0], ordered[row.label]
+        if not (images and len(place) == 8 and place.isdecimal()):
+            continue
+        if not 1 <= int(place) <= len(images):
+            raise PreparationError(
+                f'{row.filename} is to be image {int(place)} of {row.label}, but there are '
+                f"{len(images)}, as {images[0].where}; the csv files need all of ImageNet's."
+            )
+        found[row.filename] = images[int(place) - 1]
+    order = {id(item): place for place, item in enumerate(pictures)}
+    return dict(sorted(found.items(), key=lambda pair: order[id(pair[1])]))
+
+
+# Pickles ------------------------------------------------------------------------------------------
+
+
+class Cache(NamedTuple):
+    """What a pickle of a split holds."""
+
+    images: np.ndarray  # [total, 84, 84, 3] uint8
+    classes: dict[str, list[int]]  # the places of each class's images
+
+
+def text(value) -> str | None:
+    """Of a pickle's text, bytes if Python 2 wrote it; None if it is none."""
+    if isinstance(value, bytes):
+        value = value.decode('latin-1')
+    return value if isinstance(value, str) else None
+
+
+def read_cache(item: Item) -> Cache:
+    """Raises PreparationError if it is not the pickle of a split, or would call something."""
+    with blaming(item.origin), item.open() as file:
+        check_no_page(file.read(512), item.where)
+    try:
+        with blaming(item.origin), item.open() as file:
+            stored = unpickling.load(file)
+    except pickle.UnpicklingError as error:
+        raise PreparationError(
+            f'{item.where} {error}; get it again from where you trust it.'
+        ) from error
+    content = {text(key): value for key, value in stored.items()} if type(stored) is dict else {}
+    images, places = content.get('image_data'), content.get('class_dict')
+    fault = fault_of_images(images) or fault_of_classes(places, images)
+    if fault:
+        raise PreparationError(f'{item.where} is not miniImagenet as it should be: {fault}.')
+    return Cache(images, {text(name): [*map(int, where)] for name, where in places.items()})
+
+
+def fault_of_images(images) -> str | None:
+    if not isinstance(images, np.ndarray):
+        return 'it has no array image_data'
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (*SIZE, 3):
+        return (
+            f'image_data is {[*images.shape]} of {images.dtype}, not [images, 84, 84, 3] of uint8'
+        )
+    return None
+
+
+def fault_of_classes(places, images: np.ndarray) -> str | None:
+    if type(places) is not dict or not places:
+        return 'it has no dictionary class_dict'
+    seen = set()
+    for name, where in places.items():
+        if not preparation.is_plain(text(name) or ''):
+            return f'class_dict has {ascii(name)[:80]}, which is no name of a class'
+        if not isinstance(where, (list, tuple, np.ndarray)) or not len(where):
+            return f'class {text(name)} has no list of images'
+        for place in where:
+            if not isinstance(place, (int, np.integer)) or not 0 <= place < len(images):
+                return f'class {text(name)} has image {ascii(place)[:80]} of {len(images)}'
+            if place in seen:
+                return f'class {text(name)} has image {place} for the second time'
+            seen.add(int(place))
+    return None
+
+
+def pickled_images(pickles: Mapping[str, Item]) -> dict[str, Callable[[], bytes]]:
+    """The images as PNG, which keeps their pixels; one pickle at a time is in memory."""
+    read = functools.lru_cache(maxsize=1)(lambda split: read_cache(pickles[split]))
+
+    def png(split: str, place: int) -> bytes:
+        file = io.BytesIO()
+        # Level 1 is twice as fast as the default, and photos get no larger.
+        Image.fromarray(read(split).images[place]).save(file, 'PNG', compress_level=1)
+        return file.getvalue()
+
+    images = {}
+    for split in pickles:
+        for name, places in read(split).classes.items():
+            for k, place in enumerate(places):
+                path = f'{split}/{name}/{name}{k + 1:08d}.png'
+                images[path] = functools.partial(png, split, place)
+    return images
+
+
+# Folders of classes -------------------------------------------------------------------------------
+
+
+def tree_images(pictures: list[Item]) -> dict[str, Callable[[], bytes]]:
+    """The images of .../SPLIT/CLASS/; PreparationError on two of one name, or far too many."""
+    found, folders = {}, {}
+    for item in pictures:
+        if len(item.path.parts) < 3 or not (split := split_of(item.path.parts[-3])):
+            continue
+        folder, path = item.path.parents[1], '/'.join((split, *item.path.parts[-2:]))
+        if folders.setdefault(split, folder) != folder:
+            raise PreparationError(
+                f'Both {folders[split]} and {folder} hold images of {split}; take one away.'
+            )
+        if not preparation.is_plain(item.path.parts[-2]) or not preparation.is_plain(
+            item.path.name
+        ):
+            raise PreparationError(f'{item.where} has no plain name; give it one.')
+        if found.setdefault(path, item) is not item:
+            raise PreparationError(f'{found[path].where} and {item.where} are both the same image.')
+    for split, number in CLASSES.items():
+        classes = {path.split('/')[1] for path in found if path.startswith(f'{split}/')}
+        if len(classes) > number:
+            raise PreparationError(
+                f'{folders[split]} has {len(classes)} classes, but miniImagenet has {number}; '
+                "ImageNet's own folders need train.csv, val.csv and test.csv beside them."
+            )
+    return {path: functools.partial(resize, item) for path, item in found.items()}
+
+
+def resize(item: Item) -> bytes:
+    """The image as 84x84 RGB: PNG under the name of one, otherwise JPEG."""
+    data, file = item.read(), io.BytesIO()
+    with preparation.decoding(item):
+        # ImageNet has a PNG under a JPEG's name.
+        image = Image.open(io.BytesIO(data), formats=('JPEG', 'PNG'))
+        image.load()
+        as_wanted = (image.mode, image.size) == ('RGB', SIZE)
+        if as_wanted and len(data) <= MAX_COPIED:
+            return data
+        resized = image.convert('RGB').resize(SIZE, Image.Resampling.LANCZOS)
+        if item.path.suffix.lower() == '.png':
+            resized.save(file, 'PNG')
+        else:
+            resized.save(file, 'JPEG', quality=95, subsampling=0)
+    return file.getvalue()

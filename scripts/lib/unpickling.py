@@ -1,0 +1,255 @@
+"""Pickles of NumPy arrays and plain containers, whoever made them, and of nothing else.
+
+A pickle is a program that may call anything. This reads those that make dictionaries, lists,
+tuples, texts, numbers and arrays of numbers, of Python 2 and 3, of NumPy 1 and 2. What would call
+anything else is refused by name before it is imported.
+
+The base class is the reader that Python keeps in Python itself. The one in C allocates whatever an
+index claims, so that ten bytes can fill the memory; here nothing grows beyond what the file holds.
+"""
+
+import io
+import pickle
+import pickletools
+import re
+from typing import BinaryIO
+
+import numpy as np
+
+MAX_BYTES = 4 * 2**30  # of a file; miniImagenet's largest has 0.8
+MAX_READS = 2**20  # of its pieces, two or three to an instruction; miniImagenet's has 120,000
+PIECE = 2**24  # bytes read at once: claims of more are only believed as they come true
+NUMBERS = re.compile(r'[<>=|]?(\?|b1|[iu][1248]|f[248])')  # names of dtypes
+KEYS = (str, bytes, int, float, type(None))  # tuples as keys may take for ever to hash
+PLAIN = (
+    'MARK STOP POP POP_MARK PROTO NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 '
+    'LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE '
+    'BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE '
+    'TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE '
+    'GLOBAL STACK_GLOBAL REDUCE'
+).split()  # instructions that are safe as Python has them
+
+
+def load(file: BinaryIO):
+    """What a pickle holds; texts that Python 2 wrote are bytes.
+
+    Raises pickle.UnpicklingError, whose text follows the file's name, as in 'NAME ends early'; and
+    whatever the file itself raises when it is read.
+    """
+    pieces = Pieces(file)
+    try:
+        return Unpickler(pieces, encoding='bytes').load()
+    except pickle.UnpicklingError:
+        raise
+    except EOFError as error:
+        raise pickle.UnpicklingError('ends early') from error
+    except MemoryError as error:
+        raise pickle.UnpicklingError('needs more memory than there is') from error
+    except Exception as error:
+        if error is pieces.failure:
+            raise
+        # Instructions in a wrong order, texts that are none, ...: pickle has no error of its own.
+        raise pickle.UnpicklingError(
+            f'is no pickle, or damaged ({type(error).__name__})'
+        ) from error
+
+
+class Pieces:
+    """A file that is read to its end at most, and in so many pieces at most."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.total = 0  # bytes read so far
+        self.reads = 0
+        self.failure = None  # what the file raised, which is not the pickle's fault
+
+    def read(self, size: int) -> bytes:
+        """Exactly so many bytes; raises EOFError and UnpicklingError."""
+        self._count()
+        if size <= PIECE:
+            data = self._read(self.file.read, size)
+        else:
+            buffer = io.BytesIO()
+            while buffer.tell() < size:
+                piece = self._read(self.file.read, min(PIECE, size - buffer.tell()))
+                if not piece:
+                    break
+                buffer.write(piece)
+            data = buffer.getvalue()
+        if len(data) < size:
+            raise EOFError
+        return data
+
+    def readline(self) -> bytes:
+        """To the next line feed; raises EOFError and UnpicklingError."""
+        self._count()
+        line = self._read(self.file.readline, MAX_BYTES + 1)
+        if not line.endswith(b'\n'):
+            raise EOFError
+        return line
+
+    def _count(self):
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise pickle.UnpicklingError('is refused: it has too many parts')
+
+    def _read(self, method, size: int) -> bytes:
+        try:
+            data = method(size)
+        except Exception as error:
+            self.failure = error
+            raise
+        self.total += len(data)
+        if self.total > MAX_BYTES:
+            raise pickle.UnpicklingError(f'is refused: it has more than {MAX_BYTES >> 30} GiB')
+        return data
+
+
+class Unpickler(pickle._Unpickler):
+    """Reads one pickle; see `load`."""
+
+    dispatch = {}  # {an instruction's code: what it does}
+
+    def __init__(self, file: Pieces, **options):
+        super().__init__(file, **options)
+        self.file = file
+        self.made = 0  # bytes of what `copied` was given
+        self.admitted = {
+            ('numpy', 'ndarray'): 'numpy.ndarray',  # only an argument of the next
+            ('numpy.core.multiarray', '_reconstruct'): self.empty_array,
+            ('numpy._core.multiarray', '_reconstruct'): self.empty_array,
+            ('numpy.core.numeric', '_frombuffer'): self.array,
+            ('numpy._core.numeric', '_frombuffer'): self.array,
+            ('numpy.core.multiarray', 'scalar'): self.scalar,
+            ('numpy._core.multiarray', 'scalar'): self.scalar,
+            ('numpy', 'dtype'): self.dtype,
+            ('_codecs', 'encode'): self.encode,
+        }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.admitted:
+            text = ascii(f'{module}.{name}')[1:101].removesuffix("'")
+            raise pickle.UnpicklingError(f'is refused: it would call {text}')
+        return self.admitted[module, name]
+
+    def copied(self, data: str | bytes) -> str | bytes:
+        """Data that a call may copy; what was read once may be copied twice, not a thousand times.
+
+        Small things are free.
+        """
+        self.made += len(data)
+        if self.made > 2 * self.file.total + PIECE:
+            raise pickle.UnpicklingError('is refused: it makes much more than it holds')
+        return data
+
+    # What a pickle may call
+
+    def dtype(self, name: str | bytes, align=False, copy=True) -> np.dtype:
+        name = name.decode('latin-1') if isinstance(name, bytes) else name
+        if not isinstance(name, str) or not NUMBERS.fullmatch(name):
+            text = ascii(name)[:40]
+            raise pickle.UnpicklingError(f'is refused: it has an array of {text}, not of numbers')
+        return np.dtype(name, False, True)  # a copy of its own, for `load_build`
+
+    def empty_array(self, kind: str, shape: tuple, code: str | bytes) -> np.ndarray:
+        """What NumPy makes first of each array; `load_build` gives it its values."""
+        if (kind, shape) != ('numpy.ndarray', (0,)):
+            raise ValueError('not as NumPy writes it')
+        return np.ndarray((0,), np.uint8)
+
+    def array(self, data: bytes, dtype: np.dtype, shape: tuple, order: str, *_) -> np.ndarray:
+        """An array in protocol 5."""
+        check_types(data, dtype)
+        return np.frombuffer(data, dtype).reshape(shape, order=order)
+
+    def scalar(self, dtype: np.dtype, data: bytes) -> np.generic:
+        check_types(data, dtype)
+        (value,) = np.frombuffer(data, dtype)
+        return value
+
+    def encode(self, text: str, encoding: str) -> bytes:
+        """Bytes in protocol 2, as Python 3 writes them."""
+        if encoding not in ('latin1', b'latin1'):
+            raise pickle.UnpicklingError('is refused: it would call _codecs.encode')
+        return self.copied(text).encode('latin-1')
+
+    # Instructions that are not as Python has them
+
+    def load_build(self):
+        """Gives the last thing its state: an array its values, a dtype its byte order."""
+        state = self.stack.pop()
+        made = self.stack[-1]
+        if type(made) is np.ndarray:
+            _, shape, dtype, fortran, data = state
+            check_types(data, dtype)
+            # Only once: the memory of values that are there may be another's too.
+            if made.size or min(shape, default=0) < 0:
+                raise ValueError('not as NumPy writes it')
+            made.__setstate__((1, shape, dtype, bool(fortran), self.copied(data)))
+        elif isinstance(made, np.dtype):
+            version, order, *rest = state
+            order = order.decode() if isinstance(order, bytes) else order
+            if order not in tuple('<>=|') or rest != [None, None, None, -1, -1, 0]:
+                raise ValueError('not as NumPy writes it')
+            made.__setstate__((version, order, *rest))
+        else:
+            raise TypeError('a state for what has none')
+
+    def load_frame(self):
+        self.read(8)  # how far one may read ahead
+
+    def load_bytearray8(self):
+        self.append(self.read(int.from_bytes(self.read(8), 'little')))
+
+    def load_inst(self):
+        module, name = (self.readline()[:-1].decode('ascii') for _ in range(2))
+        self.find_class(module, name)
+        raise TypeError('nothing that is admitted is made so')
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.add([key, value])
+
+    def load_setitems(self):
+        self.add(self.pop_mark())
+
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append({})
+        self.add(items)
+
+    def add(self, items: list):
+        """Puts keys and values, in turn, into the dictionary on top of the stack."""
+        dictionary = self.stack[-1]
+        if type(dictionary) is not dict:
+            raise TypeError('not a dictionary')
+        for key, value in zip(items[::2], items[1::2]):
+            if not isinstance(key, KEYS):
+                raise pickle.UnpicklingError('is refused: a key is no text and no number')
+            dictionary[key] = value
+
+    def refuse(self, name: str):
+        raise pickle.UnpicklingError(f'is refused: it has the instruction {name}')
+
+
+def check_types(data, dtype):
+    """Raises TypeError: NumPy takes other data too, arrays whose memory is not theirs to keep."""
+    if type(data) is not bytes or not isinstance(dtype, np.dtype):
+        raise TypeError('not as NumPy writes it')
+
+
+def _dispatch() -> dict:
+    """Each instruction that Python knows: Python's method, one of the above, or a refusal."""
+    table = {}
+    for opcode in pickletools.opcodes:
+        code, method = ord(opcode.code), f'load_{opcode.name.lower()}'
+        if opcode.name in PLAIN:
+            table[code] = pickle._Unpickler.dispatch[code]
+        elif method in vars(Unpickler):
+            table[code] = vars(Unpickler)[method]
+        else:
+            table[code] = lambda self, name=opcode.name: self.refuse(name)
+    return table
+
+
+Unpickler.dispatch = _dispatch()
