@@ -175,10 +175,11 @@ def whole_number(name: str, value, lowest: int = 0) -> int:
         found = operator.index(value)
     except TypeError:  # also of 2.0, which may be a mistake
         found = None
-    if found is None or found < lowest:
-        raise ValueError(
-            f'{name} must be a whole number, at least {lowest}, but it is {value!r:.60}'
-        )
+    if found is None:
+        raise ValueError(f'{name} must be a whole number, but it is {value!r:.60}')
+    if found < lowest:
+        wanted = f'be at least {lowest}' if lowest > 0 else 'not be negative'
+        raise ValueError(f'{name} must {wanted}, but it is {value}')
     return found
 
 
