@@ -595,7 +595,8 @@ def check_split(
         return
     more = f' (too few have also {listed(small[1:])})' if small[1:] else ''
     leave = 'leave it out with --skip_small_classes' if own else 'remove it'
-    fewer = ', or use a smaller --update_batch_size or --num_query' if size.images > 2 else ''
+    fewer = ', or use a smaller --update_batch_size or --num_query (in evaluation --test_query)'
+    fewer = fewer if size.images > 2 else ''
     raise ValueError(
         f'the class {small[0]} of the {split} split in {folder} has {counts[small[0]]} images, but '
         f'a task takes {size.images} of each class ({size.support} for support, {size.query} for '

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
+from google.protobuf.message import DecodeError
 
 # A quiet start ------------------------------------------------------------------------------------
 
@@ -253,7 +254,7 @@ def checkpoints(folder: str | Path, kind: str = 'model') -> dict[int, str]:
     kind: 'model' or 'best'.
     """
     names = (path.name for path in Path(folder).glob(f'{kind}*.index'))
-    found = (re.fullmatch(kind + r'(\d+)\.index', name) for name in names)
+    found = (re.fullmatch(kind + r'(0|[1-9][0-9]*)\.index', name) for name in names)
     iterations = sorted(int(match[1]) for match in found if match)
     return {i: str(Path(folder) / f'{kind}{i}') for i in iterations}
 
@@ -269,7 +270,7 @@ def other_runs(folder: str | Path) -> str:
         runs = sorted({str(path.parent.relative_to(place)) for path in found})
         if runs:
             more = f' and {len(runs) - 3} more' if len(runs) > 3 else ''
-            return f'{text}, but {place} has the runs {", ".join(runs[:3])}{more}'
+            return f'{text}; {place} has the runs {", ".join(runs[:3])}{more}'
     return text
 
 
@@ -505,7 +506,8 @@ def machine() -> str:
 
 def event_files(folder: str | Path) -> list[Path]:
     """The files of a run's summaries, the oldest first."""
-    return sorted(Path(folder).glob('events.out.tfevents.*'))
+    found = Path(folder).glob('events.out.tfevents.*')
+    return sorted(path for path in found if path.is_file())
 
 
 def forget_summaries(folder: str | Path, start: int):
@@ -531,12 +533,13 @@ def forget_summaries(folder: str | Path, start: int):
 
 
 def read_events(path: Path) -> list[bytes]:
-    """The serialised events of a file, up to the first that is damaged."""
+    """The serialised events of a file, up to the first that is damaged or none."""
     records = []
     try:
         for record in tf.data.TFRecordDataset(os.fsencode(path)):
+            tf.compat.v1.Event.FromString(record.numpy())
             records.append(record.numpy())
-    except (tf.errors.DataLossError, tf.errors.OutOfRangeError):
+    except (tf.errors.DataLossError, tf.errors.OutOfRangeError, DecodeError):
         pass
     return records
 
@@ -597,6 +600,8 @@ def print_anything():
 
     A file's name may not be UTF-8, and an α not in ASCII: a program does not end for that.
     """
+    if sys.stdout is None:  # closed by whom started this program
+        sys.stdout = open(os.devnull, 'w')
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
@@ -604,12 +609,25 @@ def print_anything():
 
 def write_whole(path: Path, content: bytes):
     """Writes a file so that it is there whole or, if the process dies, not at all."""
-    beside = path.with_name(path.name + '.part')
+    write_together({path: content})
+
+
+def write_together(contents: dict[Path, bytes]):
+    """The same for files that belong together: none is replaced before all are written.
+
+    Raises OSError.
+    """
+    beside = {path: path.with_name(path.name + '.part') for path in contents}
     try:
-        beside.write_bytes(content)
-        beside.replace(path)
+        for path, content in contents.items():
+            beside[path].write_bytes(content)
+        for path in contents:
+            beside[path].replace(path)
+    except OSError as error:
+        raise OSError(f'{path} cannot be written ({error.strerror or error})') from error
     finally:
-        beside.unlink(missing_ok=True)
+        for part in beside.values():
+            part.unlink(missing_ok=True)
 
 
 # Files of a run: what the user wrote for it -------------------------------------------------------

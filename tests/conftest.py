@@ -6,8 +6,6 @@ import pytest
 
 # Before any test module imports TensorFlow; child processes inherit it.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-# No folder can be made there: a test that wants a cache beside no data names another.
-os.environ['XDG_CACHE_HOME'] = os.path.join(os.devnull, 'cache')
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

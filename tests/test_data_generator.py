@@ -545,6 +545,12 @@ def test_jpeg_and_other_modes(tmp_path):
 # The cache of decoded images ----------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def no_cache_folder(monkeypatch):
+    """Of the user, for what cannot be kept beside the data; test_own_images.py has one."""
+    monkeypatch.setenv('XDG_CACHE_HOME', os.path.join(os.devnull, 'cache'))
+
+
 def test_second_start_decodes_nothing(omniglot, capsys, monkeypatch):
     first, printed = load(omniglot, capsys)
     assert 'Decoding the 36 images of' in printed and 'damaged' not in printed

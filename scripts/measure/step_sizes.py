@@ -24,19 +24,21 @@ from absl import flags
 
 import main as program
 from data_generator import DataGenerator
-from maml import Learner
+from maml import Learner, find_checkpoint
 from scripts.lib.cells import DIVERGED
 from scripts.lib.models import load
-from utils import Batch, accuracy, confidence, print_anything, whole_number
+from utils import Batch, accuracy, confidence, print_anything, read_run_state, whole_number
 
 SHOWN = (1, 3, 5, 10)  # updates
 UPDATES = SHOWN[-1]
 
 
-def test_tasks(settings: dict, shots: int, data_dir: str) -> DataGenerator:
+def test_tasks(
+    settings: dict, shots: int, data_dir: str, classes: dict | None = None
+) -> DataGenerator:
     """The generator of the tasks that main.py evaluates a run with these flags on.
 
-    Raises ValueError and OSError without data.
+    classes: that the run knows, from its checkpoint. Raises ValueError and OSError without data.
     """
     values = flags.FlagValues()
     program.define_flags(values)
@@ -47,7 +49,8 @@ def test_tasks(settings: dict, shots: int, data_dir: str) -> DataGenerator:
         if value is not None:
             line.append(f'--{name}={value}')
     values(line)
-    return program.make_generators(values)['test']
+    run = {'classes': classes, 'fit': 'squash'}  # which all did before it was among the flags
+    return program.make_generators(values, run)['test']
 
 
 def outcomes(learner: Learner, batch: Batch, halved: bool) -> np.ndarray:
@@ -94,13 +97,19 @@ def training(learner: Learner) -> tuple:
     return settings['datasource'], baseline, alpha, shots
 
 
-def table(models: list[Learner], shots: int | None, tasks: int, data_dir: str):
-    """Prints it. Raises ValueError if the runs do not belong together."""
+def table(
+    models: list[Learner], shots: int | None, tasks: int, data_dir: str, classes: dict | None
+):
+    """Prints it; classes: that the first run knows.
+
+    Raises ValueError if the runs do not belong together.
+    """
     first, alpha = models[0], models[0].model.update_lr
     if len({training(learner) for learner in models}) > 1 or 'oracle' in training(first):
         raise ValueError('the runs must be seeds of the same training, and not of the oracle')
     is_error = not first.is_classifier
-    generator = test_tasks(first.settings, shots or first.settings['update_batch_size'], data_dir)
+    shots = shots or first.settings['update_batch_size']
+    generator = test_tasks(first.settings, shots, data_dir, classes)
     more = ['medians', f'above {DIVERGED:.0f} after {UPDATES}'] if is_error else []
     print(f'| {" | ".join(["step size", *(f"after {i}" for i in SHOWN), *more])} |')
     print('|---' * (1 + len(SHOWN) + len(more)) + '|')
@@ -129,7 +138,8 @@ def main(arguments: list[str]):
             if vars(options)[name] is not None:
                 whole_number(f'--{name}', vars(options)[name], lowest=1)
         models = [load(run) for run in options.runs]
-        table(models, options.shots, options.tasks, options.data_dir)
+        classes = read_run_state(find_checkpoint(options.runs[0])).get('classes')
+        table(models, options.shots, options.tasks, options.data_dir, classes)
     except (ValueError, OSError) as error:
         sys.exit(f'step_sizes.py: {error}')
 
