@@ -393,7 +393,7 @@ def all_values(prefix: str, path: str) -> dict[str, np.ndarray]:
         return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
     except Exception as error:  # OpError, ValueError, IndexError ...: it depends on the damage
         raise DamagedCheckpoint(
-            f'{path} is damaged, it cannot be read as a checkpoint ({first_line(error)})'
+            f'{path} cannot be read as a checkpoint, it is damaged ({first_line(error)})'
         ) from error
 
 
