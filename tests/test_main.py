@@ -845,7 +845,7 @@ def test_folder_that_is_no_run(tmp_path):
     assert_refused(run(*there, '--logdir=x'), '--run=', 'leave --logdir away')
     assert_refused(run(f'--run={folder}'), '--run=', 'needs --train=False')
     (folder / 'model0.data-00000-of-00001').write_bytes(b'')
-    assert_refused(run(*there), 'model0 is damaged')
+    assert_refused(run(*there), 'model0 cannot be read')
 
 
 def test_test_classes_are_others(tmp_path, data, monkeypatch):
