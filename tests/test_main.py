@@ -166,6 +166,10 @@ def test_flags_and_defaults():
         'tf32',
         'test_tasks',
         'run',
+        'fit',
+        'skip_small_classes',
+        'cache_dir',
+        'num_query',
     }
 
 
