@@ -98,6 +98,8 @@ def scalars(folder: Path) -> list[tuple]:
     """(step, tag, value) of a folder's summaries, by step and tag, repetitions included."""
 
     def content(value):
+        if value.metadata.plugin_data.plugin_name == 'hparams':
+            return ''
         if value.tensor.dtype == tf.float32.as_datatype_enum:
             return float(tf.make_ndarray(value.tensor))
         return '' if value.tag == 'flags' else list(value.tensor.string_val)  # a picture's
