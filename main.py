@@ -1392,6 +1392,8 @@ def carry_out(run: Prepared, f: flags.FlagValues):
                 print(next_steps(run, f))
             else:
                 evaluate(run, f)
+    except BrokenPipeError:
+        raise
     except (UserCodeError, BadTasks) as error:
         sys.exit(f'main.py: {error}')
     except (OSError, Diverged) as error:  # the disk is full, the folder is gone
@@ -1467,6 +1469,9 @@ def program(arguments: list[str], norm: Normalization | None = None):
         main(arguments, norm=norm, start=tune)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # who read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 if __name__ == '__main__':
