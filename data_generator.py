@@ -151,10 +151,7 @@ class DataGenerator:
 
     def _draw(self, split: str, iteration: int, num_tasks: int) -> np.ndarray:
         """Uniform numbers in [0, 1), a row for each task: [T, num_draws]."""
-        if split not in SPLITS:
-            raise ValueError(f'there is no split {split!r}; the splits are {", ".join(SPLITS)}')
-        num_tasks = whole_number('--meta_batch_size', num_tasks, lowest=1)
-        iteration = whole_number('iteration', iteration)
+        iteration, num_tasks = _asked(split, iteration, num_tasks)
         generator = np.random.default_rng([self.seed, SPLITS.index(split), iteration])
         return generator.random((num_tasks, self.num_draws))
 
@@ -399,8 +396,9 @@ class UserTasks(DataGenerator):
     def batch(
         self, split: str, iteration: int, num_tasks: int, tasks: slice = slice(None)
     ) -> Batch:
+        asked = _asked(split, iteration, num_tasks)
         with self.busy:
-            asked, held = (iteration, num_tasks), self.newest.get(split)
+            held = self.newest.get(split)
             if not held or held[0] != asked:  # else another slice of the same tasks
                 held = self.newest[split] = asked, self._drawn(split, *asked)
         return Batch(*(array[tasks] for array in held[1]))
@@ -558,6 +556,13 @@ def label_objective(tasks, labels: Sequence[np.ndarray], name: str) -> str:
     return asked
 
 
+def _asked(split: str, iteration: int, num_tasks: int) -> tuple[int, int]:
+    """Iteration and number of tasks. Raises ValueError if there is no such meta-batch."""
+    if split not in SPLITS:
+        raise ValueError(f'there is no split {split!r}; the splits are {", ".join(SPLITS)}')
+    return whole_number('iteration', iteration), whole_number('--meta_batch_size', num_tasks, 1)
+
+
 class TaskSize(NamedTuple):
     """What a task takes of a split: so many classes, and of each so many images."""
 
@@ -590,7 +595,8 @@ def check_split(
         return
     more = f' (too few have also {listed(small[1:])})' if small[1:] else ''
     leave = 'leave it out with --skip_small_classes' if own else 'remove it'
-    fewer = ', or use a smaller --update_batch_size or --num_query' if size.images > 2 else ''
+    fewer = ', or use a smaller --update_batch_size or --num_query (in evaluation --test_query)'
+    fewer = fewer if size.images > 2 else ''
     raise ValueError(
         f'the class {small[0]} of the {split} split in {folder} has {counts[small[0]]} images, but '
         f'a task takes {size.images} of each class ({size.support} for support, {size.query} for '

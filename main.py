@@ -85,7 +85,7 @@ from utils import (
     set_up_gpus,
     user_code,
     user_function,
-    write_whole,
+    write_together,
 )
 
 SUMMARY_INTERVAL = 100  # iterations between summaries
@@ -699,9 +699,8 @@ class Log(Observer):
         if self.writer and self.start == 0:
             rows = ['flag | value', '--- | ---']
             rows += [f'`--{name}` | {value}' for name, value in values.items()]
-            text = '\n'.join(rows).encode(errors='backslashreplace')  # a path may not be UTF-8
             with self.writer.as_default():
-                tf.summary.text('flags', text, step=self.start)
+                tf.summary.text('flags', in_utf8('\n'.join(rows)), step=self.start)
         updates = '1 update' if self.update == 1 else f'{self.update} updates'
         after = f', and on the query sets after {updates}' if self.update else ''
         self.line(
@@ -774,7 +773,8 @@ class Log(Observer):
             due = now - self.shown > 1
         if done and due:
             self.shown, rate = now, done / (now - self.clock)
-            left = datetime.timedelta(seconds=round((self.end - last) / rate))
+            left = min((self.end - last) / rate, datetime.timedelta.max.total_seconds() / 2)
+            left = datetime.timedelta(seconds=round(left))
             where = f'{last} of {self.end} iterations, {rate:.3g} per second, {left} left'
             end = '\033[K\r' if sys.stdout.isatty() else '\n'
             print(f'{where}, loss {loss:.4g}', end=end, flush=True)
@@ -799,18 +799,25 @@ class Log(Observer):
                 self.writer.close()
 
 
-def write_session(writer: tf.summary.SummaryWriter, values: dict, name: str, end: int):
+def in_utf8(text: str) -> str:
+    """The same text, but for the bytes of a path that is not UTF-8, which TensorBoard refuses."""
+    return text.encode(errors='backslashreplace').decode()
+
+
+def write_session(writer: tf.summary.SummaryWriter, values: dict, run: str, end: int):
     """The flags that tell a run from others, for TensorBoard's HPARAMS tab.
 
-    values: of all flags. name: of the run. end: the iteration it is to end with; the flags are
+    values: of all flags. run: its folder. end: the iteration it is to end with; the flags are
     written as if they belonged to it, so that a run that goes on forgets them and writes its own.
     """
     from tensorboard.plugins.hparams import summary_v2  # --log=False does without the package
 
     telling = [flag.name for flag in FLAGS if flag.may_change != ANYTIME]
     shown = {name: values[name] for name in (*telling, 'metatrain_iterations')}
-    shown = {name: 'None' if value is None else value for name, value in shown.items()}
-    session = summary_v2.hparams_pb(shown, trial_id=name)
+    for name, value in shown.items():
+        if value is None or isinstance(value, str):
+            shown[name] = in_utf8(str(value))
+    session = summary_v2.hparams_pb(shown, trial_id=in_utf8(run))
     with writer.as_default():
         tf.summary.experimental.write_raw_pb(session.SerializeToString(), step=end)
 
@@ -943,12 +950,12 @@ def evaluate(run: Prepared, f: flags.FlagValues):
         return
     path = run.folder / f'{evaluation_name(f)}{other_data(run, f)}'
     content = {'mses': values, 'iteration': run.start - 1, 'split': split}
-    write_whole(path.with_name(f'{path.name}.pkl'), pickle.dumps(content))
     header = [f'update{j}' for j in range(len(mean))]
     rows = [[*row, split, run.start - 1] for row in (mean, stddev, interval)]
     text = io.StringIO()
     csv.writer(text).writerows([header + ['split', 'iteration'], *rows])
-    write_whole(path.with_name(f'{path.name}.csv'), text.getvalue().encode())
+    written = {'pkl': pickle.dumps(content), 'csv': text.getvalue().encode()}
+    write_together({path.with_name(f'{path.name}.{end}'): of for end, of in written.items()})
 
 
 def other_data(run: Prepared, f: flags.FlagValues) -> str:
@@ -1387,6 +1394,11 @@ def carry_out(run: Prepared, f: flags.FlagValues):
         sys.exit(f'main.py: {error}')
     except (OSError, Diverged) as error:  # the disk is full, the folder is gone
         sys.exit(f'main.py: {error}')
+    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+        sys.exit(
+            f'main.py: there is not enough memory ({first_line(error)}): use a smaller '
+            '--meta_batch_size, or other sizes of the tasks'
+        )
     except tf.errors.OpError as error:
         if f.strategy != 'multi_worker':
             raise

@@ -54,6 +54,7 @@ from special_grads import (
 )
 from utils import (
     Batch,
+    DamagedCheckpoint,
     Replicas,
     accuracy,
     checkpoints,
@@ -1519,9 +1520,12 @@ class AnySize:
         if tf.config.functions_run_eagerly():
             return function(self.plain, x, *others)
         key = function.__name__, x.shape[0] == 1, len(others)
-        if key not in self.programs:
-            self.programs[key] = self._program(functools.partial(function, self.plain), x, *others)
-        return self.programs[key](x, *others)
+        program = self.programs.get(key)
+        if program is None:
+            program = self._program(functools.partial(function, self.plain), x, *others)
+        result = program(x, *others)
+        self.programs[key] = program  # not of a loss that failed
+        return result
 
     def _program(self, function: Callable, *arguments) -> Callable:
         """The function as a program for arguments like these; itself if there can be none."""
@@ -1668,7 +1672,8 @@ class Learner(ArraysOfTasks):
     Of one task, x is [examples, ...], y [examples] and weights [...]; of several, with an axis of
     tasks before: x [T, examples, ...], y [T, examples], weights [T, ...]. An example is an array of
     any shape of the network's size, such as an image [height, width, channels] with values from 0
-    to 1, or uint8 from 0 to 255. y are the classes' numbers, 0 to N-1; of regression, the values,
+    to 1, or uint8 from 0 to 255: the type alone says which, 0 and 1 of uint8 are almost black. y
+    are the classes' numbers, 0 to N-1; of regression, the values,
     [(T,) examples, out].
 
     Attributes: model, a FastMAML; of one that was loaded also settings, the flags it was trained
@@ -1766,7 +1771,7 @@ class Learner(ArraysOfTasks):
         alpha = lr * self.example_scale(examples)
         adapted = self.programs.adapt(x, label, start, alpha, steps)
         arrays = {name: value.numpy() for name, value in adapted.items()}
-        checked_finite(arrays, f'after {steps} steps with lr={lr:g} the weights')
+        checked_finite(arrays, f'after {steps} step{"s" * (steps != 1)} with lr={lr:g} the weights')
         return {name: value[0] for name, value in arrays.items()} if single else arrays
 
     def predict(
@@ -1839,6 +1844,8 @@ def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
         text = "checkpoint, if it is not 'best' or -1 for the newest,"
         checkpoint = whole_number(text, checkpoint)
     folder = folder_path('run_folder', run_folder)
+    if not folder.is_dir():
+        raise ValueError(f'there is no folder {folder}: give one that main.py trained in')
     found = checkpoints(folder, 'best' if checkpoint == 'best' else 'model')
     there = [*checkpoints(folder)]
     if not found and not there:
@@ -1857,7 +1864,11 @@ def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
             f'{", ".join(map(str, there))}'
         )
     wanted = {checkpoint: found[checkpoint]} if checkpoint in found else found
-    return first_whole(dict(reversed(wanted.items())), warnings.warn)[1]
+    try:
+        return first_whole(dict(reversed(wanted.items())), warnings.warn)[1]
+    except DamagedCheckpoint as error:
+        remedy = 'give another checkpoint, or a copy of the run that is whole'
+        raise DamagedCheckpoint(f'{error}; {remedy}') from error
 
 
 def check_network_is_given(path: str, settings: dict, network):
@@ -2089,7 +2100,7 @@ def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
     nothing says how many are wanted.
     """
     if isinstance(tasks, Batch):
-        tasks = tf.data.Dataset.from_tensors(tasks)
+        tasks = dataset_of_batches([tasks])
     elif not isinstance(tasks, tf.data.Dataset):
         tasks = dataset_of_batches(tasks)
     spec = tasks.element_spec
@@ -2105,7 +2116,10 @@ def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
 
 
 def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
-    """Of a list of Batches, or of a generator, once. Raises ValueError if there is none."""
+    """Of a list of Batches, or of a generator, once.
+
+    Raises ValueError if there is none, and for no numbers and different sizes.
+    """
     try:
         iterator = iter(batches)
         first = Batch(*map(np.asarray, next(iterator)))
@@ -2114,6 +2128,12 @@ def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
             'tasks must be a tf.data.Dataset, as source.dataset(split, num_tasks) is, a Batch, or '
             f'a list or generator of Batches, but this is {type(batches).__name__}'
         ) from None
+    for values in first:
+        real_numbers('each of the four arrays of a Batch', values)
+    if isinstance(batches, Sequence):
+        sizes = {tuple(np.shape(values) for values in batch) for batch in batches}
+        if len(sizes) > 1:
+            raise ValueError(f'all Batches must have the same sizes, but there are {sizes}')
     rest = itertools.chain([first], iterator) if iterator is batches else batches
     spec = Batch(*(tf.TensorSpec(values.shape, values.dtype) for values in first))
     dataset = tf.data.Dataset.from_generator(lambda: rest, output_signature=spec)

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
+from google.protobuf.message import DecodeError
 
 # A quiet start ------------------------------------------------------------------------------------
 
@@ -201,8 +202,10 @@ def real_number(name: str, value, above: float | None = None) -> float:
 def real_numbers(name: str, values) -> np.ndarray:
     """An argument as an array. Raises ValueError, with its name, if it is not one of real numbers.
 
-    Booleans count as such.
+    Booleans count as such; what NumPy masks does not.
     """
+    if np.ma.is_masked(values):
+        raise ValueError(f'{name} must be real numbers, but some are masked')
     try:
         array = np.asarray(values)
     except ValueError as error:  # lists of different lengths
@@ -250,7 +253,7 @@ def checkpoints(folder: str | Path, kind: str = 'model') -> dict[int, str]:
     kind: 'model' or 'best'.
     """
     names = (path.name for path in Path(folder).glob(f'{kind}*.index'))
-    found = (re.fullmatch(kind + r'(\d+)\.index', name) for name in names)
+    found = (re.fullmatch(kind + r'(0|[1-9][0-9]*)\.index', name) for name in names)
     iterations = sorted(int(match[1]) for match in found if match)
     return {i: str(Path(folder) / f'{kind}{i}') for i in iterations}
 
@@ -502,7 +505,8 @@ def machine() -> str:
 
 def event_files(folder: str | Path) -> list[Path]:
     """The files of a run's summaries, the oldest first."""
-    return sorted(Path(folder).glob('events.out.tfevents.*'))
+    found = Path(folder).glob('events.out.tfevents.*')
+    return sorted(path for path in found if path.is_file())
 
 
 def forget_summaries(folder: str | Path, start: int):
@@ -528,12 +532,13 @@ def forget_summaries(folder: str | Path, start: int):
 
 
 def read_events(path: Path) -> list[bytes]:
-    """The serialised events of a file, up to the first that is damaged."""
+    """The serialised events of a file, up to the first that is damaged or none."""
     records = []
     try:
         for record in tf.data.TFRecordDataset(os.fsencode(path)):
+            tf.compat.v1.Event.FromString(record.numpy())
             records.append(record.numpy())
-    except (tf.errors.DataLossError, tf.errors.OutOfRangeError):
+    except (tf.errors.DataLossError, tf.errors.OutOfRangeError, DecodeError):
         pass
     return records
 
@@ -594,6 +599,8 @@ def print_anything():
 
     A file's name may not be UTF-8, and an α not in ASCII: a program does not end for that.
     """
+    if sys.stdout is None:  # closed by whom started this program
+        sys.stdout = open(os.devnull, 'w')
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
@@ -601,12 +608,25 @@ def print_anything():
 
 def write_whole(path: Path, content: bytes):
     """Writes a file so that it is there whole or, if the process dies, not at all."""
-    beside = path.with_name(path.name + '.part')
+    write_together({path: content})
+
+
+def write_together(contents: dict[Path, bytes]):
+    """The same for files that belong together: none is replaced before all are written.
+
+    Raises OSError.
+    """
+    beside = {path: path.with_name(path.name + '.part') for path in contents}
     try:
-        beside.write_bytes(content)
-        beside.replace(path)
+        for path, content in contents.items():
+            beside[path].write_bytes(content)
+        for path in contents:
+            beside[path].replace(path)
+    except OSError as error:
+        raise OSError(f'{path} cannot be written ({error.strerror or error})') from error
     finally:
-        beside.unlink(missing_ok=True)
+        for part in beside.values():
+            part.unlink(missing_ok=True)
 
 
 # Files of a run: what the user wrote for it -------------------------------------------------------

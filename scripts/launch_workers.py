@@ -96,13 +96,14 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     values = parser.parse_args(own)
     if values.count < 1:
         sys.exit(f'launch_workers.py: N must be at least 1, but it is {values.count}')
+    if values.pin and not hasattr(os, 'sched_setaffinity'):
+        sys.exit('launch_workers.py: --pin needs Linux, where processes can be given cores')
     return values, flags
 
 
 def main():
     values, flags = parse(sys.argv[1:])
-    ports = free_ports(values.count)
-    workers = [start(index, ports, flags, values.pin) for index in range(values.count)]
+    workers = []
 
     def forward(number, _):
         for worker in running(workers):
@@ -110,6 +111,14 @@ def main():
 
     signal.signal(signal.SIGINT, forward)
     signal.signal(signal.SIGTERM, forward)
+    try:
+        ports = free_ports(values.count)
+        for index in range(values.count):
+            workers.append(start(index, ports, flags, values.pin))
+    except OSError as error:
+        for worker in workers:
+            worker.kill()
+        sys.exit(f'launch_workers.py: {values.count} processes cannot be started ({error})')
     sys.exit(wait(workers))
 
 

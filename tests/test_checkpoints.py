@@ -126,8 +126,8 @@ def test_continuing_from_an_earlier_checkpoint(tmp_path, eager):
 @pytest.mark.parametrize(
     'begun, without',
     [
-        ([], ''),
-        (['--test_iter=1'], ' without --test_iter=1'),
+        pytest.param([], '', marks=pytest.mark.slow),
+        pytest.param(['--test_iter=1'], ' without --test_iter=1', marks=pytest.mark.slow),
         (['--test_iter=1', '--overwrite'], ' without --overwrite=True and --test_iter=1'),
         (['--resume=False', '--overwrite'], ' without --resume=False and --overwrite=True'),
     ],
@@ -153,6 +153,20 @@ def test_the_command_that_continues(tmp_path, eager, monkeypatch, begun, without
     told = f'the same command{without} continues at iteration {saved + 1} of 9.'
     assert outcome.lines[-1] == f'Saved {folder}/model{saved}; {told}'
     assert f'Continuing at iteration {saved + 1} of 9.' in run(*train).out
+
+
+def test_names_that_are_no_checkpoints(tmp_path):
+    for name in (
+        'model5',
+        'model007',
+        'model\u0663',
+        'model-1',
+        'model1e3',
+        'mymodel3',
+        'model3.old',
+    ):
+        (tmp_path / f'{name}.index').touch()
+    assert checkpoints(tmp_path) == {5: f'{tmp_path}/model5'}
 
 
 def test_ten_are_kept(tmp_path, eager, monkeypatch):

@@ -204,10 +204,11 @@ WITHOUT_NETWORK = (  # Chromium's own calls home
     '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
     '--disable-component-update --disable-sync'
 ).split()
-DROP = """(canvas, [name, bytes]) => {
+DROP = """(place, [name, bytes]) => {
     const data = new DataTransfer();
     data.items.add(new File([new Uint8Array(bytes)], name, {type: 'image/png'}));
-    canvas.dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true}));
+    const told = {dataTransfer: data, bubbles: true, cancelable: true};
+    return place.dispatchEvent(new DragEvent('drop', told));
 }"""
 
 
@@ -294,16 +295,18 @@ def test_drawing_on_the_page():
 
 
 def drop_characters(page, pads: list, query):
-    """Dropped files take the place of drawings: a class of its own in the third pad."""
+    """Dropped files take the place of drawings; one that misses the pads changes nothing."""
     page.get_by_text('Clear all').click()
     for c, name in enumerate(['Armenian', 'Malay', 'Japanese']):
         drop(pads[c], CHARACTERS / 'support' / name / 'a.png')
     drop(query, CHARACTERS / 'query' / 'Japanese_1.png')
+    assert drop(page.locator('body'), CHARACTERS / 'support' / 'Malay' / 'a.png') is False
     expect_winner(page, 2)
 
 
-def drop(canvas, file: Path):
-    canvas.evaluate(DROP, [file.name, list(file.read_bytes())])
+def drop(place, file: Path) -> bool:
+    """Whether the browser would do with the file what it does itself, which is to show it."""
+    return place.evaluate(DROP, [file.name, list(file.read_bytes())])
 
 
 def check_limits(address: str):

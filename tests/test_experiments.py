@@ -84,6 +84,14 @@ def test_validations_of_the_ablation(tmp_path):
     assert (tmp_path / 'ablation.png').exists()
 
 
+def test_hours_by_a_clock_that_was_put_back(tmp_path):
+    """An hour back at 20 minutes past the start, which an hour later comes out as 80 minutes."""
+    with tf.io.TFRecordWriter(f'{tmp_path}/events.out.tfevents.1.x') as writer:
+        for minute in (0, 20, -40, 20):
+            writer.write(tf.compat.v1.Event(wall_time=60 * (1000 + minute)).SerializeToString())
+    assert cells.training_hours(tmp_path) == pytest.approx(80 / 60)
+
+
 # The report ---------------------------------------------------------------------------------------
 
 

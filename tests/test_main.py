@@ -901,6 +901,28 @@ def test_nothing_is_half_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['there.csv']
 
 
+def test_files_that_belong_together(tmp_path):
+    """If one cannot be written, the other stays as it is."""
+    (tmp_path / 'a.pkl').write_bytes(b'before')
+    contents = {tmp_path / 'a.pkl': b'after', tmp_path / 'none/a.csv': b'after'}
+    with pytest.raises(OSError, match='none/a.csv cannot be written .No such file'):
+        utils.write_together(contents)
+    assert [path.name for path in tmp_path.iterdir()] == ['a.pkl']
+    assert (tmp_path / 'a.pkl').read_bytes() == b'before'
+
+
+@pytest.mark.slow
+def test_default_command(tmp_path):
+    """Compiled, with batch normalisation."""
+    succeeded(run('--metatrain_iterations=3', f'--logdir={tmp_path}'))
+    assert [*checkpoints(only(tmp_path))] == [2]
+
+
+def test_endless_run(capsys):
+    main.Log('loss', 0, 10**30, 1, 1).steps(1, 1000, 0.5)
+    assert f'1000 of {10**30} iterations' in capsys.readouterr().out
+
+
 # Starting again -----------------------------------------------------------------------------------
 
 

@@ -220,6 +220,17 @@ def test_imagenet_as_an_archive_of_archives(tmp_path, target):
     assert_all_images(target.parent)
 
 
+def test_copies_in_other_folders_do_not_count(tmp_path, target):
+    """images/ and the uppermost csv files do, as when nothing else was looked at."""
+    flat(tmp_path / 'source')
+    for copy in 'a', 'b':
+        name = f'{copy}/n0000000000000001.jpg'
+        put(tmp_path / 'source' / name, photo(999))
+        put(tmp_path / f'source/{copy}/train.csv', b'not a csv file')
+    prepare(tmp_path / 'source', target)
+    assert_all_images(target.parent)
+
+
 def test_images_of_any_size_and_png(tmp_path, target):
     """PNG of 84x84 stays as it is, others are resized and stay what they are."""
     file = io.BytesIO()

@@ -226,6 +226,8 @@ def test_load_needs_the_network_and_runs_no_file(folder, run_folder, tmp_path, m
         patch.setattr('maml.user_function', None)
         with pytest.raises(ValueError, match='networks.py:small.* network='):
             Learner.load(run_folder)
+        unasked = run('--train=False', f'--run={run_folder}')
+        assert_refused(unasked, 'networks.py:small', 'not run unasked')
         model = function((28, 28, 1), 2)
         learners = [
             Learner.load(run_folder, network=network)

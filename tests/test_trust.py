@@ -34,7 +34,15 @@ from test_checkpoints import assert_same, contents
 import main
 import maml
 from maml import Learner, is_better
-from utils import checkpoints, event_files, forget_summaries, lock, read_events, read_run_state
+from utils import (
+    checkpoints,
+    event_files,
+    forget_summaries,
+    lock,
+    read_events,
+    read_run_state,
+    read_scalars,
+)
 
 SINUSOID = ['--norm=None', '--update_batch_size=5', '--meta_batch_size=4']
 OMNIGLOT = [
@@ -370,6 +378,21 @@ def test_best_checkpoint(tmp_path, eager, data, often):
     assert (folder / 'test_ubs1_stepsize0.001_val_best.csv').exists()
     succeeded(run(*train, '--train=False'))
     assert (folder / 'test_ubs1_stepsize0.001_val.csv').exists()
+
+
+def test_event_files_that_are_none(tmp_path):
+    """What is no event is where the reading ends; a folder of such a name is none."""
+    writer = tf.summary.create_file_writer(str(tmp_path))
+    with writer.as_default():
+        tf.summary.scalar('loss', 0.5, step=7)
+    writer.close()
+    with tf.io.TFRecordWriter(f'{tmp_path}/events.out.tfevents.1.x') as other:
+        other.write(b'\xff no event')
+    (tmp_path / 'events.out.tfevents.2.y').write_bytes(b'no record')
+    (tmp_path / 'events.out.tfevents.3.z').mkdir()
+    assert read_scalars(tmp_path) == {'loss': {7: 0.5}}
+    forget_summaries(tmp_path, 8)
+    assert read_scalars(tmp_path) == {'loss': {7: 0.5}} and len(event_files(tmp_path)) == 1
 
 
 WILD_TASKS = """

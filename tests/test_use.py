@@ -1,6 +1,7 @@
 """A user's own images and tasks: --datasource=folder, class Learner and scripts/model."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -29,10 +30,24 @@ from PIL import Image
 
 import main
 import utils
-from data_generator import folder_layout, load_folder, load_miniimagenet, read_image, run_layout
-from maml import Learner, make_model
+from data_generator import (
+    SinusoidGenerator,
+    folder_layout,
+    load_folder,
+    load_miniimagenet,
+    read_image,
+    run_layout,
+)
+from maml import FastMAML, FullyConnected, Learner, MetaModel, make_model
 from scripts.model import classify, export, publish
-from utils import Batch, event_files, read_events, read_scalars, write_checkpoint
+from utils import (
+    Batch,
+    event_files,
+    mean_squared_error,
+    read_events,
+    read_scalars,
+    write_checkpoint,
+)
 
 SUPPORT, QUERY = (ROOT / 'tests' / 'characters' / name for name in ('support', 'query'))
 
@@ -363,6 +378,190 @@ def test_weights_that_do_not_fit():
             model.adapt(x, y, *arguments)
 
 
+FALSE = (('steps', 2.0), ('steps', '2'), ('steps', np.nan), ('lr', 'a'), ('lr', 1j), ('lr', [1, 2]))
+FALSE += (('weights', [1]), ('weights', 'abc'), ('weights', 3))
+
+
+@pytest.fixture(scope='module')
+def line() -> Learner:
+    """Of regression, small."""
+    return Learner(FastMAML(FullyConnected(1, (4,), 1), mean_squared_error, 0.1, compiled=False))
+
+
+def points(count: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    x = np.linspace(-1, 1, count)[:, np.newaxis]
+    return x, np.sin(x)
+
+
+def spoiled(array: np.ndarray, value) -> np.ndarray:
+    changed = np.array(array, np.result_type(array, type(value)))
+    changed.flat[0] = value
+    return changed
+
+
+@pytest.mark.parametrize('name, value', FALSE)
+def test_arguments_of_adapt_are_refused_by_name(line, name, value):
+    with pytest.raises(ValueError, match=f'{name}.* must be'):
+        line.adapt(*points(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda a: spoiled(a, np.nan),
+        lambda a: spoiled(a, np.inf),
+        lambda a: 1e300 * a,
+        lambda a: a * 1j,
+        lambda a: a.astype(str),
+        lambda a: a.astype('datetime64[D]'),
+        lambda a: [[1], [1, 2]],
+        lambda a: {},
+    ],
+)
+def test_no_numbers_are_refused_by_name(line, change):
+    """As examples, labels, queries and weights, with ValueError."""
+    (x, y), weights = points(), line.adapt(*points())
+    wrong = weights | {'w1': change(weights['w1'])}
+    for call, name in [
+        (lambda: line.adapt(change(x + 2), y), 'support_x'),
+        (lambda: line.adapt(x, change(y + 2)), 'labels'),
+        (lambda: line.predict(change(x + 2), weights), 'query_x'),
+        (lambda: line.predict(x, weights, change(x + 2)), 'support_x'),
+        (lambda: line.task_loss(change(x + 2), y, weights), 'x'),
+        (lambda: line.predict(x, wrong), 'weight w1'),
+        (lambda: line.predict(x, change(x)), 'weights'),
+    ]:
+        with pytest.raises(ValueError, match=rf'\b{name}\b'):
+            call()
+
+
+def test_what_lists_and_tensors_hold_is_taken(line):
+    (x, y), weights = points(), line.adapt(*points())
+    expected = line.predict(x, weights)
+    lists = {name: value.tolist() for name, value in line.adapt(x.tolist(), y.tolist()).items()}
+    np.testing.assert_array_equal(line.predict(tf.constant(x), lists), expected)
+    assert line.adapt(x, y, steps=np.int64(1), lr=np.float32(0.1)).keys() == weights.keys()
+
+
+def test_the_type_alone_says_what_pixels_are():
+    """uint8 is divided by 255, whatever its values; 0 and 1 of other types are not."""
+    model, (x, y, _) = small_model(conv=False), some_tasks()
+    drawn = x > 0.5
+    expected = model.adapt(drawn.astype(float), y)
+    for kind in (int, bool, np.float16):
+        found = model.adapt(drawn.astype(kind), y)
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    dark = model.adapt(drawn.astype(np.uint8), y)
+    assert not np.array_equal(dark['w1'], expected['w1'])
+    with pytest.raises(ValueError, match='or be uint8 from 0 to 255, but it is int64'):
+        model.adapt(np.int64(255 * x), y)
+    rounded = spoiled(spoiled(x, 1.0000002)[..., ::-1, :], -1e-7)
+    assert np.isfinite(model.adapt(rounded, y)['w1']).all()
+
+
+def test_what_diverges_is_an_error(line):
+    """After adaptation, and where weights that are finite give no finite answers."""
+    (x, y), huge = points(), {name: 0 * value for name, value in line.adapt(*points()).items()}
+    huge = {name: value + 1e30 for name, value in huge.items()}
+    with pytest.raises(ValueError, match='after 9 steps with lr=1e[+]30 the weights .* smaller lr'):
+        line.adapt(x, y, 9, 1e30)
+    for call in (lambda: line.predict(x, huge), lambda: line.task_loss(x, y, huge)):
+        with pytest.raises(ValueError, match='adaptation diverged'):
+            call()
+
+
+class CountingNetwork(FullyConnected):
+    """Knows how often it was called, which a program of TensorFlow does once."""
+
+    calls = 0
+
+    def __call__(self, *arguments):
+        CountingNetwork.calls += 1
+        return super().__call__(*arguments)
+
+
+class StubbornNetwork(FullyConnected):
+    """Must know the numbers of tasks and examples."""
+
+    def __call__(self, x, *others):
+        return super().__call__(tf.reshape(x, [int(n) for n in x.shape]), *others)
+
+
+@pytest.mark.parametrize('kind', [CountingNetwork, StubbornNetwork])
+def test_any_size_without_a_program_for_each(kind):
+    """As FastMAML's evaluation says, whatever the numbers; of one task and of several."""
+    model = FastMAML(kind(1, (4,), 1, 'batch_norm'), mean_squared_error, 0.1, compiled=False)
+    learner = Learner(model)
+    before = CountingNetwork.calls
+    for i in range(1, 13):
+        x, y = points(i)
+        weights = learner.adapt(x, y, steps=2)
+        several = learner.adapt(np.stack([x] * (i + 1)), np.stack([y] * (i + 1)), steps=2)
+        np.testing.assert_allclose(several['w1'][i], weights['w1'], rtol=1e-5)
+        learner.predict(points(14 - i)[0], weights)
+        learner.predict(points(14 - i)[0], weights, x)
+        learner.task_loss(x, y, weights)
+    assert kind is StubbornNetwork or CountingNetwork.calls - before <= 5
+    x, y = points(5)
+    arrays = [np.float32(array[np.newaxis]) for array in (x, y, x, y)]
+    expected = model.evaluate(Batch(*arrays), 2).outputsb[1, 0]
+    np.testing.assert_allclose(learner.predict(x, learner.adapt(x, y, 2)), expected, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('compiled', [False, True])
+def test_memory_stays_over_a_thousand_sizes(compiled):
+    model = FastMAML(FullyConnected(1, (40, 40), 1), mean_squared_error, 0.01, compiled=compiled)
+    learner = Learner(model)
+
+    def megabytes() -> float:
+        pages = int(Path('/proc/self/statm').read_text().split()[1])
+        return pages * os.sysconf('SC_PAGESIZE') / 2**20
+
+    def use(sizes: range):
+        for size in sizes:
+            x, y = points(size)
+            learner.predict(points(2 * size)[0], learner.adapt(x, y))
+
+    use(range(1, 50))
+    before = megabytes()
+    use(range(50, 1050))
+    assert megabytes() < before + 60
+
+
+NUMBERS = [('update_lr', ['a', None, 1j, np.nan]), ('num_updates', [2.0, '2', -1])]
+NUMBERS += [('meta_lr', ['a', None, -1]), ('clip', ['a', 0, np.nan]), ('seed', ['a', -1, 1.5])]
+NUMBERS += [('dtype', ['float16', 'int32', 'none'])]
+
+
+@pytest.mark.parametrize('name, values', NUMBERS)
+def test_numbers_of_a_model_are_refused_by_name(name, values):
+    for value in values:
+        given = {'update_lr': 0.1} | {name: value}
+        with pytest.raises(ValueError, match=f'{name} must be'):
+            FastMAML(FullyConnected(1, (4,), 1), mean_squared_error, **given)
+
+
+def test_sizes_are_refused_by_name(line):
+    batch, source = Batch(*np.zeros((4, 2, 3, 1))), SinusoidGenerator(1, 1)
+    for call, words in [
+        (lambda: line.model.evaluate(batch, 2.0), 'num_updates must be'),
+        (lambda: line.model.evaluate(None, 1), 'four arrays, inputa, labela'),
+        (lambda: line.model.evaluate([1, 2, 3, 4], 1), 'inputa must be'),
+        (lambda: utils.cross_entropy(0), 'shots must be'),
+        (lambda: FullyConnected(1, 40, 1), 'a tuple of numbers'),
+        (lambda: FullyConnected(1, (2.5,), 1), 'at least one unit'),
+        (lambda: source.batch('train', 0, 2.0), '--meta_batch_size must be'),
+        (lambda: source.batch('train', 1.5, 2), 'iteration must be'),
+        (lambda: SinusoidGenerator('5', 1), '--update_batch_size must be'),
+        (lambda: SinusoidGenerator(1, 1, seed=None), 'seed must be'),
+        (lambda: Learner(None), 'model must be a FastMAML'),
+        (lambda: MetaModel(line.model, updates=1.5), 'updates must be'),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
 def saved(folder: Path, settings: dict, flags: dict | None = None) -> Path:
     """A run folder with an untrained model."""
     folder.mkdir(parents=True)
@@ -392,11 +591,56 @@ def test_load(tmp_path):
     for path, checkpoint, words in [
         (tmp_path, -1, 'should be a folder that main.py trained in'),
         (folder, 2, 'iterations that are there: 3'),
+        (folder, 'last', "'best' or -1 .* but it is 'last'"),
+        (folder, 2.5, "'best' or -1 .* but it is 2.5"),
+        (tmp_path / 'none', -1, 'there is no folder .*none'),
+        (None, -1, 'run_folder must be the path of a folder'),
         (folder, 'best', 'no best checkpoint.* the newest, of iteration 3'),
         (saved(tmp_path / 'x', SETTINGS, {}), -1, 'does not tell the flags'),
     ]:
         with pytest.raises(ValueError, match=words):
             Learner.load(path, checkpoint)
+    for given, words in ({'network': 'a'}, 'network must be'), ({'loss': 'a'}, 'the loss fails'):
+        with pytest.raises(ValueError, match=words):
+            Learner.load(folder, **given)
+
+
+def test_saved_where_load_finds_it(tmp_path, line):
+    """Not among the checkpoints of a run, of which load takes the newest."""
+    line.save(tmp_path)
+    line.save(tmp_path)
+    loaded = Learner.load(tmp_path, network=FullyConnected(1, (4,), 1))
+    np.testing.assert_array_equal(loaded.model.weights['w1'], line.model.weights['w1'])
+    run_folder = saved(tmp_path / 'run', SETTINGS)
+    before = listing(run_folder)
+    with pytest.raises(ValueError, match='holds checkpoints of a run, 3 the newest'):
+        line.save(run_folder)
+    assert listing(run_folder) == before
+
+
+def test_the_newest_checkpoint_that_is_whole(tmp_path):
+    """Python and all scripts take it, and say so; all damaged, it is an error."""
+    folder = saved(tmp_path / 'cls_5', SETTINGS)
+    path = Path(write_checkpoint(small_model().model.checkpoint, folder, 9, {'flags': SETTINGS}))
+    for damaged in path.with_name('model9.data-00000-of-00001'), folder / 'model3.index':
+        damaged.write_bytes(b'x')
+        programs = [
+            (publish.main, [str(folder), f'{tmp_path}/{damaged.name}']),
+            (classify.main, [str(folder), str(SUPPORT), str(QUERY)]),
+            (export.main, [str(folder), f'{tmp_path}/{damaged.name}.out']),
+        ]
+        if damaged.name.startswith('model9'):
+            with pytest.warns(UserWarning, match='model9 is damaged.*the one before it is used'):
+                assert Learner.load(folder).checkpoint == str(folder / 'model3')
+            for program, arguments in programs[:2]:
+                outcome = succeeded(in_process(program, arguments))
+                assert outcome.err.count('model9 is damaged') == 1
+            assert (tmp_path / damaged.name / 'cls_5/model3.index').exists()
+        else:
+            for program, arguments in programs:
+                assert_refused(in_process(program, arguments), 'model3 is damaged', 'is whole')
+    with pytest.raises(ValueError, match='model9 is damaged'):
+        Learner.load(folder, 9)
 
 
 def test_readme_example():
@@ -504,6 +748,7 @@ def test_classify_refuses(run_folder, tmp_path):
         ([str(run_folder), support, str(tmp_path / 'none.png')], 'there is no image'),
         ([str(run_folder), support, str(tmp_path)], 'holds no images'),
         ([str(run_folder), support, query, '--steps=-1'], '--steps'),
+        ([str(run_folder), support, query, '--lr=1e39', '--json'], 'diverged'),
     ]:
         assert_refused(in_process(classify.main, arguments), 'classify.py: ', words)
 
@@ -561,9 +806,47 @@ def test_saved_model(run_folder, tmp_path, transductive):
         np.testing.assert_allclose(found[f'p{shots}'], expected, atol=1e-5)
         for name, value in weights.items():
             np.testing.assert_allclose(found[f'{name}/{shots}'], value, atol=1e-5)
+    assert_served_refuses(out / 'model', arrays)
     before = listing(out)
     assert_refused(in_process(export.main, arguments), 'export.py: ', 'is there already')
     assert listing(out) == before and [path.name for path in out.iterdir()] == ['model']
+
+
+def assert_served_refuses(folder: Path, arrays: dict):
+    """What Learner.adapt refuses; images that rounding has moved beyond 1 are taken."""
+    signature = tf.saved_model.load(folder).signatures['adapt_and_predict']
+    good = {'support_images': arrays['x1'], 'support_labels': arrays['y1']}
+    good |= {'query_images': arrays['query']}
+    x, y, query = good.values()
+
+    def call(changed: dict):
+        arguments = {name: np.asarray(value, good[name].dtype) for name, value in changed.items()}
+        arguments = {name: tf.constant(value) for name, value in (good | arguments).items()}
+        return signature(**arguments)['probabilities']
+
+    assert np.isfinite(call({'query_images': spoiled(query, 1.0000002)})).all()
+    for name, value, words in [
+        ('support_labels', spoiled(y, 9), 'support_labels must be from 0 to 4'),
+        ('support_labels', spoiled(y, -1), 'support_labels must be from 0 to 4'),
+        ('support_labels', y[:, :4], 'support_images must have the sizes'),
+        ('support_images', 255 * x, 'support_images must be from 0 to 1'),
+        ('support_images', x[:, :, :20], 'support_images must have the sizes'),
+        ('query_images', spoiled(query, np.nan), 'query_images must be from 0 to 1'),
+        ('query_images', query[:1], 'query_images must have the sizes'),
+        ('query_images', query[:, :0], 'query_images must have the sizes'),
+    ]:
+        with pytest.raises(tf.errors.InvalidArgumentError, match=words):
+            call({name: value})
+
+
+@pytest.mark.slow
+def test_served_divergence_is_an_error(run_folder, tmp_path):
+    arrays, out = tasks_to_serve(), tmp_path / 'out'
+    flags = ['--steps=3', '--lr=1e30']
+    succeeded(in_process(export.main, [str(run_folder), str(out), *flags]))
+    adapt = tf.saved_model.load(out).signatures['adapt']
+    with pytest.raises(tf.errors.InvalidArgumentError, match='adaptation diverged'):
+        adapt(support_images=tf.constant(arrays['x1']), support_labels=tf.constant(arrays['y1']))
 
 
 def test_export_refuses(tmp_path):

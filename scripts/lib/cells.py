@@ -32,7 +32,6 @@ from utils import (
 # Mean squared error of a sinusoid: its largest amplitude is 5, so predicting 0 has 25 at most.
 DIVERGED = 100.0
 
-
 # Flags that make a run another cell's, or none's; other settings make it another run of the cell.
 TELLING = {'datasource', 'num_classes', 'update_batch_size', 'conv', 'stop_grad', 'baseline'}
 
@@ -82,8 +81,10 @@ def read_table(path: Path) -> Table:
         with path.with_suffix('.pkl').open('rb') as file:
             stored = unpickling.load(file)
         values = stored['mses']  # [600, 1 + updates]
-        assert values.shape[1:] == means.shape
-        assert np.allclose(values.mean(0), means, rtol=1e-4, equal_nan=True)
+        if values.shape[1:] != means.shape:
+            raise ValueError
+        if not np.allclose(values.mean(0), means, rtol=1e-4, equal_nan=True):
+            raise ValueError
         medians = np.median(np.where(np.isnan(values), np.inf, values), axis=0)
         iteration, split = int(stored.get('iteration', -1)), str(stored.get('split', ''))
         return Table(means, interval, medians, iteration, split)
@@ -128,7 +129,8 @@ def training_hours(folder: Path) -> float:
     seconds = 0.0
     for path in event_files(folder):
         times = [tf.compat.v1.Event.FromString(record).wall_time for record in read_events(path)]
-        seconds += max(times) - min(times) if times else 0
+        # A clock that was put back takes nothing away, and adds nothing.
+        seconds += float(np.clip(np.diff(times), 0, None).sum())
     return seconds / 3600
 
 

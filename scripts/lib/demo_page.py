@@ -41,14 +41,22 @@ READY = 'The likeliest class is bold.'
 INTERVAL = 0.05  # seconds between two messages of one who draws
 PAGE_STYLE = """
 body { background: #f4f5f7; color: #1d2430; }
+.page { max-width: 1080px; margin: auto; }
 .card { background: white; border-radius: 12px; padding: 16px 20px;
         box-shadow: 0 1px 3px rgb(0 0 0 / 12%); }
 .pad { border: 2px solid var(--colour); border-radius: 8px; overflow: hidden; display: block; }
 .seen { border: 1px solid #d5d9e0; border-radius: 3px; image-rendering: pixelated; }
+.tools { min-height: 34px; }
 .hint { color: #5b6573; font-size: 14px; line-height: 1.45; }
 .step { font-size: 17px; font-weight: 600; }
+.groove { background: #eef0f3; border-radius: 4px; }
 .bar { height: 18px; border-radius: 4px; background: var(--colour); }
+.bar-name { max-width: 170px; overflow-wrap: anywhere; }
 """
+# A file that misses the squares would take the place of the page.
+STAY = """<script>
+for (const type of ['dragover', 'drop']) addEventListener(type, (event) => event.preventDefault());
+</script>"""
 
 
 class Pad(ui.element, component='demo_pad.js'):
@@ -79,11 +87,7 @@ class SlotView:
         with ui.column().classes('gap-1').style(f'--colour: {colour}'):
             self.pad = Pad(size, self.draw)
             self.upload = self.make_upload()
-            with (
-                ui.row()
-                .classes('w-full items-center no-wrap gap-0')
-                .style(f'min-height: {34 if slot.limit > 1 else 60}px')
-            ):
+            with ui.row().classes('tools w-full items-center no-wrap gap-0'):
                 self.make_buttons()
                 ui.space()
                 if slot.limit == 1:
@@ -106,15 +110,9 @@ class SlotView:
             auto_upload=True,
         ).classes('hidden')
         upload.on('finish', lambda: upload.reset())
-        self.pad.on('dragover', js_handler='(event) => event.preventDefault()')
         files = '[...event.dataTransfer.files]' + ('' if several else '.slice(0, 1)')
-        self.pad.on(
-            'drop',
-            js_handler=f"""(event) => {{
-            event.preventDefault();
-            getElement({upload.id}).$refs.qRef.addFiles({files});
-        }}""",
-        )
+        add = f'getElement({upload.id}).$refs.qRef.addFiles({files})'
+        self.pad.on('drop', js_handler=f'(event) => {add}')
         return upload
 
     def make_buttons(self):
@@ -226,12 +224,8 @@ class AnswerView:
         self.show()
 
     def make_row(self, c: int) -> tuple[ui.label, ui.element, ui.label]:
-        name = (
-            ui.label()
-            .classes('bar-name text-sm')
-            .style('max-width: 170px; overflow-wrap: anywhere')
-        )
-        with ui.element('div').style('background: #eef0f3; border-radius: 4px'):
+        name = ui.label().classes('bar-name text-sm')
+        with ui.element('div').classes('groove'):
             bar = ui.element('div').classes('bar').style(f'--colour: {colour(c)}; width: 0')
         return name, bar, ui.label().classes('text-sm text-right')
 
@@ -296,11 +290,8 @@ class Page:
         self.labels = [f'Class {c + 1}' for c in range(len(self.task.classes))]
         ui.colors(primary='#4269d0')
         ui.add_css(PAGE_STYLE)
-        with (
-            ui.column()
-            .classes('w-full items-stretch gap-4')
-            .style('max-width: 1080px; margin: auto')
-        ):
+        ui.add_body_html(STAY)
+        with ui.column().classes('page w-full items-stretch gap-4'):
             self.make_head(name)
             with ui.element('div').classes('card'):
                 self.make_classes()
@@ -321,9 +312,8 @@ class Page:
                 ).classes('hint')
             if self.texts is DRAWINGS and CHARACTERS.is_dir():
                 self.examples = cycle(example_files(self.task.layout, ways))
-                ui.button('Load an example', on_click=self.load_example).props(
-                    'no-caps no-wrap unelevated'
-                )
+                example = ui.button('Load an example', on_click=self.load_example)
+                example.props('no-caps no-wrap unelevated')
             ui.button('Clear all', on_click=self.clear).props('no-caps no-wrap outline')
 
     def make_classes(self):
@@ -338,11 +328,10 @@ class Page:
     def make_class(self, c: int) -> SlotView:
         size = 188 if len(self.labels) <= 5 else 128
         with ui.column().classes('gap-1'):
-            name = ui.input(
-                value=self.labels[c], on_change=lambda event: self.rename(c, event.value)
-            )
+            name = ui.input(value=self.labels[c])
+            name.on_value_change(lambda event: self.rename(c, event.value))
             name.props('dense borderless maxlength=30 aria-label="Name of the class"')
-            name.style(f'width: {size}px').classes('font-semibold')
+            name.props('input-class="font-semibold"').style(f'width: {size}px')
             view = SlotView(self.task.classes[c], size, colour(c), self.changed)
             view.name = name
         return view

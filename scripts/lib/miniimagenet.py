@@ -64,14 +64,19 @@ def split_of(name: str) -> str | None:
 
 
 def files_of_splits(items: Iterable[Item], pattern: str) -> dict[str, Item]:
-    """{split: the file of a name that matches}; PreparationError if one has two."""
+    """{split: the file of a name that matches}, the one that is the least deep in folders.
+
+    PreparationError if two are.
+    """
     found = {}
-    for item in items:
+    for item in sorted(items, key=lambda item: len(item.path.parts)):
         match = re.fullmatch(pattern, item.path.name, re.IGNORECASE)
-        split = match and split_of(match[1])
-        if split and found.setdefault(split, item) is not item:
+        if not match or not (split := split_of(match[1])):
+            continue
+        first = found.setdefault(split, item)
+        if first is not item and len(first.path.parts) == len(item.path.parts):
             raise PreparationError(
-                f'{found[split].where} and {item.where} are both of {split}; take one away.'
+                f'{first.where} and {item.where} are both of {split}; take one away.'
             )
     return {split: found[split] for split in CLASSES if split in found}
 
@@ -173,20 +178,20 @@ def by_name(wanted: Mapping[str, Row], pictures: list[Item]) -> dict[str, Item]:
 
     PreparationError if two of the same place have the same file name.
     """
-    found, places = {}, {}
+    found = {}  # {filename: (its place, the image)}
     for item in pictures:
         name = item.path.name
         if name not in wanted:
             continue
         # Images in folders, not in an archive, have themselves as origin.
         place = item.path.parts[0] == 'images' if item.origin == item.where else item.origin
-        if places.setdefault((name, place), item) is not item:
+        first_place, first = found.setdefault(name, (place, item))
+        if first is not item and first_place == place:
             raise PreparationError(
-                f'{item.where} and {places[name, place].where} have the same file name; the csv '
-                'files cannot tell them apart.'
+                f'{item.where} and {first.where} have the same file name; the csv files cannot '
+                'tell them apart.'
             )
-        found.setdefault(name, item)
-    return found
+    return {name: item for name, (_, item) in found.items()}
 
 
 def by_number(rows: list[Row], pictures: list[Item]) -> dict[str, Item]:

@@ -40,8 +40,8 @@ import tensorflow as tf
 from absl import app, flags
 
 import main
-from maml import FastMAML, FullyConnected, make_model
-from utils import Batch, print_anything
+from maml import Diverged, FastMAML, FullyConnected, make_model
+from utils import Batch, UserCodeError, print_anything
 
 
 def since_start() -> float:
@@ -348,7 +348,7 @@ def benchmark(
             figures = {'flags': given_flags(f)}
             figures |= time_evaluation(f) if f.evaluate else time_training(f, f.seconds)
             figures['peak_rss_mb'] = peak_rss_mb()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, UserCodeError, Diverged) as error:
         sys.exit(f'benchmark.py: {error}')
     print(json.dumps({**figures, 'versions': versions()}))
 

@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,27 +42,31 @@ def serve(function: Callable, *arguments: tf.TensorSpec) -> Callable:
 # What is refused, as by Learner: the graph asserts it, so that a server does too ------------------
 
 
-def check_sizes(name: str, array: tf.Tensor, wanted: tf.Tensor, meaning: str):
-    """Of the first axes; a wanted size of 0 stands for any that is not 0."""
-    found = tf.shape(array)[: tf.size(wanted)]
-    fits = tf.where(wanted == 0, found > 0, found == wanted)
-    said = f'{name} must be {meaning}, but its sizes are'
-    tf.debugging.Assert(
-        tf.reduce_all(fits), [said, tf.shape(array), 'and these are wanted', wanted]
-    )
+def checked(array: tf.Tensor, holds: tf.Tensor, said: list) -> tf.Tensor:
+    """The array; what is computed from it waits for the assertion."""
+    with tf.control_dependencies([tf.debugging.Assert(holds, said, summarize=9)]):
+        return tf.identity(array)
 
 
-def check_range(name: str, array: tf.Tensor, low: float, high: float, slack: float = 0):
+def with_sizes(name: str, array: tf.Tensor, wanted: Sequence) -> tf.Tensor:
+    """A wanted size of 0 stands for any but 0."""
+    wanted, found = tf.stack(wanted), tf.shape(array)
+    holds = tf.reduce_all(tf.where(wanted == 0, found > 0, found == wanted))
+    said = f'{name} must have the sizes (0: any, but not empty)'
+    return checked(array, holds, [said, wanted, 'but they are', found])
+
+
+def in_range(name: str, array: tf.Tensor, low: float, high: float, slack: float = 0) -> tf.Tensor:
     """NaN is out of range too."""
-    fits = tf.reduce_all((array >= low - slack) & (array <= high + slack))
-    said = f'{name} must be from {low} to {high}, but it is from'
-    extremes = [tf.reduce_min(array), 'to', tf.reduce_max(array)]
-    tf.debugging.Assert(fits, [said, *extremes])
+    holds = tf.reduce_all((array >= low - slack) & (array <= high + slack))
+    least, most = tf.reduce_min(array), tf.reduce_max(array)
+    said = f'{name} must be from {low} to {high}, but they are from'
+    return checked(array, holds, [said, least, 'to', most])
 
 
-def check_finite(name: str, array: tf.Tensor):
-    finite = tf.reduce_all(tf.math.is_finite(array))
-    tf.debugging.Assert(finite, [f'{name} must be finite, but some of it is NaN or infinite'])
+def finite(name: str, array: tf.Tensor) -> tf.Tensor:
+    said = f'{name} must be finite, but there are some that are NaN or infinite'
+    return checked(array, tf.reduce_all(tf.math.is_finite(array)), [said])
 
 
 class Serving(NamedTuple):
@@ -91,17 +95,19 @@ class Serving(NamedTuple):
         module.adapt_and_predict = serve(self.adapt_and_predict, *support, query)
         return module
 
-    def check_images(self, name: str, images: tf.Tensor, wanted: tf.Tensor):
-        check_sizes(name, images, wanted, '[tasks, examples, ...]')
+    def images(self, name: str, images: tf.Tensor, tasks, examples) -> tf.Tensor:
+        """Checked; tasks, examples: the numbers that are wanted, 0: any."""
+        images = with_sizes(name, images, [tasks, examples, *images.shape[2:]])
         if self.learner.takes_images:
-            check_range(name, images, 0, 1, PIXEL_TOLERANCE)
-        else:
-            check_finite(name, images)
+            return in_range(name, images, 0, 1, PIXEL_TOLERANCE)
+        return finite(name, images)
 
-    def check_support(self, images: tf.Tensor, labels: tf.Tensor):
-        check_sizes('support_labels', labels, tf.constant([0, 0]), '[tasks, examples]')
-        self.check_images('support_images', images, tf.shape(labels))
-        check_range('support_labels', labels, 0, self.learner.model.network.dim_output - 1)
+    def support(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Checked."""
+        labels = with_sizes('support_labels', labels, [0, 0])
+        highest = self.learner.model.network.dim_output - 1
+        labels = in_range('support_labels', labels, 0, highest)
+        return self.images('support_images', images, *tf.unstack(tf.shape(labels))), labels
 
     def flat(self, images: tf.Tensor) -> tf.Tensor:
         tasks, examples = tf.unstack(tf.shape(images)[:2])
@@ -109,31 +115,34 @@ class Serving(NamedTuple):
         return tf.reshape(images, [tasks, examples, dim_input])
 
     def adapt(self, support_images: tf.Tensor, support_labels: tf.Tensor) -> dict[str, tf.Tensor]:
+        return self.adapted(*self.support(support_images, support_labels))
+
+    def adapted(self, support_images: tf.Tensor, support_labels: tf.Tensor) -> dict[str, tf.Tensor]:
         model = self.learner.model
-        self.check_support(support_images, support_labels)
         label = tf.one_hot(support_labels, model.network.dim_output)  # [T, examples, N]
         x = model.prepare(self.flat(support_images))
         weights = model.initial_weights(tf.shape(support_images)[0])
         lr = self.lr * self.learner.example_scale(tf.cast(tf.shape(label)[1], tf.float32))
         for _ in range(self.steps):
             weights = model.update(weights, model.norms, x, label, lr)
-        for name, value in weights.items():
-            check_finite(f'the adapted weight {name} (diverged, a smaller --lr is needed)', value)
-        return weights
+        what = 'adaptation diverged, export with a smaller --lr: the weights'
+        return {name: finite(f'{what} {name}', value) for name, value in weights.items()}
 
     def adapt_and_predict(
         self, support_images: tf.Tensor, support_labels: tf.Tensor, query_images: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        model, weights = self.learner.model, self.adapt(support_images, support_labels)
-        self.check_images('query_images', query_images, [tf.shape(support_images)[0], 0])
+        model = self.learner.model
+        support_images, support_labels = self.support(support_images, support_labels)
+        weights = self.adapted(support_images, support_labels)
+        tasks = tf.shape(support_images)[0]
+        query_images = self.images('query_images', query_images, tasks, 0)
         x, leading = self.flat(query_images), None
         if not self.transductive:
             x = tf.concat([self.flat(support_images), x], axis=1)
             leading = tf.shape(support_images)[1]
         output = model.output(weights, model.norms, model.prepare(x, leading), leading)
-        probabilities = tf.nn.softmax(output)
-        check_finite('the answer (adaptation diverged, a smaller --lr is needed)', probabilities)
-        return {'probabilities': probabilities}
+        what = 'adaptation diverged, export with a smaller --lr: the answers'
+        return {'probabilities': finite(what, tf.nn.softmax(output))}
 
 
 def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, float]:

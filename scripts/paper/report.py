@@ -10,6 +10,7 @@ there, is quoted.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,9 +33,9 @@ def row(*values) -> str:
 
 
 def percent(table: Table | None, update: int) -> str:
-    if not table:
+    update = min(update, len(table.means) - 1) if table else 0
+    if not table or not math.isfinite(table.means[update]):
         return '–'
-    update = min(update, len(table.means) - 1)
     return f'{100 * table.means[update]:.2f} ± {100 * table.interval[update]:.2f}'
 
 
