@@ -1673,8 +1673,7 @@ class Learner(ArraysOfTasks):
     tasks before: x [T, examples, ...], y [T, examples], weights [T, ...]. An example is an array of
     any shape of the network's size, such as an image [height, width, channels] with values from 0
     to 1, or uint8 from 0 to 255: the type alone says which, 0 and 1 of uint8 are almost black. y
-    are the classes' numbers, 0 to N-1; of regression, the values,
-    [(T,) examples, out].
+    are the classes' numbers, 0 to N-1; of regression, the values, [(T,) examples, out].
 
     Attributes: model, a FastMAML; of one that was loaded also settings, the flags it was trained
     with, and checkpoint, the path.

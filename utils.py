@@ -176,10 +176,11 @@ def whole_number(name: str, value, lowest: int = 0) -> int:
         found = operator.index(value)
     except TypeError:  # also of 2.0, which may be a mistake
         found = None
-    if found is None or found < lowest:
-        raise ValueError(
-            f'{name} must be a whole number, at least {lowest}, but it is {value!r:.60}'
-        )
+    if found is None:
+        raise ValueError(f'{name} must be a whole number, but it is {value!r:.60}')
+    if found < lowest:
+        wanted = f'be at least {lowest}' if lowest > 0 else 'not be negative'
+        raise ValueError(f'{name} must {wanted}, but it is {value}')
     return found
 
 
@@ -392,7 +393,7 @@ def all_values(prefix: str, path: str) -> dict[str, np.ndarray]:
         return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
     except Exception as error:  # OpError, ValueError, IndexError ...: it depends on the damage
         raise DamagedCheckpoint(
-            f'{path} is damaged, it cannot be read as a checkpoint ({first_line(error)})'
+            f'{path} cannot be read as a checkpoint, it is damaged ({first_line(error)})'
         ) from error
 
 

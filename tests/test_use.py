@@ -370,7 +370,7 @@ def test_weights_that_do_not_fit():
     with pytest.raises(ValueError, match='query_x must be'):
         model.predict(queries, single)
     for arguments, words in [
-        ((-1, None), 'steps must be'),
+        ((-1, None), 'steps must not be negative'),
         ((1, -0.1), 'lr must be'),
         ((1, np.inf), 'lr must be'),
     ]:
@@ -538,7 +538,7 @@ NUMBERS += [('dtype', ['float16', 'int32', 'none'])]
 def test_numbers_of_a_model_are_refused_by_name(name, values):
     for value in values:
         given = {'update_lr': 0.1} | {name: value}
-        with pytest.raises(ValueError, match=f'{name} must be'):
+        with pytest.raises(ValueError, match=f'{name} must (not )?be'):
             FastMAML(FullyConnected(1, (4,), 1), mean_squared_error, **given)
 
 
@@ -630,16 +630,18 @@ def test_the_newest_checkpoint_that_is_whole(tmp_path):
             (export.main, [str(folder), f'{tmp_path}/{damaged.name}.out']),
         ]
         if damaged.name.startswith('model9'):
-            with pytest.warns(UserWarning, match='model9 is damaged.*the one before it is used'):
+            with pytest.warns(
+                UserWarning, match='model9 cannot be read.*the one before it is used'
+            ):
                 assert Learner.load(folder).checkpoint == str(folder / 'model3')
             for program, arguments in programs[:2]:
                 outcome = succeeded(in_process(program, arguments))
-                assert outcome.err.count('model9 is damaged') == 1
+                assert outcome.err.count('model9 cannot be read') == 1
             assert (tmp_path / damaged.name / 'cls_5/model3.index').exists()
         else:
             for program, arguments in programs:
-                assert_refused(in_process(program, arguments), 'model3 is damaged', 'is whole')
-    with pytest.raises(ValueError, match='model9 is damaged'):
+                assert_refused(in_process(program, arguments), 'model3 cannot be read', 'is whole')
+    with pytest.raises(ValueError, match='model9 cannot be read'):
         Learner.load(folder, 9)
 
 
