@@ -1363,9 +1363,17 @@ def _cached_images(
     Returns [total, height, width, channels] uint8.
     """
 
+    def decode(file: os.DirEntry) -> np.ndarray:
+        return read_image(file.path, layout, command)
+
     def decoded() -> Iterator[np.ndarray]:
         _tell(f'Decoding the {len(files)} images of {folder}.')
-        yield from _decode_all(files, lambda file: read_image(file.path, layout, command))
+        try:
+            yield from _decode_all(files, decode)
+        except ValueError as error:  # so that all can be replaced at once
+            others = _unreadable(files, decode)[1:]
+            more = f' ({len(others)} more cannot be read: {listed(others)})' if others else ''
+            raise ValueError(f'{error}{more}') from error
 
     key, shape = _fingerprint(folder, layout, files), layout.shape(len(files))
     for cache in places:
@@ -1482,6 +1490,20 @@ def _decode_all(
                 if sys.stderr.isatty():
                     end = '\n' if done == len(files) else '\r'
                     print(f'{done} of {len(files)}', end=end, file=sys.stderr)
+
+
+def _unreadable(files: list[os.DirEntry], decode: Callable[[os.DirEntry], np.ndarray]) -> list[str]:
+    """The paths of the files that cannot be decoded."""
+
+    def fails(file: os.DirEntry) -> bool:
+        try:
+            decode(file)
+        except ValueError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(_cores()) as pool:
+        return [file.path for file, failed in zip(files, pool.map(fails, files)) if failed]
 
 
 def read_image(path: str, layout: ImageLayout, command: str | None = None) -> np.ndarray:

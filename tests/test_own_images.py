@@ -178,6 +178,16 @@ def test_files_that_are_left_out(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+def test_files_that_cannot_be_read(tmp_path):
+    """All of them are named, since decoding takes long."""
+    folder = make(tmp_path / 'photos', letters(9))
+    for name in ('class01/2.png', 'class03/a.jpg', 'class08/3.png'):
+        (folder / name).write_bytes(b'')
+    others = f'2 more cannot be read: {folder}/class03/a.jpg, {folder}/class08/3.png'
+    with pytest.raises(ValueError, match=f'class01/2.png cannot be decoded .*{others}'):
+        load_folder(folder, 4)
+
+
 def test_namesakes_in_two_splits(tmp_path, capsys):
     for split in ('train', 'val', 'test'):
         make(tmp_path / 'photos' / split, {'same': 1, f'of {split}': 1})

@@ -589,7 +589,7 @@ def test_load(tmp_path):
         np.testing.assert_array_equal(loaded, made)
     assert model.settings['update_lr'] == 0.1
     for path, checkpoint, words in [
-        (tmp_path, -1, 'give a folder that main.py trained in'),
+        (tmp_path, -1, 'has the runs cls_5, x: give a folder that main.py trained in'),
         (folder, 2, 'iterations that are there: 3'),
         (folder, 'last', "'best' or -1 .* but it is 'last'"),
         (folder, 2.5, "'best' or -1 .* but it is 2.5"),
