@@ -187,8 +187,8 @@ def test_demo_refuses(tmp_path, monkeypatch):
     with socket.create_server(('127.0.0.1', 0)) as server:
         taken = server.getsockname()[1]
         for folder, port, words in [
-            (tmp_path, 0, 'has no checkpoint'),
-            (tmp_path / 'none', 0, 'there is no folder'),
+            (tmp_path, 0, 'main.py trained in'),
+            (tmp_path / 'none', 0, 'main.py trained in'),
             (tmp_path / 'sine', 0, 'has no images'),
             (RUN, taken, f'port {taken} of 127.0.0.1 cannot be had'),
             (RUN, 70000, '--port'),
