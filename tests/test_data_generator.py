@@ -675,7 +675,7 @@ def test_folders_relative_to_where_one_is(tmp_path, monkeypatch, inside, data_di
     classes = load_folder(data_dir, image_size=8)
     assert {len(of.names) for of in classes.values()} == {1}
     assert listing(tmp_path / 'photos') == before
-    assert {path.name for path in tmp_path.iterdir()} == {'photos', 'photos.8x8x3.cache'}
+    assert {path.name for path in tmp_path.iterdir()} == {'photos', 'photos.8x8x3.crop.cache'}
 
 
 def test_data_without_a_place_for_the_cache(omniglot, capsys):
