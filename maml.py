@@ -1352,7 +1352,7 @@ class Trainer:
         elif np.isfinite(best[objective]):
             verdict = f'the best was {best[objective]:.4f} at iteration {best["iteration"]}'
         else:
-            verdict = 'none was a number so far'
+            verdict = 'none was finite so far'
         shown = f'{mean:.4f} +- {interval:.4f}, {verdict}.'
         what = f'{objective.capitalize()} on {self.validation_tasks} validation tasks'
         self.log.line(f'{what}: {shown}')
