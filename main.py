@@ -556,8 +556,9 @@ def take_run(f: flags.FlagValues):
     if given := [f'--{name}' for name in naming if f[name].present]:
         raise ValueError(f'--run={f.run} names the folder already: leave {given[0]} away')
     stored = stored_flags(run_folder(f), f)
-    if not os.path.isdir(os.path.expanduser(stored.get('data_dir', ''))):
-        stored.pop('data_dir', None)  # of another machine
+    for name in ('data_dir', 'cache_dir'):
+        if not os.path.isdir(os.path.expanduser(stored.get(name, ''))):
+            stored.pop(name, None)  # of another machine
     for name in ('datasource', 'network'):
         # A checkpoint may come from anywhere: no file is run because it names it.
         if is_spec(stored.get(name, '')) and not f[name].present:
@@ -565,8 +566,9 @@ def take_run(f: flags.FlagValues):
                 f'{f.run} was trained with --{name}={stored[name]}, which is not run unasked: give '
                 'it again'
             )
+    besides = ('data_dir', 'cache_dir', 'skip_small_classes', 'metatrain_iterations')
     for flag in FLAGS:
-        taken = flag.may_change != ANYTIME or flag.name in ('data_dir', 'metatrain_iterations')
+        taken = flag.may_change != ANYTIME or flag.name in besides
         if taken and flag.name in stored and not f[flag.name].present:
             f[flag.name].value = stored[flag.name]
 

@@ -29,6 +29,10 @@ from command_line import (
     running_eagerly,
     succeeded,
 )
+from tensorboard.plugins.hparams.metadata import (
+    SESSION_START_INFO_TAG,
+    parse_session_start_info_plugin_data,
+)
 from test_checkpoints import assert_same, contents
 
 import main
@@ -98,6 +102,9 @@ def scalars(folder: Path) -> list[tuple]:
     """(step, tag, value) of a folder's summaries, by step and tag, repetitions included."""
 
     def content(value):
+        if value.tag == SESSION_START_INFO_TAG:
+            session = parse_session_start_info_plugin_data(value.metadata.plugin_data.content)
+            return sorted((name, str(flag)) for name, flag in session.hparams.items())
         if value.tensor.dtype == tf.float32.as_datatype_enum:
             return float(tf.make_ndarray(value.tensor))
         return '' if value.tag == 'flags' else list(value.tensor.string_val)  # a picture's

@@ -39,9 +39,12 @@ from utils import (
 SUMMARIES, PICTURES = 500, 20000  # the iterations between those that are kept
 
 
-def has_picture(event: tf.compat.v1.Event) -> bool:
-    plugins = [value.metadata.plugin_data.plugin_name for value in event.summary.value]
-    return 'images' in plugins
+def interval(event: tf.compat.v1.Event) -> int:
+    """The iterations between two summaries of this kind that are kept; the run's flags are kept."""
+    plugins = {value.metadata.plugin_data.plugin_name for value in event.summary.value}
+    if 'hparams' in plugins:
+        return 1
+    return PICTURES if 'images' in plugins else SUMMARIES
 
 
 def thin(source: Path, target: Path):
@@ -50,8 +53,7 @@ def thin(source: Path, target: Path):
     with tf.io.TFRecordWriter(os.fsencode(target)) as writer:
         for i, record in enumerate(records):
             event = tf.compat.v1.Event.FromString(record)
-            interval = PICTURES if has_picture(event) else SUMMARIES
-            if event.step % interval == 0 or i == len(records) - 1:
+            if event.step % interval(event) == 0 or i == len(records) - 1:
                 writer.write(record)
 
 
