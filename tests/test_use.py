@@ -844,7 +844,7 @@ def assert_served_refuses(folder: Path, arrays: dict):
 @pytest.mark.slow
 def test_served_divergence_is_an_error(run_folder, tmp_path):
     arrays, out = tasks_to_serve(), tmp_path / 'out'
-    flags = ['--steps=3', '--lr=1e30']
+    flags = ['--steps=3', '--lr=1e38']
     succeeded(in_process(export.main, [str(run_folder), str(out), *flags]))
     adapt = tf.saved_model.load(out).signatures['adapt']
     with pytest.raises(tf.errors.InvalidArgumentError, match='adaptation diverged'):
