@@ -192,7 +192,7 @@ def test_ten_are_kept(tmp_path, eager, monkeypatch):
 def uninterrupted(tmp_path_factory) -> Path:
     """The folder of four iterations on sinusoids."""
     logdir = tmp_path_factory.mktemp('plain')
-    with running_eagerly(pytest.MonkeyPatch()) as _:
+    with pytest.MonkeyPatch.context() as patch, running_eagerly(patch):
         succeeded(run('--meta_batch_size=4', f'--logdir={logdir}', '--metatrain_iterations=4'))
     return next(logdir.iterdir())
 
