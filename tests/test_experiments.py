@@ -202,7 +202,6 @@ NO_TABLES = 'are not the tables that main.py writes'
         (trained_with_other_shots, 'it was trained with --update_batch_size=7, not 10'),
         (jointly_trained, 'it was jointly trained'),
         (lambda folder: (folder / f'{TABLE}.csv').unlink(), 'has not been evaluated'),
-        (lambda folder: (folder / 'events.out.tfevents.1').mkdir(), 'summaries'),
         (no_checkpoints, 'holds no checkpoint'),
         (spoilt_checkpoint, 'cannot be read'),
     ],
