@@ -10,7 +10,7 @@ from setuptools import setup
 
 PLOTS = ['matplotlib>=3.7']
 NOTEBOOK = [*PLOTS, 'ipykernel', 'nbclient>=0.8']
-TEST = [*PLOTS, 'pytest>=7']
+TEST = [*PLOTS, 'pytest>=7', 'pytest-xdist>=3.2']
 DEMO = ['nicegui>=3.5']
 DEMO_TEST = [*TEST, *DEMO, 'playwright>=1.40']
 # One version, since another formats otherwise.

@@ -9,4 +9,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 set_up dev
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+# Two at a time; each process begins with one half, so that what a file shares is mostly made once.
+exec python -m pytest --numprocesses=2 --dist=worksteal "$@"

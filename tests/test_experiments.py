@@ -290,6 +290,7 @@ def test_report_tells_other_settings_and_late_training(logs, eager):
     assert f'TensorFlow {tf.__version__}' in row
 
 
+@pytest.mark.slow
 def test_report_tells_validation_classes(tmp_path, eager, monkeypatch):
     """Where the images of the test classes were not at hand."""
     make_omniglot(tmp_path)

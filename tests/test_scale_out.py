@@ -207,12 +207,14 @@ def test_no_cluster(monkeypatch, tmp_path, config, words):
     assert_refused(run('--strategy=multi_worker', f'--logdir={tmp_path}'), 'main.py: ', words)
 
 
+@pytest.mark.slow
 def test_tasks_that_two_devices_cannot_share(flags, tmp_path):
     outcome = two_devices(*flags, '--meta_batch_size=25', f'--logdir={tmp_path}')
     assert outcome.returncode == 1 and 'multiple of 2' in outcome.stderr.splitlines()[-1]
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_launcher_refuses():
     assert_refused(command(LAUNCH, '0'), 'N must be at least 1')
     outcome = command(LAUNCH, '2', '--', '--num_classes=0', '--datasource=omniglot')

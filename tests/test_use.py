@@ -198,6 +198,7 @@ def test_flags_refused(tmp_path, flag, words):
     assert_refused(outcome, flag.split('=')[0], words)
 
 
+@pytest.mark.slow
 def test_folder_from_the_command_line(tmp_path, eager):
     """Trains, continues, evaluates on each split, with more queries, without their statistics.
 
@@ -262,12 +263,12 @@ def some_tasks(shots: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     'settings',
     [
         {},
-        {'conv': False},
+        pytest.param({'conv': False}, marks=pytest.mark.slow),
         pytest.param({'max_pool': True}, marks=pytest.mark.slow),
-        {'norm': 'layer_norm'},
+        pytest.param({'norm': 'layer_norm'}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize('transductive', [True, False])
+@pytest.mark.parametrize('transductive', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_api_is_what_evaluation_computes(settings, transductive):
     """Probabilities after two updates are the softmax of evaluation's outputs, of one task, too."""
     model, (x, y, queries) = small_model(update_batch_size=2, **settings), some_tasks()
@@ -689,6 +690,7 @@ def test_classify(run_folder):
     assert lines[4].split() == [first['image'], first['label'], f'{first["probability"]:.3f}']
 
 
+@pytest.mark.slow
 def test_answers_of_classify_stand_alone(run_folder):
     """Unless --transductive says otherwise."""
     images = sorted(QUERY.iterdir())
