@@ -17,6 +17,7 @@ refused, or a mistake in the command or in FUNCTION.
 import argparse
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +80,8 @@ def make_network(options: argparse.Namespace) -> KerasNetwork:
                 f'{variable.path} is {variable.dtype}, but differences need float64: give the '
                 'layers of the model no dtype, or "float64"'
             )
-    with user_code(spec, all_of_it=False):  # calls the model
+    with user_code(spec, all_of_it=False), warnings.catch_warnings():  # calls the model
+        warnings.filterwarnings('ignore', 'the second derivatives')  # they are compared here
         network = KerasNetwork(model, input_shape=shape)
     if network.image_shape != shape:
         raise ValueError(
