@@ -30,6 +30,7 @@ import tensorflow as tf
 
 from special_grads import (
     BATCH_NORM_EPSILON,
+    MAX_POOLING,
     PER_EXAMPLE,
     BatchNorm,
     Normalization,
@@ -51,6 +52,7 @@ from special_grads import (
     sizes,
     takes_training,
     task_gradients,
+    task_layer,
 )
 from utils import (
     Batch,
@@ -336,9 +338,14 @@ class KerasNetwork:
         self.most_tasks = None if self.together else KERAS_TASKS
         recurrent = (keras.layers.RNN, keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D)
         found = model._flatten_layers(include_self=False)
-        # XLA does not differentiate the loops that these are.
+        # XLA does not differentiate the loops that these are, and the second derivative of a
+        # maximum's place not at all in float64, and with too few digits in float32.
         self.compilable = not any(
-            isinstance(layer, recurrent) and not getattr(layer, 'unroll', False) for layer in found
+            isinstance(layer, recurrent)
+            and not getattr(layer, 'unroll', False)
+            or isinstance(layer, MAX_POOLING)
+            and not (self.together and task_layer(layer))
+            for layer in found
         )
 
     def prepare(self, inputs: tf.Tensor, leading: Leading = None) -> tf.Tensor:

@@ -707,6 +707,14 @@ def keras_batch_norm(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Ten
     return tf.reshape(rows, sizes(x))
 
 
+def keras_max_pool(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Tensor:
+    """keras.layers.MaxPooling2D of 2x2 blocks, see `max_pool2x2`."""
+    return max_pool2x2(x)
+
+
+MAX_POOLING = (keras.layers.MaxPooling1D, keras.layers.MaxPooling2D, keras.layers.MaxPooling3D)
+
+
 def task_layer(layer: keras.Layer) -> Callable | None:
     """The function above that computes a layer for all tasks at once; None if there is none."""
     kind = type(layer)
@@ -718,6 +726,9 @@ def task_layer(layer: keras.Layer) -> Callable | None:
         last = layer.axis in (-1, layer.input_spec.ndim - 1)
         plain = layer.trainable and last and not getattr(layer, 'renorm', False)
         return keras_batch_norm if plain else None
+    if kind is keras.layers.MaxPooling2D:
+        halves = layer.pool_size == (2, 2) and layer.strides == (2, 2) and layer.padding == 'valid'
+        return keras_max_pool if halves and layer.data_format == 'channels_last' else None
     if kind is keras.layers.Conv2D:
         pointwise = layer.kernel_size == (1, 1) and layer.strides == (1, 1)
         fits = layer.kernel_size == (3, 3) and layer.strides in ((1, 1), (2, 2))
@@ -780,7 +791,7 @@ def calls_for_tasks(layers: list, values: dict, tasks: int | tf.Tensor, leading=
     layers: all of a model that is called then. values: of its trainable variables,
     {path: [T, ...]}. leading: see `batch_norm`.
     """
-    changed = [layer for layer in layers if not is_per_example(layer)]
+    changed = [layer for layer in layers if task_layer(layer) or not is_per_example(layer)]
     for layer in changed:
         weights = {variable.path: values[variable.path] for variable in layer.trainable_variables}
         call = call_for_tasks(layer, layer.call, weights, tasks, leading)

@@ -392,6 +392,18 @@ def test_activations_of_one_s_own_see_one_task(layer):
         np.testing.assert_allclose(together[task], alone, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    'size, padding, expected', [(2, 'valid', True), (2, 'same', False), (3, 'valid', False)]
+)
+def test_pooling_that_xla_can_compile(size, padding, expected):
+    """It has no second derivative of Keras's max-pooling in float64, and a rough one in float32."""
+    pooling = layers.MaxPooling2D(size, padding=padding)
+    network = KerasNetwork(
+        keras.Sequential([keras.Input((6, 6, 1)), pooling, layers.Flatten(), layers.Dense(2)])
+    )
+    assert network.compilable == expected
+
+
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.filterwarnings('error:the second derivatives')
 def test_layers_that_are_compared_are_not(name):
