@@ -559,6 +559,7 @@ def test_tags_of_images(tmp_path, data, intervals, graphs):
             assert all(0 <= value <= 1 for value in written[tag].values())
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path, data, eager, monkeypatch):
     """At the start and at intervals: the fit of a sinusoid, the images of a task."""
     monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 1)

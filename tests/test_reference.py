@@ -30,6 +30,7 @@ REPEATED = (
     'omniglot_20way_1shot_5steps',
     'omniglot_max_pool',
     'omniglot_layer_norm',
+    'miniimagenet_first_order',
 )
 
 
