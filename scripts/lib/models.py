@@ -1,5 +1,6 @@
 """Trained models, as scripts/model/ loads them."""
 
+import argparse
 import contextlib
 import sys
 import warnings
@@ -7,6 +8,22 @@ from pathlib import Path
 
 from maml import Learner, find_checkpoint, user_network
 from utils import read_run_state, set_up_gpus
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Those that tell which model of a run is meant."""
+    parser.add_argument(
+        '--checkpoint',
+        choices=['last', 'best'],
+        default='last',
+        help='best: that of the best validation',
+    )
+    parser.add_argument(
+        '--network',
+        default='',
+        metavar='FILE.py:FUNCTION',
+        help='if the run was trained with --network: what makes its network',
+    )
 
 
 def load(run_folder: Path, checkpoint: int | str = -1, network: str = '') -> Learner:

@@ -21,7 +21,7 @@ import numpy as np
 
 from data_generator import ImageLayout, image_files, read_image, run_layout
 from maml import Learner
-from scripts.lib.models import load
+from scripts.lib.models import add_arguments, load
 from utils import UserCodeError, print_anything
 
 
@@ -150,23 +150,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--steps', type=int, help='gradient steps; default: as in training')
     parser.add_argument('--lr', type=float, help='step size; default: as in training')
     parser.add_argument(
-        '--checkpoint',
-        choices=['last', 'best'],
-        default='last',
-        help='best: that of the best validation',
-    )
-    parser.add_argument(
         '--transductive',
         action='store_true',
         help='normalise by the statistics of the images to classify, together, as the paper does; '
         'default: by those of the labelled images, so that an answer depends on its image alone',
     )
-    parser.add_argument(
-        '--network',
-        default='',
-        metavar='FILE.py:FUNCTION',
-        help='if the run was trained with --network: what makes its network',
-    )
+    add_arguments(parser)
     parser.add_argument('--json', action='store_true', help='print everything as JSON')
     values = parser.parse_args(arguments)
     values.checkpoint = {'last': -1}.get(values.checkpoint, values.checkpoint)

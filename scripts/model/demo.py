@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from maml import Learner
-from scripts.lib.models import load
+from scripts.lib.models import add_arguments, load
 from utils import UserCodeError, print_anything
 
 HOST = '127.0.0.1'  # the machine itself, and nobody else
@@ -61,18 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('run_folder', type=Path, metavar='RUN_FOLDER')
     parser.add_argument('--port', type=int, default=8765, help='default 8765; 0: any free one')
     parser.add_argument('--no_browser', action='store_true', help='print the address only')
-    parser.add_argument(
-        '--checkpoint',
-        choices=['last', 'best'],
-        default='last',
-        help='best: that of the best validation',
-    )
-    parser.add_argument(
-        '--network',
-        default='',
-        metavar='FILE.py:FUNCTION',
-        help='if the run was trained with --network: what makes its network',
-    )
+    add_arguments(parser)
     values = parser.parse_args(arguments)
     values.checkpoint = {'last': -1}.get(values.checkpoint, values.checkpoint)
     return values

@@ -30,7 +30,7 @@ import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
 import tensorflow as tf
 
 from maml import PIXEL_TOLERANCE, Learner, example_shape
-from scripts.lib.models import load
+from scripts.lib.models import add_arguments, load
 from utils import UserCodeError, print_anything, taken_as_written
 
 
@@ -201,23 +201,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--steps', type=int, help='gradient steps; default: as in training')
     parser.add_argument('--lr', type=float, help='step size; default: as in training')
     parser.add_argument(
-        '--checkpoint',
-        choices=['last', 'best'],
-        default='last',
-        help='best: that of the best validation',
-    )
-    parser.add_argument(
         '--transductive',
         action='store_true',
         help='normalise by the statistics of the queries of a task, together, as the paper does; '
         'default: by those of its support set, so that an answer depends on its image alone',
     )
-    parser.add_argument(
-        '--network',
-        default='',
-        metavar='FILE.py:FUNCTION',
-        help='if the run was trained with --network: what makes its network',
-    )
+    add_arguments(parser)
     return parser.parse_args(arguments)
 
 
