@@ -54,6 +54,7 @@ from data_generator import (
     load_omniglot,
 )
 from maml import (
+    LEARNED_RATES,
     Diverged,
     FastMAML,
     Observer,
@@ -218,7 +219,7 @@ FLAGS = (
     Flag('pretrain_iterations', int, 0, EVALUATION,
          'iterations of joint training on all tasks, before meta-training', lowest=0),
     Flag('metatrain_iterations', int, 15000, ANYTIME,
-         'iterations of meta-training', lowest=0),
+         'iterations of meta-training', lowest=0, makes_model=True),
     Flag('num_classes', int, 5, NEVER,
          'N, ways: classes of a task (images only)', POSITIVE, makes_model=True,
          in_name='cls_{}'.format),
@@ -260,6 +261,34 @@ FLAGS = (
          'FILE.py:FUNCTION, which takes (image_shape, num_classes) and returns a Keras model to '
          'use instead (not for sinusoid)', NETWORK,
          in_name=lambda value: f'.{value.rpartition(":")[2]}' if value else ''),
+    # Inner loops that grew from MAML's
+    Flag('adapt', ('all', 'head', 'body'), 'all', NEVER,
+         'what the inner loop changes: all; head: the last layer (ANIL); body: the others (BOIL)',
+         makes_model=True, in_name=lambda value: '' if value == 'all' else f'.{value}'),
+    Flag('learn_lr', ('none', *LEARNED_RATES), 'none', NEVER,
+         'learn α, from --update_lr on: one per layer; per layer and update (MAML++); per weight '
+         '(Meta-SGD)', makes_model=True,
+         in_name=lambda value: '' if value == 'none' else f'.lr_{value}'),
+    Flag('loss_steps', ('last', 'all'), 'last', EVALUATION,
+         'query losses that the outer loss adds up: after the last update, or after all, weighed '
+         '(MAML++)', makes_model=True,
+         in_name=lambda value: '' if value == 'last' else '.losses_all'),
+    Flag('loss_steps_iterations', int, 0, EVALUATION,
+         'iterations in which the weights of --loss_steps=all move to the last; after them it '
+         'alone counts (0: all count alike, always)', lowest=0, makes_model=True,
+         in_name=lambda value: f'{value}' if value else ''),
+    Flag('first_order_iterations', int, 0, EVALUATION,
+         'iterations of first order before those of second (MAML++)', lowest=0, makes_model=True,
+         in_name=lambda value: f'.first{value}' if value else ''),
+    Flag('norm_steps', bool, False, NEVER,
+         'normalisation parameters of their own for each update (MAML++)', makes_model=True,
+         in_name=lambda value: '.normsteps' if value else ''),
+    Flag('meta_lr_decay', ('none', 'cosine'), 'none', EVALUATION,
+         'let β fall over --metatrain_iterations (MAML++: cosine)', makes_model=True,
+         in_name=lambda value: '' if value == 'none' else f'.{value}'),
+    Flag('meta_lr_end', float, 0.0, EVALUATION,
+         'β at the end of --meta_lr_decay', STEP_SIZE, makes_model=True,
+         in_name=lambda value: f'{value}' if value else ''),
     # Logging, saving, testing
     Flag('log', bool, True, ANYTIME, 'write summaries for TensorBoard'),
     Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders', FOLDER),
@@ -288,6 +317,13 @@ FLAGS = (
          'α used in training, when evaluating with another α (-1: the same)', TRAIN_STEP_SIZE),
 )
 # fmt: on
+
+
+# Runs that are older than these have their defaults.
+INNER_LOOPS = (
+    *('adapt', 'learn_lr', 'loss_steps', 'loss_steps_iterations', 'first_order_iterations'),
+    *('norm_steps', 'meta_lr_decay', 'meta_lr_end'),
+)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -348,6 +384,7 @@ def check_flags(f: flags.FlagValues):
         if flag.rule and not flag.rule.holds(value):
             raise ValueError(f'--{flag.name} must be {flag.rule.text}, but it is {value}')
     check_tasks(f)
+    check_inner_loop(f)
     if f.train:
         check_training(f)
     if f.overwrite and (f.resume and f.test_iter == -1 or not f.train):
@@ -382,6 +419,38 @@ def check_tasks(f: flags.FlagValues):
         print(
             '--max_pool is part of the name of the run, but does nothing without convolutions.',
             file=sys.stderr,
+        )
+
+
+def check_inner_loop(f: flags.FlagValues):
+    """The part of `check_flags` on what the inner loop changes, and how it is learned."""
+    if f.loss_steps_iterations and f.loss_steps == 'last':
+        raise ValueError(
+            f'--loss_steps_iterations={f.loss_steps_iterations} anneals the losses after all '
+            'updates, so it needs --loss_steps=all'
+        )
+    if f.first_order_iterations and f.stop_grad:
+        raise ValueError(
+            '--stop_grad is of first order throughout, so it goes without '
+            f'--first_order_iterations={f.first_order_iterations}'
+        )
+    if f.norm_steps and f.adapt == 'head':
+        raise ValueError(
+            '--norm_steps changes normalisation from update to update, but with --adapt=head all '
+            'layers before the last are computed once: give one of the two'
+        )
+    if f.norm_steps and f.norm == 'None' and not f.network:
+        raise ValueError('--norm_steps needs a normalisation, not --norm=None')
+    if f.meta_lr_end and f.meta_lr_decay == 'none':
+        raise ValueError(f'--meta_lr_end={f.meta_lr_end} needs --meta_lr_decay=cosine')
+    if f.meta_lr_end > f.meta_lr:
+        raise ValueError(
+            f'--meta_lr_end={f.meta_lr_end} must not be above --meta_lr={f.meta_lr}, where β begins'
+        )
+    if f.meta_lr_decay != 'none' and (iterations(f)[0] or not f.metatrain_iterations):
+        raise ValueError(
+            f'--meta_lr_decay={f.meta_lr_decay} is over meta-training alone, so it goes without '
+            '--pretrain_iterations and --baseline=oracle, and needs --metatrain_iterations above 0'
         )
 
 
@@ -622,8 +691,11 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
     stored: the flags that the checkpoint holds; one that is younger than it, it does not hold.
     """
     fixed = (EVALUATION, NEVER) if f.train else (NEVER,)
-    stored = {'fit': 'squash'} | stored  # what runs did that are older than the flag
+    # What runs did that are older than these flags.
+    older = {flag.name: flag.default for flag in FLAGS if flag.name in INNER_LOOPS}
+    stored = {'fit': 'squash'} | older | stored
     names = [flag.name for flag in FLAGS if flag.may_change in fixed and flag.name in stored]
+    names += [name for name in held_by_learning(stored, f.train) if name not in names]
     names = [name for name in names if name != 'fit' or f.fit]  # else it is the run's
     pretrained = min(stored.get('pretrain_iterations', 0), f.pretrain_iterations)
     if 'pretrain_iterations' in names and (f.baseline == 'oracle' or iteration < pretrained):
@@ -641,6 +713,18 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
         raise ValueError(f'{path} was trained with {listed}: {remedy}')
 
 
+def held_by_learning(stored: dict, train: bool) -> list[str]:
+    """Flags that could change, were it not for what a run with such flags has learned."""
+    held = []
+    if stored.get('meta_lr_decay') == 'cosine' and train:
+        held.append('metatrain_iterations')  # β so far would have been another
+    if stored.get('learn_lr') in LEARNED_RATES:
+        held.append('update_lr')  # it was the beginning only
+    if stored.get('learn_lr') == 'layer_step' or stored.get('norm_steps'):
+        held.append('num_updates')
+    return held
+
+
 def restore(model: FastMAML, path: str, f: flags.FlagValues):
     """Loads a checkpoint that is whole. Raises ValueError if it is another network's."""
     try:
@@ -655,6 +739,9 @@ def restore(model: FastMAML, path: str, f: flags.FlagValues):
 
 
 # What is printed, and shown in TensorBoard --------------------------------------------------------
+
+
+MANY_RATES = 20  # step sizes of a weight that have no scalar each
 
 
 class Log(Observer):
@@ -747,6 +834,25 @@ class Log(Observer):
             means = [np.mean(shown) for shown in (self.before, self.after) if shown]
             self.line(f'{label}: {", ".join(map(str, means))}')
             self.before, self.after = [], []
+
+    def step_sizes(self, rates: dict[str, np.ndarray], iteration: int):
+        """Scalars of those of a layer, and of its updates; of many a histogram and the mean."""
+        scalars = {}
+        for name, value in rates.items():
+            tag = f'update_lr/{name}'
+            if value.ndim == 0:
+                scalars[tag] = value
+            elif value.ndim > 1 or value.size > MANY_RATES:
+                scalars[tag] = value.mean()
+                self._histogram(f'{tag}/all', value, iteration)
+            else:
+                scalars |= {f'{tag}__step_{i}': rate for i, rate in enumerate(value, start=1)}
+        self._write(tuple(scalars), [*map(np.float32, scalars.values())], iteration)
+
+    def _histogram(self, tag: str, values: np.ndarray, iteration: int):
+        if self.writer:
+            with self.writer.as_default():
+                tf.summary.histogram(tag, values, step=iteration)
 
     def validation(self, results: Results, interval: float, iteration: int):
         before, after = self.summaries('metaval', results, iteration)
@@ -1141,9 +1247,10 @@ def paper_figures(state: dict, f: flags.FlagValues) -> dict[int, str]:
     if f.test_query != -1 or not f.transductive or f.update_lr != trained['update_lr']:
         return {}
     telling = [flag for flag in FLAGS if flag.makes_model or flag.in_name]
+    others = ('seed', 'metatrain_iterations')
     joint = trained['metatrain_iterations'] == 0
     for cell in CELLS + SINUSOIDS:
-        wanted = {flag.name: flag.default for flag in telling if flag.name != 'seed'}
+        wanted = {flag.name: flag.default for flag in telling if flag.name not in others}
         wanted |= cell.settings
         differing = [name for name in wanted if not same(trained.get(name), wanted[name])]
         pretrained = cell.name == 'sinusoid_pretrain'
@@ -1186,6 +1293,8 @@ def prepare(f: flags.FlagValues, held: ExitStack, norm: Normalization | None = N
 def complete(done: int, f: flags.FlagValues) -> str:
     """Says that nothing is left to train."""
     total, joint = sum(iterations(f)), f.metatrain_iterations == 0
+    if f.meta_lr_decay != 'none':
+        return f'The run is complete: {done} of {total} iterations, and β has come to its end.'
     flag = '--pretrain_iterations' if joint else '--metatrain_iterations'
     of = f'of {total} iterations' if done == total else f'iterations, and {total} are asked for'
     return f'The run is complete: {done} {of}; raise {flag} for more.'

@@ -132,12 +132,19 @@ class Network:
     are adapted by the inner loop, the latter common to all tasks; dim_input and dim_output, sizes
     of an example and of its output, without which there are no checks and no Learner. Optional:
     takes_shared, whether `__call__` of the class that says so takes special_grads.Shared;
-    compilable, whether XLA can compile it; most_tasks, that run together; dtype, that it needs.
+    compilable, whether XLA can compile it; most_tasks, that run together; dtype, that it needs;
+    layer_names, {name of a parameter: its layer}, and methods `features` and `head`, which
+    together are `__call__`, for step sizes per layer and an inner loop of the last one alone.
     """
 
     def __init__(self, norm: str | Normalization):
         self.norm = normalization(norm)
         self.parameters, self.norm_parameters = {}, {}
+
+    @property
+    def layer_names(self) -> dict[str, str]:
+        """{name of a parameter: its layer}: w1 and b1, or conv1 and b1, are of layer1."""
+        return {name: re.sub(r'^\D+(\d+)$', r'layer\1', name) for name in self.parameters}
 
     def prepare(self, inputs: tf.Tensor, leading: Leading = None):
         """The part of the forward pass that no weight enters: none here."""
@@ -195,11 +202,19 @@ class FullyConnected(Network):
         self, x: tf.Tensor, weights: Tensors, norms: Tensors, leading: Leading = None
     ) -> tf.Tensor:
         """x: [T, examples, D]; weights: [T, ...] each. Returns [T, examples, out]."""
+        return self.head(self.features(x, weights, norms, leading), weights)
+
+    def features(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
+        """All layers but the last: [T, examples, D] -> [T, examples, units]."""
         for i, scope in enumerate(self.scopes, start=1):
             x = dense(x, weights[f'w{i}'], weights[f'b{i}'])
             x = self.activation(self._normalize(x, scope, norms, leading))
+        return x
+
+    def head(self, features: tf.Tensor, weights: Tensors) -> tf.Tensor:
+        """The last layer: [T, examples, units] -> [T, examples, out]."""
         last = len(self.scopes) + 1
-        return dense(x, weights[f'w{last}'], weights[f'b{last}'])
+        return dense(features, weights[f'w{last}'], weights[f'b{last}'])
 
 
 class Convolutional(Network):
@@ -253,12 +268,18 @@ class Convolutional(Network):
 
     def __call__(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
         """x: from `prepare`; weights: [T, ...] each. Returns logits [T, examples, classes]."""
+        return self.head(self.features(x, weights, norms, leading), weights)
+
+    def features(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
+        """The four blocks, of what `prepare` returns: [T, examples, F]."""
         for i in range(1, 5):
             x = self._block(i, x, weights[f'conv{i}'], weights[f'b{i}'], norms, leading)
         if self.flatten:
-            features = tf.reshape(x, [*sizes(x)[:2], int(np.prod(x.shape[2:]))])
-        else:
-            features = tf.reduce_mean(x, [2, 3])  # [T, examples, F]
+            return tf.reshape(x, [*sizes(x)[:2], int(np.prod(x.shape[2:]))])
+        return tf.reduce_mean(x, [2, 3])
+
+    def head(self, features: tf.Tensor, weights: Tensors) -> tf.Tensor:
+        """The last layer: [T, examples, F] -> logits [T, examples, classes]."""
         return dense(features, weights['w5'], weights['b5'])
 
     def _block(self, i: int, x, kernel, bias, norms: Tensors, leading: Leading) -> tf.Tensor:
@@ -347,6 +368,15 @@ class KerasNetwork:
             and not (self.together and task_layer(layer))
             for layer in found
         )
+
+    @property
+    def layer_names(self) -> dict[str, str]:
+        """{name of a variable: its layer}, which is called after the first variable of it."""
+        firsts, found = {}, {}
+        for path, name in self.names.items():
+            layer = path.rpartition('/')[0]
+            found[name] = firsts.setdefault(layer, name.rpartition('/')[0])
+        return found
 
     def prepare(self, inputs: tf.Tensor, leading: Leading = None) -> tf.Tensor:
         """[T, examples, D] -> [T, examples, ...] of the model's input shape."""
@@ -567,6 +597,243 @@ def check_derivatives(model: keras.Model, values: Tensors, x: tf.Tensor):
         ) from error
 
 
+# Inner loops: what they change, and how -----------------------------------------------------------
+
+
+class UpdateRule:
+    """What an inner update makes of weights and gradients: gradient descent with one α.
+
+    MAML takes one of your own as `learn_lr`. Attribute: parameters, {name: (kind of initial value,
+    shape)}, see `initial_value`, that the outer loop learns: none here.
+    """
+
+    parameters = {}
+
+    def rates(self, values: Tensors, step: int | tf.Tensor):
+        """What the call gets as `alpha` in update `step` + 1; None: `update_lr`.
+
+        values: of `parameters`, {name: tensor}. step: there may be more than in training.
+        """
+        return None
+
+    def __call__(self, weights: dict, gradients: Tensors, alpha) -> Tensors:
+        """θ' = θ − α ∇L, {name: [T, ...]}.
+
+        weights: {name: [T, ...] or Shared}; gradients: {name: [T, ...]}; alpha: a scalar, or {name:
+        scalar or the weight's shape}.
+        """
+        rates = alpha if isinstance(alpha, Mapping) else dict.fromkeys(weights, alpha)
+        return {
+            name: per_task(theta) - rates[name] * gradients[name] for name, theta in weights.items()
+        }
+
+
+class LearnedRates(UpdateRule):
+    """Gradient descent with step sizes that the outer loop learns, from `update_lr` on.
+
+    kind: 'layer', one for each layer; 'layer_step', one for each layer and update, as MAML++;
+    'weight', one for each weight, as Meta-SGD. More updates than there are step sizes use the last.
+    """
+
+    def __init__(self, kind: str, network, update_lr: float, num_updates: int):
+        self.kind, self.parameters, self.names = kind, {}, {}
+        layers = getattr(network, 'layer_names', {})
+        for name, (_, shape) in network.parameters.items():
+            of_layer = (max(num_updates, 1),) if kind == 'layer_step' else ()
+            size = tuple(shape) if kind == 'weight' else of_layer
+            rate = name if kind == 'weight' else layers.get(name, name)
+            self.names[name] = rate
+            self.parameters[rate] = (np.full(size, update_lr), size)
+
+    def rates(self, values: Tensors, step: int | tf.Tensor) -> Tensors:
+        """{name of a weight: its α}."""
+        if self.kind == 'layer_step':
+            values = {name: row_of(value, step) for name, value in values.items()}
+        return {name: values[rate] for name, rate in self.names.items()}
+
+
+LEARNED_RATES = ('layer', 'layer_step', 'weight')
+
+
+def row_of(rows: tf.Tensor, step: int | tf.Tensor) -> tf.Tensor:
+    """The row of update `step` + 1, [rows, ...] -> [...]; of one that has none, the last."""
+    last = rows.shape[0] - 1
+    return rows[min(step, last) if isinstance(step, int) else tf.minimum(step, last)]
+
+
+def update_rule(learn_lr, network, update_lr: float, num_updates: int) -> UpdateRule:
+    """The rule that `learn_lr` names, or is. Raises ValueError."""
+    if isinstance(learn_lr, UpdateRule):
+        return learn_lr
+    check_choice('learn_lr', learn_lr, ('none', *LEARNED_RATES), ', or an UpdateRule')
+    if learn_lr == 'none':
+        return UpdateRule()
+    return LearnedRates(learn_lr, network, update_lr, num_updates)
+
+
+class Partly:
+    """A network of which the inner loop changes a part; the rest is common to all tasks.
+
+    adapt: 'head', the last layer; 'body', all the others. Other attributes are the network's.
+    Raises ValueError if the network does not tell its layers, or no weight is left to adapt.
+    """
+
+    def __init__(self, network, adapt: str):
+        self.network = network
+        layers = getattr(network, 'layer_names', None)
+        if not layers:
+            raise ValueError(
+                f'adapt={adapt!r} needs to know the layers of the network: give it an attribute '
+                'layer_names, {name of a parameter: its layer}'
+            )
+        head = [*layers.values()][-1]
+        names = [n for n in network.parameters if (layers.get(n) == head) == (adapt == 'head')]
+        if not names:
+            raise ValueError(
+                f'adapt={adapt!r} leaves nothing for the inner loop to change: the network adapts '
+                f'{", ".join(network.parameters)}, and its last layer is {head}'
+            )
+        self.parameters = {name: network.parameters[name] for name in names}
+        self.common = [name for name in network.parameters if name not in names]
+        common = {name: network.parameters[name] for name in self.common}
+        self.norm_parameters = common | network.norm_parameters
+
+    def __getattr__(self, name: str):
+        return getattr(self.network, name)
+
+    def prepare(self, *inputs):
+        """As the network's."""
+        return self.network.prepare(*inputs)
+
+    def __call__(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
+        """x: from `prepare`; weights: [T, ...] each. Returns [T, examples, out]."""
+        first = next(iter(weights.values()))
+        tasks = sizes(first.perturbation if isinstance(first, Shared) else first)[0]
+        whole = weights | self.common_weights(norms, tasks, x)
+        return self.network(x, whole, self.norms_in(norms), *([] if leading is None else [leading]))
+
+    def common_weights(self, norms: Tensors, tasks: int | tf.Tensor, x) -> dict:
+        """The weights that are not adapted, as the network takes them.
+
+        They are Shared, one product of matrices for all tasks, if it takes that and all sizes are
+        known; x: what it is called with.
+        """
+        known = all(part.shape.is_fully_defined() for part in tf.nest.flatten(x))
+        found = {}
+        for name in self.common:
+            theta = tf.convert_to_tensor(norms[name])
+            if known and takes_shared(self.network):
+                found[name] = Shared(theta, tf.zeros([tasks, *theta.shape], theta.dtype))
+            else:
+                found[name] = tf.broadcast_to(theta, [tasks, *theta.shape])
+        return found
+
+    def norms_in(self, norms: Tensors) -> Tensors:
+        """Those that the network itself knows as such."""
+        return {name: norms[name] for name in self.network.norm_parameters}
+
+
+class HeadOnly(Partly):
+    """The last layer alone, of a network with `features` and `head`: the features are prepared.
+
+    They are computed once for all updates, and the outer loop differentiates through them.
+    """
+
+    def prepare(self, inputs: tf.Tensor, leading: Leading, norms: Tensors) -> tf.Tensor:
+        """Features of inputs [T, examples, D]: [T, examples, F]."""
+        x = self.network.prepare(inputs, *([] if leading is None else [leading]))
+        weights = self.common_weights(norms, sizes(inputs)[0], x)
+        return self.network.features(x, weights, self.norms_in(norms), leading)
+
+    def __call__(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
+        return self.network.head(x, weights)
+
+
+def part_of(network, adapt: str):
+    """The network as the inner loop of `adapt` sees it. Raises ValueError."""
+    check_choice('adapt', adapt, ('all', 'head', 'body'))
+    if adapt == 'all':
+        return network
+    splits = adapt == 'head' and said_with_call(network, 'features')
+    return (HeadOnly if splits else Partly)(network, adapt)
+
+
+def step_norms(network, adapt: str) -> list[str]:
+    """The names of the normalisation parameters that `norm_steps` has one of for each update.
+
+    Raises ValueError if there are none, or they do not change from update to update.
+    """
+    names = [*network.norm_parameters]
+    if isinstance(network, KerasNetwork):  # these may be any that its own `adapt` leaves out
+        names = [name for name in names if name.endswith(('/gamma', '/beta'))]
+    if not names:
+        raise ValueError(
+            'norm_steps needs normalisation parameters that the inner loop does not change, and '
+            'this network has none: give it a norm, or leave norm_steps away'
+        )
+    if adapt == 'head':
+        raise ValueError(
+            "norm_steps has normalisation change with the updates, but with adapt='head' all "
+            'layers before the last are computed once: give one of the two'
+        )
+    return names
+
+
+class Phase(NamedTuple):
+    """A part of meta-training with an outer loss of its own."""
+
+    start: int  # the first iteration
+    first_order: bool = False  # even if MAML's stop_grad is not
+    all_losses: bool = False  # the losses after every update count, not the last alone
+
+
+def phases(first_order: int, all_losses: float) -> list[Phase]:
+    """first_order, all_losses: until which iteration the outer loss is so."""
+    starts = sorted({0, first_order, all_losses} - {float('inf')})
+    return [Phase(start, start < first_order, start < all_losses) for start in starts]
+
+
+def phased(method: Callable) -> Callable:
+    """A method of a meta-batch and a phase as one of a meta-batch, in the phase that it is.
+
+    Where there are several the graph chooses, by the number of steps that the outer optimizer has
+    taken: a run that continues needs no memory of it, and nothing is traced again.
+    """
+
+    @functools.wraps(method)
+    def now(self, batch: Batch):
+        calls = [functools.partial(method, self, batch, phase) for phase in self.phases]
+        if len(calls) == 1:
+            return calls[0]()
+        done = self.metatrain_optimizer.iterations
+        begun = [tf.cast(done >= phase.start, tf.int32) for phase in self.phases[1:]]
+        return tf.switch_case(tf.add_n(begun), calls)
+
+    return now
+
+
+LEAST_STEP_WEIGHT = 0.03  # of a loss before the last, times the number of updates
+
+
+def step_weights(updates: int, done: tf.Tensor, iterations: int, dtype) -> list[tf.Tensor]:
+    """MAML++'s weights of the losses after each of J updates in the outer loss; they add up to 1.
+
+    As in its authors' program: from 1/J each those before the last fall to 0.03/J, and what they
+    lose the last one gains, linearly over `iterations` outer steps. done: steps so far.
+    iterations: 0 keeps 1/J.
+    """
+    share = tf.cast(done, dtype) / iterations if iterations else tf.zeros([], dtype)
+    others = tf.maximum(1 - share, LEAST_STEP_WEIGHT) / updates
+    return [others] * (updates - 1) + [1 - (updates - 1) * others]
+
+
+class Common(NamedTuple):
+    """What all tasks have in common in their inner loops, read once."""
+
+    norms: Tensors  # what the outer loop alone learns, {name: [...]}
+    rates: Tensors  # the rule's parameters
+
+
 # The algorithm ------------------------------------------------------------------------------------
 
 
@@ -600,6 +867,12 @@ class MAML(tf.Module):
         num_updates: inner updates in training. stop_grad: first-order approximation.
         clip: bound on each element of the meta-gradient, or None.
         seed: of the initial weights. dtype: of everything.
+        adapt: what the inner loop changes: 'all', the 'head' (last layer), or the 'body'.
+        learn_lr: step sizes that the outer loop learns, see LearnedRates, or an UpdateRule.
+        loss_steps: whether the 'last' of the losses after each update counts, or 'all', see
+            `step_weights`, for loss_steps_iterations outer steps; 0: always.
+        first_order_iterations: outer steps that are of first order, before the others.
+        norm_steps: normalisation parameters for each update, instead of the same for all.
 
     Raises ValueError for numbers out of range, and for a network or loss that does not fit.
     """
@@ -615,21 +888,42 @@ class MAML(tf.Module):
         clip: float | None = None,
         seed: int = 0,
         dtype=tf.float32,
+        adapt: str = 'all',
+        learn_lr: str | UpdateRule = 'none',
+        loss_steps: str = 'last',
+        loss_steps_iterations: int = 0,
+        first_order_iterations: int = 0,
+        norm_steps: bool = False,
     ):
         super().__init__()
         check_numbers(update_lr, num_updates, meta_lr, clip, seed)
         network = KerasNetwork(network) if isinstance(network, keras.Model) else network
-        self.network, self.loss, self.dtype = network, loss, float_type(dtype)
+        self.loss, self.dtype = loss, float_type(dtype)
         check_network(network, self.dtype)
         check_loss(loss, network, self.dtype)
+        self.network = part_of(network, adapt)
         self.update_lr, self.num_updates = update_lr, num_updates
         self.stop_grad, self.clip = stop_grad, clip
+        self.adapt, self.learn_lr, self.norm_steps = adapt, learn_lr, norm_steps
+        self.rule = update_rule(learn_lr, self.network, update_lr, num_updates)
+        self.step_norms = step_norms(network, adapt) if norm_steps else []
+        until = last_all_losses(loss_steps, loss_steps_iterations)
+        self.phases = phases(whole_number('first_order_iterations', first_order_iterations), until)
+        self.loss_steps, self.loss_steps_iterations = loss_steps, loss_steps_iterations
         variables = {}
         for i, (name, made) in enumerate((network.parameters | network.norm_parameters).items()):
-            variables[name] = tf.Variable(tf.cast(initial_value(*made, seed=[seed, i]), dtype))
-        self.weights = {name: variables[name] for name in network.parameters}  # θ
+            value = initial_value(*made, seed=[seed, i])
+            if name in self.step_norms:
+                value = np.stack([value] * max(num_updates, 1))  # [updates, ...]
+            variables[name] = tf.Variable(tf.cast(value, dtype))
+        self.names = [*variables]
+        self.weights = {name: variables[name] for name in self.network.parameters}  # θ
         # Learned by the outer loop only.
-        self.norms = {name: variables[name] for name in network.norm_parameters}
+        self.norms = {name: variables[name] for name in self.network.norm_parameters}
+        self.rates = {}  # of the update rule, likewise
+        for i, (name, made) in enumerate(self.rule.parameters.items(), start=len(variables)):
+            value = initial_value(*made, seed=[seed, i])
+            self.rates[name] = tf.Variable(tf.cast(value, dtype))
         # ε as TensorFlow 1's Adam has it; Keras's own default is ten times larger.
         self.metatrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
         self.pretrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
@@ -637,9 +931,25 @@ class MAML(tf.Module):
             optimizer.build(self.parameters)
 
     @property
+    def named_parameters(self) -> dict[str, tf.Variable]:
+        """All that the outer loop learns, by name: weights, normalisation parameters, step sizes.
+
+        The order is the network's, whatever the inner loop changes; step sizes are 'rates/...'.
+        """
+        own = self.weights | self.norms
+        rates = {f'rates/{name}': rate for name, rate in self.rates.items()}
+        return {name: own[name] for name in self.names} | rates
+
+    @property
     def parameters(self) -> list[tf.Variable]:
-        """All that the outer loop learns: weights, then normalisation parameters."""
-        return [*self.weights.values(), *self.norms.values()]
+        """All that the outer loop learns: weights, normalisation parameters, step sizes."""
+        return [*self.named_parameters.values()]
+
+    @property
+    def groups(self) -> dict[str, dict[str, tf.Variable]]:
+        """The same as checkpoints have them."""
+        rates = {'rates': self.rates} if self.rates else {}
+        return {'weights': self.weights, 'norms': self.norms} | rates
 
     def is_finite(self) -> bool:
         """Whether all parameters are numbers."""
@@ -649,37 +959,42 @@ class MAML(tf.Module):
     # tasks and examples, are data_generator.py's.
 
     def update(
-        self, weights: Tensors, norms: Tensors, x: tf.Tensor, y: tf.Tensor, lr=None
+        self, weights: Tensors, norms: Tensors, x, y: tf.Tensor, lr=None, first_order: bool = False
     ) -> Tensors:
         """θ' = θ − α ∇_θ L_Ti(f_θ): lines 6 and 7 (5 and 6), for every task Ti.
 
         weights: θ, {name: [T, ...]}; x: prepared support inputs; y: labels [T, examples, out];
-        lr: α, `update_lr` if None. Returns θ', {name: [T, ...]}.
+        lr: α, `update_lr` if None, or the rule's. Returns θ', {name: [T, ...]}.
         """
 
         def losses(theta):
             return self.loss(self.network(x, theta, norms), y)  # L_Ti(f_θ), [T]
 
         gradients = task_gradients(losses, weights)  # ∇_θ L_Ti(f_θ), {name: [T, ...]}
-        if self.stop_grad:  # first order: gradients count as constants
+        if self.stop_grad or first_order:  # first order: gradients count as constants
             gradients = tf.nest.map_structure(tf.stop_gradient, gradients)
-        alpha = self.update_lr if lr is None else lr
-        return {name: per_task(theta) - alpha * gradients[name] for name, theta in weights.items()}
+        return self.rule(weights, gradients, self.update_lr if lr is None else lr)
 
-    def outer_loss(self, batch: Batch) -> tf.Tensor:
+    def outer_loss(self, batch: Batch, phase: Phase) -> tf.Tensor:
         """Σ_Ti L_Ti(f_θ'i), a scalar: the sum in line 10 (8), after `num_updates` updates."""
-        theta, norms = self.start(batch.inputa.shape[0]), self.norm_values()
-        x, y = self.prepare(batch.inputa), batch.labela
-        for _ in range(self.num_updates):
-            theta = self.update(theta, norms, x, y)  # θ'i ← θ'i − α ∇ L_Ti(f_θ'i)
-        losses, _, _ = self.outcome(theta, norms, self.prepare(batch.inputb), batch.labelb)
-        return tf.reduce_sum(losses)
+        theta, common, losses = self.start(batch.inputa.shape[0]), self.common_values(), []
+        x, y = self.prepare(batch.inputa, *self.preparing(common)), batch.labela
+        x2, y2 = self.prepare(batch.inputb, *self.preparing(common)), batch.labelb
+        norms, alpha = self.at(common, 0)
+        for i in range(self.num_updates):
+            norms, alpha = self.at(common, i)
+            theta = self.update(theta, norms, x, y, alpha, phase.first_order)  # θ'i ← θ'i − α ∇ L
+            if phase.all_losses and i + 1 < self.num_updates:
+                losses.append(self.outcome(theta, norms, x2, y2)[0])
+        losses.append(self.outcome(theta, norms, x2, y2)[0])  # L_Ti(f_θ'i), [T]
+        return self.total(losses)
 
-    def meta_gradient(self, batch: Batch) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    @phased
+    def meta_gradient(self, batch: Batch, phase: Phase) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Σ_Ti L_Ti(f_θ'i) / T, and ∇_θ of it for `parameters`, unclipped: line 10 (8)."""
         tasks = batch.inputa.shape[0]
         with tf.GradientTape() as outer:
-            loss = self.outer_loss(batch)
+            loss = self.outer_loss(batch, phase)
         gradients = outer.gradient(loss, self.parameters, unconnected_gradients='zero')
         return loss / tasks, [gradient / tasks for gradient in gradients]
 
@@ -707,13 +1022,43 @@ class MAML(tf.Module):
             for name, theta in self.weights.items()
         }
 
-    def norm_values(self) -> Tensors:
-        """The normalisation parameters, read once: {name: [...]}."""
-        return {name: tf.convert_to_tensor(value) for name, value in self.norms.items()}
+    def common_values(self) -> Common:
+        """Normalisation parameters and the rule's, read once."""
+        groups = self.norms, self.rates
+        return Common(
+            *({name: tf.convert_to_tensor(value) for name, value in own.items()} for own in groups)
+        )
 
-    def prepare(self, inputs: tf.Tensor, leading: Leading = None):
-        """What of the forward pass no weight enters; inputs: [T, examples, D]."""
-        return self.network.prepare(inputs, *([] if leading is None else [leading]))
+    def at(self, common: Common, step: int | tf.Tensor) -> tuple[Tensors, dict | None]:
+        """What update `step` + 1 and the queries after it have of what tasks have in common.
+
+        Normalisation parameters, and the α of the rule, see `UpdateRule.rates`. Before any update
+        it is that of the first.
+        """
+        norms = {} if isinstance(self.network, HeadOnly) else common.norms
+        rows = {name: row_of(norms[name], step) for name in self.step_norms}
+        return {**norms, **rows} if rows else norms, self.rule.rates(common.rates, step)
+
+    def prepare(self, inputs: tf.Tensor, *more):
+        """What of the forward pass no weight that is adapted enters; inputs: [T, examples, D].
+
+        more: of `preparing`.
+        """
+        return self.network.prepare(inputs, *more)
+
+    def preparing(self, common: Common, leading: Leading = None) -> list:
+        """What `prepare` is to be given besides the inputs; leading: see `output`."""
+        if isinstance(self.network, HeadOnly):
+            return [leading, common.norms]
+        return [] if leading is None else [leading]
+
+    def total(self, losses: list[tf.Tensor]) -> tf.Tensor:
+        """Σ over tasks of the losses after the last update, or of all, weighed; [T] each."""
+        if len(losses) > 1:
+            iterations = self.metatrain_optimizer.iterations, self.loss_steps_iterations
+            weights = step_weights(len(losses), *iterations, self.dtype)
+            losses = [tf.add_n([w * loss for w, loss in zip(weights, losses)])]
+        return tf.reduce_sum(losses[-1])
 
     def output(self, weights: Tensors, norms: Tensors, x, leading: Leading = None) -> tf.Tensor:
         """What the network makes of prepared inputs, [T, examples, out].
@@ -742,8 +1087,9 @@ class MAML(tf.Module):
     def pretrain_gradient(self, batch: Batch) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The mean support loss before any update, and its gradient for `parameters`."""
         with tf.GradientTape() as tape:
-            weights, x = self.initial_weights(batch.inputa.shape[0]), self.prepare(batch.inputa)
-            losses, _, _ = self.outcome(weights, self.norm_values(), x, batch.labela)
+            weights, common = self.initial_weights(batch.inputa.shape[0]), self.common_values()
+            x, norms = self.prepare(batch.inputa, *self.preparing(common)), self.at(common, 0)[0]
+            losses, _, _ = self.outcome(weights, norms, x, batch.labela)
             loss = tf.reduce_mean(losses)
         return loss, tape.gradient(loss, self.parameters, unconnected_gradients='zero')
 
@@ -759,15 +1105,18 @@ class MAML(tf.Module):
         transductive: batch normalisation takes the queries' own statistics, as in training and in
         the paper, so that an answer depends on the other queries; else those of the support set.
         """
-        support, query, leading = self.prepare(batch.inputa), batch.inputb, None
+        common, query, leading = self.common_values(), batch.inputb, None
+        support = self.prepare(batch.inputa, *self.preparing(common))
         if not transductive:  # the support set leads
             leading, query = batch.inputa.shape[1], tf.concat([batch.inputa, query], axis=1)
-        query = self.prepare(query, leading) if leading else self.prepare(query)
-        weights, norms = self.initial_weights(batch.inputa.shape[0]), self.norm_values()
-        loss1, accuracy1, outputa = self.outcome(weights, norms, support, batch.labela)
-        outcomes = []
-        for _ in range(num_updates):
-            weights = self.update(weights, norms, support, batch.labela)
+        query = self.prepare(query, *self.preparing(common, leading))
+        weights, outcomes = self.initial_weights(batch.inputa.shape[0]), []
+        loss1, accuracy1, outputa = self.outcome(
+            weights, self.at(common, 0)[0], support, batch.labela
+        )
+        for i in range(num_updates):
+            norms, alpha = self.at(common, i)
+            weights = self.update(weights, norms, support, batch.labela, alpha, False)
             outcomes.append(self.outcome(weights, norms, query, batch.labelb, leading))
         losses2, accuracies2, outputsb = map(tf.stack, zip(*outcomes))
         return Results(loss1, losses2, accuracy1, accuracies2, outputa, outputsb)
@@ -795,10 +1144,11 @@ class FastMAML(MAML):
         super().__init__(*arguments, **named)
         self.compiled = compiled and can_compile(self.network)
         self.replicas = replicas or Replicas()
-        state = {'weights': self.weights, 'norms': self.norms}
-        self.checkpoint = tf.train.Checkpoint(**state, metatrain_optimizer=self.metatrain_optimizer)
+        self.checkpoint = tf.train.Checkpoint(
+            **self.groups, metatrain_optimizer=self.metatrain_optimizer
+        )
         self.pretrain_checkpoint = tf.train.Checkpoint(
-            **state, pretrain_optimizer=self.pretrain_optimizer
+            **self.groups, pretrain_optimizer=self.pretrain_optimizer
         )
 
     # Pieces.
@@ -852,14 +1202,15 @@ class FastMAML(MAML):
         loss, *gradients = self.replicas.mean(self._meta_gradient, batch)
         return loss, gradients
 
-    def _meta_gradient(self, batch: Batch) -> list[tf.Tensor]:
+    @phased
+    def _meta_gradient(self, batch: Batch, phase: Phase) -> list[tf.Tensor]:
         """A sum over tasks can be taken chunk by chunk: they run side by side, in little memory."""
         batch = checked_batch(batch, self.network, self.dtype)
         tasks = batch.inputa.shape[0]
         losses, gradients = [], []
         for chunk in chunks(batch, self.network):
             with tf.GradientTape() as outer:
-                loss = self.outer_loss(chunk)
+                loss = self.outer_loss(chunk, phase)
             losses.append(loss)
             gradients.append(outer.gradient(loss, self.parameters, unconnected_gradients='zero'))
         total = [pairwise_sum(losses), *(pairwise_sum(terms) for terms in zip(*gradients))]
@@ -967,7 +1318,7 @@ class FastMAML(MAML):
         Returns whether Adam's state came with the weights. Raises ValueError, with nothing loaded,
         if the parameters in it are not those of this network.
         """
-        variables = self.weights | self.norms
+        variables = self.named_parameters
         values, optimizers = read_checkpoint(path, [*variables])
         check_parameters(path, values, variables)
         for name, variable in variables.items():
@@ -1087,6 +1438,26 @@ def check_numbers(update_lr: float, num_updates: int, meta_lr, clip: float | Non
     whole_number('seed', seed)
 
 
+def check_choice(name: str, value, choices: Sequence[str], more: str = ''):
+    """Raises ValueError, with the argument's name, for a value that is no choice."""
+    if value not in choices:
+        known = ', '.join(map(repr, choices))
+        raise ValueError(f'{name} must be one of {known}{more}, but it is {value!r:.60}')
+
+
+def last_all_losses(loss_steps: str, iterations: int) -> float:
+    """Until which iteration the losses after all updates count; 0: never. Raises ValueError."""
+    check_choice('loss_steps', loss_steps, ('last', 'all'))
+    iterations = whole_number('loss_steps_iterations', iterations)
+    if loss_steps == 'all':
+        return iterations or float('inf')
+    if iterations:
+        raise ValueError(
+            f"loss_steps_iterations={iterations} is for loss_steps='all': give both or none"
+        )
+    return 0
+
+
 def float_type(dtype) -> tf.DType:
     """float32 or float64, by name or as TensorFlow or NumPy have it. Raises ValueError."""
     try:
@@ -1167,10 +1538,16 @@ def check_loss(loss: Callable, network, dtype: tf.DType):
 
 def takes_shared(network) -> bool:
     """Whether weights may be special_grads.Shared: the class that defines __call__ says so."""
+    network = network.network if isinstance(network, Partly) else network
+    return said_with_call(network, 'takes_shared') or False
+
+
+def said_with_call(network, name: str):
+    """An attribute of the class that defines __call__: what inherits may have another call."""
     for kind in type(network).__mro__:
         if '__call__' in vars(kind):
-            return vars(kind).get('takes_shared', False)
-    return False
+            return vars(kind).get(name)
+    return None
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -1217,6 +1594,9 @@ class Observer:
 
     def training(self, results: Results, iteration: int):
         """What adaptation does to the meta-batch of an iteration, before its outer step."""
+
+    def step_sizes(self, rates: dict[str, np.ndarray], iteration: int):
+        """The step sizes of the inner loop that are learned, before the step of an iteration."""
 
     def validation(self, results: Results, interval: float, iteration: int):
         """What it does to the validation tasks; interval: half of the objective's 95 % interval."""
@@ -1319,6 +1699,9 @@ class Trainer:
         """Tells what adaptation does to the meta-batch of an iteration; batches: arrays."""
         batch = Batch(*(values[iteration - origin] for values in batches))
         self.log.training(self.model.evaluate_together(batch, self.updates), iteration)
+        if self.model.rates:
+            rates = {name: rate.numpy() for name, rate in self.model.rates.items()}
+            self.log.step_sizes(rates, iteration)
         if iteration % self.schedule.picture == 0 and self.log.shows_pictures:
             picture = self.source.picture(batch, self.outputs)
             if picture is not None:
@@ -1483,41 +1866,71 @@ class AnySize:
     COMPILED = 24
 
     def __init__(self, model: FastMAML):
-        self.model, self.norms = model, model.norms
+        self.model, self.common = model, Common(model.norms, model.rates)
         self.plain = Parts.plain(model)
         self.pieces = Parts(*(getattr(model, name) for name in Parts._fields))
         self.programs, self.compiled = {}, set()
         self.compiles = getattr(model, 'compiled', False)
 
-    def adapt(self, x: tf.Tensor, y: tf.Tensor, weights: Tensors, lr, steps: int) -> Tensors:
-        """The weights after so many updates; lr: α, a scalar."""
-        return self._run(self._adapt, x, y, weights, tf.constant(lr, self.model.dtype), steps)
+    def adapt(
+        self, x: tf.Tensor, y: tf.Tensor, weights: Tensors, lr, steps: int, done: int = 0
+    ) -> Tensors:
+        """The weights after so many updates more; lr: α, a scalar; done: updates before these."""
+        size = tf.constant(lr, self.model.dtype)
+        return self._run(self._adapt, x, y, weights, size, done, done + steps)
 
-    def output(self, x: tf.Tensor, weights: Tensors, leading: int | None = None) -> tf.Tensor:
-        """As MAML.output, of inputs that are not prepared."""
+    def adapt_as_learned(
+        self, x: tf.Tensor, y: tf.Tensor, weights: Tensors, scale, steps: int, done: int = 0
+    ) -> Tensors:
+        """The same with the step sizes that the outer loop has learned, times `scale`."""
+        size = tf.constant(scale, self.model.dtype)
+        return self._run(self._adapt_as_learned, x, y, weights, size, done, done + steps)
+
+    def output(
+        self, x: tf.Tensor, weights: Tensors, leading: int | None = None, done: int = 0
+    ) -> tf.Tensor:
+        """As MAML.output, of inputs that are not prepared; done: updates that the weights had."""
         if leading is None:
-            return self._run(self._output, x, weights)
-        return self._run(self._output, x, weights, leading)
+            return self._run(self._output, x, weights, done)
+        return self._run(self._output, x, weights, done, leading)
 
-    def losses(self, x: tf.Tensor, y: tf.Tensor, weights: Tensors) -> tf.Tensor:
-        """[T]."""
-        return self._run(self._losses, x, y, weights)
+    def losses(self, x: tf.Tensor, y: tf.Tensor, weights: Tensors, done: int = 0) -> tf.Tensor:
+        """[T]; done: see `output`."""
+        return self._run(self._losses, x, y, weights, done)
 
-    def _adapt(self, parts: Parts, x, y, weights, lr, steps) -> Tensors:
-        x = parts.prepare(x)
+    def _adapt(self, parts: Parts, x, y, weights, lr, done, end) -> Tensors:
+        return self._updated(parts, x, y, weights, done, end, lambda alpha: lr)
+
+    def _adapt_as_learned(self, parts: Parts, x, y, weights, scale, done, end) -> Tensors:
+        def scaled(alpha):
+            return tf.nest.map_structure(lambda rate: scale * rate, alpha)
+
+        return self._updated(parts, x, y, weights, done, end, scaled)
+
+    def _updated(self, parts: Parts, x, y, weights, done, end, chosen: Callable) -> Tensors:
+        """chosen: from the rule's α of an update to that which it gets."""
+        x = parts.prepare(x, *self.model.preparing(self.common))
 
         def update(step, theta):
-            theta = parts.update(theta, self.norms, x, y, lr)
+            norms, alpha = self.model.at(self.common, step)
+            theta = parts.update(theta, norms, x, y, chosen(alpha))
             shapes = {name: weights[name].shape for name in theta}  # as loops want to know them
             return step + 1, {name: tf.ensure_shape(theta[name], shapes[name]) for name in theta}
 
-        return tf.while_loop(lambda step, _: step < steps, update, [0, weights])[1]
+        return tf.while_loop(lambda step, _: step < end, update, [done, weights])[1]
 
-    def _output(self, parts: Parts, x, weights, *leading) -> tf.Tensor:
-        return parts.output(weights, self.norms, parts.prepare(x, *leading), *leading)
+    def _output(self, parts: Parts, x, weights, done, *leading) -> tf.Tensor:
+        x = parts.prepare(x, *self.model.preparing(self.common, *leading))
+        return parts.output(weights, self._norms_after(done), x, *leading)
 
-    def _losses(self, parts: Parts, x, y, weights) -> tf.Tensor:
-        return parts.outcome(weights, self.norms, parts.prepare(x), y)[0]
+    def _losses(self, parts: Parts, x, y, weights, done) -> tf.Tensor:
+        x = parts.prepare(x, *self.model.preparing(self.common))
+        return parts.outcome(weights, self._norms_after(done), x, y)[0]
+
+    def _norms_after(self, done: int | tf.Tensor) -> Tensors:
+        """The normalisation parameters of queries after so many updates, as in training."""
+        before = max(done - 1, 0) if isinstance(done, int) else tf.maximum(done - 1, 0)
+        return self.model.at(self.common, before)[0]
 
     def _run(self, function: Callable, x: tf.Tensor, *others):
         size = function.__name__, *x.shape, len(others)
@@ -1705,14 +2118,15 @@ class Learner(ArraysOfTasks):
         compiled: bool = False,
         network=None,
         loss: Callable | None = None,
+        learn_lr: UpdateRule | None = None,
     ) -> 'Learner':
         """The model of a training run, or of `save`.
 
         checkpoint: an iteration, -1 for the newest, or 'best' for that of the best validation.
         compiled: see FastMAML; it takes seconds for each new number of tasks or examples, and pays
-        for many tasks. network, loss: the run's, if they are not those of this program; a network
-        may be a keras.Model. Raises ValueError if there is no such checkpoint, or it is damaged or
-        does not tell its flags, or network or loss is missing.
+        for many tasks. network, loss, learn_lr: the run's, if they are not those of this program; a
+        network may be a keras.Model. Raises ValueError if there is no such checkpoint, or it is
+        damaged or does not tell its flags, or network, loss or learn_lr is missing.
         """
         path = find_checkpoint(run_folder, checkpoint)
         settings = read_run_state(path).get('flags')
@@ -1725,6 +2139,9 @@ class Learner(ArraysOfTasks):
         if settings.get('loss') and loss is None:
             raise ValueError(f'{path} was trained with a loss of its own: give it as loss=')
         made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
+        if settings.get('learn_lr', 'none') not in ('none', *LEARNED_RATES) and learn_lr is None:
+            raise ValueError(f'{path} was trained with a rule of its own: give it as learn_lr=')
+        made |= {} if learn_lr is None else {'learn_lr': learn_lr}
         model = make_model(**made, compiled=compiled, network='' if network is None else network)
         if loss is not None:
             check_loss(loss, model.network, model.dtype)
@@ -1757,15 +2174,19 @@ class Learner(ArraysOfTasks):
         steps: int | None = None,
         lr: float | None = None,
         weights: Arrays | None = None,
+        done: int = 0,
     ) -> Arrays:
         """The weights after inner updates on the support set of a task, or of several: equation 1.
 
-        steps: `num_updates` if None. lr: α, `update_lr` if None; for a classifier it is scaled so
-        that it means the same for any number of examples. weights: where to start, θ if None.
+        steps: `num_updates` if None. lr: α; None: `update_lr` or, if they were learned, the step
+        sizes of training. For a classifier it is scaled so that it means the same for any number of
+        examples. weights: where to start, θ if None; done: how many updates these have had, which
+        counts where step sizes or normalisation differ from update to update.
         Raises ValueError for arguments that do not fit, and if the weights become infinite or NaN.
         """
         model = self.model
         steps = whole_number('steps', model.num_updates if steps is None else steps)
+        done, as_learned = whole_number('done', done), lr is None and bool(model.rates)
         lr = real_number('lr', model.update_lr if lr is None else lr)
         label, single = self._labels(support_y)  # [T, examples, out]
         tasks, examples = label.shape[:2]
@@ -1774,42 +2195,55 @@ class Learner(ArraysOfTasks):
             start = model.initial_weights(tasks)
         else:
             start = self._given(weights, tasks, single)
-        alpha = lr * self.example_scale(examples)
-        adapted = self.programs.adapt(x, label, start, alpha, steps)
+        scale = self.example_scale(examples)
+        if as_learned:
+            adapted = self.programs.adapt_as_learned(x, label, start, scale, steps, done)
+        else:
+            adapted = self.programs.adapt(x, label, start, lr * scale, steps, done)
         arrays = {name: value.numpy() for name, value in adapted.items()}
-        checked_finite(arrays, f'after {steps} step{"s" * (steps != 1)} with lr={lr:g} the weights')
+        sizes = 'learned step sizes' if as_learned else f'lr={lr:g}'
+        checked_finite(arrays, f'after {steps} step{"s" * (steps != 1)} with {sizes} the weights')
         return {name: value[0] for name, value in arrays.items()} if single else arrays
 
     def predict(
-        self, query_x: np.ndarray, weights: Arrays, support_x: np.ndarray | None = None
+        self,
+        query_x: np.ndarray,
+        weights: Arrays,
+        support_x: np.ndarray | None = None,
+        done: int | None = None,
     ) -> np.ndarray:
         """Class probabilities of the queries, [(T,) queries, N]; of regression, the outputs.
 
         weights: from `adapt`. support_x: if given, batch normalisation takes its statistics of this
         support set alone, so that an answer does not depend on the other queries; else of the
-        queries, as in training and in the paper. Raises ValueError for arguments that do not fit,
-        and for weights that give no finite answers.
+        queries, as in training and in the paper. done: how many updates the weights have had,
+        `num_updates` if None; it counts with `norm_steps` only. Raises ValueError for arguments
+        that do not fit, and for weights that give no finite answers.
         """
+        done = whole_number('done', self.model.num_updates if done is None else done)
         single = self._is_single(weights)
         x, leading = self._examples(query_x, 'query_x', single), None
         if support_x is not None:
             support = self._examples(support_x, 'support_x', single, (x.shape[0], None))
             x, leading = tf.concat([support, x], axis=1), support.shape[1]
         given = self._given(weights, x.shape[0], single)
-        output = self.programs.output(x, given, leading)
+        output = self.programs.output(x, given, leading, done)
         output = (tf.nn.softmax(output) if self.is_classifier else output).numpy()
         checked_finite({'output': output}, 'the answers')
         return output[0] if single else output
 
-    def task_loss(self, x: np.ndarray, y: np.ndarray, weights: Arrays) -> np.ndarray:
+    def task_loss(
+        self, x: np.ndarray, y: np.ndarray, weights: Arrays, done: int | None = None
+    ) -> np.ndarray:
         """The mean loss of a task's examples, a number; of several tasks, [T].
 
         Arguments and errors as of `adapt` and `predict`.
         """
+        done = whole_number('done', self.model.num_updates if done is None else done)
         label, single = self._labels(y)
         inputs = self._examples(x, 'x', single, label.shape[:2])
         given = self._given(weights, label.shape[0], single)
-        loss = self.programs.losses(inputs, label, given).numpy()
+        loss = self.programs.losses(inputs, label, given, done).numpy()
         checked_finite({'loss': loss}, 'the losses')
         if self.is_classifier:  # a sum over examples, divided by training's K
             loss *= self.model.loss.shots / label.shape[1]
@@ -1829,12 +2263,16 @@ class Learner(ArraysOfTasks):
 def settings_of(model: FastMAML) -> dict:
     """What `Learner.load` must know of a model that was not made from flags."""
     shots, plain = getattr(model.loss, 'shots', None), model.loss is mean_squared_error
+    rule = model.learn_lr
     return {
         'datasource': 'own',
         'network': type(model.network).__name__,
         'update_lr': model.update_lr,
         'num_updates': model.num_updates,
         'stop_grad': model.stop_grad,
+        'adapt': model.adapt,
+        'learn_lr': rule if isinstance(rule, str) else type(rule).__name__,
+        'norm_steps': model.norm_steps,
         'objective': 'loss' if shots is None else 'accuracy',
         'shots': shots,
         'loss': '' if plain or shots is not None else getattr(model.loss, '__name__', 'own'),
@@ -1929,6 +2367,8 @@ class MetaModel(keras.Model):
         self.theta = KerasVariables(maml.weights, 'theta')
         if maml.norms:
             self.norms = KerasVariables(maml.norms, 'norms')
+        if maml.rates:
+            self.rates = KerasVariables(maml.rates, 'rates')
         self.built = True
 
     def compile(
@@ -2092,8 +2532,7 @@ def set_optimizer(model: FastMAML, optimizer: keras.optimizers.Optimizer):
     """Gives a model another outer optimizer; the program that was traced with the old one goes."""
     optimizer.build(model.parameters)
     model.metatrain_optimizer = optimizer
-    state = {'weights': model.weights, 'norms': model.norms, 'metatrain_optimizer': optimizer}
-    model.checkpoint = tf.train.Checkpoint(**state)
+    model.checkpoint = tf.train.Checkpoint(**model.groups, metatrain_optimizer=optimizer)
     vars(model).pop(FastMAML.metatrain_step.attribute, None)
 
 
@@ -2243,20 +2682,35 @@ def make_model(
     network='',
     objective: str | None = None,
     shots: float | None = None,
+    adapt: str = 'all',
+    learn_lr: str | UpdateRule = 'none',
+    loss_steps: str = 'last',
+    loss_steps_iterations: int = 0,
+    first_order_iterations: int = 0,
+    norm_steps: bool = False,
+    meta_lr_decay: str = 'none',
+    meta_lr_end: float = 0.0,
+    metatrain_iterations: int = 15000,
     **settings,
 ) -> FastMAML:
     """A model with the paper's network, loss and clipping.
 
     Arguments as the flags and as of FastMAML, `settings` as for `make_network`. network: another
     one, or a keras.Model. objective, shots: of the user's own tasks, 'loss' or 'accuracy', and the
-    K that the loss of a classifier is divided by.
+    K that the loss of a classifier is divided by. meta_lr_decay: 'cosine' lets the outer step size
+    fall to meta_lr_end over metatrain_iterations.
     """
     is_regression = objective == 'loss' or objective is None and datasource == 'sinusoid'
     loss = mean_squared_error if is_regression else cross_entropy(shots or update_batch_size)
     clip = 10.0 if datasource in ('miniimagenet', 'folder') else None
     made = make_network(datasource, **settings) if isinstance(network, str) else network
+    if meta_lr_decay == 'cosine':
+        share = meta_lr_end / meta_lr if meta_lr else 0.0
+        meta_lr = keras.optimizers.schedules.CosineDecay(meta_lr, metatrain_iterations, share)
     inner, outer = (update_lr, num_updates), (meta_lr, stop_grad, clip)
-    return FastMAML(made, loss, *inner, *outer, seed, dtype, compiled=compiled, replicas=replicas)
+    annealed = (loss_steps, loss_steps_iterations, first_order_iterations)
+    more = (seed, dtype, adapt, learn_lr, *annealed, norm_steps)
+    return FastMAML(made, loss, *inner, *outer, *more, compiled=compiled, replicas=replicas)
 
 
 # The settings of a run that `make_model` takes, in the arguments' order.

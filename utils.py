@@ -244,7 +244,8 @@ def folder_path(name: str, value) -> Path:
 CHECKPOINTS_KEPT = 10
 OBJECT_GRAPH = '_CHECKPOINTABLE_OBJECT_GRAPH'  # in checkpoints of TensorFlow 2 only
 RUN_STATE = 'run/.ATTRIBUTES/VARIABLE_VALUE'  # what `write_checkpoint` adds
-PARAMETER_KEY = r'(?:weights|norms)/(.+)/\.ATTRIBUTES/VARIABLE_VALUE'
+# The group of learned step sizes belongs to their names, as they may be called after weights.
+PARAMETER_KEY = r'(?:weights/|norms/|(?=rates/))(.+)/\.ATTRIBUTES/VARIABLE_VALUE'
 OPTIMIZERS = ('metatrain_optimizer', 'pretrain_optimizer')
 
 

@@ -173,9 +173,16 @@ class Task:
         That of a class without examples is 0; so are all after updates that diverged. One thread
         at a time.
         """
-        weights, tasks = self.weights(question), (UPDATES + 1, 1, 1, 1, 1)
-        support_x, query_x = np.tile(question.x, tasks), np.tile(question.query, tasks)
-        outputs = self.learner.predict(query_x, weights, support_x)[:, 0]
+        weights, parts = self.weights(question), [slice(None)]
+        if self.learner.model.step_norms:  # each has normalisation parameters of its own
+            parts = [slice(done, done + 1) for done in range(UPDATES + 1)]
+        found = []
+        for part in parts:
+            own = {name: value[part] for name, value in weights.items()}
+            tasks = (len(range(UPDATES + 1)[part]), 1, 1, 1, 1)
+            support_x, query_x = np.tile(question.x, tasks), np.tile(question.query, tasks)
+            found.append(self.learner.predict(query_x, own, support_x, part.start)[:, 0])
+        outputs = np.concatenate(found)
         outputs *= np.isin(np.arange(len(self.classes)), question.y)
         total = outputs.sum(1, keepdims=True)
         return np.divide(outputs, total, out=np.zeros_like(outputs), where=total > 0)
@@ -189,7 +196,8 @@ class Task:
         if self.adapted is None or self.adapted[0] != support:
             steps = [self.learner.adapt(question.x, question.y, 0)]
             for _ in range(UPDATES):
-                steps.append(self.learner.adapt(question.x, question.y, 1, weights=steps[-1]))
+                own = dict(weights=steps[-1], done=len(steps) - 1)
+                steps.append(self.learner.adapt(question.x, question.y, 1, **own))
             weights = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
             self.adapted = support, weights
         return self.adapted[1]

@@ -39,8 +39,9 @@ def fits(
     inputs = np.stack(np.broadcast_arrays(x, a, phi), axis=-1)[..., :dim]  # [T, points, D]
     support = batch.inputa[..., :dim]  # [T, K, D]
     results = model.evaluate(Batch(support, batch.labela, inputs, truth[..., None]), max(CURVES))
-    prepared, weights = model.network.prepare(inputs), model.initial_weights(tasks)
-    outputs = [model.network(prepared, weights, model.norms), *results.outputsb]
+    common = model.common_values()
+    prepared, norms = model.prepare(inputs, *model.preparing(common)), model.at(common, 0)[0]
+    outputs = [model.output(model.initial_weights(tasks), norms, prepared), *results.outputsb]
     predictions = {updates: np.asarray(outputs[updates])[..., 0] for updates in CURVES}
     points = np.concatenate([support[..., :1], batch.labela], axis=-1)  # [T, K, 2]
     found = []

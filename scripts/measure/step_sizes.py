@@ -105,6 +105,8 @@ def table(
     Raises ValueError if the runs do not belong together.
     """
     first, alpha = models[0], models[0].model.update_lr
+    if any(learner.model.rates for learner in models):
+        raise ValueError('the runs have learned their step sizes, so halving α tells nothing')
     if len({training(learner) for learner in models}) > 1 or 'oracle' in training(first):
         raise ValueError('the runs must be seeds of the same training, and not of the oracle')
     is_error = not first.is_classifier

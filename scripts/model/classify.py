@@ -87,10 +87,10 @@ def adapt(
 ) -> tuple[dict, list[float]]:
     """The adapted weights, and the loss on the support set before and after each step."""
     weights = learner.adapt(support.x, support.y, 0)
-    losses = [float(learner.task_loss(support.x, support.y, weights))]
-    for _ in range(steps):
-        weights = learner.adapt(support.x, support.y, 1, lr, weights)
-        losses.append(float(learner.task_loss(support.x, support.y, weights)))
+    losses = [float(learner.task_loss(support.x, support.y, weights, 0))]
+    for done in range(steps):
+        weights = learner.adapt(support.x, support.y, 1, lr, weights, done)
+        losses.append(float(learner.task_loss(support.x, support.y, weights, done + 1)))
     return weights, losses
 
 
@@ -129,8 +129,9 @@ def classify(values: argparse.Namespace) -> dict:
     layout = run_layout(learner.settings)
     support = read_support(values.support_dir, layout, learner.model.network.dim_output)
     files, x = read_queries(values.image, layout)
-    weights, losses = adapt(learner, support, chosen_steps(values, learner), values.lr)
-    outputs = learner.predict(x, weights, None if values.transductive else support.x)
+    steps = chosen_steps(values, learner)
+    weights, losses = adapt(learner, support, steps, values.lr)
+    outputs = learner.predict(x, weights, None if values.transductive else support.x, steps)
     probabilities = outputs[:, : len(support.labels)]  # [queries, labels]
     total = probabilities.sum(1, keepdims=True)  # outputs without a label do not count
     if not (total > 0).all():

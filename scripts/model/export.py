@@ -29,7 +29,7 @@ import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
 # isort: split
 import tensorflow as tf
 
-from maml import PIXEL_TOLERANCE, Learner, example_shape
+from maml import PIXEL_TOLERANCE, Common, Learner, example_shape
 from scripts.lib.models import add_arguments, load
 from utils import UserCodeError, print_anything, taken_as_written
 
@@ -74,7 +74,7 @@ class Serving(NamedTuple):
 
     learner: Learner
     steps: int
-    lr: float
+    lr: float | None  # None: what was learned
     transductive: bool
 
     def module(self, image_shape: tuple[int, ...]) -> tf.Module:
@@ -87,7 +87,7 @@ class Serving(NamedTuple):
         query = tf.TensorSpec(images, tf.float32, 'query_images')
         module = tf.Module()
         module.weights = self.learner.model.weights
-        module.norms = self.learner.model.norms
+        module.norms, module.rates = self.learner.model.norms, self.learner.model.rates
         keras_model = getattr(self.learner.model.network, 'model', None)
         if keras_model:  # what the graphs below read of it
             module.others = [variable.value for variable in keras_model.variables]
@@ -120,11 +120,15 @@ class Serving(NamedTuple):
     def adapted(self, support_images: tf.Tensor, support_labels: tf.Tensor) -> dict[str, tf.Tensor]:
         model = self.learner.model
         label = tf.one_hot(support_labels, model.network.dim_output)  # [T, examples, N]
-        x = model.prepare(self.flat(support_images))
+        common = Common(model.norms, model.rates)
+        x = model.prepare(self.flat(support_images), *model.preparing(common))
         weights = model.initial_weights(tf.shape(support_images)[0])
-        lr = self.lr * self.learner.example_scale(tf.cast(tf.shape(label)[1], tf.float32))
-        for _ in range(self.steps):
-            weights = model.update(weights, model.norms, x, label, lr)
+        scale = self.learner.example_scale(tf.cast(tf.shape(label)[1], tf.float32))
+        for step in range(self.steps):
+            norms, rates = model.at(common, step)
+            given = rates if self.lr is None else self.lr
+            lr = tf.nest.map_structure(lambda rate: rate * scale, given)
+            weights = model.update(weights, norms, x, label, lr)
         what = 'adaptation diverged, export with a smaller --lr: the weights'
         return {name: finite(f'{what} {name}', value) for name, value in weights.items()}
 
@@ -140,16 +144,22 @@ class Serving(NamedTuple):
         if not self.transductive:
             x = tf.concat([self.flat(support_images), x], axis=1)
             leading = tf.shape(support_images)[1]
-        output = model.output(weights, model.norms, model.prepare(x, leading), leading)
+        common = Common(model.norms, model.rates)
+        x = model.prepare(x, *model.preparing(common, leading))
+        output = model.output(weights, model.at(common, max(self.steps - 1, 0))[0], x, leading)
         what = 'adaptation diverged, export with a smaller --lr: the answers'
         return {'probabilities': finite(what, tf.nn.softmax(output))}
 
 
-def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, float]:
-    """The number and the size of gradient steps. Raises ValueError if they make no sense."""
+def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, float | None]:
+    """The number and the size of gradient steps; None: as learned.
+
+    Raises ValueError if they make no sense.
+    """
     steps = learner.model.num_updates if values.steps is None else values.steps
-    lr = learner.model.update_lr if values.lr is None else values.lr
-    if not 0 <= steps <= 1000 or not 0 <= lr < float('inf'):
+    default = None if learner.model.rates else learner.model.update_lr
+    lr = default if values.lr is None else values.lr
+    if not 0 <= steps <= 1000 or lr is not None and not 0 <= lr < float('inf'):
         raise ValueError(
             f'--steps must be from 0 to 1000 and --lr at least 0, but they are {steps} and {lr}'
         )
@@ -186,9 +196,10 @@ def export(values: argparse.Namespace) -> str:
     shape = example_shape(learner.settings)
     save(Serving(learner, steps, lr, values.transductive).module(shape), values.out)
     ways, transductive = learner.model.network.dim_output, '' if values.transductive else 'not '
+    size = 'the learned step sizes' if lr is None else f'α = {lr}'
     return (
         f'{values.out}: {ways} ways, images {"x".join(map(str, shape))}, '
-        f'{steps} steps with α = {lr}, {transductive}transductive'
+        f'{steps} steps with {size}, {transductive}transductive'
     )
 
 

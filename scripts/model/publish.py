@@ -79,7 +79,7 @@ def copy_weights(run_folder: Path, target: Path, which: int | str, network: str 
     """
     learner = load(run_folder, which, network)
     target.mkdir(parents=True, exist_ok=True)
-    weights = tf.train.Checkpoint(weights=learner.model.weights, norms=learner.model.norms)
+    weights = tf.train.Checkpoint(**learner.model.groups)
     state = read_run_state(learner.checkpoint)
     kind = 'best' if which == 'best' else 'model'
     write_checkpoint(weights, target, state['iteration'], state, kind)
