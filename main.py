@@ -741,9 +741,6 @@ def restore(model: FastMAML, path: str, f: flags.FlagValues):
 # What is printed, and shown in TensorBoard --------------------------------------------------------
 
 
-MANY_RATES = 20  # step sizes of a weight that have no scalar each
-
-
 class Log(Observer):
     """Summaries for TensorBoard, the original's printed lines, and a line of progress.
 
@@ -836,23 +833,13 @@ class Log(Observer):
             self.before, self.after = [], []
 
     def step_sizes(self, rates: dict[str, np.ndarray], iteration: int):
-        """Scalars of those of a layer, and of its updates; of many a histogram and the mean."""
-        scalars = {}
+        """Writes a scalar each; of those of many weights the mean, and a histogram."""
+        means = [np.float32(np.mean(value)) for value in rates.values()]
+        self._write(tuple(f'update_lr/{name}' for name in rates), means, iteration)
         for name, value in rates.items():
-            tag = f'update_lr/{name}'
-            if value.ndim == 0:
-                scalars[tag] = value
-            elif value.ndim > 1 or value.size > MANY_RATES:
-                scalars[tag] = value.mean()
-                self._histogram(f'{tag}/all', value, iteration)
-            else:
-                scalars |= {f'{tag}__step_{i}': rate for i, rate in enumerate(value, start=1)}
-        self._write(tuple(scalars), [*map(np.float32, scalars.values())], iteration)
-
-    def _histogram(self, tag: str, values: np.ndarray, iteration: int):
-        if self.writer:
-            with self.writer.as_default():
-                tf.summary.histogram(tag, values, step=iteration)
+            if self.writer and np.ndim(value):
+                with self.writer.as_default():
+                    tf.summary.histogram(f'update_lr/{name}/all', value, step=iteration)
 
     def validation(self, results: Results, interval: float, iteration: int):
         before, after = self.summaries('metaval', results, iteration)

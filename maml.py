@@ -616,6 +616,10 @@ class UpdateRule:
         """
         return None
 
+    def shown(self, values: Arrays) -> Arrays:
+        """What summaries tell of `parameters`, {label: scalar or array}."""
+        return values
+
     def __call__(self, weights: dict, gradients: Tensors, alpha) -> Tensors:
         """θ' = θ − α ∇L, {name: [T, ...]}.
 
@@ -650,6 +654,12 @@ class LearnedRates(UpdateRule):
         if self.kind == 'layer_step':
             values = {name: row_of(value, step) for name, value in values.items()}
         return {name: values[rate] for name, rate in self.names.items()}
+
+    def shown(self, values: Arrays) -> Arrays:
+        if self.kind != 'layer_step':
+            return values
+        rows = {name: enumerate(value, start=1) for name, value in values.items()}
+        return {f'{name}__step_{i}': rate for name in rows for i, rate in rows[name]}
 
 
 LEARNED_RATES = ('layer', 'layer_step', 'weight')
@@ -1701,7 +1711,7 @@ class Trainer:
         self.log.training(self.model.evaluate_together(batch, self.updates), iteration)
         if self.model.rates:
             rates = {name: rate.numpy() for name, rate in self.model.rates.items()}
-            self.log.step_sizes(rates, iteration)
+            self.log.step_sizes(self.model.rule.shown(rates), iteration)
         if iteration % self.schedule.picture == 0 and self.log.shows_pictures:
             picture = self.source.picture(batch, self.outputs)
             if picture is not None:

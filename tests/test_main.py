@@ -170,6 +170,7 @@ def test_flags_and_defaults():
         'num_query',
         'fit',
         'skip_small_classes',
+        *main.INNER_LOOPS,
     }
 
 
