@@ -319,11 +319,14 @@ FLAGS = (
 # fmt: on
 
 
-# Runs that are older than these have their defaults.
-INNER_LOOPS = (
-    *('adapt', 'learn_lr', 'loss_steps', 'loss_steps_iterations', 'first_order_iterations'),
-    *('norm_steps', 'meta_lr_decay', 'meta_lr_end'),
-)
+# Flags that older runs do not have, with what these did.
+INNER_LOOPS = {
+    name: next(flag.default for flag in FLAGS if flag.name == name)
+    for name in (
+        *('adapt', 'learn_lr', 'loss_steps', 'loss_steps_iterations', 'first_order_iterations'),
+        *('norm_steps', 'meta_lr_decay', 'meta_lr_end'),
+    )
+}
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -691,9 +694,7 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
     stored: the flags that the checkpoint holds; one that is younger than it, it does not hold.
     """
     fixed = (EVALUATION, NEVER) if f.train else (NEVER,)
-    # What runs did that are older than these flags.
-    older = {flag.name: flag.default for flag in FLAGS if flag.name in INNER_LOOPS}
-    stored = {'fit': 'squash'} | older | stored
+    stored = {'fit': 'squash'} | INNER_LOOPS | stored  # what runs did that are older than the flags
     names = [flag.name for flag in FLAGS if flag.may_change in fixed and flag.name in stored]
     names += [name for name in held_by_learning(stored, f.train) if name not in names]
     names = [name for name in names if name != 'fit' or f.fit]  # else it is the run's

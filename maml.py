@@ -1,8 +1,9 @@
 """Model-agnostic meta-learning (Finn, Abbeel and Levine, ICML 2017).
 
-Networks; the algorithm, class MAML, as the paper has it; how it is run fast, class FastMAML; the
-training loop, class Trainer; arrays in and arrays out, class Learner; Keras's `fit` and callbacks,
-class MetaModel; and the model that the command line's settings describe.
+Networks; what an inner loop changes, and how; the algorithm, class MAML, as the paper has it; how
+it is run fast, class FastMAML; the training loop, class Trainer; arrays in and arrays out, class
+Learner; Keras's `fit` and callbacks, class MetaModel; and the model that the command line's
+settings describe.
 
 The task axis is explicit. After the first inner step each task has weights of its own, so weights
 are [T, ...] like the data, and every layer acts on all T tasks of a meta-batch at once. "a" is the

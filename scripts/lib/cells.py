@@ -16,7 +16,7 @@ import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
 import numpy as np
 import tensorflow as tf
 
-from main import SINUSOIDS, Cell, same
+from main import INNER_LOOPS, SINUSOIDS, Cell, same
 from scripts.lib import unpickling
 from utils import (
     DamagedCheckpoint,
@@ -106,7 +106,7 @@ def deviations(folder: Path, flags: dict, cell: Cell) -> dict[str, tuple]:
         raise ValueError(f'{folder} does not tell the flags it was trained with')
     found = {
         name: (flags[name], wanted)
-        for name, wanted in cell.settings.items()
+        for name, wanted in (INNER_LOOPS | cell.settings).items()
         if name in flags and not same(flags[name], wanted)
     }
     joint = flags.get('metatrain_iterations') == 0 and flags.get('baseline') != 'oracle'
