@@ -35,7 +35,7 @@ pytest.importorskip('matplotlib')
 
 from scripts.lib import cells, report_figures
 from scripts.measure import step_sizes
-from scripts.paper import report, second_order_ablation
+from scripts.paper import report, second_order_ablation, variants
 
 CASE = ROOT / 'tests' / 'reference' / 'omniglot_5way_1shot.npz'
 ABLATION = 'scripts/paper/second_order_ablation.py'
@@ -82,6 +82,38 @@ def test_validations_of_the_ablation(tmp_path):
     assert '| Omniglot, 5-way 1-shot | held | 1000 | 75.0 ± 9.4 | 62.5 ± 1.0 |' in text
     assert text.count('not run') == 3
     assert (tmp_path / 'ablation.png').exists()
+
+
+def test_variants(tmp_path, eager):
+    """Two variants of two seeds, one of one: means and intervals are those of their evaluations."""
+    flags = ['--norm=None', '--update_batch_size=10', '--metatrain_iterations=201']
+    for name, seeds, more in [
+        ('maml', (0, 1), []),
+        ('meta-sgd', (0, 1), ['--learn_lr=weight']),
+        ('own', (0,), ['--adapt=body']),
+    ]:
+        for seed in seeds:
+            line = [*flags, *more, f'--seed={seed}', f'--logdir={tmp_path}/sine/{name}/seed{seed}']
+            succeeded(run(*line))
+            if name != 'own':
+                succeeded(run(*line, '--train=False', '--test_set=True'))
+    (tmp_path / 'sine/own/seed1/cls_0').mkdir(parents=True)
+    outcome = succeeded(in_process(variants.main, [str(tmp_path)]))
+    assert 'seed1/cls_0 has no checkpoint' in outcome.err and 'left out' in outcome.err
+    rows = [line.split(' | ') for line in (tmp_path / 'variants.md').read_text().splitlines()[2:]]
+    assert [row[1:4] for row in rows] == [
+        ['maml', '201', '2 seeds'],
+        ['meta-sgd', '201', '2 seeds'],
+        ['own', '201', 'tasks, one seed'],
+    ]
+    tables = sorted(tmp_path.glob('sine/maml/*/*/test_*.csv'))
+    after_one = [float(list(csv.reader(path.open()))[1][1]) for path in tables]
+    assert len(tables) == 2 and rows[0][4].startswith(f'{np.mean(after_one):.3f} ± ')
+    assert rows[2][4] == 'not evaluated' and (tmp_path / 'variants.png').stat().st_size > 10_000
+
+
+def test_variants_refuses(tmp_path):
+    assert_refused(in_process(variants.main, [str(tmp_path)]), 'variants.py: ', 'SET/VARIANT')
 
 
 def test_hours_by_a_clock_that_was_put_back(tmp_path):
@@ -352,6 +384,28 @@ def test_cells_are_what_the_scripts_train():
 
 
 SET_UP = f'set_up() {{ PATH={Path(sys.executable).parent}:$PATH; }}\n'
+
+
+@pytest.mark.slow
+def test_variants_by_the_script(checkout, monkeypatch):
+    """Trains, evaluates and draws; a second call does only the latter."""
+    monkeypatch.setenv('SETS', 'omniglot_20way_1shot')
+    flags = [
+        '--metatrain_iterations=6',
+        '--num_filters=4',
+        '--meta_batch_size=2',
+        '--num_updates=2',
+    ]
+    first, second = (bash(checkout, 'variants', *flags) for _ in range(2))
+    for outcome in (first, second):
+        assert outcome.returncode == 0, outcome.stderr[-2000:]
+    assert first.stdout.count('starting training') == first.stdout.count('starting eval') == 5
+    assert 'starting' not in second.stdout and second.stdout.count('The run is complete') == 5
+    folder = checkout / 'logs/variants'
+    text = (folder / 'variants.md').read_text()
+    for name in ('maml', 'first_order', 'anil', 'meta-sgd', 'maml++'):
+        assert f' {name} | 6 | tasks, one seed | ' in text
+    assert (folder / 'variants.png').exists() and 'not evaluated' not in text
 
 
 @pytest.fixture(scope='module')
