@@ -845,6 +845,96 @@ class Common(NamedTuple):
     rates: Tensors  # the rule's parameters
 
 
+class InnerLoop(NamedTuple):
+    """Arguments of MAML that say what there is to learn."""
+
+    update_lr: float
+    num_updates: int
+    adapt: str
+    learn_lr: str | UpdateRule
+    norm_steps: bool
+
+
+class Learned(tf.Module):
+    """What the outer loop learns: θ, what is common to all tasks, step sizes.
+
+    Attributes: weights, norms and rates, {name: variable} each; network, as the inner loop sees it;
+    rule, an UpdateRule; step_norms, the names of norms that each update has of its own.
+    Raises ValueError for settings that do not fit the network.
+    """
+
+    def __init__(self, network, inner: InnerLoop, seed: int, dtype: tf.DType):
+        super().__init__()
+        self.network, self.dtype = part_of(network, inner.adapt), dtype
+        self.adapt, self.learn_lr, self.norm_steps = inner.adapt, inner.learn_lr, inner.norm_steps
+        self.rule = update_rule(inner.learn_lr, self.network, inner.update_lr, inner.num_updates)
+        self.step_norms = step_norms(network, inner.adapt) if inner.norm_steps else []
+        variables, made = {}, network.parameters | network.norm_parameters
+        for i, (name, value) in enumerate((made | rate_parameters(self.rule)).items()):
+            value = initial_value(*value, seed=[seed, i])
+            if name in self.step_norms:
+                value = np.stack([value] * max(inner.num_updates, 1))  # [updates, ...]
+            variables[name] = tf.Variable(tf.cast(value, dtype))
+        self.names = [*made]
+        self.weights = {name: variables[name] for name in self.network.parameters}  # θ
+        # Learned by the outer loop only; of the update rule, likewise.
+        self.norms = {name: variables[name] for name in self.network.norm_parameters}
+        self.rates = {name: variables[f'rates/{name}'] for name in self.rule.parameters}
+
+    @property
+    def named_parameters(self) -> dict[str, tf.Variable]:
+        """All that the outer loop learns, by name: weights, normalisation parameters, step sizes.
+
+        The order is the network's, whatever the inner loop changes; step sizes are 'rates/...'.
+        """
+        own = self.weights | self.norms
+        rates = {f'rates/{name}': rate for name, rate in self.rates.items()}
+        return {name: own[name] for name in self.names} | rates
+
+    @property
+    def parameters(self) -> list[tf.Variable]:
+        """All that the outer loop learns: weights, normalisation parameters, step sizes."""
+        return [*self.named_parameters.values()]
+
+    @property
+    def groups(self) -> dict[str, dict[str, tf.Variable]]:
+        """The same as checkpoints have them."""
+        rates = {'rates': self.rates} if self.rates else {}
+        return {'weights': self.weights, 'norms': self.norms} | rates
+
+    def is_finite(self) -> bool:
+        """Whether all parameters are numbers."""
+        return all(np.isfinite(parameter.numpy()).all() for parameter in self.parameters)
+
+    def common_values(self) -> Common:
+        """Normalisation parameters and the rule's, read once."""
+        groups = self.norms, self.rates
+        return Common(
+            *({name: tf.convert_to_tensor(value) for name, value in own.items()} for own in groups)
+        )
+
+    def at(self, common: Common, step: int | tf.Tensor) -> tuple[Tensors, dict | None]:
+        """What update `step` + 1 and the queries after it have of what tasks have in common.
+
+        Normalisation parameters, and the α of the rule, see `UpdateRule.rates`. Before any update
+        it is that of the first.
+        """
+        norms = {} if isinstance(self.network, HeadOnly) else common.norms
+        rows = {name: row_of(norms[name], step) for name in self.step_norms}
+        return {**norms, **rows} if rows else norms, self.rule.rates(common.rates, step)
+
+    def preparing(self, common: Common, leading: Leading = None) -> list:
+        """What `prepare` is to be given besides the inputs; leading: see `output`."""
+        if isinstance(self.network, HeadOnly):
+            return [leading, common.norms]
+        return [] if leading is None else [leading]
+
+
+def rate_parameters(rule: UpdateRule) -> dict[str, tuple]:
+    """Its parameters, by their names among all others."""
+    return {f'rates/{name}': made for name, made in rule.parameters.items()}
+
+
 # The algorithm ------------------------------------------------------------------------------------
 
 
@@ -868,7 +958,7 @@ class Results(NamedTuple):
 TASK_AXIS = Results(loss1=0, losses2=1, accuracy1=0, accuracies2=1, outputa=0, outputsb=1)
 
 
-class MAML(tf.Module):
+class MAML(Learned):
     """Meta-learned initial weights θ of a network, and the loops that learn them; see FastMAML.
 
     Args:
@@ -906,65 +996,22 @@ class MAML(tf.Module):
         first_order_iterations: int = 0,
         norm_steps: bool = False,
     ):
-        super().__init__()
         check_numbers(update_lr, num_updates, meta_lr, clip, seed)
         network = KerasNetwork(network) if isinstance(network, keras.Model) else network
-        self.loss, self.dtype = loss, float_type(dtype)
-        check_network(network, self.dtype)
-        check_loss(loss, network, self.dtype)
-        self.network = part_of(network, adapt)
-        self.update_lr, self.num_updates = update_lr, num_updates
+        check_network(network, float_type(dtype))
+        check_loss(loss, network, float_type(dtype))
+        inner = InnerLoop(update_lr, num_updates, adapt, learn_lr, norm_steps)
+        super().__init__(network, inner, seed, float_type(dtype))
+        self.loss, self.update_lr, self.num_updates = loss, update_lr, num_updates
         self.stop_grad, self.clip = stop_grad, clip
-        self.adapt, self.learn_lr, self.norm_steps = adapt, learn_lr, norm_steps
-        self.rule = update_rule(learn_lr, self.network, update_lr, num_updates)
-        self.step_norms = step_norms(network, adapt) if norm_steps else []
         until = last_all_losses(loss_steps, loss_steps_iterations)
         self.phases = phases(whole_number('first_order_iterations', first_order_iterations), until)
         self.loss_steps, self.loss_steps_iterations = loss_steps, loss_steps_iterations
-        variables = {}
-        for i, (name, made) in enumerate((network.parameters | network.norm_parameters).items()):
-            value = initial_value(*made, seed=[seed, i])
-            if name in self.step_norms:
-                value = np.stack([value] * max(num_updates, 1))  # [updates, ...]
-            variables[name] = tf.Variable(tf.cast(value, dtype))
-        self.names = [*variables]
-        self.weights = {name: variables[name] for name in self.network.parameters}  # θ
-        # Learned by the outer loop only.
-        self.norms = {name: variables[name] for name in self.network.norm_parameters}
-        self.rates = {}  # of the update rule, likewise
-        for i, (name, made) in enumerate(self.rule.parameters.items(), start=len(variables)):
-            value = initial_value(*made, seed=[seed, i])
-            self.rates[name] = tf.Variable(tf.cast(value, dtype))
         # ε as TensorFlow 1's Adam has it; Keras's own default is ten times larger.
         self.metatrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
         self.pretrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
         for optimizer in (self.metatrain_optimizer, self.pretrain_optimizer):
             optimizer.build(self.parameters)
-
-    @property
-    def named_parameters(self) -> dict[str, tf.Variable]:
-        """All that the outer loop learns, by name: weights, normalisation parameters, step sizes.
-
-        The order is the network's, whatever the inner loop changes; step sizes are 'rates/...'.
-        """
-        own = self.weights | self.norms
-        rates = {f'rates/{name}': rate for name, rate in self.rates.items()}
-        return {name: own[name] for name in self.names} | rates
-
-    @property
-    def parameters(self) -> list[tf.Variable]:
-        """All that the outer loop learns: weights, normalisation parameters, step sizes."""
-        return [*self.named_parameters.values()]
-
-    @property
-    def groups(self) -> dict[str, dict[str, tf.Variable]]:
-        """The same as checkpoints have them."""
-        rates = {'rates': self.rates} if self.rates else {}
-        return {'weights': self.weights, 'norms': self.norms} | rates
-
-    def is_finite(self) -> bool:
-        """Whether all parameters are numbers."""
-        return all(np.isfinite(parameter.numpy()).all() for parameter in self.parameters)
 
     # Algorithm 2, line by line; Algorithm 1's lines in brackets. Lines 3 to 5 and 8, which sample
     # tasks and examples, are data_generator.py's.
@@ -986,7 +1033,7 @@ class MAML(tf.Module):
             gradients = tf.nest.map_structure(tf.stop_gradient, gradients)
         return self.rule(weights, gradients, self.update_lr if lr is None else lr)
 
-    def outer_loss(self, batch: Batch, phase: Phase) -> tf.Tensor:
+    def outer_loss(self, batch: Batch, phase: Phase = Phase(0)) -> tf.Tensor:
         """Σ_Ti L_Ti(f_θ'i), a scalar: the sum in line 10 (8), after `num_updates` updates."""
         theta, common, losses = self.start(batch.inputa.shape[0]), self.common_values(), []
         x, y = self.prepare(batch.inputa, *self.preparing(common)), batch.labela
@@ -1033,35 +1080,12 @@ class MAML(tf.Module):
             for name, theta in self.weights.items()
         }
 
-    def common_values(self) -> Common:
-        """Normalisation parameters and the rule's, read once."""
-        groups = self.norms, self.rates
-        return Common(
-            *({name: tf.convert_to_tensor(value) for name, value in own.items()} for own in groups)
-        )
-
-    def at(self, common: Common, step: int | tf.Tensor) -> tuple[Tensors, dict | None]:
-        """What update `step` + 1 and the queries after it have of what tasks have in common.
-
-        Normalisation parameters, and the α of the rule, see `UpdateRule.rates`. Before any update
-        it is that of the first.
-        """
-        norms = {} if isinstance(self.network, HeadOnly) else common.norms
-        rows = {name: row_of(norms[name], step) for name in self.step_norms}
-        return {**norms, **rows} if rows else norms, self.rule.rates(common.rates, step)
-
     def prepare(self, inputs: tf.Tensor, *more):
         """What of the forward pass no weight that is adapted enters; inputs: [T, examples, D].
 
         more: of `preparing`.
         """
         return self.network.prepare(inputs, *more)
-
-    def preparing(self, common: Common, leading: Leading = None) -> list:
-        """What `prepare` is to be given besides the inputs; leading: see `output`."""
-        if isinstance(self.network, HeadOnly):
-            return [leading, common.norms]
-        return [] if leading is None else [leading]
 
     def total(self, losses: list[tf.Tensor]) -> tf.Tensor:
         """Σ over tasks of the losses after the last update, or of all, weighed; [T] each."""
@@ -2274,10 +2298,11 @@ class Learner(ArraysOfTasks):
 def settings_of(model: FastMAML) -> dict:
     """What `Learner.load` must know of a model that was not made from flags."""
     shots, plain = getattr(model.loss, 'shots', None), model.loss is mean_squared_error
-    rule = model.learn_lr
+    rule, network = model.learn_lr, model.network
+    network = network.network if isinstance(network, Partly) else network
     return {
         'datasource': 'own',
-        'network': type(model.network).__name__,
+        'network': type(network).__name__,
         'update_lr': model.update_lr,
         'num_updates': model.num_updates,
         'stop_grad': model.stop_grad,
