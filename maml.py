@@ -798,6 +798,9 @@ class Phase(NamedTuple):
     all_losses: bool = False  # the losses after every update count, not the last alone
 
 
+LAST_PHASE = Phase(0)  # as in the paper
+
+
 def phases(first_order: int, all_losses: float) -> list[Phase]:
     """first_order, all_losses: until which iteration the outer loss is so."""
     starts = sorted({0, first_order, all_losses} - {float('inf')})
@@ -1033,7 +1036,7 @@ class MAML(Learned):
             gradients = tf.nest.map_structure(tf.stop_gradient, gradients)
         return self.rule(weights, gradients, self.update_lr if lr is None else lr)
 
-    def outer_loss(self, batch: Batch, phase: Phase = Phase(0)) -> tf.Tensor:
+    def outer_loss(self, batch: Batch, phase: Phase = LAST_PHASE) -> tf.Tensor:
         """Σ_Ti L_Ti(f_θ'i), a scalar: the sum in line 10 (8), after `num_updates` updates."""
         theta, common, losses = self.start(batch.inputa.shape[0]), self.common_values(), []
         x, y = self.prepare(batch.inputa, *self.preparing(common)), batch.labela

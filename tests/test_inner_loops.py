@@ -13,9 +13,19 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from command_line import assert_refused, in_process, make_omniglot, parsed, run, succeeded
+from command_line import (
+    ROOT,
+    assert_refused,
+    command,
+    in_process,
+    make_omniglot,
+    parsed,
+    run,
+    succeeded,
+)
 from test_maml import Linear, exact_model, points, random_batch, running_eagerly
 from test_own_models import trained_twice
+from test_scale_out import assert_close, two_devices
 from test_trust import assert_same_run
 from test_use import QUERY, SUPPORT
 
@@ -549,16 +559,46 @@ def test_from_training_to_export(tmp_path, data, monkeypatch, variant):
     assert len(restored) == len(learner.model.weights | learner.model.norms) + len(
         learner.model.rates
     )
-    for label in ('Armenian', 'Malay'):
-        shutil.copytree(SUPPORT / label, tmp_path / 'support' / label)
-    arguments = [str(folder), str(tmp_path / 'support'), str(QUERY), '--steps=3', '--json']
-    found = json.loads(succeeded(in_process(classify.main, arguments)).out)
-    assert len(found['losses']) == 4
+    assert len(classified(folder, tmp_path)['losses']) == 4
     check_export(learner, folder, tmp_path / 'model')
     succeeded(in_process(publish.main, [str(folder), str(tmp_path / 'kept')]))
     kept = Learner.load(tmp_path / 'kept' / folder.name).model
     for name, value in restored.items():
         np.testing.assert_array_equal(kept.named_parameters[name], value)
+
+
+def classified(folder: Path, beside: Path, *more: str) -> dict:
+    """What classify.py answers after three updates."""
+    for label in ('Armenian', 'Malay'):
+        shutil.copytree(SUPPORT / label, beside / 'support' / label)
+    arguments = [str(folder), str(beside / 'support'), str(QUERY), '--steps=3', '--json', *more]
+    return json.loads(succeeded(in_process(classify.main, arguments)).out)
+
+
+def test_network_of_ones_own(tmp_path, eager, data):
+    """A Keras model's head, with a step size for the layer."""
+    network = f'--network={ROOT}/tests/networks.py:plain'
+    flags = [*FLAGS, data, network, '--adapt=head', '--learn_lr=layer', '--log=False']
+    flags += ['--metatrain_iterations=2', f'--logdir={tmp_path}/logs']
+    succeeded(run(*flags))
+    (folder,) = (tmp_path / 'logs').iterdir()
+    assert folder.name == f'{NAME}.plain.head.lr_layer'
+    succeeded(run(*flags, '--train=False'))
+    assert len(classified(folder, tmp_path, network)['losses']) == 4
+    told = in_process(export.main, [str(folder), str(tmp_path / 'model'), network])
+    assert 'the learned step sizes' in succeeded(told).out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_on_two_devices(tmp_path, data, variant):
+    """Compiled; the same weights, step sizes and Adam's state as on one."""
+    flags = [*FLAGS, data, *VARIANTS[variant], '--metatrain_iterations=6', '--log=False']
+    flags += ['--meta_batch_size=4']
+    succeeded(command('main.py', *flags, f'--logdir={tmp_path}/one'))
+    mirrored = two_devices(*flags, f'--logdir={tmp_path}/mirrored')
+    assert mirrored.returncode == 0, mirrored.stderr[-2000:]
+    assert_close(tmp_path / 'one', tmp_path / 'mirrored', 1e-4)
 
 
 def check_summaries(folder: Path, variant: str):

@@ -50,7 +50,7 @@ def stored(logdir: Path) -> dict[str, np.ndarray]:
     (folder,) = logdir.iterdir()
     reader = tf.train.load_checkpoint([*checkpoints(folder).values()][-1])
     names = reader.get_variable_to_shape_map()
-    parts = ('weights', 'norms', 'metatrain')
+    parts = ('weights', 'norms', 'rates', 'metatrain')
     return {name: reader.get_tensor(name) for name in names if name.startswith(parts)}
 
 
