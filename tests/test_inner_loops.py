@@ -298,6 +298,7 @@ def test_cosine():
 # What the inner loop changes ----------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures('eager')
 @pytest.mark.parametrize('make', NETWORKS.values(), ids=NETWORKS.keys())
 @pytest.mark.parametrize('adapt', ['head', 'body'])
 def test_what_is_not_adapted_stays(make, adapt):
@@ -549,7 +550,7 @@ def often(monkeypatch):
 
 
 @pytest.mark.usefixtures('eager', 'often')
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('variant', [pytest.param('anil', marks=pytest.mark.slow), 'plus_plus'])
 def test_from_training_to_export(tmp_path, data, monkeypatch, variant):
     """All flags: stop, continue to the bit, evaluate, load, classify, export, publish."""
     flags = [*FLAGS, data, *VARIANTS[variant], '--metatrain_iterations=5']
