@@ -553,9 +553,9 @@ def often(monkeypatch):
 @pytest.mark.parametrize('variant', [pytest.param('anil', marks=pytest.mark.slow), 'plus_plus'])
 def test_from_training_to_export(tmp_path, data, monkeypatch, variant):
     """All flags: stop, continue to the bit, evaluate, load, classify, export, publish."""
-    flags = [*FLAGS, data, *VARIANTS[variant], '--metatrain_iterations=5']
-    once, folder = trained_twice(tmp_path, monkeypatch, flags, stop=3)
-    assert_same_run(once, folder, last=4)
+    flags = [*FLAGS, data, *VARIANTS[variant], '--metatrain_iterations=3']
+    once, folder = trained_twice(tmp_path, monkeypatch, flags, stop=2)
+    assert_same_run(once, folder, last=2)
     assert folder.name == NAME + SUFFIXES[variant]
     check_summaries(folder, variant)
     line = [*flags, f'--logdir={tmp_path}/twice', '--train=False', '--test_set=True']
@@ -622,16 +622,16 @@ def check_summaries(folder: Path, variant: str):
 
 def check_export(learner: Learner, folder: Path, out: Path):
     """The SavedModel answers as the learner does."""
-    told = succeeded(in_process(export.main, [str(folder), str(out), '--steps=3'])).out
-    assert '3 steps with the learned step sizes' in told
+    told = succeeded(in_process(export.main, [str(folder), str(out), '--steps=2'])).out
+    assert '2 steps with the learned step sizes' in told
     random = np.random.default_rng(1)
     x, query = (random.random((2, n, 28, 28, 1), np.float32) for n in (4, 3))
     y = np.tile([0, 1], (2, 2))
     served = tf.saved_model.load(str(out)).signatures['adapt_and_predict']
     given = dict(support_images=x, support_labels=y, query_images=query)
     found = served(**{name: tf.constant(value) for name, value in given.items()})
-    weights = learner.adapt(x, y, 3)
-    expected = learner.predict(query, weights, x, done=3)
+    weights = learner.adapt(x, y, 2)
+    expected = learner.predict(query, weights, x, done=2)
     np.testing.assert_allclose(found['probabilities'], expected, atol=1e-5)
 
 
