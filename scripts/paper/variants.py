@@ -154,6 +154,7 @@ def draw_set(column, title: str, variants: list[Variant]):
     lower.set(xlabel='inner updates', ylabel=f'{name}, test tasks')
     for axes in column:
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if not accuracy:
             axes.set_yscale('log')
     upper.legend(fontsize='small', frameon=False)
