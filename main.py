@@ -77,6 +77,7 @@ from utils import (
     first_whole,
     forget_summaries,
     is_spec,
+    keep_freed_memory,
     lock,
     other_runs,
     print_anything,
@@ -1552,6 +1553,7 @@ def tune(f: flags.FlagValues):
     the code is slower. XLA ends the process at options it does not know, so only in the version
     tried.
     """
+    keep_freed_memory()
     set_up_gpus(f.tf32)
     if f.datasource == 'sinusoid':
         tf.config.threading.set_intra_op_parallelism_threads(1)

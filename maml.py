@@ -1245,14 +1245,20 @@ class FastMAML(MAML):
         """A sum over tasks can be taken chunk by chunk: they run side by side, in little memory."""
         batch = checked_batch(batch, self.network, self.dtype)
         tasks = batch.inputa.shape[0]
-        losses, gradients = [], []
-        for chunk in chunks(batch, self.network):
-            with tf.GradientTape() as outer:
-                loss = self.outer_loss(chunk, phase)
-            losses.append(loss)
-            gradients.append(outer.gradient(loss, self.parameters, unconnected_gradients='zero'))
-        total = [pairwise_sum(losses), *(pairwise_sum(terms) for terms in zip(*gradients))]
-        return [value / tasks for value in total]
+        # Of one update XLA makes the faster program if it sees all; more would take it too long.
+        of_chunk = self._whole_gradient if self.num_updates <= 1 else self._gradient_of_sum
+        parts = [of_chunk(chunk, phase) for chunk in chunks(batch, self.network)]
+        return [pairwise_sum(terms) / tasks for terms in zip(*parts)]
+
+    def _gradient_of_sum(self, chunk: Batch, phase: Phase) -> list[tf.Tensor]:
+        """The outer loss of a chunk, a sum over tasks, and its gradient for `parameters`."""
+        with tf.GradientTape() as outer:
+            loss = self.outer_loss(chunk, phase)
+        return [loss, *outer.gradient(loss, self.parameters, unconnected_gradients='zero')]
+
+    @piece
+    def _whole_gradient(self, chunk: Batch, phase: Phase) -> list[tf.Tensor]:
+        return self._gradient_of_sum(chunk, phase)
 
     def pretrain_gradient(self, batch: Batch) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """As MAML's; batch: from `replicas.place`. Raises ValueError for a wrong shape or type."""
