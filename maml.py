@@ -1039,16 +1039,23 @@ class MAML(Learned):
     def outer_loss(self, batch: Batch, phase: Phase = LAST_PHASE) -> tf.Tensor:
         """Σ_Ti L_Ti(f_θ'i), a scalar: the sum in line 10 (8), after `num_updates` updates."""
         theta, common, losses = self.start(batch.inputa.shape[0]), self.common_values(), []
-        x, y = self.prepare(batch.inputa, *self.preparing(common)), batch.labela
-        x2, y2 = self.prepare(batch.inputb, *self.preparing(common)), batch.labelb
-        norms, alpha = self.at(common, 0)
-        for i in range(self.num_updates):
+        support = self.prepare(batch.inputa, *self.preparing(common)), batch.labela
+        query = self.prepare(batch.inputb, *self.preparing(common)), batch.labelb
+        for i in range(self.num_updates - 1):
             norms, alpha = self.at(common, i)
-            theta = self.update(theta, norms, x, y, alpha, phase.first_order)  # θ'i ← θ'i − α ∇ L
-            if phase.all_losses and i + 1 < self.num_updates:
-                losses.append(self.outcome(theta, norms, x2, y2)[0])
-        losses.append(self.outcome(theta, norms, x2, y2)[0])  # L_Ti(f_θ'i), [T]
+            # θ'i ← θ'i − α ∇ L
+            theta = self.update(theta, norms, *support, alpha, phase.first_order)
+            if phase.all_losses:
+                losses.append(tf.reduce_sum(self.outcome(theta, norms, *query)[0]))
+        last = self.at(common, self.num_updates - 1)
+        losses.append(self.last_loss(theta, *last, support, query, phase.first_order))
         return self.total(losses)
+
+    def last_loss(self, theta, norms: Tensors, alpha, support, query, first_order) -> tf.Tensor:
+        """Σ_Ti L_Ti(f_θ'i), a scalar, after one more update, the last; support, query: (x, y)."""
+        if self.num_updates:
+            theta = self.update(theta, norms, *support, alpha, first_order)
+        return tf.reduce_sum(self.outcome(theta, norms, *query)[0])
 
     @phased
     def meta_gradient(self, batch: Batch, phase: Phase) -> tuple[tf.Tensor, list[tf.Tensor]]:
@@ -1091,12 +1098,12 @@ class MAML(Learned):
         return self.network.prepare(inputs, *more)
 
     def total(self, losses: list[tf.Tensor]) -> tf.Tensor:
-        """Σ over tasks of the losses after the last update, or of all, weighed; [T] each."""
+        """The loss after the last update, or those after all, weighed and added; scalars."""
         if len(losses) > 1:
             iterations = self.metatrain_optimizer.iterations, self.loss_steps_iterations
             weights = step_weights(len(losses), *iterations, self.dtype)
-            losses = [tf.add_n([w * loss for w, loss in zip(weights, losses)])]
-        return tf.reduce_sum(losses[-1])
+            return tf.add_n([w * loss for w, loss in zip(weights, losses)])
+        return losses[-1]
 
     def output(self, weights: Tensors, norms: Tensors, x, leading: Leading = None) -> tf.Tensor:
         """What the network makes of prepared inputs, [T, examples, out].
@@ -1256,6 +1263,21 @@ class FastMAML(MAML):
             loss = self.outer_loss(chunk, phase)
         return [loss, *outer.gradient(loss, self.parameters, unconnected_gradients='zero')]
 
+    def last_loss(self, theta, norms, alpha, *others) -> tf.Tensor:
+        """As MAML's. Where updates come before, it is one program, with its gradient."""
+        if self.num_updates <= 1 or isinstance(self.network, HeadOnly):
+            return super().last_loss(theta, norms, alpha, *others)
+        values = (theta, norms) if alpha is None else (theta, norms, alpha)
+        return with_gradient(lambda values: self._last_loss(values, *others), values)
+
+    @piece
+    def _last_loss(self, values: tuple, *others) -> tuple[tf.Tensor, tuple]:
+        values = tf.nest.map_structure(tf.identity, values)  # layers may have a step size in common
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            loss = MAML.last_loss(self, *(*values, None)[:3], *others)
+        return loss, tape.gradient(loss, values, unconnected_gradients='zero')
+
     @piece
     def _whole_gradient(self, chunk: Batch, phase: Phase) -> list[tf.Tensor]:
         return self._gradient_of_sum(chunk, phase)
@@ -1371,6 +1393,21 @@ class FastMAML(MAML):
         if state:
             read_objects(path, state)
         return bool(state)
+
+
+def with_gradient(program: Callable, values) -> tf.Tensor:
+    """The scalar of a program that returns (scalar, its gradient for `values`).
+
+    values: nested tensors. The gradient is taken from the program, and so cannot be differentiated.
+    """
+
+    @tf.custom_gradient
+    def scalar(*flat):
+        found, gradient = program(tf.nest.pack_sequence_as(values, flat))
+        terms = tf.nest.flatten(gradient)
+        return found, lambda upstream: [None if g is None else upstream * g for g in terms]
+
+    return scalar(*tf.nest.flatten(values))
 
 
 def can_compile(network) -> bool:
