@@ -779,16 +779,17 @@ class graph(piece):
 ASKING_INTERVAL = 5  # iterations between the workers' questions whether one of them is to stop
 
 
-def keep_freed_memory():
+def keep_freed_memory(arenas: int):
     """Lets the C library keep what this process frees for the next step, not give it back at once.
 
     A step frees what it allocates, and blocks of megabytes would go back to the system each time.
     Their pages then come back one by one, cleared: on virtual machines that took 12 to 35 % of a
-    step's time. glibc has the settings; elsewhere nothing changes.
+    step's time. arenas: of memory, at most; with fewer less goes back, and threads wait more for
+    each other. glibc has the settings; elsewhere nothing changes.
     """
     if platform.libc_ver()[0] == 'glibc':
         trim_threshold, mmap_max, arena_max = -1, -4, -8  # as malloc.h numbers them
-        settings = {trim_threshold: -1, mmap_max: 0, arena_max: 1}  # never, none, one for all
+        settings = {trim_threshold: -1, mmap_max: 0, arena_max: arenas}  # -1: never
         for setting, value in settings.items():
             ctypes.CDLL(None).mallopt(setting, value)
 
