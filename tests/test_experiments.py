@@ -175,6 +175,26 @@ def test_report(logs):
     assert names == {'report.md', 'fits.png', 'errors.png'}
 
 
+def test_tables_of_more_tasks(tmp_path):
+    """Beside those of 600: of the most test tasks, in a table of their own."""
+    for i, suffix in enumerate(
+        ['', '_best', '_tasks100', '_tasks6000', '_tasks900', '_tasks9000_val', '_query15']
+    ):
+        write_table(tmp_path, f'test_ubs1_stepsize0.4{suffix}', [0.2, 0.5 + i / 100])
+    tables, more_tables = cells.read_tables(tmp_path, '0.4')
+    assert {kind: table.means[1] for kind, table in tables.items()} == {
+        (1, 'last'): 0.5,
+        (1, 'best'): 0.51,
+    }
+    assert {kind: table.means[1] for kind, table in more_tables.items()} == {(1, 'last'): 0.53}
+    assert cells.read_tables(tmp_path, '0.04') == ({}, {})
+    cell = next(cell for cell in main.CELLS if cell.name == 'omniglot_5way_1shot')
+    run = cells.Run(tmp_path, {}, 5, 0.0, '', tables, more_tables, {})
+    lines = report.on_more_tasks({cell.name: [run]})
+    assert lines[-1] == f'| {cell.title} | {cell.paper} | 53.00 ± 1.00 | – | 3 | 0 |'
+    assert report.on_more_tasks({cell.name: [run._replace(more_tables={})]}) == []
+
+
 def put_another(folder: Path, *arguments: str):
     """A run that was trained with these flags for a moment, in the place of one of the cell."""
     shutil.rmtree(folder)

@@ -37,13 +37,14 @@ TELLING = {'datasource', 'num_classes', 'update_batch_size', 'conv', 'stop_grad'
 
 
 class Table(NamedTuple):
-    """The results of one evaluation of 600 tasks, over 0, 1, ... updates."""
+    """The results of one evaluation, over 0, 1, ... updates."""
 
     means: np.ndarray
     interval: np.ndarray  # half of the 95 % interval
     medians: np.ndarray  # over tasks: a few that diverge say nothing of the others
     iteration: int = -1  # of the checkpoint; -1: not told
     split: str = ''  # 'test' or 'val'; '': not told
+    tasks: int = 600
 
 
 class Run(NamedTuple):
@@ -52,7 +53,9 @@ class Run(NamedTuple):
     iterations: int  # of the newest checkpoint
     hours: float  # of training, by the time stamps of its summaries
     machine: str
-    tables: dict[tuple, Table]  # by shots and by 'last' or 'best'
+    # By shots and by 'last' or 'best', of 600 tasks; more_tables: of the most tasks, if of more.
+    tables: dict[tuple, Table]
+    more_tables: dict[tuple, Table]
     # {flag: (its value, the cell's)} of settings that are not the cell's
     deviations: dict[str, tuple]
 
@@ -87,7 +90,7 @@ def read_table(path: Path) -> Table:
             raise ValueError
         medians = np.median(np.where(np.isnan(values), np.inf, values), axis=0)
         iteration, split = int(stored.get('iteration', -1)), str(stored.get('split', ''))
-        return Table(means, interval, medians, iteration, split)
+        return Table(means, interval, medians, iteration, split, len(values))
     except pickle.UnpicklingError as error:
         raise ValueError(f'{path.with_suffix(".pkl")} {error}') from None
     except Exception:  # of a table that is none, nearly any
@@ -134,19 +137,27 @@ def training_hours(folder: Path) -> float:
     return seconds / 3600
 
 
-def read_tables(folder: Path, update_lr: str | None) -> dict[tuple, Table]:
-    """By shots and by 'last' or 'best', what evaluations with this step size wrote.
+# Shots, step size, tasks if not 600, whether of the validation classes, whether of the best.
+TABLE_NAME = re.compile(r'test_ubs(\d+)_stepsize([^_]+)(?:_tasks(\d+))?(_val)?(_best)?\.csv')
 
-    update_lr: as in files' names; None: any. Raises ValueError if a file is damaged.
+
+def read_tables(folder: Path, update_lr: str | None) -> tuple[dict, dict]:
+    """What evaluations with this step size wrote: of 600 tasks, and of the most test tasks if more.
+
+    Each is {(shots, 'last' or 'best'): a Table}. update_lr: as in files' names; None: any.
+    Raises ValueError if a file is damaged.
     """
-    tables = {}
-    for path in sorted(folder.glob('test_ubs*_stepsize*.csv')):
-        match = re.fullmatch(r'test_ubs(\d+)_stepsize([^_]+)(_val)?(_best)?\.csv', path.name)
-        if match and update_lr in (None, match[2]):  # others are of --test_query and the like
-            kind = int(match[1]), 'best' if match[4] else 'last'
-            if kind not in tables:  # those of the test classes come first
-                tables[kind] = read_table(path)
-    return tables
+    tables, more_tables, most = {}, {}, {}
+    for path in sorted(folder.glob('test_ubs*_stepsize*.csv')):  # those of the test classes first
+        match = TABLE_NAME.fullmatch(path.name)
+        if not match or update_lr not in (None, match[2]):
+            continue  # others are of --test_query and the like
+        kind, tasks = (int(match[1]), 'best' if match[5] else 'last'), int(match[3] or 600)
+        if tasks == 600 and kind not in tables:
+            tables[kind] = read_table(path)
+        if tasks > most.get(kind, 600) and not match[4]:
+            most[kind], more_tables[kind] = tasks, read_table(path)
+    return tables, more_tables
 
 
 def read_run(folder: Path, cell: Cell) -> Run:
@@ -163,11 +174,13 @@ def read_run(folder: Path, cell: Cell) -> Run:
         raise ValueError(str(error)) from None
     flags, machine = state.get('flags', {}), state.get('machine', '')
     differing = deviations(folder, flags, cell)
-    tables = read_tables(folder, str(flags['update_lr']) if 'update_lr' in flags else None)
+    update_lr = str(flags['update_lr']) if 'update_lr' in flags else None
+    tables, more_tables = read_tables(folder, update_lr)
     if not tables:
         raise ValueError(f'{folder} has not been evaluated')
     hours = training_hours(folder)
-    return Run(folder, flags, max(found) + 1, hours, machine, tables, differing)
+    iterations = max(found) + 1
+    return Run(folder, flags, iterations, hours, machine, tables, more_tables, differing)
 
 
 def read_runs(logs: Path, cell: Cell) -> Iterator[Run]:

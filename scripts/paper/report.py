@@ -29,6 +29,10 @@ def row(*values) -> str:
     return f'| {" | ".join(map(str, values))} |'
 
 
+def each_once(values: Iterable[str], separator: str) -> str:
+    return separator.join(dict.fromkeys(values))
+
+
 # Accuracies ---------------------------------------------------------------------------------------
 
 
@@ -58,6 +62,26 @@ def accuracy_rows(cell: Cell, runs: list[Run]) -> list[str]:
     if not runs:
         return [f'| {cell.title} | {cell.paper} | not run | | | | | |']
     return [accuracy_row(cell, run) for run in runs]
+
+
+def more_rows(cell: Cell, runs: list[Run]) -> Iterator[str]:
+    """Of runs that were also evaluated on more tasks."""
+    shots = cell.settings['update_batch_size']
+    for run in runs:
+        last, best = (run.more_tables.get((shots, kind)) for kind in ('last', 'best'))
+        tasks = each_once((f'{table.tasks:,}' for table in (last, best) if table), ', ')
+        if tasks:
+            shown = (percent(table, cell.updates) for table in (last, best))
+            yield row(cell.title + run.variant, cell.paper, *shown, tasks, run.seed)
+
+
+def on_more_tasks(runs: Runs) -> list[str]:
+    """A second table, whose intervals say more; nothing if there are no such evaluations."""
+    rows = [line for cell in CELLS for line in more_rows(cell, runs.get(cell.name, []))]
+    if not rows:
+        return []
+    head = '| | paper | last | best of validation | test tasks | seed |'
+    return ['', '## Accuracy on more test tasks, %', '', head, '|---|---|---|---|---|---|', *rows]
 
 
 def accuracies(runs: Runs) -> list[str]:
@@ -95,10 +119,6 @@ def errors_shown(cell: Cell, table: Table) -> list[str]:
     after = [error(table, i) if i < size else '–' for i in (1, 5, 10)]
     medians = [f'{table.medians[i]:.3g}' for i in (1, 5, 10) if i < size]
     return [error(table, 0), *after, ' / '.join(medians)]
-
-
-def each_once(values: Iterable[str], separator: str) -> str:
-    return separator.join(dict.fromkeys(values))
 
 
 def error_row(cell: Cell, variant: str, shots: int, runs: list[Run]) -> str:
@@ -206,6 +226,7 @@ def report(logs: Path, output: Path) -> Path:
         '',
         *note(logs),
         *accuracies(runs),
+        *on_more_tasks(runs),
         '',
         *errors(runs),
         '',
