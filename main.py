@@ -1033,7 +1033,8 @@ def evaluate(run: Prepared, f: flags.FlagValues):
             'There are no query images, as in the original, to tell of updates: '
             f'--test_query={MINIIMAGENET_QUERY_IMAGES} takes some.'
         )
-    mean, stddev = values.mean(0), values.std(0)
+    with np.errstate(invalid='ignore', over='ignore'):  # of tasks that diverge
+        mean, stddev = values.mean(0), values.std(0)
     interval = 1.96 * stddev / np.sqrt(len(values))
     print('Mean validation accuracy/loss, stddev, and confidence intervals')
     print((mean, stddev, interval))

@@ -13,6 +13,7 @@ import tensorflow as tf
 from command_line import (
     DATA,
     ORIGINAL,
+    ROOT,
     assert_refused,
     evaluate_few,
     in_process,
@@ -26,9 +27,9 @@ from command_line import (
 
 import main
 from maml import Learner
-from scripts.data import prepare_miniimagenet
+from scripts.data import prepare_miniimagenet, prepare_omniglot
 from scripts.model import import_tf1_checkpoint, publish
-from utils import checkpoints, read_checkpoint, read_scalars, write_checkpoint
+from utils import checkpoints, read_checkpoint, read_evaluation, read_scalars, write_checkpoint
 
 SINUSOID = ['--meta_batch_size=4', '--log=False']
 OMNIGLOT = [
@@ -651,3 +652,38 @@ def test_published_model_converted(published_run, tmp_path):
     paths = [str(folder / 'model59000') for folder in (published_run, target)]
     assert [model.restore(path) for model, path in zip(models, paths)] == [False, True]
     assert_same(*(values_of(model) for model in models))
+
+
+# Runs that are published here ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def all_omniglot(tmp_path_factory) -> Path:
+    """A data folder with the real Omniglot, prepared already or from the archives."""
+    if (DATA / 'omniglot_resized').is_dir():
+        return DATA
+    if not (DATA / 'omniglot/images_evaluation.zip').is_file():
+        pytest.skip(f'no {DATA}/omniglot/images_evaluation.zip (set MAML_TEST_DATA)')
+    folder = tmp_path_factory.mktemp('all_omniglot')
+    prepare_omniglot.prepare(DATA / 'omniglot', folder / 'omniglot_resized')
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cell', ['omniglot_5way_1shot', 'omniglot_5way_5shot'])
+def test_published_run_evaluates_to_its_figures(all_omniglot, tmp_path, cell):
+    (published,) = (ROOT / 'logs/results/paper' / cell / 'seed0').iterdir()
+    folder = tmp_path / published.name
+    shutil.copytree(published, folder, ignore=shutil.ignore_patterns('test_*'))
+    assert not list(folder.glob('test_*'))
+    for kind in -1, 'best':
+        asked = ['--train=False', '--test_set=True', f'--test_iter={kind}']
+        succeeded(run(*asked, f'--run={folder}', f'--data_dir={all_omniglot}'))
+    names = sorted(path.name for path in folder.glob('test_*.csv'))
+    assert len(names) == 2
+    for name in names:
+        mean, _, interval = read_evaluation(folder / name)
+        published_mean, _, published_interval = read_evaluation(published / name)
+        # An image in a thousand that rounding assigns to another class.
+        np.testing.assert_allclose(mean, published_mean, atol=1e-3)
+        np.testing.assert_allclose(interval, published_interval, atol=5e-4)

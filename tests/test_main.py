@@ -702,6 +702,17 @@ def test_evaluation_of_a_sinusoid(tmp_path):
     assert suffixes == {'.index', '.data-00000-of-00001', '.csv', '.pkl'}
 
 
+@pytest.mark.filterwarnings('error')
+def test_evaluation_of_tasks_that_diverge(tmp_path, monkeypatch, eager):
+    """Says so in the table, and without a warning of NumPy's."""
+    succeeded(run('--norm=None', '--metatrain_iterations=1', '--log=False', f'--logdir={tmp_path}'))
+    rows = np.full([20, 11], 1e30, np.float32)
+    rows[0, 5:] = np.inf
+    monkeypatch.setattr(main, 'evaluate_tasks', lambda *arguments: iter([rows]))
+    outcome = succeeded(run('--norm=None', '--train=False', f'--logdir={tmp_path}'))
+    assert not outcome.err and outcome.lines[-1].split() == ['10', '-', '-']
+
+
 def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
     """The numbers per task do not depend on how many are evaluated at once."""
     evaluate_few(monkeypatch, 22)  # a chunk and a bit

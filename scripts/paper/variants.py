@@ -22,6 +22,7 @@ import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
 # isort: split
 import numpy as np
 
+from scripts.lib.cells import DIVERGED
 from utils import (
     DamagedCheckpoint,
     checkpoints,
@@ -33,7 +34,7 @@ from utils import (
 )
 
 POINTS = 30  # of a curve over training meta-batches: each is a mean
-SHOWN = (1, 5, 10)  # inner updates in the table
+SHOWN = (1, 2, 5, 10)  # inner updates in the table
 ORDER = ('maml', 'first_order', 'anil', 'boil', 'meta-sgd', 'maml++')  # others after them
 
 
@@ -130,6 +131,11 @@ def read_sets(folder: Path) -> dict[str, list[Variant]]:
     }
 
 
+def diverged(variant: Variant, means: np.ndarray) -> np.ndarray:
+    """Where a mean is ruled by tasks whose errors grow from update to update: [1 + updates]."""
+    return ~np.isfinite(means) | (not variant.is_accuracy) & ~(means < DIVERGED)
+
+
 # The figure ---------------------------------------------------------------------------------------
 
 
@@ -146,9 +152,9 @@ def draw_set(column, title: str, variants: list[Variant]):
         upper.fill_between(steps, means - halves, means + halves, **band)
         if tested := variant.test():
             means, halves = (scale * values for values in tested)
-            updates = np.arange(1, len(means))
+            updates = np.flatnonzero(~diverged(variant, means))[1:]
             look = dict(color=f'C{i}', marker='o', markersize=3, capsize=2)
-            lower.errorbar(updates + 0.06 * i, means[1:], yerr=halves[1:], **look)
+            lower.errorbar(updates + 0.06 * i, means[updates], yerr=halves[updates], **look)
     source = 'validation tasks' if accuracy else 'training meta-batches'
     upper.set(title=title, xlabel='iteration', ylabel=f'{name}, {source}')
     lower.set(xlabel='inner updates', ylabel=f'{name}, test tasks')
@@ -184,7 +190,9 @@ def cells(variant: Variant) -> list[str]:
         return ['not evaluated'] * len(SHOWN)
     scale, digits = (100, '.1f') if variant.is_accuracy else (1, '.3f')
     means, halves = (scale * values for values in tested)
-    return [f'{means[u]:{digits}} ± {halves[u]:{digits}}' if u < len(means) else '' for u in SHOWN]
+    shown = [f'{mean:{digits}} ± {half:{digits}}' for mean, half in zip(means, halves)]
+    shown = np.where(diverged(variant, means), 'diverges', shown)
+    return [shown[update] if update < len(shown) else '' for update in SHOWN]
 
 
 def table(sets: dict[str, list[Variant]]) -> str:
