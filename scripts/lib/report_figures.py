@@ -118,7 +118,7 @@ def figure_learning(path: Path, runs: Runs) -> str | None:
     save(figure, path)
     return (
         'Accuracy during training, after as many updates as in training: on 100 validation tasks '
-        '(lines), on single training meta-batches (dots, every 500th iteration). Dotted lines: '
+        '(lines), on single training meta-batches (dots). Dotted lines: '
         'what the paper reports of test tasks.'
     )
 

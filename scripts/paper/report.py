@@ -53,7 +53,7 @@ def accuracy_row(cell: Cell, run: Run) -> str:
         percent(best, cell.updates),
         f'{run.evaluated(shots):,}',
         run.seed,
-        f'{run.hours:.1f} h',
+        f'{run.hours:.1f} h' if run.hours >= 1 else f'{60 * run.hours:.0f} min',
         run.machine or '–',
     )
 
