@@ -2223,6 +2223,9 @@ class Learner(ArraysOfTasks):
         if settings.get('learn_lr', 'none') not in ('none', *LEARNED_RATES) and learn_lr is None:
             raise ValueError(f'{path} was trained with a rule of its own: give it as learn_lr=')
         made |= {} if learn_lr is None else {'learn_lr': learn_lr}
+        made['dtype'] = tf.as_dtype(settings.get('dtype', 'float32'))
+        if isinstance(settings.get('meta_lr'), dict):
+            made['meta_lr'] = stored_schedule(settings['meta_lr'], path)
         model = make_model(**made, compiled=compiled, network='' if network is None else network)
         if loss is not None:
             check_loss(loss, model.network, model.dtype)
@@ -2358,7 +2361,29 @@ def settings_of(model: FastMAML) -> dict:
         'objective': 'loss' if shots is None else 'accuracy',
         'shots': shots,
         'loss': '' if plain or shots is not None else getattr(model.loss, '__name__', 'own'),
+        'dtype': model.dtype.name,
+        'meta_lr': described_rate(model.metatrain_optimizer),
     }
+
+
+def described_rate(optimizer: keras.Optimizer) -> float | dict:
+    """β: a number, or Keras's description of a schedule, as far as there is one."""
+    try:
+        return optimizer.get_config()['learning_rate']
+    except NotImplementedError:  # a schedule of one's own without get_config
+        return {'class_name': 'of its own'}
+
+
+def stored_schedule(description: dict, path: str):
+    """The schedule that `described_rate` described. Raises ValueError for an unknown class."""
+    with contextlib.suppress(TypeError, ValueError):
+        if 'config' in description:
+            return keras.optimizers.schedules.deserialize(description)
+    raise ValueError(
+        f'the meta_lr of {path} is a schedule that Keras does not know, '
+        f'{description["class_name"]}: give its class a get_config method, and decorate it with '
+        'keras.saving.register_keras_serializable()'
+    )
 
 
 def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:

@@ -206,3 +206,28 @@ def test_save_and_load(tmp_path, loss):
     if given:
         with pytest.raises(ValueError, match='loss='):
             Learner.load(tmp_path / 'own', network=Two())
+
+
+def test_save_and_load_in_float64_with_a_schedule(tmp_path):
+    """What is loaded goes on as what was saved: weights, Adam, and the place in the schedule."""
+    rate = keras.optimizers.schedules.ExponentialDecay(0.01, 1, 0.5)
+    learner = Learner(model_of(Two(), dtype=tf.float64, meta_lr=rate))
+    learner.model.metatrain_step(TASKS.batch('train', 0, 5))
+    learner.save(tmp_path)
+    loaded = Learner.load(tmp_path, network=Two())
+    assert loaded.model.dtype == tf.float64
+    for one in (learner, loaded):
+        one.model.metatrain_step(TASKS.batch('train', 1, 5))
+    for name, value in learner.model.weights.items():
+        np.testing.assert_array_equal(loaded.model.weights[name], value)
+
+
+class Constant(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return 0.01
+
+
+def test_load_names_a_schedule_of_ones_own(tmp_path):
+    Learner(model_of(Two(), meta_lr=Constant())).save(tmp_path)
+    with pytest.raises(ValueError, match='meta_lr.* get_config .*register_keras_serializable'):
+        Learner.load(tmp_path, network=Two())
