@@ -133,7 +133,8 @@ def read_sets(folder: Path) -> dict[str, list[Variant]]:
 
 def diverged(variant: Variant, means: np.ndarray) -> np.ndarray:
     """Where a mean is ruled by tasks whose errors grow from update to update: [1 + updates]."""
-    return ~np.isfinite(means) | (not variant.is_accuracy) & ~(means < DIVERGED)
+    highest = np.inf if variant.is_accuracy else DIVERGED
+    return ~(means < highest)
 
 
 # The figure ---------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def draw_set(column, title: str, variants: list[Variant]):
         upper.fill_between(steps, means - halves, means + halves, **band)
         if tested := variant.test():
             means, halves = (scale * values for values in tested)
-            updates = np.flatnonzero(~diverged(variant, means))[1:]
+            updates = 1 + np.flatnonzero(~diverged(variant, means)[1:])
             look = dict(color=f'C{i}', marker='o', markersize=3, capsize=2)
             lower.errorbar(updates + 0.06 * i, means[updates], yerr=halves[updates], **look)
     source = 'validation tasks' if accuracy else 'training meta-batches'

@@ -33,8 +33,8 @@ variant() {
     done
 }
 
-# As MAML++'s program does, a tenth of training until the last loss alone counts. Its paper has first
-# order at the beginning, here a third of training.
+# As MAML++'s program does: a tenth of training until the last loss alone counts. Its paper has
+# first order at the beginning, here a third of training.
 plus_plus() {
     variant maml++ --learn_lr=layer_step --loss_steps=all \
         --loss_steps_iterations=$((iterations / 10)) --first_order_iterations=$((iterations / 3)) \
