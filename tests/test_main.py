@@ -702,7 +702,7 @@ def test_evaluation_of_a_sinusoid(tmp_path):
     assert suffixes == {'.index', '.data-00000-of-00001', '.csv', '.pkl'}
 
 
-@pytest.mark.filterwarnings('error')
+@pytest.mark.filterwarnings('error::RuntimeWarning')
 def test_evaluation_of_tasks_that_diverge(tmp_path, monkeypatch, eager):
     """Says so in the table, and without a warning of NumPy's."""
     succeeded(run('--norm=None', '--metatrain_iterations=1', '--log=False', f'--logdir={tmp_path}'))
