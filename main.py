@@ -21,6 +21,7 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -98,6 +99,7 @@ PICTURE_INTERVAL = 5000  # between pictures of a task for TensorBoard
 EVALUATION_UPDATES = 10
 SPLITS = {'val': 'validation', 'test': 'test'}
 SOURCES = ('sinusoid', 'omniglot', 'miniimagenet', 'folder')
+HANG_UP = getattr(signal, 'SIGHUP', None)  # Windows has none
 MINIIMAGENET_QUERY_IMAGES = 15  # per class in training; K in evaluation, and in both for Omniglot
 
 
@@ -963,18 +965,25 @@ def make_trainer(run: Prepared, f: flags.FlagValues) -> Trainer:
 
 
 class Signals:
-    """SIGINT and SIGTERM become a request to stop, while entered; the second one stops at once."""
+    """SIGINT, SIGTERM and SIGHUP become a request to stop, while entered; the second one stops at
+    once.
+
+    SIGHUP comes when the terminal is closed. `nohup` has it ignored, and so it stays.
+    """
 
     def __init__(self):
         self.received, self.before = None, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.receive)
+            for number in (signal.SIGINT, signal.SIGTERM, HANG_UP):
+                if number and (number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN):
+                    self.before[number] = signal.signal(number, self.receive)
         return self
 
     def receive(self, number, _):
+        if number == HANG_UP:
+            leave_terminal()
         if self.received:
             sys.exit(128 + number)
         self.received = number
@@ -983,6 +992,14 @@ class Signals:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def leave_terminal():
+    """Prints to nowhere what would go to a terminal: writing to a closed one is an error."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # it may be closed
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def train(trainer: Trainer, watch: Callable = iter):

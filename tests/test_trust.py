@@ -4,6 +4,7 @@ The fast tests call main.py in this process; the slow ones start it, kill it, an
 """
 
 import os
+import pty
 import random
 import re
 import resource
@@ -149,7 +150,12 @@ class Stop:
 
 
 @pytest.mark.parametrize(
-    'number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+    'number',
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(
     tmp_path, eager, data, often, monkeypatch, number
@@ -182,6 +188,32 @@ def test_a_second_signal_stops_at_once(tmp_path, eager, monkeypatch):
         outcome = run(*SINUSOID, '--metatrain_iterations=3000', f'--logdir={tmp_path}')
     assert outcome.status == 128 + signal.SIGTERM and not [*tmp_path.rglob('model*')]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.slow
+def test_terminal_is_closed(tmp_path):
+    """What would be printed has nowhere to go; the run is saved all the same."""
+    flags = [*SINUSOID, '--metatrain_iterations=200000', f'--logdir={tmp_path}']
+    folder = folder_of(tmp_path, *flags)
+    process, terminal = pty.fork()
+    if not process:
+        os.execv(sys.executable, [sys.executable, str(ROOT / 'main.py'), *flags])
+    while not [*checkpoints(folder)]:
+        os.read(terminal, 1000)
+    os.close(terminal)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert status == 128 + signal.SIGHUP and 1000 <= max(checkpoints(folder)) < 199999
+
+
+def test_nohup():
+    """It has SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with main.Signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_summaries_of_a_process_that_died(tmp_path):
