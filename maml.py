@@ -1061,10 +1061,14 @@ class MAML(Learned):
     def meta_gradient(self, batch: Batch, phase: Phase) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Σ_Ti L_Ti(f_θ'i) / T, and ∇_θ of it for `parameters`, unclipped: line 10 (8)."""
         tasks = batch.inputa.shape[0]
+        loss, *gradients = self.gradient_of_sum(batch, phase)
+        return loss / tasks, [gradient / tasks for gradient in gradients]
+
+    def gradient_of_sum(self, batch: Batch, phase: Phase) -> list[tf.Tensor]:
+        """Σ_Ti L_Ti(f_θ'i), and ∇_θ of it for `parameters`, through the updates."""
         with tf.GradientTape() as outer:
             loss = self.outer_loss(batch, phase)
-        gradients = outer.gradient(loss, self.parameters, unconnected_gradients='zero')
-        return loss / tasks, [gradient / tasks for gradient in gradients]
+        return [loss, *outer.gradient(loss, self.parameters, unconnected_gradients='zero')]
 
     def metatrain_step(self, batch: Batch) -> tf.Tensor:
         """θ ← θ − β ∇_θ Σ_Ti L_Ti(f_θ'i) / T: line 10 (8), by Adam.
@@ -1253,15 +1257,9 @@ class FastMAML(MAML):
         batch = checked_batch(batch, self.network, self.dtype)
         tasks = batch.inputa.shape[0]
         # Of one update XLA makes the faster program if it sees all; more would take it too long.
-        of_chunk = self._whole_gradient if self.num_updates <= 1 else self._gradient_of_sum
+        of_chunk = self._whole_gradient if self.num_updates <= 1 else self.gradient_of_sum
         parts = [of_chunk(chunk, phase) for chunk in chunks(batch, self.network)]
         return [pairwise_sum(terms) / tasks for terms in zip(*parts)]
-
-    def _gradient_of_sum(self, chunk: Batch, phase: Phase) -> list[tf.Tensor]:
-        """The outer loss of a chunk, a sum over tasks, and its gradient for `parameters`."""
-        with tf.GradientTape() as outer:
-            loss = self.outer_loss(chunk, phase)
-        return [loss, *outer.gradient(loss, self.parameters, unconnected_gradients='zero')]
 
     def last_loss(self, theta, norms, alpha, *others) -> tf.Tensor:
         """As MAML's. Where updates come before, it is one program, with its gradient."""
@@ -1280,7 +1278,7 @@ class FastMAML(MAML):
 
     @piece
     def _whole_gradient(self, chunk: Batch, phase: Phase) -> list[tf.Tensor]:
-        return self._gradient_of_sum(chunk, phase)
+        return self.gradient_of_sum(chunk, phase)
 
     def pretrain_gradient(self, batch: Batch) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """As MAML's; batch: from `replicas.place`. Raises ValueError for a wrong shape or type."""
@@ -1398,7 +1396,7 @@ class FastMAML(MAML):
 def with_gradient(program: Callable, values) -> tf.Tensor:
     """The scalar of a program that returns (scalar, its gradient for `values`).
 
-    values: nested tensors. The gradient is taken from the program, and so cannot be differentiated.
+    values: nested tensors. Derivatives of the gradient go through the program's operations.
     """
 
     @tf.custom_gradient
@@ -2224,9 +2222,11 @@ class Learner(ArraysOfTasks):
             raise ValueError(f'{path} was trained with a rule of its own: give it as learn_lr=')
         made |= {} if learn_lr is None else {'learn_lr': learn_lr}
         made['dtype'] = tf.as_dtype(settings.get('dtype', 'float32'))
-        if isinstance(settings.get('meta_lr'), dict):
-            made['meta_lr'] = stored_schedule(settings['meta_lr'], path)
+        if isinstance(made.get('meta_lr'), dict):  # saved before `optimizer` was
+            made['meta_lr'] = stored_object(made['meta_lr'], path)
         model = make_model(**made, compiled=compiled, network='' if network is None else network)
+        if 'optimizer' in settings:
+            set_optimizer(model, stored_object(settings['optimizer'], path))
         if loss is not None:
             check_loss(loss, model.network, model.dtype)
             model.loss = loss
@@ -2362,28 +2362,44 @@ def settings_of(model: FastMAML) -> dict:
         'shots': shots,
         'loss': '' if plain or shots is not None else getattr(model.loss, '__name__', 'own'),
         'dtype': model.dtype.name,
-        'meta_lr': described_rate(model.metatrain_optimizer),
+        'optimizer': described(model.metatrain_optimizer),
     }
 
 
-def described_rate(optimizer: keras.Optimizer) -> float | dict:
-    """β: a number, or Keras's description of a schedule, as far as there is one."""
+def described(optimizer: keras.Optimizer) -> dict:
+    """Keras's description of an optimizer, as far as there is one."""
     try:
-        return optimizer.get_config()['learning_rate']
+        return keras.optimizers.serialize(optimizer)
     except NotImplementedError:  # a schedule of one's own without get_config
-        return {'class_name': 'of its own'}
+        return {}
 
 
-def stored_schedule(description: dict, path: str):
-    """The schedule that `described_rate` described. Raises ValueError for an unknown class."""
+def stored_object(description: dict, path: str):
+    """The optimizer or schedule that is described. Raises ValueError for an unknown class."""
     with contextlib.suppress(TypeError, ValueError):
-        if 'config' in description:
-            return keras.optimizers.schedules.deserialize(description)
+        if description and is_known_to_keras(description):
+            return keras.saving.deserialize_keras_object(description)
     raise ValueError(
-        f'the meta_lr of {path} is a schedule that Keras does not know, '
-        f'{description["class_name"]}: give its class a get_config method, and decorate it with '
+        f'{path} was trained with an outer optimizer or a schedule of meta_lr that Keras does not '
+        'know: give its class a get_config method, and decorate it with '
         'keras.saving.register_keras_serializable()'
     )
+
+
+def is_known_to_keras(description) -> bool:
+    """Whether all classes in a description are Keras's or registered: a file that somebody else
+    wrote should not have a module imported.
+    """
+    if isinstance(description, (list, tuple)):
+        return all(map(is_known_to_keras, description))
+    if not isinstance(description, Mapping):
+        return True
+    if 'class_name' in description:
+        home = (description.get('module') or '').split('.')[0]
+        registered = keras.saving.get_registered_object(description.get('registered_name') or '')
+        if home != 'keras' and registered is None:
+            return False
+    return all(map(is_known_to_keras, description.values()))
 
 
 def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:

@@ -21,6 +21,7 @@ from maml import (
     make_model,
     make_network,
     plain_block,
+    with_gradient,
 )
 from special_grads import BatchNorm, LayerNorm
 from utils import Batch, cross_entropy, mean_squared_error
@@ -204,6 +205,30 @@ def test_losses_after_each_update_by_hand(stop_grad):
 
 
 @pytest.mark.usefixtures('eagerly')
+@pytest.mark.parametrize('wrap', [lambda f: f, tf.function], ids=['eager', 'graph'])
+def test_programs_that_come_with_their_gradient(wrap):
+    """x³ y, with 3 x² y and x³ from the program; the second derivatives are right, too."""
+
+    def program(values):
+        x, y = values['x'], values['y']
+        return x**3 * y, {'x': 3 * x**2 * y, 'y': x**3}
+
+    @wrap
+    def derivatives(x, y):
+        with tf.GradientTape(persistent=True) as second:
+            second.watch((x, y))
+            with tf.GradientTape() as first:
+                first.watch((x, y))
+                value = 2 * with_gradient(program, {'x': x, 'y': y})
+            gradient = first.gradient(value, (x, y))
+        hessian = [second.gradient(g, (x, y), unconnected_gradients='zero') for g in gradient]
+        return gradient, hessian
+
+    gradient, hessian = derivatives(tf.constant(2.0), tf.constant(5.0))
+    assert [float(g) for g in gradient] == [120, 16]
+    assert [[float(g) for g in row] for row in hessian] == [[120, 24], [24, 0]]
+
+
 def test_one_update_by_hand():
     """θ' = θ - α ∇. As above, (w, b) = (2, 1) - 1/8 · 4 (1, 1); the other has e1 = 1, x1 = 0."""
     model = linear_model(update_lr=1 / 8)

@@ -1,12 +1,14 @@
 """A network, a loss and a loop of one's own: what fits is trained, what does not is named."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from data_generator import SinusoidGenerator
-from maml import FastMAML, FullyConnected, Learner
+from maml import FastMAML, FullyConnected, Learner, set_optimizer, settings_of
 from special_grads import dense
 from utils import Batch, mean_squared_error
 
@@ -229,5 +231,42 @@ class Constant(keras.optimizers.schedules.LearningRateSchedule):
 
 def test_load_names_a_schedule_of_ones_own(tmp_path):
     Learner(model_of(Two(), meta_lr=Constant())).save(tmp_path)
-    with pytest.raises(ValueError, match='meta_lr.* get_config .*register_keras_serializable'):
+    with pytest.raises(ValueError, match='meta_lr .* get_config .*register_keras_serializable'):
         Learner.load(tmp_path, network=Two())
+
+
+@pytest.mark.parametrize(
+    'optimizer',
+    [
+        keras.optimizers.SGD(0.02, momentum=0.9),
+        keras.optimizers.AdamW(keras.optimizers.schedules.CosineDecay(0.02, 9)),
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.02)),
+    ],
+    ids=lambda optimizer: type(optimizer).__name__,
+)
+def test_save_and_load_with_another_outer_optimizer(tmp_path, optimizer):
+    """What is loaded goes on as what was saved."""
+    learner = Learner(model_of(Two()))
+    set_optimizer(learner.model, optimizer)
+    learner.model.metatrain_step(TASKS.batch('train', 0, 5))
+    learner.save(tmp_path)
+    loaded = Learner.load(tmp_path, network=Two())
+    assert type(loaded.model.metatrain_optimizer) is type(optimizer)
+    for one in (learner, loaded):
+        one.model.metatrain_step(TASKS.batch('train', 1, 5))
+    for name, value in learner.model.weights.items():
+        np.testing.assert_array_equal(loaded.model.weights[name], value)
+
+
+def test_load_imports_no_module_that_a_checkpoint_names(tmp_path):
+    settings = settings_of(model_of(Two()))
+    settings['optimizer']['config']['learning_rate'] = {
+        'module': 'antigravity',
+        'class_name': 'Adam',
+        'config': {},
+        'registered_name': None,
+    }
+    Learner(model_of(Two()), settings).save(tmp_path)
+    with pytest.raises(ValueError, match='that Keras does not know'):
+        Learner.load(tmp_path, network=Two())
+    assert 'antigravity' not in sys.modules
