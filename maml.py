@@ -47,7 +47,7 @@ from special_grads import (
     map_tasks,
     max_pool2x2,
     normalization,
-    normalize_patches,
+    normalized_patches,
     patches3x3,
     per_task,
     sizes,
@@ -264,8 +264,9 @@ class Convolutional(Network):
     def prepare(self, inputs: tf.Tensor, leading: Leading = None):
         """Patches of the images [T, examples, H*W*C]: [T, examples, H', W', 9*C]."""
         images = tf.reshape(inputs, [*sizes(inputs)[:2], *self.image_shape])
-        patches = patches3x3(images, self.stride)
-        return normalize_patches(patches, leading) if self.fused else patches
+        if self.fused:
+            return normalized_patches(images, self.stride, leading)
+        return patches3x3(images, self.stride)
 
     def __call__(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
         """x: from `prepare`; weights: [T, ...] each. Returns logits [T, examples, classes]."""

@@ -161,14 +161,14 @@ def patches3x3(x: tf.Tensor, stride: int) -> tf.Tensor:
 
     x: [T, examples, height, width, channels]. Returns [T, examples, ceil(height/stride),
     ceil(width/stride), 9*channels], each patch ordered as a kernel [3, 3, channels] is: convolution
-    is then a product of matrices. Nine shifted slices, since `tf.image.extract_patches` does not
+    is then a product of matrices. Of shifted slices, since `tf.image.extract_patches` does not
     compile reliably inside loops.
     """
     size = x.shape[2:4]
 
     @tf.custom_gradient
     def gather(x):
-        return _patches(x, stride), lambda gradient: scatter(gradient)
+        return _patches(_padded(x, stride), stride), lambda gradient: scatter(gradient)
 
     @tf.custom_gradient
     def scatter(patches):
@@ -177,21 +177,25 @@ def patches3x3(x: tf.Tensor, stride: int) -> tf.Tensor:
     return gather(x)
 
 
-def _patches(x: tf.Tensor, stride: int) -> tf.Tensor:
-    height, width = x.shape[2:4]
-    rows, columns = -(-height // stride), -(-width // stride)
-    x = tf.pad(
-        x, [[0, 0], [0, 0], same_padding(height, stride), same_padding(width, stride), [0, 0]]
-    )
-    bottom, right = stride * (rows - 1) + 1, stride * (columns - 1) + 1
-    return tf.concat(
-        [
-            x[:, :, i : i + bottom : stride, j : j + right : stride]
-            for i in range(3)
-            for j in range(3)
-        ],
-        axis=-1,
-    )
+def _padded(x: tf.Tensor, stride: int) -> tf.Tensor:
+    """With zeros around the images, for patches ('SAME')."""
+    height, width = (same_padding(size, stride) for size in x.shape[2:4])
+    return tf.pad(x, [[0, 0], [0, 0], height, width, [0, 0]])
+
+
+def _patches(x: tf.Tensor, stride: int, *more) -> tf.Tensor:
+    """Every 3x3 neighbourhood within the images: [T, examples, H', W', 9*C + more].
+
+    more: channels [T, examples, H', W', n] that go behind.
+    """
+    height, width = ((size - 3) // stride * stride + 1 for size in x.shape[2:4])
+    if stride == 1:  # three columns first, as copies of longer pieces are faster
+        x = tf.concat([x[:, :, :, j : j + width] for j in range(3)], axis=-1)
+        return tf.concat([*(x[:, :, i : i + height] for i in range(3)), *more], axis=-1)
+    slices = [
+        x[:, :, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)
+    ]
+    return tf.concat([*slices, *more], axis=-1)
 
 
 def _unpatch(patches: tf.Tensor, size: tuple[int, int], stride: int) -> tf.Tensor:
@@ -419,11 +423,46 @@ def convolve(x: tf.Tensor, kernel: tf.Tensor | Shared, stride: int) -> tf.Tensor
 
     x [T, examples, height, width, C], kernel [T, 3, 3, C, F] -> [T, examples, ceil(height/stride),
     ceil(width/stride), F]. TensorFlow's own convolution has one kernel for all, so it serves a
-    single task; with a stride its derivatives are slow.
+    single task, and with a stride its derivatives are slow.
     """
     if x.shape[0] == 1 and stride == 1:
-        return tf.expand_dims(tf.nn.conv2d(x[0], per_task(kernel)[0], stride, 'SAME'), 0)
+        return convolve_one(x, per_task(kernel))
     return convolve_patches(patches3x3(x, stride), kernel)
+
+
+@tf.custom_gradient
+def convolve_one(x: tf.Tensor, kernel: tf.Tensor):
+    """`convolve` with stride 1 of a single task's images, by TensorFlow's own convolution.
+
+    x [1, examples, height, width, C], kernel [1, 3, 3, C, F] -> [1, examples, height, width, F].
+    This and `convolve_outer` are the derivatives of one another, so they are exact at any order.
+    """
+    output = tf.expand_dims(tf.nn.conv2d(x[0], kernel[0], 1, 'SAME'), 0)
+    return output, lambda gradient: (
+        convolve_one(gradient, turned(kernel)),
+        convolve_outer(x, gradient),
+    )
+
+
+@tf.custom_gradient
+def convolve_outer(x: tf.Tensor, gradient: tf.Tensor):
+    """The derivative of `convolve_one` by its kernel, [1, 3, 3, C, F].
+
+    x and gradient: [1, examples, height, width, C or F]. A product with patches, since XLA's own
+    transposes the images so that examples come last: four times the work of the product.
+    """
+    channels, filters = x.shape[-1], gradient.shape[-1]
+    patches = tf.reshape(_patches(_padded(x, 1), 1), [1, -1, 9 * channels])  # [1, rows, 9C]
+    outer = product_outer(patches, tf.reshape(gradient, [1, -1, filters]))  # [1, 9C, F]
+    return tf.reshape(outer, [1, 3, 3, channels, filters]), lambda kernel: (
+        convolve_one(gradient, turned(kernel)),
+        convolve_one(x, kernel),
+    )
+
+
+def turned(kernel: tf.Tensor) -> tf.Tensor:
+    """[T, 3, 3, C, F] -> [T, 3, 3, F, C]: the kernel that leads from outputs back to inputs."""
+    return tf.transpose(kernel[:, ::-1, ::-1], [0, 1, 2, 4, 3])
 
 
 def convolve_patches(patches: tf.Tensor, kernel: tf.Tensor | Shared) -> tf.Tensor:
@@ -447,38 +486,40 @@ def convolve_patches(patches: tf.Tensor, kernel: tf.Tensor | Shared) -> tf.Tenso
 
 
 class NormalizedPatches(NamedTuple):
-    """Patches of the input images, made ready for `convolve_normalized`."""
+    """Patches of the input images, ready for `convolve_normalized`."""
 
-    # [T, examples, H, W, 9*C + 1], the task's mean taken away, and a last channel of ones
+    # [T, examples, H, W, 9*C + 1], the task's mean pixel taken away, and a last channel of ones
     patches: tf.Tensor
-    # [T, 1, 9*C], what rounding left of the mean
+    # [T, 1, 9*C], what borders and rounding left of the mean
     mean: tf.Tensor
     # [T, 9*C, 9*C], float64: neighbouring pixels are so alike that it is nearly singular
     covariance: tf.Tensor
 
 
-def normalize_patches(
-    patches: tf.Tensor, leading: int | tf.Tensor | None = None
+def normalized_patches(
+    images: tf.Tensor, stride: int, leading: int | tf.Tensor | None = None
 ) -> NormalizedPatches:
-    """patches: [T, examples, H, W, 9*C]; leading: see `batch_norm`.
+    """images: [T, examples, height, width, C]; leading: see `batch_norm`.
 
-    Products within pieces of the rows, and a sum of the pieces in float64.
+    Patches with a channel of ones, times themselves: sums, and sums of products. In pieces of the
+    rows, which are added up in float64. For the rounding the task's mean pixel is taken away, from
+    the zeros around the images, too, so that every patch loses the same.
     """
-    tasks, examples, height, width, size = sizes(patches)
-    rows = tf.reshape(patches, [tasks, examples * height * width, size])  # [T, rows, 9C]
+    tasks, examples, channels = sizes(images)[0], sizes(images)[1], images.shape[-1]
+    height, width = (-(-size // stride) for size in images.shape[2:4])
+    given = tf.reshape(images[:, :leading], [tasks, -1, channels])
+    mean = sum_rows(given) / number(sizes(given)[1], images)  # [T, 1, C]
+    centred = _padded(images, stride) - mean[:, :, tf.newaxis, tf.newaxis]
+    ones = tf.ones([tasks, examples, height, width, 1], images.dtype)
+    patches = _patches(centred, stride, ones)  # [T, examples, H', W', 9C + 1]
     count = (examples if leading is None else leading) * height * width  # of rows with a say
-    divisor = number(count, rows)
-    rows -= spread(sum_rows(rows[:, :count]) / divisor, examples * height * width)
-    relevant = rows[:, :count]
     pieces = divisor_near_root(count) if isinstance(count, int) else count // width
-    pieces = tf.reshape(relevant, [tasks, pieces, -1, size])  # [T, pieces, rows of a piece, 9C]
-    products = tf.matmul(pieces, pieces, transpose_a=True)  # [T, pieces, 9C, 9C]
-    with_ones = tf.concat([rows, tf.ones_like(rows[..., :1])], axis=-1)
-    return NormalizedPatches(
-        tf.reshape(with_ones, [tasks, examples, height, width, size + 1]),
-        sum_rows(relevant) / divisor,
-        tf.reduce_sum(tf.cast(products, tf.float64), axis=1) / tf.cast(count, tf.float64),
-    )
+    pieces = tf.reshape(patches[:, :leading], [tasks, pieces, -1, patches.shape[-1]])
+    products = tf.matmul(pieces, pieces, transpose_a=True)  # [T, pieces, 9C + 1, 9C + 1]
+    means = tf.reduce_sum(tf.cast(products, tf.float64), axis=1) / tf.cast(count, tf.float64)
+    mean = means[:, -1:, :-1]  # [T, 1, 9C]
+    covariance = means[:, :-1, :-1] - tf.matmul(mean, mean, transpose_a=True)
+    return NormalizedPatches(patches, tf.cast(mean, images.dtype), covariance)
 
 
 def convolve_normalized(

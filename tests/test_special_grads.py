@@ -7,6 +7,7 @@ import tensorflow as tf
 from special_grads import (
     FEW_ROWS,
     Shared,
+    convolve,
     max_pool2x2,
     moments,
     patches3x3,
@@ -71,6 +72,19 @@ def test_convolution_is_tensorflows_of_each_task(size, stride):
     assert ours[0].shape == (3, 2, -(-size[0] // stride), -(-size[1] // stride), 4)
     expected = derivatives(lambda *inputs: tensorflow_convolution(*inputs, stride), x, kernel)
     assert_same(ours, expected)
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('tasks', [1, 2])
+@pytest.mark.parametrize('size', [(5, 4), (2, 1)], ids=str)
+def test_convolution_of_few_tasks(size, tasks, stride):
+    """A single one with stride 1 goes another way."""
+    random = np.random.default_rng(0)
+    x, kernel = random.standard_normal((tasks, 3, *size, 2)), random.random((tasks, 3, 3, 2, 4))
+    ours = derivatives(lambda *inputs: convolve(*inputs, stride), x, kernel)
+    assert_same(
+        ours, derivatives(lambda *inputs: tensorflow_convolution(*inputs, stride), x, kernel)
+    )
 
 
 @pytest.mark.parametrize('stride', [1, 2])
