@@ -204,7 +204,6 @@ def test_losses_after_each_update_by_hand(stop_grad):
     np.testing.assert_array_equal(results.outputsb[..., 0, 0], e2 + [3, 1])
 
 
-@pytest.mark.usefixtures('eagerly')
 @pytest.mark.parametrize('wrap', [lambda f: f, tf.function], ids=['eager', 'graph'])
 def test_programs_that_come_with_their_gradient(wrap):
     """x³ y, with 3 x² y and x³ from the program; the second derivatives are right, too."""
@@ -229,6 +228,7 @@ def test_programs_that_come_with_their_gradient(wrap):
     assert [[float(g) for g in row] for row in hessian] == [[120, 24], [24, 0]]
 
 
+@pytest.mark.usefixtures('eagerly')
 def test_one_update_by_hand():
     """θ' = θ - α ∇. As above, (w, b) = (2, 1) - 1/8 · 4 (1, 1); the other has e1 = 1, x1 = 0."""
     model = linear_model(update_lr=1 / 8)
