@@ -38,6 +38,7 @@ from special_grads import (
     Shared,
     apply_layer,
     calls_for_tasks,
+    constant_zeros,
     convolve,
     convolve_normalized,
     convolve_patches,
@@ -1249,8 +1250,17 @@ class FastMAML(MAML):
 
     def meta_gradient(self, batch: Batch) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """As MAML's; batch: from `replicas.place`. Raises ValueError for a wrong shape or type."""
-        loss, *gradients = self.replicas.mean(self._meta_gradient, batch)
+        # Called at once, TensorFlow would look for the derivative of the last program's gradient.
+        traced = self._traced_gradient if tf.executing_eagerly() else self._mean_gradient
+        loss, *gradients = traced(batch)
         return loss, gradients
+
+    @graph
+    def _traced_gradient(self, batch: Batch) -> list[tf.Tensor]:
+        return self._mean_gradient(batch)
+
+    def _mean_gradient(self, batch: Batch) -> list[tf.Tensor]:
+        return self.replicas.mean(self._meta_gradient, batch)
 
     @phased
     def _meta_gradient(self, batch: Batch, phase: Phase) -> list[tf.Tensor]:
@@ -1261,6 +1271,10 @@ class FastMAML(MAML):
         of_chunk = self._whole_gradient if self.num_updates <= 1 else self.gradient_of_sum
         parts = [of_chunk(chunk, phase) for chunk in chunks(batch, self.network)]
         return [pairwise_sum(terms) / tasks for terms in zip(*parts)]
+
+    def gradient_of_sum(self, batch: Batch, phase: Phase) -> list[tf.Tensor]:
+        with constant_zeros():
+            return super().gradient_of_sum(batch, phase)
 
     def last_loss(self, theta, norms, alpha, *others) -> tf.Tensor:
         """As MAML's. Where updates come before, it is one program, with its gradient."""
@@ -1286,7 +1300,8 @@ class FastMAML(MAML):
 
         def of_part(part):
             part = checked_batch(part, self.network, self.dtype)
-            return tf.nest.flatten(MAML.pretrain_gradient(self, part))
+            with constant_zeros():
+                return tf.nest.flatten(MAML.pretrain_gradient(self, part))
 
         loss, *gradients = self.replicas.mean(of_part, batch)
         return loss, gradients

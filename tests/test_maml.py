@@ -1036,6 +1036,39 @@ def compiled_and_not(network: Convolutional) -> list[FastMAML]:
     ]
 
 
+def test_programs_hand_over_what_derivatives_need():
+    """Not each argument of a custom gradient, for zeros of its shape; TensorFlow's own op is left.
+
+    Numbers 11 times those of the images; 30 times, if each argument were among them.
+    """
+    network = Convolutional(28, 1, 4, 3)
+    model, batch = exact_model(network), random_batch(network)
+    traced = tf.function(model.meta_gradient, autograph=False).get_concrete_function(batch)
+    functions = traced.graph.as_graph_def().library.function
+    zeros = [node for f in functions for node in f.node_def if node.op == 'ZerosLike']
+    assert len(zeros) <= 1, zeros
+    (program,) = [f for f in functions if f.signature.name.startswith('__forward_update')]
+    calls = [op for op in traced.graph.get_operations() if 'PartitionedCall' in op.type]
+    called = [op for op in calls if op.get_attr('f').name == program.signature.name]
+    handed_over = sum(np.prod(out.shape) for out in called[0].outputs)
+    assert handed_over < 15 * np.prod(batch.inputa.shape)
+
+
+@pytest.mark.slow
+def test_meta_gradient_of_compiled_updates():
+    """Called at once, and as part of a graph."""
+    network = Convolutional(6, 1, 2, 3)
+    model = exact_model(network, dtype=tf.float32, compiled=True)
+    batch = random_batch(network, dtype=tf.float32)
+    (loss, ours), (same, theirs) = (
+        model.meta_gradient(batch),
+        tf.function(model.meta_gradient)(batch),
+    )
+    assert float(loss) == float(same)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_compiled_evaluation():
     """By XLA and by plain TensorFlow, float32."""
     network = Convolutional(6, 1, 2, 3)
