@@ -1175,7 +1175,7 @@ class MAML(Learned):
 
 # How it is run ------------------------------------------------------------------------------------
 
-CHUNK_SIZE = 2**15  # input values of the tasks that run together, see `chunks`
+CHUNK_SIZE = 2**14  # input values of the tasks that run together, see `chunks`
 
 
 class FastMAML(MAML):
