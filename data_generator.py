@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from utils import Batch, whole_number
+from utils import Batch, cores, whole_number
 
 SPLITS = ('train', 'val', 'test')
 FEW_COMBINATIONS = 100  # of classes in an evaluation, which it should say
@@ -1430,7 +1430,7 @@ def _read_cache(cache: Path, key: str, shape: tuple) -> np.ndarray | None:
         if (cache / 'images.raw').stat().st_size != math.prod(shape):
             raise ValueError('wrong size')
         images = np.asarray(np.memmap(cache / 'images.raw', np.uint8, 'r', shape=shape))
-        with ThreadPoolExecutor(_cores()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             if list(pool.map(zlib.crc32, _chunks(images))) != index['checksums']:
                 raise ValueError('wrong checksum')
         return images
@@ -1481,10 +1481,10 @@ def _decode_all(
     def decode_chunk(chunk: list[os.DirEntry]) -> np.ndarray:
         return np.stack([decode(file) for file in chunk])
 
-    chunks, cores, done = _chunks(files), _cores(), 0
-    with ThreadPoolExecutor(cores) as pool:
-        for first in range(0, len(chunks), 8 * cores):
-            for images in pool.map(decode_chunk, chunks[first : first + 8 * cores]):
+    chunks, workers, done = _chunks(files), cores(), 0
+    with ThreadPoolExecutor(workers) as pool:
+        for first in range(0, len(chunks), 8 * workers):
+            for images in pool.map(decode_chunk, chunks[first : first + 8 * workers]):
                 yield images
                 done += len(images)
                 if sys.stderr.isatty():
@@ -1502,7 +1502,7 @@ def _unreadable(files: list[os.DirEntry], decode: Callable[[os.DirEntry], np.nda
             return True
         return False
 
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         return [file.path for file, failed in zip(files, pool.map(fails, files)) if failed]
 
 
@@ -1571,10 +1571,3 @@ def _fitted(image: Image.Image, layout: ImageLayout) -> Image.Image:
 def _chunks(items: Sequence) -> list[Sequence]:
     """Successive stretches of CHUNK items, the last one of what is left."""
     return [items[first : first + CHUNK] for first in range(0, len(items), CHUNK)]
-
-
-def _cores() -> int:
-    """How many this process may use, which not every system tells."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -794,6 +794,13 @@ def keep_freed_memory(arenas: int):
             ctypes.CDLL(None).mallopt(setting, value)
 
 
+def cores() -> int:
+    """How many this process may use, which not every system tells."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def set_up_gpus(tf32: bool = False):
     """Exact products, and no more memory than is needed; before TensorFlow's first operation.
 

@@ -743,7 +743,7 @@ def test_processes_that_start_together(omniglot, capsys):
 
 def test_many_chunks_keep_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr(data_generator, 'CHUNK', 2)
-    monkeypatch.setattr(data_generator, '_cores', lambda: 1)
+    monkeypatch.setattr(data_generator, 'cores', lambda: 1)
     characters = make_omniglot(tmp_path)
     for _ in range(2):
         for classes in contents(load_omniglot(tmp_path)).values():
