@@ -730,7 +730,8 @@ def test_processes_that_start_together(omniglot, capsys):
     # Without the import of TensorFlow.
     code = f"""if True:
         import sys, types
-        sys.modules['utils'] = types.SimpleNamespace(Batch=tuple, whole_number=None)
+        names = dict(Batch=tuple, cores=lambda: 2, whole_number=None)
+        sys.modules['utils'] = types.SimpleNamespace(**names)
         import data_generator
         print(data_generator.load_omniglot({str(omniglot)!r})['train'].images.sum())"""
     line, pipe = [sys.executable, '-c', code], subprocess.PIPE
