@@ -79,6 +79,7 @@ from utils import (
     forget_summaries,
     is_spec,
     keep_freed_memory,
+    keeps_programs,
     lock,
     other_runs,
     print_anything,
@@ -88,6 +89,7 @@ from utils import (
     set_up_gpus,
     user_code,
     user_function,
+    without_cache_lines,
     write_together,
 )
 
@@ -1496,7 +1498,8 @@ def main(
         if run.generators:
             what = 'training' if f.train else 'evaluation'
             print(f'Done initializing, starting {what}.', flush=True)
-            carry_out(run, f)
+            with without_cache_lines():
+                carry_out(run, f)
 
 
 def carry_out(run: Prepared, f: flags.FlagValues):
@@ -1520,6 +1523,11 @@ def carry_out(run: Prepared, f: flags.FlagValues):
             '--meta_batch_size, or other sizes of the tasks'
         )
     except tf.errors.OpError as error:
+        if is_of_kept_program(error):
+            sys.exit(
+                f'main.py: a compiled program cannot be read or written ({first_line(error)}): see '
+                'to the folder that TF_XLA_FLAGS names, or empty it'
+            )
         if f.strategy != 'multi_worker':
             raise
         print(
@@ -1530,6 +1538,17 @@ def carry_out(run: Prepared, f: flags.FlagValues):
             flush=True,
         )
         os._exit(1)  # leaving the cluster in order would wait for the one that is gone
+
+
+def is_of_kept_program(error: tf.errors.OpError) -> bool:
+    """Whether it may be of the folder of compiled programs: not there, closed, or damaged."""
+    of_files = (
+        tf.errors.NotFoundError,
+        tf.errors.PermissionDeniedError,
+        tf.errors.OutOfRangeError,
+        tf.errors.DataLossError,
+    )
+    return keeps_programs() and (isinstance(error, of_files) or 'cache key' in str(error))
 
 
 def next_steps(run: Prepared, f: flags.FlagValues) -> str:

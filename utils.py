@@ -65,12 +65,31 @@ def without_lines(patterns: Iterable[str]) -> Iterator[None]:
         with suppress(OSError):  # no sed, or no stderr
             stderr = os.dup(2)
             closing.callback(os.close, stderr)
-            reader = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=stderr)
+            # In a session of its own: Ctrl-C is for this process, which may have a word to say.
+            reader = subprocess.Popen(
+                program, stdin=subprocess.PIPE, stdout=stderr, start_new_session=True
+            )
             closing.callback(reader.wait)
             closing.callback(os.dup2, stderr, 2)
             os.dup2(reader.stdin.fileno(), 2)
             reader.stdin.close()
         yield
+
+
+def keeps_programs() -> bool:
+    """Whether XLA keeps what it compiles in a folder of the user's, by TF_XLA_FLAGS."""
+    return 'tf_xla_persistent_cache_directory' in os.environ.get('TF_XLA_FLAGS', '')
+
+
+def without_cache_lines():
+    """A context without what TensorFlow says of each compiled program that it finds in a folder.
+
+    It takes the file for a text first, and says that this is none. Where no programs are kept
+    nothing is done: stderr stays what it is.
+    """
+    if ALL_LINES or not keeps_programs():
+        return nullcontext()
+    return without_lines(['Error parsing text-format tensorflow.XlaSerializedCacheEntry'])
 
 
 ALL_LINES = os.environ['TF_CPP_MIN_LOG_LEVEL'] == '0'  # asked for

@@ -385,6 +385,50 @@ def test_all_lines_without_sed(capfd, monkeypatch):
     assert capfd.readouterr().err == NO_GPU
 
 
+KEPT_PROGRAM = (
+    'E0000 00:00:1.2 34 text_format.cc:378] Error parsing text-format '
+    'tensorflow.XlaSerializedCacheEntry: 2:1: Expected identifier, got: 6'
+)
+
+
+@pytest.mark.parametrize('kept', [False, True])
+def test_lines_of_programs_that_are_kept(capfd, monkeypatch, kept):
+    flags = '--tf_xla_persistent_cache_directory=/a' if kept else ''
+    monkeypatch.setenv('TF_XLA_FLAGS', flags)
+    with utils.without_cache_lines():
+        os.write(2, f'{KEPT_PROGRAM}\n{NO_GPU}\n'.encode())
+    told = [NO_GPU] if kept else [KEPT_PROGRAM, NO_GPU]
+    assert capfd.readouterr().err.splitlines() == told
+
+
+@pytest.mark.slow
+def test_programs_that_are_kept(tmp_path):
+    """The next run reads them, says nothing of it, and has the same weights; damage is reported."""
+    kept, weights, counts = tmp_path / 'programs', [], []
+    environment = os.environ | {'TF_XLA_FLAGS': f'--tf_xla_persistent_cache_directory={kept}'}
+    kept.mkdir()
+
+    def run(logdir: str) -> subprocess.CompletedProcess:
+        flags = ['--norm=None', '--metatrain_iterations=2', f'--logdir={tmp_path / logdir}']
+        line = [sys.executable, '-B', ROOT / 'main.py', *flags, '--log=False']
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
+
+    for logdir in ('first', 'second'):
+        done = run(logdir)
+        assert done.returncode == 0 and done.stderr == ''
+        (folder,) = (tmp_path / logdir).iterdir()
+        weights.append(Learner.load(folder).model.weights)
+        counts.append(len([*kept.iterdir()]))
+    assert counts[0] > 0 and counts[1] == counts[0]
+    for key, value in weights[0].items():
+        np.testing.assert_array_equal(value, weights[1][key])
+    for path in kept.iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+    done = run('third')
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert 'see to the folder that TF_XLA_FLAGS names, or empty it' in done.stderr
+
+
 def quietly(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Python code in a process with a user's settings."""
     inherited = {name: text for name, text in os.environ.items() if name != 'TF_CPP_MIN_LOG_LEVEL'}
