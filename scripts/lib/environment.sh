@@ -62,4 +62,6 @@ set_up() {
     install "$1"
     exec 9<&-
     PATH=$PWD/.venv/bin:$PATH
+    # Memory in pages of 2 MB, where Linux has them for those who ask: a step takes 2 to 5 % less.
+    export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 }
