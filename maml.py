@@ -135,9 +135,10 @@ class Network:
     are adapted by the inner loop, the latter common to all tasks; dim_input and dim_output, sizes
     of an example and of its output, without which there are no checks and no Learner. Optional:
     takes_shared, whether `__call__` of the class that says so takes special_grads.Shared;
-    compilable, whether XLA can compile it; most_tasks, that run together; dtype, that it needs;
-    layer_names, {name of a parameter: its layer}, and methods `features` and `head`, which
-    together are `__call__`, for step sizes per layer and an inner loop of the last one alone.
+    compilable, whether XLA can compile it; most_tasks, that run together; reads_variables, whether
+    `__call__` does; dtype, that it needs; layer_names, {name of a parameter: its layer}, and
+    methods `features` and `head`, which together are `__call__`, for step sizes per layer and an
+    inner loop of the last one alone.
     """
 
     def __init__(self, norm: str | Normalization):
@@ -361,6 +362,7 @@ class KerasNetwork:
         self.together = layers is not None
         self.layers = layers or []
         self.most_tasks = None if self.together else KERAS_TASKS
+        self.reads_variables = not self.together and bool(model.non_trainable_variables)
         recurrent = (keras.layers.RNN, keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D)
         found = model._flatten_layers(include_self=False)
         # XLA does not differentiate the loops that these are, and the second derivative of a
@@ -1516,12 +1518,12 @@ def in_a_loop(function: Callable, batch: Batch, types, network=None) -> list:
     types: of what it returns, in the same nesting. The equal chunks are turns of a loop of the
     graph, as many at a time as there are cores: with a copy of the function's operations for each
     of them, the graph of Omniglot, 20-way 1-shot, takes 13 s more to make, and a tenth more memory
-    to run. The function must not write to variables, nor run programs that read them: then one
-    turn would wait for another.
+    to run. But one turn waits for another where programs read variables, as a network says whose
+    `reads_variables` is true: chunks of its tasks are no loop.
     """
     tasks, each = batch.inputa.shape[0], chunk_size(batch, network)
     count = tasks // each
-    if count == 1:
+    if count == 1 or getattr(network, 'reads_variables', False):
         return [function(chunk) for chunk in chunks(batch, network)]
     equal = [tf.reshape(v[: count * each], [count, each, *v.shape[1:]]) for v in batch]
     stacks = tf.map_fn(

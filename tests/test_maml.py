@@ -1,23 +1,26 @@
 """Networks, inner loop, meta-gradient, outer step: by hand, by differences, by plain TensorFlow.
 
-Everything but the test of a single block goes through the public interface of maml.py, so that
-layers may be rewritten for speed without touching it. Tests are in float64 and uncompiled, hence
-exact and quick, where nothing else is said.
+Everything but the tests of a single block and of chunks goes through the public interface of
+maml.py, so that layers may be rewritten for speed without touching it. Tests are in float64 and
+uncompiled, hence exact and quick, where nothing else is said.
 """
 
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from maml import (
+    CHUNK_SIZE,
     Convolutional,
     FastMAML,
     FullyConnected,
     Results,
+    in_a_loop,
     make_model,
     make_network,
     plain_block,
@@ -1095,3 +1098,24 @@ def test_compiled_meta_training():
         # their gradient.
         if name not in ('b1', 'b2', 'b3', 'b4'):
             np.testing.assert_allclose(named(compiled)[name], variable, atol=2e-5, err_msg=name)
+
+
+# Chunks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('reads_variables', [False, True])
+def test_chunks_in_a_loop(reads_variables):
+    """In order, the last one smaller; the function is traced once for all equal ones, or else for
+    each of them.
+    """
+    network, called = SimpleNamespace(reads_variables=reads_variables), []
+    x = tf.random.stateless_normal([11, 2, CHUNK_SIZE // 10], [0, 1])  # five tasks are most
+    batch = Batch(x, x[..., :1], x, x[..., :1])
+
+    def function(chunk: Batch):
+        called.append(chunk.inputa.shape[0])
+        return tf.reduce_sum(chunk.inputa, axis=[1, 2])
+
+    parts = tf.function(lambda batch: in_a_loop(function, batch, tf.float32, network))(batch)
+    assert called == ([5, 5, 1] if reads_variables else [5, 1])
+    np.testing.assert_allclose(tf.concat(parts, 0), tf.reduce_sum(x, axis=[1, 2]), rtol=1e-5)
