@@ -520,9 +520,8 @@ def lock(folder: str | Path) -> Iterator[None]:
 
 def machine() -> str:
     """What this process computes with, in a few words."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    gpus = len(tf.config.list_physical_devices('GPU'))
-    parts = [f'{cores} core{"s" * (cores != 1)}']
+    count, gpus = cores(), len(tf.config.list_physical_devices('GPU'))
+    parts = [f'{count} core{"s" * (count != 1)}']
     if gpus:
         parts.append(f'{gpus} GPU{"s" * (gpus != 1)}')
     parts += [platform.machine(), f'Python {platform.python_version()}']
