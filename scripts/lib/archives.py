@@ -11,7 +11,7 @@ import lzma
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -56,13 +56,13 @@ def limit(name: str) -> int:
     return MAX_ARCHIVE if archive_suffix(PurePosixPath(name)) else MAX_BYTES
 
 
-def check_member(member: Member, archive: str) -> None:
+def check_member(member: Member, archive: str, max_bytes: int) -> None:
     """Raises PreparationError on a member that a plain archive of images does not have."""
     fault = member.fault
     if not is_safe(member.name):
         fault = 'has an unsafe path'
-    elif not fault and member.size > limit(member.name):
-        fault = f'unpacks to more than {limit(member.name) // 2**20} MiB'
+    elif not fault and member.size > max_bytes:
+        fault = f'unpacks to more than {max_bytes // 2**20} MiB'
     if fault:
         raise PreparationError(f'{archive} is refused: its member {member.name!r} {fault}.')
 
@@ -116,10 +116,13 @@ def tar_members(file: Path | BinaryIO, head: bytes) -> Iterator[Member]:
         raise tarfile.ReadError('it goes on after its end')
 
 
-def archive_items(file: Path | BinaryIO, name: str) -> list[Item]:
+def archive_items(
+    file: Path | BinaryIO, name: str, limit: Callable[[str], int] = limit
+) -> list[Item]:
     """The files in an archive, every member checked before the first is read.
 
-    name: stands for the archive in messages.
+    name: stands for the archive in messages. limit: from a member's name to the bytes that it may
+    have.
     """
     items = []
     with blaming(name):
@@ -135,13 +138,36 @@ def archive_items(file: Path | BinaryIO, name: str) -> list[Item]:
         else:
             members = tar_members(file, head)
         for member in members:
-            check_member(member, name)
+            check_member(member, name, limit(member.name))
             path = PurePosixPath(member.name)
             if not member.is_folder and not hidden(path):
                 items.append(Item(path, f'{name}: {path}', name, member.open))
             if len(items) > MAX_MEMBERS:
                 raise PreparationError(f'{name} is refused: it has over {MAX_MEMBERS} files.')
     return items
+
+
+def unpack(
+    items: Iterable[Item],
+    left_out: Callable[[str], bool] = lambda folder: False,
+    limit: Callable[[str], int] = limit,
+) -> list[Item]:
+    """The items, with what they hold in the place of archives, each in a folder of its name.
+
+    left_out: whether the archive that unpacks to a folder of this name is not looked into.
+    """
+    unpacked = []
+    for item in items:
+        suffix = archive_suffix(item.path)
+        folder = item.path.with_name(item.path.name[: -len(suffix)]) if suffix else item.path
+        if not suffix:
+            unpacked.append(item)
+        elif not left_out(folder.name):
+            with blaming(item.origin):
+                file = item.open()
+            inside = archive_items(file, item.where, limit)
+            unpacked += [inner._replace(path=folder / inner.path) for inner in inside]
+    return unpacked
 
 
 def archive_suffix(path: PurePosixPath) -> str:

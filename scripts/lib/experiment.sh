@@ -5,7 +5,8 @@
 #   bash scripts/paper/omniglot_5way_1shot.sh --seed=1                      another seed, beside it
 # Runs are kept in logs/CELL/seedN. Started again, a script continues: what is trained is not
 # trained twice.
-# OMNIGLOT=FOLDER and MINIIMAGENET=FOLDER name what the data is made from, if it has to be made.
+# OMNIGLOT=FOLDER, MINIIMAGENET=FOLDER and CIFAR100=FOLDER name what the data is made from, if it has
+# to be made.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . scripts/lib/environment.sh
@@ -49,7 +50,19 @@ prepare() {
         [ -d "$data_dir/miniImagenet" ] ||
             python scripts/data/prepare_miniimagenet.py --target="$data_dir/miniImagenet" \
                 ${MINIIMAGENET:+--source="$MINIIMAGENET"};;
+    cifar_fs)
+        [ -d "$data_dir/cifar_fs" ] ||
+            python scripts/data/prepare_cifar_fs.py --target="$data_dir/cifar_fs" \
+                ${CIFAR100:+--source="$CIFAR100"};;
     esac
+}
+
+# maml_plus_plus ITERATIONS: sets plus_plus to its flags, as far as its program tells: a tenth of
+# training until the last loss alone counts. Its paper has first order at the beginning, here a third
+# of training.
+maml_plus_plus() {
+    plus_plus=(--learn_lr=layer_step --loss_steps=all --loss_steps_iterations=$(($1 / 10))
+        --first_order_iterations=$(($1 / 3)) --meta_lr_decay=cosine --meta_lr_end=0.00001)
 }
 
 # train CELL FLAGS: to the end, from where it was.

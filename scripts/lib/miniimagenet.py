@@ -12,18 +12,17 @@ in these: ImageNet's own is one of archives.
 
 import functools
 import io
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from scripts.lib import preparation, unpickling
-from scripts.lib.archives import archive_items, archive_suffix
-from scripts.lib.preparation import Item, PreparationError, blaming, check_no_page
+from scripts.lib import archives, preparation, unpickling
+from scripts.lib.preparation import Item, PreparationError
+from scripts.lib.unpickling import text
 
 SIZE = (84, 84)
 CLASSES = {'train': 64, 'val': 16, 'test': 20}  # in the official splits
@@ -100,39 +99,21 @@ def read_rows(items: list[Item]) -> list[Row]:
     return rows
 
 
-def unpack(items: list[Item], labels: set[str]) -> list[Item]:
-    """The items, with what they hold in the place of archives.
-
-    labels: the listed classes, if any; archives of other synsets are left out.
-    """
-    unpacked = []
-    for item in items:
-        suffix = archive_suffix(item.path)
-        folder = item.path.with_name(item.path.name[: -len(suffix)]) if suffix else item.path
-        if not suffix:
-            unpacked.append(item)
-        elif not (labels and SYNSET.fullmatch(folder.name) and folder.name not in labels):
-            with blaming(item.origin):
-                file = item.open()
-            inside = archive_items(file, item.where)
-            unpacked += [inner._replace(path=folder / inner.path) for inner in inside]
-    return unpacked
-
-
 def contents(source: Path) -> tuple[list[Item], list[Row]]:
     """The files of a source, images/ before other folders, and what its csv files list."""
-    if source.is_file():
-        items = [preparation.file_item(source, PurePosixPath(source.name))]
-    elif source.is_dir():
-        items = preparation.all_items(source, DEPTH)
-        items.sort(key=lambda item: item.path.parts[0] != 'images')
-    else:
-        raise PreparationError(f'--source={source} is neither a folder nor an archive.')
+    items = preparation.source_items(source, DEPTH)
+    items.sort(key=lambda item: item.path.parts[0] != 'images')
     rows = read_rows(items)
     for _ in range(NESTED):
-        items = unpack(items, {row.label for row in rows})
+        labels = {row.label for row in rows}
+        items = archives.unpack(items, functools.partial(is_not_listed, labels))
         rows = rows or read_rows(items)
     return items, rows
+
+
+def is_not_listed(labels: set[str], folder: str) -> bool:
+    """Whether the folder is of a synset that is none of the listed classes, if there is a list."""
+    return bool(labels and SYNSET.fullmatch(folder) and folder not in labels)
 
 
 def find(source: Path) -> Found:
@@ -229,25 +210,9 @@ class Cache(NamedTuple):
     classes: dict[str, list[int]]  # the places of each class's images
 
 
-def text(value) -> str | None:
-    """Of a pickle's text, bytes if Python 2 wrote it; None if it is none."""
-    if isinstance(value, bytes):
-        value = value.decode('latin-1')
-    return value if isinstance(value, str) else None
-
-
 def read_cache(item: Item) -> Cache:
     """Raises PreparationError if it is not the pickle of a split, or would call something."""
-    with blaming(item.origin), item.open() as file:
-        check_no_page(file.read(512), item.where)
-    try:
-        with blaming(item.origin), item.open() as file:
-            stored = unpickling.load(file)
-    except pickle.UnpicklingError as error:
-        raise PreparationError(
-            f'{item.where} {error}; get it again from where you trust it.'
-        ) from error
-    content = {text(key): value for key, value in stored.items()} if type(stored) is dict else {}
+    content = unpickling.read_dictionary(item)
     images, places = content.get('image_data'), content.get('class_dict')
     fault = fault_of_images(images) or fault_of_classes(places, images)
     if fault:

@@ -1,4 +1,4 @@
-"""What the two prepare_*.py share: images out of untrusted archives, into a folder.
+"""What the prepare_*.py share: images out of untrusted archives, into a folder.
 
 The folder is whole or absent, never half made. Images are read from the archives one at a time, in
 memory; nothing is unpacked to disk. One thread does it all, in seconds: with images this small most
@@ -124,6 +124,18 @@ def all_items(folder: Path, depth: int) -> list[Item]:
             if not hidden(PurePosixPath(name)):
                 items.append(file_item(Path(parent, name), inner / name))
     return items
+
+
+def source_items(source: Path, depth: int) -> list[Item]:
+    """The files of --source, a folder or a file; depth: of folders, as of `all_items`.
+
+    Raises PreparationError if there is neither.
+    """
+    if source.is_file():
+        return [file_item(source, PurePosixPath(source.name))]
+    if not source.is_dir():
+        raise PreparationError(f'--source={source} is neither a folder nor an archive.')
+    return all_items(source, depth)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from scripts.lib.preparation import Item, PreparationError, blaming, check_no_page
+
 MAX_BYTES = 4 * 2**30  # of a file; miniImagenet's largest has 0.8
 MAX_READS = 2**20  # of its pieces, two or three to an instruction; miniImagenet's has 120,000
 PIECE = 2**24  # bytes read at once: claims of more are only believed as they come true
@@ -52,6 +54,30 @@ def load(file: BinaryIO):
         raise pickle.UnpicklingError(
             f'is no pickle, or damaged ({type(error).__name__})'
         ) from error
+
+
+def read_dictionary(item: Item) -> dict:
+    """The dictionary that a pickle holds, its keys as texts; empty if it holds something else.
+
+    Raises PreparationError if the file is none, is damaged, or would call something.
+    """
+    with blaming(item.origin), item.open() as file:
+        check_no_page(file.read(512), item.where)
+    try:
+        with blaming(item.origin), item.open() as file:
+            stored = load(file)
+    except pickle.UnpicklingError as error:
+        raise PreparationError(
+            f'{item.where} {error}; get it again from where you trust it.'
+        ) from error
+    return {text(key): value for key, value in stored.items()} if type(stored) is dict else {}
+
+
+def text(value) -> str | None:
+    """Of a pickle's text, bytes if Python 2 wrote it; None if it is none."""
+    if isinstance(value, bytes):
+        value = value.decode('latin-1')
+    return value if isinstance(value, str) else None
 
 
 class Pieces:

@@ -33,14 +33,6 @@ variant() {
     done
 }
 
-# As MAML++'s program does: a tenth of training until the last loss alone counts. Its paper has
-# first order at the beginning, here a third of training.
-plus_plus() {
-    variant maml++ --learn_lr=layer_step --loss_steps=all \
-        --loss_steps_iterations=$((iterations / 10)) --first_order_iterations=$((iterations / 3)) \
-        --meta_lr_decay=cosine --meta_lr_end=0.00001 "$@"
-}
-
 # MAML's paper has one update, and no normalisation that could change from one to the next. MAML++
 # has five, with batch normalisation: without it their step sizes grow until a loss is infinite, and
 # with it sinusoids are not learned. So it gets two here.
@@ -51,7 +43,8 @@ sinusoid() {
         --metatrain_iterations="$iterations")
     variant maml
     variant meta-sgd --learn_lr=weight
-    plus_plus --num_updates=2
+    maml_plus_plus "$iterations"
+    variant maml++ "${plus_plus[@]}" --num_updates=2
 }
 
 # One iteration more than a multiple of 500, so that the last one is validated.
@@ -65,7 +58,8 @@ omniglot_20way_1shot() {
     variant first_order --stop_grad=True
     variant anil --adapt=head
     variant meta-sgd --learn_lr=weight
-    plus_plus --norm_steps=True
+    maml_plus_plus "$iterations"
+    variant maml++ "${plus_plus[@]}" --norm_steps=True
 }
 
 for set in ${SETS:-sinusoid omniglot_20way_1shot}; do
