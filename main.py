@@ -1122,7 +1122,7 @@ def evaluation_name(f: flags.FlagValues) -> str:
 
 
 class Cell(NamedTuple):
-    """One entry of the paper's tables."""
+    """One entry of a table, the paper's or another's."""
 
     name: str  # the script's and the folder's
     title: str
@@ -1131,6 +1131,7 @@ class Cell(NamedTuple):
     paper: str  # what it says
     updates: int  # the paper's number of updates in evaluation
     settings: dict  # flags of main.py, as in the script
+    published: tuple = ()  # (figure, whose) where it is not in MAML's paper; the first is `paper`
 
     @property
     def numbers(self) -> list[float]:
@@ -1205,6 +1206,45 @@ def miniimagenet(shots: int, paper: str, first_order: bool = False) -> Cell:
     )
 
 
+def cifar_fs(shots: int, *published: tuple[str, str]) -> Cell:
+    settings = dict(
+        datasource='folder',
+        image_size=32,
+        num_classes=5,
+        update_batch_size=shots,
+        num_query=15,
+        update_lr=0.01,
+        num_updates=5,
+        meta_batch_size=4,
+        conv=True,
+        num_filters=32,
+        max_pool=True,
+        stop_grad=False,
+    )
+    return Cell(
+        f'cifar_fs_5way_{shots}shot',
+        f'CIFAR-FS, 5-way {shots}-shot',
+        'CIFAR-FS, 5-way',
+        f'{shots}-shot',
+        published[0][0],
+        10,
+        settings,
+        published,
+    )
+
+
+def omniglot_variant(name: str, kind: str, *published: tuple[str, str], **settings) -> Cell:
+    """Omniglot, 20-way 1-shot, by an inner loop that grew from MAML's."""
+    cell = omniglot(20, 1, published[0][0])
+    return cell._replace(
+        name=f'{cell.name}_{name}',
+        title=f'{cell.title}, {kind}',
+        kind=f'{cell.kind}, {kind}',
+        settings=cell.settings | settings,
+        published=published,
+    )
+
+
 def sinusoid(
     name: str, title: str, paper: str, baseline: str | None = None, update_lr: float = 0.01
 ) -> Cell:
@@ -1232,6 +1272,25 @@ CELLS = [
     miniimagenet(1, '48.70 ± 1.84'),
     miniimagenet(5, '63.15 ± 0.91', first_order=True),
     miniimagenet(5, '63.11 ± 0.92'),
+]
+# Entries of tables in other papers.
+OTHER_CELLS = [
+    cifar_fs(1, ('58.9 ± 1.9', 'Bertinetto et al. 2019'), ('56.8 ± 1.9', 'Devos et al. 2019')),
+    cifar_fs(5, ('71.5 ± 1.0', 'Bertinetto et al. 2019'), ('70.8 ± 0.9', 'Devos et al. 2019')),
+    omniglot_variant('anil', 'ANIL', ('96.2 ± 0.5', 'Raghu et al. 2020'), adapt='head'),
+    omniglot_variant(
+        'maml_plus_plus',
+        'MAML++',
+        ('97.65 ± 0.05', 'Antoniou et al. 2019'),
+        ('96.65 ± 0.06', 'the same program, run by another'),
+        learn_lr='layer_step',
+        loss_steps='all',
+        loss_steps_iterations=6000,
+        first_order_iterations=20000,
+        norm_steps=True,
+        meta_lr_decay='cosine',
+        meta_lr_end=0.00001,
+    ),
 ]
 MAML_ERRORS = '.67 / .38 / .35'
 SINUSOIDS = [

@@ -130,9 +130,20 @@ def make_miniimagenet(
     data: Path, splits=('train', 'val', 'test'), classes: int = 2, images: int = 16
 ) -> Path:
     """Prepared miniImagenet-like data."""
+    make_class_folders(data / 'miniImagenet', splits, classes, images)
+    return data
+
+
+def make_class_folders(
+    folder: Path,
+    splits=('train', 'val', 'test'),
+    classes: int = 2,
+    images: int = 16,
+    size: int = 84,
+):
+    """FOLDER/SPLIT/CLASS/IMAGE.jpg."""
     for s, split in enumerate(splits):
         for c in range(classes):
-            folder = data / f'miniImagenet/{split}/n{s}{c:07d}'
             for i in range(images):
-                draw(folder / f'image{i:03d}.jpg', (84, 84), 'RGB', 100 * s + c, i)
-    return data
+                path = folder / f'{split}/n{s}{c:07d}/image{i:03d}.jpg'
+                draw(path, (size, size), 'RGB', 100 * s + c, i)

@@ -19,6 +19,7 @@ from command_line import (
     assert_refused,
     command,
     in_process,
+    make_class_folders,
     make_miniimagenet,
     make_omniglot,
     parsed,
@@ -170,7 +171,9 @@ def test_report(logs):
         '| 6 ± 38 | 4 ± 25 | 3.2 ± 20 | 2.2 ± 14 | 2 / 1.6 / 1.1 | 3 | 0, 1 |'
     )
     assert row in text
-    assert '| oracle | |  | not run |' in text and text.count('not run') == 3 + len(main.CELLS)
+    assert '| oracle | |  | not run |' in text and text.count('not run') == 3 + len(
+        main.CELLS + main.OTHER_CELLS
+    )
     names = {path.name for path in (logs / 'report').iterdir()}
     assert names == {'report.md', 'fits.png', 'errors.png'}
 
@@ -267,6 +270,26 @@ def test_report_leaves_out_what_is_damaged(logs, eager, damage, words):
     (line,) = outcome.err.splitlines()
     assert line.startswith(f'report.py: left out: {folder.parent}') and words in line
     assert '| MAML | 5 | .67 / .38 / .35 | 3 ± 0.01 |' in (logs / 'report/report.md').read_text()
+
+
+def test_classes_of_cifar_fs(tmp_path):
+    """A run on other folders is none of its cells."""
+    cell = next(cell for cell in main.OTHER_CELLS if cell.name == 'cifar_fs_5way_1shot')
+    splits = {split: dict.fromkeys(labels, 600) for split, labels in cells.CIFAR_FS.items()}
+    cells.check_classes(tmp_path, splits, cell)
+    cells.check_classes(tmp_path, None, cell)  # not told
+    with pytest.raises(ValueError, match='its val classes are not those of CIFAR-FS'):
+        cells.check_classes(tmp_path, splits | {'val': {'beaver': 600}}, cell)
+
+
+def test_published_figures_and_their_sources(logs):
+    succeeded(in_process(report.main, [str(logs)]))
+    text = (logs / 'report/report.md').read_text()
+    told = '58.9 ± 1.9 (Bertinetto et al. 2019); 56.8 ± 1.9 (Devos et al. 2019)'
+    assert f'| CIFAR-FS, 5-way 1-shot | {told} | not run |' in text
+    for cell in main.OTHER_CELLS:
+        for _, whose in cell.published:
+            assert f'[{whose}](http' in text
 
 
 def test_report_quotes_notes(logs):
@@ -388,17 +411,26 @@ def test_report_of_damaged_summaries(logs):
     assert not outcome.err and '| MAML | 5 |' in (logs / 'report/report.md').read_text()
 
 
-def test_cells_are_what_the_scripts_train():
-    """The settings by which the report knows a cell's runs are the flags in the cell's script."""
-    for cell in main.CELLS + main.SINUSOIDS:
-        name = 'sinusoid_10shot' if cell.name == 'sinusoid' else cell.name
-        script = (ROOT / f'scripts/paper/{name}.sh').read_text()
-        call = re.search(rf'^train {cell.name} ((?:.*\\\n)*.*)', script, re.MULTILINE)[1]
-        words = call.replace('\\\n', ' ').split()
-        flags = parsed(*(word for word in words if 'iterations' not in word))
-        settings = main.settings(flags)
-        settings['metatrain_iterations'] = int('pretrain' not in cell.name)
-        assert cells.deviations(Path(cell.name), settings, cell) == {}
+def test_cells_are_what_the_scripts_train(tmp_path):
+    """The settings by which the report knows a cell's runs are the flags that its script gives."""
+    printing(tmp_path)
+    for name in ('omniglot_resized', 'miniImagenet/test', 'cifar_fs'):
+        (tmp_path / 'data' / name).mkdir(parents=True)
+    for cell in main.CELLS + main.OTHER_CELLS + main.SINUSOIDS:
+        script = 'sinusoid_10shot' if cell.name == 'sinusoid' else cell.name
+        training, *_ = bash(tmp_path, script).stdout.splitlines()
+        flags = parsed(*training.split())
+        assert flags.logdir == f'logs/{cell.name}/seed0'
+        assert cells.deviations(Path(cell.name), main.settings(flags), cell) == {}
+
+
+def test_data_of_the_scripts(tmp_path):
+    """--data_dir is where prepared data is; of class folders main.py gets the one that is meant."""
+    printing(tmp_path)
+    (tmp_path / 'mine/cifar_fs').mkdir(parents=True)
+    lines = bash(tmp_path, 'cifar_fs_5way_1shot', '--data_dir=mine', '--seed=2').stdout.splitlines()
+    assert [parsed(*line.split()).data_dir for line in lines] == ['mine/cifar_fs'] * 2
+    assert '--test_set=True' in lines[1]
 
 
 # The cells, as a user calls them ------------------------------------------------------------------
@@ -439,6 +471,7 @@ def checkout(tmp_path_factory) -> Path:
     (folder / 'scripts/lib/environment.sh').write_text(SET_UP)
     make_omniglot(folder / 'data', characters=340, images=10)  # 20 validation classes
     make_miniimagenet(folder / 'data', classes=5, images=20)
+    make_class_folders(folder / 'data/cifar_fs', classes=5, images=20, size=32)
     return folder
 
 
@@ -459,7 +492,7 @@ def bash(checkout: Path, script: str, *arguments: str) -> subprocess.CompletedPr
     [
         *('sinusoid_5shot', 'sinusoid_10shot', 'sinusoid_pretrain', 'sinusoid_oracle'),
         'sinusoid_published_command',
-        *(cell.name for cell in main.CELLS),
+        *(cell.name for cell in main.CELLS + main.OTHER_CELLS),
     ],
 )
 def test_cell(checkout, cell):
@@ -477,6 +510,13 @@ def test_cell(checkout, cell):
     assert 3 in checkpoints(folder) and [*folder.glob('test_ubs*.csv')]
 
 
+def printing(folder: Path):
+    """The scripts, with a main.py that prints its arguments."""
+    shutil.copytree(ROOT / 'scripts', folder / 'scripts')
+    (folder / 'scripts/lib/environment.sh').write_text(SET_UP)
+    (folder / 'main.py').write_text('import sys\nprint(*sys.argv[1:])\n')
+
+
 @pytest.mark.parametrize(
     'arguments',
     [
@@ -486,10 +526,8 @@ def test_cell(checkout, cell):
     ],
 )
 def test_arguments_of_the_scripts(tmp_path, arguments):
-    """As main.py takes them: the last one counts. Here with a main.py that prints its arguments."""
-    shutil.copytree(ROOT / 'scripts', tmp_path / 'scripts')
-    (tmp_path / 'scripts/lib/environment.sh').write_text(SET_UP)
-    (tmp_path / 'main.py').write_text('import sys\nprint(*sys.argv[1:])\n')
+    """As main.py takes them: the last one counts."""
+    printing(tmp_path)
     training, *evaluations = bash(tmp_path, 'sinusoid_pretrain', *arguments).stdout.splitlines()
     flags = parsed(*training.split())
     assert (flags.pretrain_iterations, flags.metatrain_iterations) == (4, 0)

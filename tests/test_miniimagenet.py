@@ -3,24 +3,22 @@
 import csv
 import functools
 import hashlib
-import http.server
 import io
 import itertools
 import json
 import os
 import pickle
-import re
 import shutil
 import struct
 import subprocess
 import sys
 import tarfile
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from sources import dumps2, link, named, put, serving
 
 from data_generator import load_miniimagenet
 from scripts.data import prepare_miniimagenet
@@ -51,11 +49,6 @@ def images() -> dict:
 
 
 IMAGES = images()
-
-
-def put(path: Path, data: bytes):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
 
 
 def write_csv(folder: Path):
@@ -98,24 +91,6 @@ def caches() -> dict:
             classes.setdefault(name, []).append(len(keys) - 1 - place)
         found[split] = {'image_data': np.stack(arrays[::-1]), 'class_dict': classes}
     return found
-
-
-class Python2(pickle._Pickler):
-    """Writes texts and bytes as Python 2 does, where they are one."""
-
-    dispatch = dict(pickle._Pickler.dispatch)
-
-    def save_text(self, value):
-        data = value.encode() if isinstance(value, str) else value
-        self.write(b'T' + struct.pack('<i', len(data)) + data)
-
-    dispatch[str] = dispatch[bytes] = save_text
-
-
-def dumps2(value) -> bytes:
-    file = io.BytesIO()
-    Python2(file, 2).dump(value)
-    return file.getvalue()
 
 
 def pickles(folder: Path, dumps=pickle.dumps, val='val'):
@@ -450,18 +425,6 @@ def test_any_damage_to_a_pickle_is_a_sentence_or_harmless():
     assert 0 < read < 600
 
 
-def link(name='train/n0/a.jpg', to='/etc/passwd', kind=tarfile.SYMTYPE):
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, to
-    return info
-
-
-def named(name):
-    info = tarfile.TarInfo(name)
-    info.size = 3
-    return info
-
-
 @pytest.mark.parametrize('suffix', ['.tar', '.tar.gz'])
 @pytest.mark.parametrize(
     'info, words',
@@ -518,51 +481,21 @@ def test_a_header_that_claims_gigabytes(tmp_path, target):
 # Download -----------------------------------------------------------------------------------------
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves bytes by their path, parts of them too."""
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        served = self.server.served
-        self.server.asked.append((self.path, self.headers.get('Range')))
-        if self.path not in served:
-            return self.send_error(404)
-        data, first = served[self.path], 0
-        part = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
-        if part and self.server.resumes:
-            first = int(part[1])
-            if first >= len(data):
-                return self.send_error(416)
-            self.send_response(206)
-            self.send_header('Content-Range', f'bytes {first}-{len(data) - 1}/{len(data)}')
-        else:
-            self.send_response(200)
-        self.send_header('Content-Length', str(len(data) - first))
-        self.end_headers()
-        last = self.server.breaks.pop() if self.server.breaks else len(data)
-        self.wfile.write(data[first:last])
-
-
 @pytest.fixture
 def zenodo(tmp_path, monkeypatch):
     """A server with a record as Zenodo's of three small pickles; `record` is its address."""
     monkeypatch.setenv('no_proxy', '*')
     pickles(tmp_path / 'official', val='validation')
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server) as server:
-        address = f'http://127.0.0.1:{server.server_port}'
-        server.record, server.resumes, server.breaks, server.asked = f'{address}/7', True, [], []
-        server.served, files = {}, []
+    with serving() as server:
+        address, files = server.address, []
+        server.record = f'{address}/7'
         for name in PICKLES:
             data = server.served[f'/{name}'] = (tmp_path / 'official' / name).read_bytes()
             md5 = hashlib.md5(data).hexdigest()
             links = {'self': f'{address}/{name}'}
             files.append({'key': name, 'checksum': f'md5:{md5}', 'links': links})
         server.served['/7'] = json.dumps({'id': 7, 'files': files}).encode()
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
-        server.shutdown()
 
 
 def download(server, target) -> str:

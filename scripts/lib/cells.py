@@ -1,8 +1,9 @@
-"""The runs of the cells of the paper's tables, `main.CELLS`.
+"""The runs of the cells of the tables, `main.CELLS` and its like.
 
 They are as scripts/paper/omniglot_5way_1shot.sh and its like leave them.
 """
 
+import json
 import pickle
 import re
 import sys
@@ -29,11 +30,17 @@ from utils import (
     read_run_state,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
+
 # Mean squared error of a sinusoid: its largest amplitude is 5, so predicting 0 has 25 at most.
 DIVERGED = 100.0
 
 # Flags that make a run another cell's, or none's; other settings make it another run of the cell.
 TELLING = {'datasource', 'num_classes', 'update_batch_size', 'conv', 'stop_grad', 'baseline'}
+
+
+# {split: classes}
+CIFAR_FS = json.loads((ROOT / 'scripts/data/cifar100_splits.json').read_text())['cifar_fs']
 
 
 class Table(NamedTuple):
@@ -127,6 +134,16 @@ def deviations(folder: Path, flags: dict, cell: Cell) -> dict[str, tuple]:
     return found
 
 
+def check_classes(folder: Path, classes: dict | None, cell: Cell):
+    """Raises ValueError if a run with --datasource=folder was trained on other classes."""
+    wanted = CIFAR_FS if cell.settings['datasource'] == 'folder' else {}
+    for split, labels in wanted.items():
+        if split in (classes or {}) and {*classes[split]} != {*labels}:
+            raise ValueError(
+                f'{folder} is no run of {cell.name}: its {split} classes are not those of CIFAR-FS'
+            )
+
+
 def training_hours(folder: Path) -> float:
     """By the time stamps of the summaries; 0 if there are none."""
     seconds = 0.0
@@ -174,6 +191,7 @@ def read_run(folder: Path, cell: Cell) -> Run:
         raise ValueError(str(error)) from None
     flags, machine = state.get('flags', {}), state.get('machine', '')
     differing = deviations(folder, flags, cell)
+    check_classes(folder, state.get('classes'), cell)
     update_lr = str(flags['update_lr']) if 'update_lr' in flags else None
     tables, more_tables = read_tables(folder, update_lr)
     if not tables:

@@ -11,7 +11,7 @@ import numpy as np
 matplotlib.use('Agg')  # pictures in files, on machines without a display too
 import matplotlib.pyplot as plt
 
-from main import CELLS, SINUSOIDS, Cell
+from main import CELLS, OTHER_CELLS, SINUSOIDS, Cell
 from maml import Learner
 from scripts.lib.cells import DIVERGED, Run, Table, pooled
 from scripts.lib.sinusoid_fits import CURVES, fits
@@ -30,7 +30,7 @@ AT_FOOT = dict(loc='outside lower center', fontsize='small', frameon=False)  # a
 def grouped(runs: Runs) -> dict[str, list[tuple[Cell, list[Run]]]]:
     """{group: the cells in it that were run}; a group is a panel, or a column of them."""
     found = {}
-    for cell in CELLS:
+    for cell in CELLS + OTHER_CELLS:
         if runs[cell.name]:
             found.setdefault(cell.group, []).append((cell, runs[cell.name]))
     return found

@@ -17,11 +17,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from main import CELLS, SINUSOIDS, Cell
+from main import CELLS, OTHER_CELLS, SINUSOIDS, Cell
 from scripts.lib.cells import DIVERGED, Run, Table, pooled, read_runs
 from scripts.lib.preparation import as_path
 from scripts.lib.report_figures import FIGURES, Runs
 from utils import print_anything, write_whole
+
+# Whose figures stand in the second table.
+SOURCES = (
+    'MAML on CIFAR-FS: [Bertinetto et al. 2019](https://arxiv.org/abs/1805.08136), the R2D2 paper; '
+    "[Devos et al. 2019](https://openreview.net/forum?id=BJx0N2I6IN), the authors' program under "
+    "TensorFlow 1.8, with [miniImagenet's settings](https://github.com/ArnoutDevos/maml-cifar-fs). "
+    'ANIL: [Raghu et al. 2020](https://arxiv.org/abs/1909.09157), whose MAML has 93.7 ± 0.7. '
+    'MAML++: [Antoniou et al. 2019](https://arxiv.org/abs/1810.09502), mean and standard deviation '
+    'of three seeds; [the same program, run by another]'
+    '(https://github.com/AntreasAntoniou/HowToTrainYourMAMLPytorch/issues/20), likewise.'
+)
 
 
 def row(*values) -> str:
@@ -43,12 +54,19 @@ def percent(table: Table | None, update: int) -> str:
     return f'{100 * table.means[update]:.2f} ± {100 * table.interval[update]:.2f}'
 
 
+def published(cell: Cell) -> str:
+    """What the paper has, or others have; with their names then."""
+    if not cell.published:
+        return cell.paper
+    return '; '.join(f'{figure} ({whose})' for figure, whose in cell.published)
+
+
 def accuracy_row(cell: Cell, run: Run) -> str:
     shots = cell.settings['update_batch_size']
     last, best = (run.tables.get((shots, kind)) for kind in ('last', 'best'))
     return row(
         cell.title + run.variant,
-        cell.paper,
+        published(cell),
         percent(last, cell.updates),
         percent(best, cell.updates),
         f'{run.evaluated(shots):,}',
@@ -60,7 +78,7 @@ def accuracy_row(cell: Cell, run: Run) -> str:
 
 def accuracy_rows(cell: Cell, runs: list[Run]) -> list[str]:
     if not runs:
-        return [f'| {cell.title} | {cell.paper} | not run | | | | | |']
+        return [f'| {cell.title} | {published(cell)} | not run | | | | | |']
     return [accuracy_row(cell, run) for run in runs]
 
 
@@ -72,33 +90,44 @@ def more_rows(cell: Cell, runs: list[Run]) -> Iterator[str]:
         tasks = each_once((f'{table.tasks:,}' for table in (last, best) if table), ', ')
         if tasks:
             shown = (percent(table, cell.updates) for table in (last, best))
-            yield row(cell.title + run.variant, cell.paper, *shown, tasks, run.seed)
+            yield row(cell.title + run.variant, published(cell), *shown, tasks, run.seed)
 
 
 def on_more_tasks(runs: Runs) -> list[str]:
     """A second table, whose intervals say more; nothing if there are no such evaluations."""
-    rows = [line for cell in CELLS for line in more_rows(cell, runs.get(cell.name, []))]
+    cells = CELLS + OTHER_CELLS
+    rows = [line for cell in cells for line in more_rows(cell, runs.get(cell.name, []))]
     if not rows:
         return []
-    head = '| | paper | last | best of validation | test tasks | seed |'
+    head = '| | published | last | best of validation | test tasks | seed |'
     return ['', '## Accuracy on more test tasks, %', '', head, '|---|---|---|---|---|---|', *rows]
 
 
 def accuracies(runs: Runs) -> list[str]:
     explanation = (
         'After the number of updates at which the paper evaluates (Omniglot 5-way 3, 20-way 5, '
-        'miniImagenet 10); ± is the 95 % interval over tasks of one run. The last checkpoint, and '
-        'the one that was best on validation tasks. Training times are those that the runs '
-        'themselves recorded; – where a machine was not.'
+        'miniImagenet and CIFAR-FS 10); ± is the 95 % interval over tasks of one run. The last '
+        'checkpoint, and the one that was best on validation tasks. Training times are those that '
+        'the runs themselves recorded; – where a machine was not.'
     )
+    columns = 'last | best of validation | iterations | seed | training | machine |'
+    rule = '|---|---|---|---|---|---|---|---|'
     return [
         '## Accuracy on 600 test tasks, %',
         '',
         explanation,
         '',
-        '| | paper | last | best of validation | iterations | seed | training | machine |',
-        '|---|---|---|---|---|---|---|---|',
+        f'| | paper | {columns}',
+        rule,
         *(line for cell in CELLS for line in accuracy_rows(cell, runs[cell.name])),
+        '',
+        '### Tables of other papers',
+        '',
+        SOURCES,
+        '',
+        f'| | published | {columns}',
+        rule,
+        *(line for cell in OTHER_CELLS for line in accuracy_rows(cell, runs[cell.name])),
     ]
 
 
@@ -183,7 +212,7 @@ def remarks_on(cell: Cell, run: Run) -> Iterator[str]:
     if run.deviations:
         wanted = (f'--{name}={value}' for name, (_, value) in run.deviations.items())
         yield f'the cell has {", ".join(wanted)}.'
-    if cell in CELLS and any(table.split == 'val' for table in run.tables.values()):
+    if cell not in SINUSOIDS and any(table.split == 'val' for table in run.tables.values()):
         yield 'evaluated on the validation classes.'
     evaluated = {run.evaluated(shots) for shots, kind in run.tables if kind == 'last'}
     if evaluated - {run.iterations}:
@@ -196,7 +225,7 @@ def remarks(logs: Path, runs: Runs) -> list[str]:
     Each is a paragraph.
     """
     lines = []
-    for cell in CELLS + SINUSOIDS:
+    for cell in CELLS + OTHER_CELLS + SINUSOIDS:
         for run in runs[cell.name]:
             for remark in remarks_on(cell, run):
                 lines += [f'{cell.title}{run.variant}, seed {run.seed}: {remark}', '']
@@ -215,7 +244,7 @@ def note(folder: Path, title: str = '') -> list[str]:
 def report(logs: Path, output: Path) -> Path:
     """Writes OUTPUT/report.md and its figures. Returns the path of the former."""
     runs = {}
-    for cell in CELLS + SINUSOIDS:
+    for cell in CELLS + OTHER_CELLS + SINUSOIDS:
         found = read_runs(logs, cell)
         runs[cell.name] = sorted(found, key=lambda run: (len(run.deviations), run.seed))
     output.mkdir(parents=True, exist_ok=True)
