@@ -17,7 +17,7 @@ import itertools
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -29,32 +29,24 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from fewshot.networks.keras_network import KerasNetwork
 from special_grads import (
     BATCH_NORM_EPSILON,
-    MAX_POOLING,
-    PER_EXAMPLE,
     BatchNorm,
     Normalization,
     Shared,
-    apply_layer,
-    calls_for_tasks,
     constant_zeros,
     convolve,
     convolve_normalized,
     convolve_patches,
     dense,
-    exact_moments,
-    has_known_activations,
-    map_tasks,
     max_pool2x2,
     normalization,
     normalized_patches,
     patches3x3,
     per_task,
     sizes,
-    takes_training,
     task_gradients,
-    task_layer,
 )
 from utils import (
     Batch,
@@ -70,9 +62,9 @@ from utils import (
     first_whole,
     folder_path,
     graph,
-    is_spec,
     machine,
     mean_squared_error,
+    named_batch,
     other_runs,
     piece,
     read_checkpoint,
@@ -138,7 +130,8 @@ class Network:
     compilable, whether XLA can compile it; most_tasks, that run together; reads_variables, whether
     `__call__` does; dtype, that it needs; layer_names, {name of a parameter: its layer}, and
     methods `features` and `head`, which together are `__call__`, for step sizes per layer and an
-    inner loop of the last one alone.
+    inner loop of the last one alone; head_names, the parameters of the last layer, if it is not
+    that of the last of layer_names.
     """
 
     def __init__(self, norm: str | Normalization):
@@ -319,290 +312,6 @@ def plain_block(
     return tf.nn.max_pool2d(x, 2, 2, 'VALID') if max_pool else x
 
 
-# Keras models as networks -------------------------------------------------------------------------
-
-
-class KerasNetwork:
-    """A Keras model of one input and one output as a network: any kind of them.
-
-    Its trainable variables are parameters, from the values that they have; the model itself is left
-    as it is. Batch normalisation takes the statistics of the batch at hand, so moving averages do
-    not change. Where all layers are known (`task_layer`, `PER_EXAMPLE`), tasks run together, else
-    one after another within a program.
-
-    model: a keras.Model. adapt: what the inner loop changes: None, everything; names of layers; or
-    a function of a variable's path that says whether. The rest is learned by the outer loop only.
-    input_shape: of an example, if the model is not built yet.
-    Raises ValueError, with the layer's name, for what could not be right: see `check_keras_model`.
-    Warns of layers that no test has compared with differences, such as your own.
-    """
-
-    def __init__(
-        self,
-        model: keras.Model,
-        adapt: Sequence[str] | Callable[[str], bool] | None = None,
-        input_shape: Sequence[int] | None = None,
-    ):
-        self.model, self.image_shape = model, keras_input_shape(model, input_shape)
-        output = check_keras_model(model, self.image_shape)
-        warn_of_unproven_layers(model)
-        self.dim_input = int(np.prod(self.image_shape))
-        self.dim_output = int(np.prod(output.shape[1:]))
-        self.dtype = model.trainable_variables[0].dtype
-        self.names = variable_names(model)  # {path: name}
-        adapted = adapted_paths([*self.names], adapt)
-        self.parameters, self.norm_parameters = {}, {}
-        for variable in model.trainable_variables:
-            held = self.parameters if variable.path in adapted else self.norm_parameters
-            held[self.names[variable.path]] = (
-                keras.ops.convert_to_numpy(variable),
-                tuple(variable.shape),
-            )
-        layers = keras_leaves(model)
-        self.together = layers is not None
-        self.layers = layers or []
-        self.most_tasks = None if self.together else KERAS_TASKS
-        self.reads_variables = not self.together and bool(model.non_trainable_variables)
-        recurrent = (keras.layers.RNN, keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D)
-        found = model._flatten_layers(include_self=False)
-        # XLA does not differentiate the loops that these are, and the second derivative of a
-        # maximum's place not at all in float64, and with too few digits in float32.
-        self.compilable = not any(
-            isinstance(layer, recurrent)
-            and not getattr(layer, 'unroll', False)
-            or isinstance(layer, MAX_POOLING)
-            and not (self.together and task_layer(layer))
-            for layer in found
-        )
-
-    @property
-    def layer_names(self) -> dict[str, str]:
-        """{name of a variable: its layer}, which is called after the first variable of it."""
-        firsts, found = {}, {}
-        for path, name in self.names.items():
-            layer = path.rpartition('/')[0]
-            found[name] = firsts.setdefault(layer, name.rpartition('/')[0])
-        return found
-
-    def prepare(self, inputs: tf.Tensor, leading: Leading = None) -> tf.Tensor:
-        """[T, examples, D] -> [T, examples, ...] of the model's input shape."""
-        return tf.reshape(inputs, [*sizes(inputs)[:2], *self.image_shape])
-
-    def __call__(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
-        """x: from `prepare`; weights: [T, ...] each. Returns [T, examples, out]."""
-        tasks, examples = sizes(x)[:2]
-        values = {}  # {path: [T, ...]}
-        for path, name in self.names.items():
-            if name in weights:
-                values[path] = weights[name]
-            else:
-                values[path] = tf.broadcast_to(norms[name], [tasks, *norms[name].shape])
-        with exact_moments(leading):
-            output = (self._together if self.together else self._one_by_one)(x, values, leading)
-        return tf.reshape(output, [tasks, examples, self.dim_output])
-
-    def _one_by_one(self, x: tf.Tensor, values: Tensors, leading: Leading) -> tf.Tensor:
-        return map_tasks(lambda own: apply_layer(self.model, *own), sizes(x)[0], (values, x))
-
-    def _together(self, x: tf.Tensor, values: Tensors, leading: Leading) -> tf.Tensor:
-        rows = tf.reshape(x, [-1, *self.image_shape])  # [T*examples, ...]
-        with calls_for_tasks(self.layers, values, sizes(x)[0], leading), keras.StatelessScope():
-            return self.model(rows, training=True)
-
-
-# Layers of Keras that tests compare with differences, besides special_grads.PER_EXAMPLE.
-PROVEN = {
-    *('Dense', 'Embedding', 'PReLU', 'GRU', 'GRUCell', 'LSTM', 'LSTMCell', 'MultiHeadAttention'),
-    *('Conv1D', 'Conv2D', 'DepthwiseConv2D', 'SeparableConv2D', 'Conv2DTranspose', 'EinsumDense'),
-    *('BatchNormalization', 'LayerNormalization', 'GroupNormalization', 'RMSNormalization'),
-    *('Sequential', 'Functional', 'Dropout'),  # one that drops something is refused
-    # Operations, keras.ops, between layers.
-    *('Sin', 'Tanh', 'Sigmoid', 'Silu', 'Gelu', 'Relu', 'Mean'),
-}
-
-
-def warn_of_unproven_layers(model: keras.Model):
-    """Names the layers whose second derivatives no test here has compared with differences."""
-    names = []
-    layers = [*model._flatten_layers()]
-    # The operations between the layers of a functional model, such as x + y.
-    inner = [part for layer in layers for part in getattr(layer, 'operations', [])]
-    for part in [*layers, *(part for part in inner if not isinstance(part, keras.Layer))]:
-        kind = type(part)
-        own = kind.__module__.startswith('keras.') and has_known_activations(part)
-        if not own or kind.__name__ not in PROVEN | PER_EXAMPLE:
-            names.append(f'{part.name} ({kind.__name__})')
-    if names:
-        warnings.warn(
-            f'the second derivatives of {", ".join(dict.fromkeys(names))} are not known to be '
-            'right: compare them, by scripts/model/check_second_order.py FILE.py:FUNCTION',
-            stacklevel=3,
-        )
-
-
-KERAS_TASKS = 4  # of a model whose tasks run one after another, in one program: it takes to compile
-
-
-def keras_input_shape(model, given: Sequence[int] | None) -> tuple[int, ...]:
-    """The shape of an example; builds the model if it is not. Raises ValueError."""
-    if not isinstance(model, keras.Model):
-        raise ValueError(f'a keras.Model is needed, but this is {type(model).__name__}')
-    inputs = getattr(model, 'inputs', None) or []
-    if len(inputs) > 1:
-        raise ValueError(f'the model {model.name} has {len(inputs)} inputs, but one is needed')
-    if inputs:
-        shape = tuple(inputs[0].shape[1:])
-    elif given is None:
-        raise ValueError(
-            f'the model {model.name} does not tell its input: give input_shape, the shape of an '
-            'example'
-        )
-    else:
-        shape = tuple(given)
-        model(tf.zeros([2, *shape], model.compute_dtype))  # makes its variables
-    if None in shape:
-        raise ValueError(
-            f'the model {model.name} takes inputs of any size, {shape}: fix it with keras.Input'
-        )
-    return shape
-
-
-def variable_names(model: keras.Model) -> dict[str, str]:
-    """{path: name} of trainable variables, with names that are the same in every process.
-
-    Keras counts the layers of a kind that a process has made: dense_7 here is dense_2 there.
-    """
-    names = {}
-    for i, variable in enumerate(model.trainable_variables):
-        parts = variable.path.split('/')
-        parts = parts[1:] if parts[0] == model.name else parts
-        parts = [re.sub(r'_\d+$', '', part) for part in parts]
-        names[variable.path] = '/'.join([str(i), *parts])
-    return names
-
-
-def adapted_paths(paths: list[str], adapt) -> set[str]:
-    """The paths of the variables that the inner loop changes. Raises ValueError if none is."""
-    if adapt is None:
-        return {*paths}
-    if callable(adapt):
-        chosen = {path for path in paths if adapt(path)}
-    else:
-        names = [adapt] if isinstance(adapt, str) else [*adapt]
-        for name in names:
-            if not any(name in path.split('/') for path in paths):
-                there = ', '.join(
-                    dict.fromkeys(path.split('/')[-2] for path in paths if '/' in path)
-                )
-                raise ValueError(f'adapt: there is no layer {name!r} with variables, but {there}')
-        chosen = {path for path in paths if {*names} & {*path.split('/')}}
-    if not chosen:
-        raise ValueError(f'adapt chooses none of the variables {", ".join(paths)}')
-    return chosen
-
-
-def keras_leaves(model: keras.Model) -> list[keras.Layer] | None:
-    """The layers of a Sequential or functional model, those of models in it too.
-
-    None if there is more in it than layers, so that it might mix examples of different tasks.
-    """
-    if type(model) is keras.Sequential:
-        operations = model.layers
-    elif type(model).__name__ == 'Functional':  # keras.Model(inputs, outputs)
-        operations = model.operations
-    else:
-        return None
-    found = []
-    for operation in operations:
-        inner = [operation] if isinstance(operation, keras.Layer) else None
-        if isinstance(operation, keras.Model):
-            inner = keras_leaves(operation)
-        if inner is None:
-            return None
-        found += inner
-    return found
-
-
-def check_keras_model(model: keras.Model, shape: tuple[int, ...]) -> tf.Tensor:
-    """Its output for two random inputs.
-
-    Raises ValueError for a model whose meta-gradient would not be right: several outputs; no
-    trainable variables, or some that are no floats of the type that the model computes with;
-    losses of its own; layers that draw random numbers; layers that TensorFlow cannot differentiate
-    twice. The sentence names the layer.
-    """
-    variables = model.trainable_variables
-    if not variables:
-        raise ValueError(f'the model {model.name} has no trainable variables, so nothing can learn')
-    types = {variable.dtype for variable in variables}
-    if len(types) > 1 or types != {model.compute_dtype} or not types <= {'float32', 'float64'}:
-        raise ValueError(
-            f'the model {model.name} has variables of {", ".join(sorted(types))} and computes in '
-            f'{model.compute_dtype}: all must be float32, or all float64'
-        )
-    values = {variable.path: tf.convert_to_tensor(variable.value) for variable in variables}
-    x = tf.random.stateless_uniform([2, *shape], [0, 1], dtype=variables[0].dtype)
-    check_randomness(model, values, x)
-    output = apply_layer(model, values, x)
-    if not tf.is_tensor(output) or output.shape[0] != 2:
-        raise ValueError(f'the model {model.name} must have one output, [examples, ...]')
-    if model.losses:
-        raise ValueError(
-            f'the model {model.name} has losses of its own (a regularizer or add_loss), which the '
-            'loss of a task does not count: leave them out'
-        )
-    check_derivatives(model, values, x)
-    return output
-
-
-def check_randomness(model: keras.Model, values: Tensors, x: tf.Tensor):
-    """Raises ValueError if the model draws random numbers: an inner loop must be repeatable."""
-    trainable, others = [*values.values()], model.non_trainable_variables
-    before = [variable.numpy() for variable in others]
-    named = {'training': True} if takes_training(model) else {}
-    output, after = model.stateless_call(trainable, before, x, **named)
-    again, _ = model.stateless_call(trainable, before, x, **named)
-    drawn = {
-        variable.path
-        for variable, old, new in zip(others, before, after)
-        if 'seed_generator' in variable.path and np.any(old != np.array(new))
-    }
-    if drawn or np.any(np.array(output) != np.array(again)):
-        layers = model._flatten_layers(include_self=False)
-        names = [
-            f'{layer.name} ({type(layer).__name__})'
-            for layer in layers
-            if {variable.path for variable in layer.non_trainable_variables} & drawn
-        ]
-        raise ValueError(
-            f'the model {model.name} draws random numbers in {names[-1] if names else "a layer"}: '
-            'leave that out, since an inner loop must be repeatable'
-        )
-
-
-def check_derivatives(model: keras.Model, values: Tensors, x: tf.Tensor):
-    """Raises ValueError if TensorFlow cannot differentiate the model twice."""
-
-    @tf.function(autograph=False)
-    def second(values: Tensors) -> Tensors:
-        with tf.GradientTape() as outer:
-            outer.watch(values)
-            with tf.GradientTape() as inner:
-                inner.watch(values)
-                loss = tf.reduce_sum(tf.square(apply_layer(model, values, x)))
-            gradients = inner.gradient(loss, values, unconnected_gradients='zero')
-            total = tf.add_n([tf.reduce_sum(tf.square(g)) for g in gradients.values()])
-        return outer.gradient(total, values, unconnected_gradients='zero')
-
-    try:
-        with exact_moments():
-            second.get_concrete_function(values)
-    except LookupError as error:
-        raise ValueError(
-            f'the model {model.name} cannot be differentiated twice ({first_line(error)})'
-        ) from error
-
-
 # Inner loops: what they change, and how -----------------------------------------------------------
 
 
@@ -702,12 +411,14 @@ class Partly:
                 f'adapt={adapt!r} needs to know the layers of the network: give it an attribute '
                 'layer_names, {name of a parameter: its layer}'
             )
-        head = [*layers.values()][-1]
-        names = [n for n in network.parameters if (layers.get(n) == head) == (adapt == 'head')]
+        last = [*layers.values()][-1]
+        of_last = [name for name in network.parameters if layers.get(name) == last]
+        head = getattr(network, 'head_names', of_last)
+        names = [name for name in network.parameters if (name in head) == (adapt == 'head')]
         if not names:
             raise ValueError(
                 f'adapt={adapt!r} leaves nothing for the inner loop to change: the network adapts '
-                f'{", ".join(network.parameters)}, and its last layer is {head}'
+                f'{", ".join(network.parameters)}, and its last layer has {", ".join(head)}'
             )
         self.parameters = {name: network.parameters[name] for name in names}
         self.common = [name for name in network.parameters if name not in names]
@@ -1008,13 +719,16 @@ class MAML(Learned):
         network = KerasNetwork(network) if isinstance(network, keras.Model) else network
         check_network(network, float_type(dtype))
         check_loss(loss, network, float_type(dtype))
+        warn_of_probabilities(loss, network, float_type(dtype))
         inner = InnerLoop(update_lr, num_updates, adapt, learn_lr, norm_steps)
         super().__init__(network, inner, seed, float_type(dtype))
         self.loss, self.update_lr, self.num_updates = loss, update_lr, num_updates
         self.stop_grad, self.clip = stop_grad, clip
+        self.trained_on = frozenset()  # types of training inputs, as far as known: see FastMAML
         until = last_all_losses(loss_steps, loss_steps_iterations)
         self.phases = phases(whole_number('first_order_iterations', first_order_iterations), until)
         self.loss_steps, self.loss_steps_iterations = loss_steps, loss_steps_iterations
+        self.first_order_iterations = first_order_iterations
         # ε as TensorFlow 1's Adam has it; Keras's own default is ten times larger.
         self.metatrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
         self.pretrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
@@ -1190,6 +904,8 @@ class FastMAML(MAML):
 
         compiled: the pieces are compiled by XLA, else plain TensorFlow.
         replicas: the devices that have parts of a meta-batch.
+
+    Attribute: trained_on, the types of the inputs it was trained on, 'float', 'uint8' and so on.
     """
 
     def __init__(
@@ -1268,7 +984,7 @@ class FastMAML(MAML):
     @phased
     def _meta_gradient(self, batch: Batch, phase: Phase) -> list[tf.Tensor]:
         """A sum over tasks can be taken chunk by chunk: they run side by side, in little memory."""
-        batch = checked_batch(batch, self.network, self.dtype)
+        batch = self.training_batch(batch)
         tasks = batch.inputa.shape[0]
         # Of one update XLA makes the faster program if it sees all; more would take it too long.
         if self.num_updates <= 1:
@@ -1278,6 +994,13 @@ class FastMAML(MAML):
             gradient = functools.partial(self.gradient_of_sum, phase=phase)
             parts = in_a_loop(gradient, batch, types, self.network)
         return [pairwise_sum(terms) / tasks for terms in zip(*parts)]
+
+    def training_batch(self, batch: Batch) -> Batch:
+        """As `checked_batch`; a Learner asks later of which type the inputs were."""
+        batch = as_tensors(batch)
+        checked, kind = checked_batch(batch, self.network, self.dtype), batch.inputa.dtype
+        self.trained_on |= {'float' if kind.is_floating else kind.name}
+        return checked
 
     def gradient_of_sum(self, batch: Batch, phase: Phase) -> list[tf.Tensor]:
         with constant_zeros():
@@ -1306,7 +1029,7 @@ class FastMAML(MAML):
         """As MAML's; batch: from `replicas.place`. Raises ValueError for a wrong shape or type."""
 
         def of_part(part):
-            part = checked_batch(part, self.network, self.dtype)
+            part = self.training_batch(part)
             with constant_zeros():
                 return tf.nest.flatten(MAML.pretrain_gradient(self, part))
 
@@ -1426,8 +1149,12 @@ def with_gradient(program: Callable, values) -> tf.Tensor:
     @tf.custom_gradient
     def scalar(*flat):
         found, gradient = program(tf.nest.pack_sequence_as(values, flat))
-        terms = tf.nest.flatten(gradient)
-        return found, lambda upstream: [None if g is None else upstream * g for g in terms]
+
+        def scaled(upstream, variables=()):  # which are read, as those of a frozen layer
+            terms = [None if g is None else upstream * g for g in tf.nest.flatten(gradient)]
+            return (terms, [None] * len(variables)) if variables else terms
+
+        return found, scaled
 
     return scalar(*tf.nest.flatten(values))
 
@@ -1455,13 +1182,13 @@ def check_parameters(path: str, values: Arrays, variables: dict[str, tf.Variable
 
 
 def as_tensors(batch: Batch) -> Batch:
-    """A meta-batch of arrays as tensors. Raises ValueError for what is none."""
+    """A meta-batch as tensors, see `utils.named_batch`. Raises ValueError for what is none."""
+    batch = named_batch(batch)
     try:
         return Batch(*map(tf.convert_to_tensor, batch))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f'a meta-batch must be four arrays, {", ".join(Batch._fields)}, but this is '
-            f'{type(batch).__name__} ({first_line(error)})'
+            f'a meta-batch must be four arrays, {", ".join(Batch._fields)} ({first_line(error)})'
         ) from error
 
 
@@ -1473,7 +1200,7 @@ def checked_batch(batch: Batch, network, dtype: tf.DType) -> Batch:
     batch = as_tensors(batch)
     tasks = batch.inputa.shape[0] if batch.inputa.shape.rank else None
     for name, values in zip(Batch._fields, batch):
-        real = values.dtype.is_floating or values.dtype.is_integer
+        real = values.dtype.is_floating or values.dtype.is_integer or values.dtype.is_bool
         if values.shape.rank != 3 or values.shape[0] != tasks or not real:
             raise ValueError(
                 f'{name} must be [tasks, examples, size] of numbers, with the {tasks} tasks '
@@ -1621,15 +1348,8 @@ def check_network(network, dtype: tf.DType):
     if known or not has_sizes(network):
         return
     tasks, examples = PROBE
-    x = tf.random.stateless_uniform([*PROBE, network.dim_input], [0, 1], dtype=dtype)
-    weights, norms = {}, {}
-    for i, (name, made) in enumerate((network.parameters | network.norm_parameters).items()):
-        norms[name] = tf.cast(initial_value(*made, seed=[0, i]), dtype)
-    for name in network.parameters:
-        theta = norms.pop(name)
-        weights[name] = tf.tile(theta[tf.newaxis], [tasks] + [1] * theta.shape.rank)
     try:
-        shape = network(network.prepare(x), weights, norms).shape
+        shape = probe_output(network, dtype).shape
     except Exception as error:  # the user's own code
         raise ValueError(
             f'the network fails on {tasks} tasks of {examples} examples, with weights of a task '
@@ -1640,6 +1360,18 @@ def check_network(network, dtype: tf.DType):
             f'the network must return [tasks, examples, dim_output], that is '
             f'{[*PROBE, network.dim_output]}, but returns {list(shape)}'
         )
+
+
+def probe_output(network, dtype: tf.DType) -> tf.Tensor:
+    """What a network makes of a few random inputs: [*PROBE, out]. Raises whatever it raises."""
+    values, weights = {}, {}
+    for i, (name, made) in enumerate((network.parameters | network.norm_parameters).items()):
+        values[name] = tf.cast(initial_value(*made, seed=[0, i]), dtype)
+    for name in network.parameters:
+        theta = values.pop(name)
+        weights[name] = tf.tile(theta[tf.newaxis], PROBE[:1] + (1,) * theta.shape.rank)
+    x = tf.random.stateless_uniform([*PROBE, network.dim_input], [0, 1], dtype=dtype)
+    return network(network.prepare(x), weights, values)
 
 
 def has_sizes(network) -> bool:
@@ -1665,6 +1397,20 @@ def check_loss(loss: Callable, network, dtype: tf.DType):
             f'[tasks, examples, out]; for {list(output.shape)} it returns {list(shape)}. '
             'One of Keras takes the mean over tasks too, which would change α: write it as '
             'tf.reduce_mean(..., axis=[1, 2])'
+        )
+
+
+def warn_of_probabilities(loss: Callable, network, dtype: tf.DType):
+    """Warns of a network that ends in softmax with a loss that takes the softmax itself."""
+    own = type(network) in (FullyConnected, Convolutional)
+    if own or not hasattr(loss, 'shots') or not has_sizes(network) or network.dim_output < 2:
+        return
+    output = probe_output(network, dtype).numpy()
+    if (output >= 0).all() and np.abs(output.sum(-1) - 1).max() < 1e-5:
+        warnings.warn(
+            "the network's outputs are probabilities already, but cross_entropy takes logits: "
+            'leave the softmax at its end away (activation=None, or classifier_activation=None)',
+            stacklevel=4,
         )
 
 
@@ -2140,6 +1886,7 @@ class ArraysOfTasks:
             wanted = [*names[single:], *shape]
             raise ValueError(f'{name} must be {wanted}, but it is {list(x.shape[single:])}')
         x = pixel_values(name, x) if self.takes_images else x
+        check_bytes(name, x, self.model.trained_on)
         x = finite_numbers(name, x, self.model.dtype.as_numpy_dtype)
         return tf.constant(x.reshape(*x.shape[:2], size))
 
@@ -2201,6 +1948,15 @@ def pixel_values(name: str, images: np.ndarray) -> np.ndarray:
     return images
 
 
+def check_bytes(name: str, x: np.ndarray, trained_on: Collection[str]):
+    """Raises ValueError, with the name, for uint8 if training was on floats: another scale."""
+    if x.dtype == np.uint8 and 'float' in trained_on and 'uint8' not in trained_on:
+        raise ValueError(
+            f'{name} is uint8, but the model was trained on floats; give numbers as in training, '
+            'for example divided by 255'
+        )
+
+
 def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
     """[...] -> [..., classes]. Raises ValueError for what are no classes' numbers."""
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
@@ -2223,9 +1979,10 @@ class Learner(ArraysOfTasks):
 
     Of one task, x is [examples, ...], y [examples] and weights [...]; of several, with an axis of
     tasks before: x [T, examples, ...], y [T, examples], weights [T, ...]. An example is an array of
-    any shape of the network's size, such as an image [height, width, channels] with values from 0
-    to 1, or uint8 from 0 to 255: the type alone says which, 0 and 1 of uint8 are almost black. y
-    are the classes' numbers, 0 to N-1; of regression, the values, [(T,) examples, out].
+    any shape of the network's size; its numbers go into the network as they are, as in training. Of
+    a run of main.py on images they are from 0 to 1, or uint8 from 0 to 255: the type alone says
+    which, 0 and 1 of uint8 are almost black. y are the classes' numbers, 0 to N-1; of regression,
+    the values, [(T,) examples, out].
 
     Attributes: model, a FastMAML; of one that was loaded also settings, the flags it was trained
     with, and checkpoint, the path.
@@ -2238,8 +1995,7 @@ class Learner(ArraysOfTasks):
             raise ValueError('the network must have dim_input and dim_output, see maml.Network')
         self.model, self.settings, self.checkpoint = model, settings or {}, None
         self.is_classifier = hasattr(model.loss, 'shots')
-        own_tasks = is_spec(self.settings.get('datasource') or '')
-        self.takes_images = self.is_classifier and not own_tasks
+        self.takes_images = self.is_classifier and of_images(self.settings)
         self.programs = AnySize(model)
 
     @classmethod
@@ -2268,6 +2024,8 @@ class Learner(ArraysOfTasks):
                 "original's, scripts/model/import_tf1_checkpoint.py makes one that does"
             )
         check_network_is_given(path, settings, network)
+        if isinstance(network, keras.Model):
+            network = KerasNetwork(network, audit=False)  # as when it was trained
         if settings.get('loss') and loss is None:
             raise ValueError(f'{path} was trained with a loss of its own: give it as loss=')
         made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
@@ -2283,6 +2041,9 @@ class Learner(ArraysOfTasks):
         if loss is not None:
             check_loss(loss, model.network, model.dtype)
             model.loss = loss
+        model.clip = settings.get('clip', model.clip)  # of models that were made in Python
+        images = ['float'] if of_images(settings) else []
+        model.trained_on = frozenset(settings.get('trained_on', images))
         model.restore(path)
         learner = cls(model, settings)
         learner.checkpoint = path
@@ -2302,6 +2063,7 @@ class Learner(ArraysOfTasks):
             )
         folder.mkdir(parents=True, exist_ok=True)
         settings = self.settings or settings_of(self.model)
+        settings = settings | {'trained_on': sorted(self.model.trained_on)}
         return write_checkpoint(self.model.checkpoint, folder, 0, {'flags': settings})
 
     def adapt(
@@ -2397,6 +2159,11 @@ class Learner(ArraysOfTasks):
         return self.model.loss.shots * self.model.network.dim_output / examples
 
 
+def of_images(settings: dict) -> bool:
+    """Whether main.py trained on images, which it reads as values from 0 to 1."""
+    return settings.get('datasource') in (*IMAGE_SHAPES, 'folder')
+
+
 def settings_of(model: FastMAML) -> dict:
     """What `Learner.load` must know of a model that was not made from flags."""
     shots, plain = getattr(model.loss, 'shots', None), model.loss is mean_squared_error
@@ -2408,6 +2175,10 @@ def settings_of(model: FastMAML) -> dict:
         'update_lr': model.update_lr,
         'num_updates': model.num_updates,
         'stop_grad': model.stop_grad,
+        'clip': None if model.clip is None else float(model.clip),
+        'loss_steps': model.loss_steps,
+        'loss_steps_iterations': int(model.loss_steps_iterations),
+        'first_order_iterations': int(model.first_order_iterations),
         'adapt': model.adapt,
         'learn_lr': rule if isinstance(rule, str) else type(rule).__name__,
         'norm_steps': model.norm_steps,
@@ -2629,7 +2400,7 @@ class MetaModel(keras.Model):
         return [*self.measured.means.values()]
 
     def _batch(self, data) -> Batch:
-        return Batch(*(tf.cast(values, self.maml.dtype) for values in data))
+        return Batch(*data)
 
     # One task, from arrays.
 
@@ -2713,20 +2484,22 @@ def set_optimizer(model: FastMAML, optimizer: keras.optimizers.Optimizer):
 
 
 def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
-    """Tasks as a tf.data.Dataset of the four arrays of Batch.
+    """Tasks as a tf.data.Dataset of Batches.
 
-    tasks: such a dataset, or of tuples of the four arrays, see `DataGenerator.dataset`; a Batch; or
-    a list or generator of Batches. steps_name, steps: how many meta-batches are wanted, by the name
-    of the argument that says so. Raises ValueError if sizes are not known, or tasks never end and
-    nothing says how many are wanted.
+    tasks: such a dataset, see `DataGenerator.dataset`; a Batch; or a list or generator of Batches.
+    A Batch may be a dict of its four names. steps_name, steps: how many meta-batches are wanted, by
+    the name of the argument that says so. Raises ValueError for tuples without names, if sizes are
+    not known, or tasks never end and nothing says how many are wanted.
     """
-    if isinstance(tasks, Batch):
+    if isinstance(tasks, Batch | Mapping):
         tasks = dataset_of_batches([tasks])
     elif not isinstance(tasks, tf.data.Dataset):
         tasks = dataset_of_batches(tasks)
-    spec = tasks.element_spec
-    known = isinstance(spec, tuple) and len(spec) == 4
-    if not known or not all(part.shape.rank == 3 and None not in part.shape for part in spec):
+    remedy = 'dataset.map(lambda a, b, c, d: Batch(inputa=a, labela=b, inputb=c, labelb=d))'
+    spec = named_batch(tasks.element_spec, 'what a dataset of tasks holds must be', remedy)
+    if isinstance(tasks.element_spec, Mapping):
+        tasks = tasks.map(lambda arrays: Batch(**arrays))
+    if not all(part.shape.rank == 3 and None not in part.shape for part in spec):
         raise ValueError(
             'tasks must be four arrays, [tasks, examples, size] each with numbers that are fixed '
             f'(batch(T, drop_remainder=True) fixes that of tasks), but they are {spec}'
@@ -2739,28 +2512,34 @@ def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
 def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
     """Of a list of Batches, or of a generator, once.
 
-    Raises ValueError if there is none, and for no numbers and different sizes.
+    Raises ValueError if there is none, and for no names, no numbers and different sizes.
     """
+    if isinstance(batches, Sequence):
+        batches = [*map(arrays_of, batches)]
     try:
         iterator = iter(batches)
-        first = Batch(*map(np.asarray, next(iterator)))
+        first = arrays_of(next(iterator))
     except (TypeError, StopIteration):
         raise ValueError(
             'tasks must be a tf.data.Dataset, as source.dataset(split, num_tasks) is, a Batch, or '
             f'a list or generator of Batches, but this is {type(batches).__name__}'
         ) from None
-    for values in first:
-        real_numbers('each of the four arrays of a Batch', values)
     if isinstance(batches, Sequence):
         sizes = {tuple(np.shape(values) for values in batch) for batch in batches}
         if len(sizes) > 1:
             raise ValueError(f'all Batches must have the same sizes, but there are {sizes}')
     rest = itertools.chain([first], iterator) if iterator is batches else batches
     spec = Batch(*(tf.TensorSpec(values.shape, values.dtype) for values in first))
-    dataset = tf.data.Dataset.from_generator(lambda: rest, output_signature=spec)
+    dataset = tf.data.Dataset.from_generator(lambda: map(arrays_of, rest), output_signature=spec)
     if isinstance(batches, Sequence):
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(batches)))
     return dataset
+
+
+def arrays_of(batch: Batch) -> Batch:
+    """A Batch, or a dict of its names, as arrays. Raises ValueError, with the name of the array."""
+    batch = named_batch(batch)
+    return Batch(*map(real_numbers, Batch._fields, batch))
 
 
 # From the command line's settings to a model ------------------------------------------------------
@@ -2787,20 +2566,22 @@ def example_shape(settings: dict) -> tuple[int, ...]:
     return size, size, channels
 
 
-def user_network(spec: str, settings: dict):
+def user_network(spec: str, settings: dict, audit: bool = True):
     """The network that FILE.py:FUNCTION makes for a run; settings: the flags of it.
 
     It is called with the shape of an example and the number of classes or outputs, and returns a
     keras.Model, or any other network. Its random initial values are a function of the run's seed.
-    Raises UserCodeError, and ValueError for other sizes and what `utils.user_function` and
-    `KerasNetwork` refuse.
+    audit: as of KerasNetwork, for one that is trained. Raises UserCodeError, and ValueError for
+    other sizes and what `utils.user_function` and `KerasNetwork` refuse.
     """
     shape = example_shape(settings)
     outputs = settings.get('dim_output') or settings.get('num_classes', 5)
     function, seed = user_function(spec), settings.get('seed', 0)
     with random_seed(seed), user_code(spec, all_of_it=False):
         made = function(shape, outputs)
-        network = KerasNetwork(made, input_shape=shape) if isinstance(made, keras.Model) else made
+        network = made
+        if isinstance(made, keras.Model):
+            network = KerasNetwork(made, input_shape=shape, audit=audit)
     if not callable(network) or not hasattr(network, 'parameters'):
         raise ValueError(f'{spec} must return a keras.Model, but it returned {made!r:.60}')
     sizes = {'dim_input': ('take', int(np.prod(shape))), 'dim_output': ('have', outputs)}

@@ -21,6 +21,7 @@ setup(
     version='1.0.0',
     description='Model-Agnostic Meta-Learning (Finn, Abbeel, Levine, ICML 2017) in TensorFlow 2',
     license='MIT',
+    packages=['fewshot', 'fewshot.networks'],
     py_modules=['main', 'maml', 'data_generator', 'utils', 'special_grads'],
     python_requires='>=3.10,<3.14',
     # TensorFlow no longer brings TensorBoard (since 2.21), but tf.summary.scalar needs it.

@@ -17,7 +17,6 @@ refused, or a mistake in the command or in FUNCTION.
 import argparse
 import contextlib
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +30,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from fewshot.networks.audit import DIRECTIONS, TOLERANCE, Compared, differentiate, moved
+from fewshot.networks.keras_layers import takes_training
 from maml import FastMAML, KerasNetwork
-from special_grads import takes_training
 from utils import (
     Batch,
     UserCodeError,
@@ -44,10 +44,6 @@ from utils import (
     user_function,
 )
 
-STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # of the differences
-TOLERANCE = 1e-4  # relative error of a derivative that is right
-ENOUGH = 1e-6  # smaller steps are not tried if two have agreed so well
-DIRECTIONS = 3  # tried for a variable until the differences agree with each other
 THIS, KERAS, FIRST_ORDER = 'this project', 'plain Keras', 'first order'
 HEADING = (THIS, KERAS, 'difference', FIRST_ORDER)
 RIGHT, UNDECIDED = 'right', 'undecided'
@@ -80,9 +76,8 @@ def make_network(options: argparse.Namespace) -> KerasNetwork:
                 f'{variable.path} is {variable.dtype}, but differences need float64: give the '
                 'layers of the model no dtype, or "float64"'
             )
-    with user_code(spec, all_of_it=False), warnings.catch_warnings():  # calls the model
-        warnings.filterwarnings('ignore', 'the second derivatives')  # they are compared here
-        network = KerasNetwork(model, input_shape=shape)
+    with user_code(spec, all_of_it=False):  # calls the model
+        network = KerasNetwork(model, input_shape=shape, audit=False)
     if network.image_shape != shape:
         raise ValueError(
             f'the model takes inputs of {network.image_shape}, but --input_shape is {shape}'
@@ -106,12 +101,6 @@ def random_batch(options: argparse.Namespace) -> Batch:
         else:
             parts.append(np.eye(outputs)[random.integers(0, outputs, count)])
     return Batch(*map(tf.constant, parts))
-
-
-def moved(value: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Signs stay, since a variable may have to be positive."""
-    factor = 1 + 0.1 * random.uniform(-1, 1, value.shape)
-    return np.where(value == 0, random.uniform(-0.1, 0.1, value.shape), factor * value)
 
 
 class Setting(NamedTuple):
@@ -186,20 +175,8 @@ class Differences:
         return float(np.mean(results.losses2[-1]))
 
     def along(self, i: int, direction: np.ndarray, floor: float) -> tuple[float, float]:
-        """The derivative for variable i, and how far the two steps that agree best are apart.
-
-        Large steps are off by the curvature, and by kinks of ReLU and max-pooling, where the outer
-        loss jumps; small ones by rounding. Between them lies a plateau. floor: see `Row`.
-        """
-        found, best = [], (np.nan, np.inf)
-        for step in STEPS:
-            found.append(self.difference(i, step * direction) / step)
-            value, spread = float(np.mean(found[-2:])), float(np.ptp(found[-2:]))
-            if len(found) > 1 and spread < best[1]:
-                best = value, spread
-            if best[1] <= ENOUGH * max(abs(value), floor):
-                break
-        return best
+        """The derivative for variable i, and its uncertainty; see `differentiate`."""
+        return differentiate(lambda step: self.difference(i, step * direction), floor)
 
     def difference(self, i: int, change: np.ndarray) -> float:
         variable, value = self.model.parameters[i], self.setting.values[i]
@@ -215,24 +192,18 @@ class Row(NamedTuple):
     """Of one variable."""
 
     name: str
-    derivatives: dict[str, float]  # by each method
-    difference: float
-    spread: float  # of the differences
-    floor: float  # errors are relative to this at least: a thousandth of the largest gradient
+    compared: dict[str, Compared]  # by each method, with the same differences
 
     @property
-    def scale(self) -> float:
-        return max(abs(self.difference), self.floor)
+    def difference(self) -> float:
+        return self.compared[THIS].difference
 
     @property
     def is_decided(self) -> bool:
-        return self.spread <= TOLERANCE / 2 * self.scale
-
-    def error(self, method: str) -> float:
-        return abs(self.derivatives[method] - self.difference) / self.scale
+        return self.compared[THIS].is_decided
 
     def is_right(self, method: str) -> bool:
-        return self.error(method) <= TOLERANCE
+        return self.compared[method].is_right
 
     @property
     def verdict(self) -> str:
@@ -242,11 +213,12 @@ class Row(NamedTuple):
 
     def fault(self, method: str) -> str:
         """Empty if there is none."""
-        if self.is_right(method):
+        of = self.compared[method]
+        if of.is_right:
             return ''
-        if abs(self.difference) < self.scale:
+        if abs(of.difference) < of.scale:
             return f'{method} not zero'
-        return f'{method} {100 * self.error(method):.2f} % off'
+        return f'{method} {100 * of.error:.2f} % off'
 
 
 def audit(setting: Setting, seed: int) -> Iterator[Row]:
@@ -269,8 +241,14 @@ def audit(setting: Setting, seed: int) -> Iterator[Row]:
         random = np.random.default_rng([seed, 2, i])
         for _ in range(DIRECTIONS):
             direction = random.standard_normal(setting.values[i].shape)
-            along = {method: float(np.sum(g[i] * direction)) for method, g in gradients.items()}
-            row = Row(name, along, *differences.along(i, direction, floor), floor)
+            found = differences.along(i, direction, floor)
+            row = Row(
+                name,
+                {
+                    method: Compared(float(np.sum(g[i] * direction)), *found, floor)
+                    for method, g in gradients.items()
+                },
+            )
             if row.is_decided:
                 break
         yield row
@@ -330,7 +308,7 @@ def report(options: argparse.Namespace) -> bool:
         if not rows:
             print(line('variable', width, HEADING, 'verdict'))
         rows.append(row)
-        along = row.derivatives
+        along = {method: row.compared[method].derivative for method in row.compared}
         cells = [along[THIS], along[KERAS], row.difference, along[FIRST_ORDER]]
         print(line(row.name, width, cells, row.verdict), flush=True)
     print(conclusion(rows))

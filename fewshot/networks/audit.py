@@ -1,0 +1,255 @@
+"""Is a meta-gradient right? Derivatives of an outer loss against central differences, in float64.
+
+Differences need no derivative, so they share no fault with TensorFlow's: several of its gradients
+are constants to the second derivative, without an error.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.framework.ops import gradient_registry
+
+from fewshot.networks.keras_layers import attributes
+
+FINE = (1e-7, 1e-8, 1e-9)  # steps of differences; larger ones cross kinks of ReLU and max-pooling
+COARSE = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # where an operation rounds to float32
+STEPS = {'float64': (FINE, COARSE), 'float32': (COARSE[3:],)}
+TOLERANCE = 1e-4  # relative error of a derivative that is right
+ENOUGH = 1e-6  # smaller steps are not tried if two have agreed so well
+ROUGH = 1e-2  # relative spread of differences that decide nothing
+DIRECTIONS = 3  # tried until the differences agree with each other
+STRIDE = 0.05  # of the inner update of an audit, relative to the weights
+
+
+# A model in float64, and random values for it -----------------------------------------------------
+
+
+@contextlib.contextmanager
+def in_float64(model: keras.Model) -> Iterator[None]:
+    """Has a model of float32 compute in float64 while entered, with values that are given to it."""
+    policy, is_float, changes = keras.DTypePolicy('float64'), keras.backend.is_float_dtype, []
+    for layer in model._flatten_layers():
+        if is_float(layer.compute_dtype):
+            changes.append((layer, '_dtype_policy', policy))
+        tensors = [tensor for tensor in getattr(layer, '_inputs', []) if is_float(tensor.dtype)]
+        changes += [(tensor, '_dtype', 'float64') for tensor in tensors]
+    changes += [(own, '_dtype', 'float64') for own in model.variables if is_float(own.dtype)]
+    floatx = keras.config.floatx()
+    keras.config.set_floatx('float64')
+    try:
+        with attributes(changes):
+            yield
+    finally:
+        keras.config.set_floatx(floatx)
+
+
+def moved(value: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A value near by, since zeros hide a derivative or lie on a kink.
+
+    Signs stay, since a variable may have to be positive.
+    """
+    value = np.asarray(value, np.float64)
+    factor = 1 + 0.1 * random.uniform(-1, 1, value.shape)
+    return np.where(value == 0, random.uniform(-0.1, 0.1, value.shape), factor * value)
+
+
+def probe_inputs(model: keras.Model, shape: Sequence[int], seed: int) -> Iterator[np.ndarray]:
+    """Random inputs that a model may take, the likelier first; shape: [..., examples, *input]."""
+    random, layers = np.random.default_rng(seed), model._flatten_layers(include_self=False)
+    sizes = [getattr(layer, 'input_dim', None) for layer in layers]
+    sizes += [getattr(layer, 'num_tokens', None) for layer in layers]
+    if sizes := [size for size in sizes if size]:
+        yield random.integers(0, min(sizes), shape).astype(float)
+    x = random.random(shape)
+    for layer in layers:
+        if isinstance(layer, keras.layers.Masking):
+            x[..., ::2, -1, :] = layer.mask_value  # the last time step of every other example
+    yield x
+
+
+# The outer loss, and its derivatives --------------------------------------------------------------
+
+
+class Tasks(NamedTuple):
+    """Random tasks, [T, examples, ...] each, and how a network adapts to them."""
+
+    inputa: tf.Tensor
+    labela: tf.Tensor
+    inputb: tf.Tensor
+    labelb: tf.Tensor
+    loss: Callable  # of outputs and labels [T, examples, out]: [T]
+    lr: float
+    updates: int = 1
+
+
+def squared_error(output: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
+    """[T, examples, out] each -> [T]."""
+    return tf.reduce_mean(tf.square(output - label), axis=[1, 2])
+
+
+def outer_loss(network, values: Sequence[tf.Tensor], tasks: Tasks) -> tf.Tensor:
+    """The sum over tasks of the query loss after inner updates, a scalar; lines 4 to 10.
+
+    values: of the network's parameters and norm_parameters, in this order.
+    """
+    theta, norms, count = {}, {}, tasks.inputa.shape[0]
+    for name, value in zip([*network.parameters, *network.norm_parameters], values):
+        if name in network.parameters:
+            theta[name] = tf.broadcast_to(value, [count, *value.shape])
+        else:
+            norms[name] = value
+    support, query = network.prepare(tasks.inputa), network.prepare(tasks.inputb)
+    for _ in range(tasks.updates):
+        gradients = inner_gradient(network, theta, norms, support, tasks)
+        theta = {name: theta[name] - tasks.lr * gradients[name] for name in theta}
+    return tf.reduce_sum(tasks.loss(network(query, theta, norms), tasks.labelb))
+
+
+def inner_gradient(network, theta: dict, norms: dict, support: tf.Tensor, tasks: Tasks) -> dict:
+    """∇_θ of the support losses, {name: [T, ...]}."""
+    with tf.GradientTape() as tape:
+        tape.watch(theta)
+        losses = tasks.loss(network(support, theta, norms), tasks.labela)
+    return tape.gradient(losses, theta, unconnected_gradients='zero')
+
+
+def meta_gradient(network, values: Sequence[tf.Tensor], tasks: Tasks) -> list[tf.Tensor]:
+    """∇ of `outer_loss` for the values."""
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        loss = outer_loss(network, values, tasks)
+    return tape.gradient(loss, values, unconnected_gradients='zero')
+
+
+# Differences --------------------------------------------------------------------------------------
+
+
+def differentiate(
+    difference: Callable[[float], float], floor: float, dtype: str = 'float64'
+) -> tuple[float, float]:
+    """A derivative by central differences, and how far the two steps that agree best are apart.
+
+    difference: f(step) - f(-step), over 2. Large steps are off by the curvature, and by kinks of
+    ReLU and max-pooling, where the outer loss jumps; small ones by rounding. Between them lies a
+    plateau. floor: smaller derivatives need no more digits than it.
+    """
+    best = np.nan, np.inf
+    for steps in STEPS[dtype]:
+        found = []
+        for step in steps:
+            found.append(difference(step) / step)
+            value, spread = float(np.mean(found[-2:])), float(np.ptp(found[-2:]))
+            if len(found) > 1 and spread < best[1]:
+                best = value, spread
+            if best[1] <= ENOUGH * max(abs(value), floor):
+                return best
+        if best[1] <= TOLERANCE / 2 * max(abs(best[0]), floor):
+            break
+    return best
+
+
+class Compared(NamedTuple):
+    """A derivative along a direction, and what differences have."""
+
+    derivative: float
+    difference: float
+    spread: float  # of the differences
+    floor: float  # errors are relative to this at least
+    blind: Sequence[str] = ()  # operations, if it is wrong, whose derivatives count as zero
+
+    @property
+    def scale(self) -> float:
+        return max(abs(self.difference), self.floor)
+
+    @property
+    def error(self) -> float:
+        """Relative."""
+        return abs(self.derivative - self.difference) / self.scale
+
+    @property
+    def is_right(self) -> bool:
+        return self.error <= max(TOLERANCE, 5 * self.spread / self.scale)
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it is known to be right or wrong.
+
+        Large steps may agree with each other on the wrong number, across many kinks: they call it
+        wrong only if there is a reason.
+        """
+        if self.spread <= TOLERANCE / 2 * self.scale:
+            return True
+        return self.spread <= ROUGH * self.scale and (self.is_right or bool(self.blind))
+
+
+def audit(network, inputs: Callable, dtype: str = 'float64', seed: int = 0) -> Compared:
+    """The meta-gradient of a network along a random direction of all that the outer loop learns.
+
+    inputs: seed -> random inputs [T, examples, D], of dtype, that the network computes in.
+    """
+    random = np.random.default_rng([seed, 1])
+    made = [value for value, _ in [*network.parameters.values(), *network.norm_parameters.values()]]
+    values = [tf.constant(moved(value, random), dtype) for value in made]
+    tasks = random_tasks(network, values, inputs, random)
+    gradient = meta_gradient(network, values, tasks)
+    norm = float(tf.linalg.global_norm(gradient))
+    for _ in range(DIRECTIONS):
+        direction = [tf.constant(random.standard_normal(v.shape) * rms(v), dtype) for v in values]
+
+        def difference(step: float, direction=direction) -> float:
+            moves = [[v + s * d for v, d in zip(values, direction)] for s in (step, -step)]
+            after, before = (outer_loss(network, move, tasks) for move in moves)
+            return float(after - before) / 2
+
+        derivative = sum(float(tf.reduce_sum(g * d)) for g, d in zip(gradient, direction))
+        floor = 1e-3 * norm * max(map(rms, values)) + 1e-12
+        compared = Compared(derivative, *differentiate(difference, floor, dtype), floor)
+        if not compared.is_right:
+            compared = compared._replace(blind=blind_operations(network, values, tasks))
+        if compared.is_decided:
+            break
+    return compared
+
+
+def rms(value: tf.Tensor) -> float:
+    return float(tf.sqrt(tf.reduce_mean(tf.square(value)))) if tf.size(value) else 0.0
+
+
+def random_tasks(network, values: list, inputs: Callable, random: np.random.Generator) -> Tasks:
+    """Regression to random numbers, by an inner update that changes weights by a share, STRIDE."""
+    x, z = inputs(2), inputs(3)
+    shape = (*x.shape[:2], network.dim_output)
+    y, label = (tf.constant(random.standard_normal(shape), x.dtype) for _ in range(2))
+    tasks = Tasks(x, y, z, label, squared_error, lr=1.0)
+    count = len(network.parameters)
+    theta = dict(zip(network.parameters, values))
+    norms = dict(zip(network.norm_parameters, values[count:]))
+    each = {name: tf.broadcast_to(v, [x.shape[0], *v.shape]) for name, v in theta.items()}
+    gradients = inner_gradient(network, each, norms, network.prepare(x), tasks)
+    length = float(tf.linalg.global_norm([*gradients.values()]))
+    lr = STRIDE * float(tf.linalg.global_norm([*each.values()])) / length if length else 1.0
+    return tasks._replace(lr=lr)
+
+
+def blind_operations(network, values: Sequence[tf.Tensor], tasks: Tasks) -> list[str]:
+    """The operations of the outer loss whose derivatives TensorFlow takes for zero."""
+    program = tf.function(lambda values: outer_loss(network, values, tasks), autograph=False)
+    graph = program.get_concrete_function([*values]).graph.as_graph_def()
+    bodies = [graph.node, *(function.node_def for function in graph.library.function)]
+    floats, found = (tf.float32.as_datatype_enum, tf.float64.as_datatype_enum), {}
+    for node in (node for body in bodies for node in body):
+        with contextlib.suppress(LookupError):
+            if node.attr['T'].type in floats and gradient_registry.lookup(node.op) is None:
+                found[node.op] = node.name
+    return [f'{kind} ({found[kind]})' for kind in found if kind not in FLAT]
+
+
+# Operations whose derivatives are zero, or that have truth values.
+FLAT = {
+    *('ZerosLike', 'OnesLike', 'Fill', 'Sign', 'IsFinite', 'IsNan', 'IsInf'),
+    *('Equal', 'NotEqual', 'Less', 'LessEqual', 'Greater', 'GreaterEqual'),
+}

@@ -1,0 +1,489 @@
+"""Keras models as networks."""
+
+import contextlib
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from fewshot.networks.audit import audit, in_float64, moved, probe_inputs
+from fewshot.networks.keras_layers import (
+    MAX_POOLING,
+    Leading,
+    Values,
+    apply_layer,
+    attributes,
+    calls_for_tasks,
+    exact,
+    map_tasks,
+    stays,
+    takes_training,
+    task_layer,
+    task_leaves,
+)
+from special_grads import sizes
+from utils import first_line
+
+KERAS_TASKS = 4  # of a model whose tasks run one after another, in one program: it takes to compile
+CLOSE = 1e-5  # relative difference of outputs, in float64, that are the same
+CLOSE_IN_FLOAT32 = 1e-3
+PROBE = (2, 4)  # tasks and examples
+LEADING = 2  # of these examples, in a call that asks for the others alone
+
+
+class KerasNetwork:
+    """A Keras model of one input and one output as a network: any kind of them.
+
+    Its trainable variables are parameters, from the values that they have; the model itself is left
+    as it is. Batch normalisation takes the statistics of the batch at hand, so moving averages do
+    not change; frozen, it takes them, as in Keras. Where its layers allow that, tasks run together,
+    else one after another within a program; a model that makes or takes masks always does the
+    latter.
+
+    What could not be right is refused: see `check_keras_model`. Then outputs are compared with the
+    model's own, task by task, and the derivative of an outer loss along a random direction with
+    central differences, in float64: see `audit`.
+
+    model: a keras.Model. adapt: what the inner loop changes: None, everything; names of layers; or
+    a function of a variable's path that says whether. The rest is learned by the outer loop only.
+    input_shape: of an example, if the model is not built yet. audit: False leaves the comparison
+    with differences out, for a model that stops gradients on purpose, or takes long.
+    Raises ValueError, in a sentence that names the layer or operation.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        adapt: Sequence[str] | Callable[[str], bool] | None = None,
+        input_shape: Sequence[int] | None = None,
+        audit: bool = True,
+    ):
+        self.model, self.image_shape = model, keras_input_shape(model, input_shape)
+        check_keras_model(model)
+        self.dim_input = int(np.prod(self.image_shape))
+        self.dtype = model.trainable_variables[0].dtype
+        self.variables = dict(zip(variable_names(model), model.trainable_variables))
+        adapted = adapted_names(self.variables, adapt)
+        self.parameters, self.norm_parameters = {}, {}
+        for name, variable in self.variables.items():
+            held = self.parameters if name in adapted else self.norm_parameters
+            held[name] = (variable.numpy(), tuple(variable.shape))
+        self.layers, self.mixes_examples = task_leaves(model), False
+        seen = observe(model, probe(self, self.dtype)[0])
+        self.dim_output = int(np.prod(seen.output.shape[1:]))
+        last = {id(variable) for variable in seen.last.trainable_variables}
+        self.head_names = [name for name, own in self.variables.items() if id(own) in last]
+        self.layers = None if seen.has_masks else self.layers
+        precise = computes_in_float64(self)
+        dtype = 'float64' if precise else self.dtype
+        with in_float64(model) if precise else contextlib.nullcontext():
+            choose_calls(self, dtype)
+            if audit:
+                check_derivatives(self, dtype)
+
+    @property
+    def together(self) -> bool:
+        """Whether the examples of all tasks go through the model at once."""
+        return self.layers is not None
+
+    @property
+    def most_tasks(self) -> int | None:
+        return None if self.together else KERAS_TASKS
+
+    @property
+    def reads_variables(self) -> bool:
+        """Whether a call reads variables that are not among the parameters."""
+        return bool(self._fixed())
+
+    @property
+    def compilable(self) -> bool:
+        """Whether XLA can compile it.
+
+        It does not differentiate the loops that recurrent layers are, and the second derivative of
+        a maximum's place not at all in float64, and with too few digits in float32.
+        """
+        recurrent = (keras.layers.RNN, keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D)
+        for layer in self.model._flatten_layers(include_self=False):
+            loops = isinstance(layer, recurrent) and not getattr(layer, 'unroll', False)
+            pools = isinstance(layer, MAX_POOLING) and not (self.together and task_layer(layer))
+            if loops or pools:
+                return False
+        return not self.mixes_examples
+
+    @property
+    def layer_names(self) -> dict[str, str]:
+        """{name of a variable: its layer}, which is called after the first variable of it."""
+        firsts, found, seen = {}, {}, []
+        for name, variable in self.variables.items():
+            seen.append(variable.path)
+            layer = variable.path.rpartition('/')[0], seen.count(variable.path)
+            found[name] = firsts.setdefault(layer, name.rpartition('/')[0])
+        return found
+
+    def prepare(self, inputs: tf.Tensor, leading: Leading = None) -> tf.Tensor:
+        """[T, examples, D] -> [T, examples, ...] of the model's input shape."""
+        return tf.reshape(inputs, [*sizes(inputs)[:2], *self.image_shape])
+
+    def __call__(self, x, weights: dict, norms: dict, leading: Leading = None) -> tf.Tensor:
+        """x: from `prepare`; weights: [T, ...] each. Returns [T, examples, out].
+
+        leading: so many examples at the beginning give batch normalisation its statistics; the
+        others do not depend on each other then.
+        """
+        tasks, values = sizes(x)[0], {}
+        for name, variable in self.variables.items():
+            if name in weights:
+                values[id(variable)] = weights[name]
+            else:
+                values[id(variable)] = tf.broadcast_to(norms[name], [tasks, *norms[name].shape])
+        if self.mixes_examples and leading is not None:
+            return self._alone(x, values, leading)
+        return self.outputs(x, values, leading)
+
+    def outputs(self, x: tf.Tensor, values: Values, leading: Leading = None) -> tf.Tensor:
+        """As the call, but examples may depend on each other; values: [T, ...] each."""
+        call = self._together if self.together else self._one_by_one
+        with exact(self.model, leading):
+            return tf.reshape(call(x, values, leading), [*sizes(x)[:2], self.dim_output])
+
+    def _one_by_one(self, x: tf.Tensor, values: Values, leading: Leading = None) -> tf.Tensor:
+        return map_tasks(lambda own: apply_layer(self.model, *own), sizes(x)[0], (values, x))
+
+    def _together(self, x: tf.Tensor, values: Values, leading: Leading) -> tf.Tensor:
+        rows = tf.reshape(x, [-1, *self.image_shape])  # [T*examples, ...]
+        fixed = keras.StatelessScope([(variable, variable.value) for variable in self._fixed()])
+        with calls_for_tasks(self.layers, values, sizes(x)[0], leading), fixed:
+            return self.model(rows, training=True)
+
+    def _alone(self, x: tf.Tensor, values: Values, leading: Leading) -> tf.Tensor:
+        """Each example after the leading ones by itself, with these; of them there is no output."""
+        support, others = x[:, :leading], tf.einsum('tq...->qt...', x[:, leading:])
+
+        def output(query: tf.Tensor) -> tf.Tensor:  # [T, ...] -> [T, out]
+            both = tf.concat([support, query[:, tf.newaxis]], axis=1)
+            return self.outputs(both, values, leading)[:, -1]
+
+        like = tf.TensorSpec([x.shape[0], self.dim_output], x.dtype)
+        outputs = tf.einsum('qto->tqo', tf.map_fn(output, others, fn_output_signature=like))
+        none = tf.zeros([sizes(x)[0], leading, self.dim_output], x.dtype)
+        return tf.concat([none, outputs], axis=1)
+
+    def _fixed(self) -> list[keras.Variable]:
+        """Variables that the layers read as they are."""
+        if not self.together:
+            return self.model.non_trainable_variables
+        layers = [layer for layer in self.layers if stays(layer) or not task_layer(layer)]
+        return [variable for layer in layers for variable in layer.non_trainable_variables]
+
+
+# What a model is and has --------------------------------------------------------------------------
+
+
+def keras_input_shape(model, given: Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of an example; builds the model if it is not. Raises ValueError."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f'a keras.Model is needed, but this is {type(model).__name__}')
+    inputs = getattr(model, 'inputs', None) or []
+    if len(inputs) > 1:
+        raise ValueError(f'the model {model.name} has {len(inputs)} inputs, but one is needed')
+    if inputs:
+        shape = tuple(inputs[0].shape[1:])
+    elif given is None:
+        raise ValueError(
+            f'the model {model.name} does not tell its input: give input_shape, the shape of an '
+            'example'
+        )
+    else:
+        shape = tuple(given)
+        model(tf.zeros([2, *shape], model.compute_dtype))  # makes its variables
+    if None in shape:
+        raise ValueError(
+            f'the model {model.name} takes inputs of any size, {shape}: fix it with keras.Input'
+        )
+    return shape
+
+
+def variable_names(model: keras.Model) -> list[str]:
+    """Names of the trainable variables that are the same in every process, each another.
+
+    Keras counts the layers of a kind that a process has made: dense_7 here is dense_2 there.
+    """
+    names = []
+    for i, variable in enumerate(model.trainable_variables):
+        parts = variable.path.split('/')
+        parts = parts[1:] if parts[0] == model.name else parts
+        parts = [re.sub(r'_\d+$', '', part) for part in parts]
+        names.append('/'.join([str(i), *parts]))
+    return names
+
+
+def adapted_names(variables: dict[str, keras.Variable], adapt) -> set[str]:
+    """The names of the variables that the inner loop changes. Raises ValueError if none is."""
+    paths = {name: variable.path for name, variable in variables.items()}
+    if adapt is None:
+        return {*paths}
+    if callable(adapt):
+        chosen = {name for name, path in paths.items() if adapt(path)}
+    else:
+        layers = [adapt] if isinstance(adapt, str) else [*adapt]
+        for layer in layers:
+            if not any(layer in path.split('/') for path in paths.values()):
+                there = [path.split('/')[-2] for path in paths.values() if '/' in path]
+                raise ValueError(
+                    f'adapt: there is no layer {layer!r} with variables, but '
+                    f'{", ".join(dict.fromkeys(there))}'
+                )
+        chosen = {name for name, path in paths.items() if {*layers} & {*path.split('/')}}
+    if not chosen:
+        raise ValueError(f'adapt chooses none of the variables {", ".join(paths.values())}')
+    return chosen
+
+
+def named(layer: keras.Layer) -> str:
+    return f'{layer.name} ({type(layer).__name__})'
+
+
+# How it is called, and whether that is right ------------------------------------------------------
+
+UNDECIDED = (
+    'the meta-gradient of the model {} could not be compared with differences, which do not agree '
+    'with each other: try scripts/model/check_second_order.py, or KerasNetwork(model, audit=False)'
+)
+
+
+def probe(network: KerasNetwork, dtype: str, seed: int = 0) -> tf.Tensor:
+    """Random inputs of those that the model takes, [T, examples, ...]; raises what it raises."""
+    failure = None
+    for x in probe_inputs(network.model, (*PROBE, *network.image_shape), seed):
+        x = tf.constant(x, dtype)
+        try:
+            plain_call(network.model, x[0])
+            return x
+        except Exception as error:
+            failure = error
+    raise failure
+
+
+def plain_call(model: keras.Model, x: tf.Tensor) -> tf.Tensor:
+    """The output for [examples, ...] with the variables' own values."""
+    return apply_layer(model, {id(own): own.value for own in model.trainable_variables}, x)
+
+
+def computes_in_float64(network: KerasNetwork) -> bool:
+    """Whether all of a model does if it is asked to, not so where a layer fixes another type."""
+    try:
+        with in_float64(network.model):
+            return plain_call(network.model, probe(network, 'float64')[0]).dtype == tf.float64
+    except Exception:  # of a user's layer, whatever it is
+        return False
+
+
+def choose_calls(network: KerasNetwork, dtype: str):
+    """Has tasks run together if that gives the model's own outputs, and queries alone if they mix.
+
+    Raises ValueError if not even tasks one by one give these.
+    """
+    x, values = probe(network, dtype), probe_values(network, dtype)
+    layers, network.layers = network.layers, None
+    expected = {leading: network.outputs(x, values, leading) for leading in (None, LEADING)}
+    own = network._one_by_one(x, values)  # without what makes derivatives exact
+    if not is_close(tf.reshape(own, expected[None].shape), expected[None]):
+        raise ValueError(
+            f'the model {network.model.name} has other outputs here than alone: it uses something '
+            'of TensorFlow that is replaced to be differentiable'
+        )
+    network.layers = layers
+    if network.together and not gives(network, x, values, expected):
+        network.layers = None
+    fewer = network.outputs(x[:, : LEADING + 1], values, LEADING)
+    network.mixes_examples = not is_close(fewer[:, LEADING], expected[LEADING][:, LEADING])
+
+
+def gives(network: KerasNetwork, x: tf.Tensor, values: Values, expected: dict) -> bool:
+    """Whether a network has the expected outputs, {leading: [T, examples, out]}."""
+    try:
+        return all(is_close(network.outputs(x, values, n), expected[n]) for n in expected)
+    except Exception:  # of a layer that cannot take the examples of several tasks
+        return False
+
+
+def is_close(found: tf.Tensor, wanted: tf.Tensor) -> bool:
+    """As rounding goes, where what cannot be computed is equal too."""
+    close = CLOSE if wanted.dtype == tf.float64 else CLOSE_IN_FLOAT32
+    size = np.abs(np.nan_to_num(wanted)).max(initial=0)
+    return np.allclose(found, wanted, close, close * size, equal_nan=True)
+
+
+def probe_values(network: KerasNetwork, dtype: str) -> Values:
+    """Values of the variables near their own, others for each task: [T, ...] each."""
+    random = np.random.default_rng(1)
+    return {
+        id(own): tf.constant(np.stack([moved(own.numpy(), random) for _ in range(PROBE[0])]), dtype)
+        for own in network.variables.values()
+    }
+
+
+def check_derivatives(network: KerasNetwork, dtype: str):
+    """Raises ValueError if the derivatives of a model are not those that differences have.
+
+    Warns if these do not agree with each other, as near the kinks of a large network.
+    """
+
+    def inputs(seed: int) -> tf.Tensor:  # of one task: tasks were compared with each other already
+        return tf.reshape(probe(network, dtype, seed)[:1], [1, -1, network.dim_input])
+
+    try:
+        compared = audit(network, inputs, dtype)
+    except LookupError as error:
+        raise ValueError(
+            f'the model {network.model.name} cannot be differentiated twice ({first_line(error)})'
+        ) from error
+    if not compared.is_decided:
+        warnings.warn(UNDECIDED.format(network.model.name), stacklevel=3)
+    elif not compared.is_right:
+        raise ValueError(wrong(network.model, compared))
+
+
+def wrong(model: keras.Model, compared) -> str:
+    blind = f'TensorFlow takes derivatives for zero in {", ".join(compared.blind)}: use others'
+    return (
+        f'the meta-gradient of the model {model.name} would be wrong: along a random direction '
+        f'it is {compared.derivative:.6g}, and {compared.difference:.6g} by central differences; '
+        f'{blind if compared.blind else "does a layer of it stop gradients?"} '
+        '(KerasNetwork(model, audit=False) trains it as it is)'
+    )
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def check_keras_model(model: keras.Model):
+    """Raises ValueError for a model whose meta-gradient would not be right, and names the layer.
+
+    That is one with no trainable variables, or some that are no floats of the type that all of it
+    computes with; with losses or constraints, which an inner loop does not count or keep.
+    """
+    variables = model.trainable_variables
+    if not variables:
+        raise ValueError(f'the model {model.name} has no trainable variables, so nothing can learn')
+    types = {variable.dtype for variable in variables}
+    if len(types) > 1 or types != {model.compute_dtype} or not types <= {'float32', 'float64'}:
+        raise ValueError(
+            f'the model {model.name} has variables of {", ".join(sorted(types))} and computes in '
+            f'{model.compute_dtype}: all must be float32, or all float64'
+        )
+    for layer in model._flatten_layers():
+        check_layer(layer, model.compute_dtype)
+
+
+def check_layer(layer: keras.Layer, dtype: str):
+    """Raises ValueError for what no layer may have; dtype: that the model computes in."""
+    is_float = keras.backend.is_float_dtype(layer.compute_dtype)
+    if is_float and layer.compute_dtype != dtype and not isinstance(layer, keras.layers.InputLayer):
+        raise ValueError(
+            f'the layer {named(layer)} computes in {layer.compute_dtype}, but the model in '
+            f'{dtype}: give it no dtype, or {dtype!r}'
+        )
+    if getattr(layer, 'activity_regularizer', None) is not None:
+        raise ValueError(has_loss(layer, 'an activity_regularizer'))
+    for variable in [*layer._trainable_variables]:
+        if getattr(variable, 'regularizer', None) is not None:
+            raise ValueError(has_loss(layer, f'a regularizer of its {variable.name}'))
+        if getattr(variable, 'constraint', None) is not None:
+            raise ValueError(
+                f'the layer {named(layer)} has a constraint of its {variable.name}, which an inner '
+                'update would not keep: leave it out'
+            )
+
+
+def has_loss(layer: keras.Layer, what: str) -> str:
+    return (
+        f'the layer {named(layer)} has losses of its own ({what}), which the loss of a task does '
+        'not count: leave them out, or add them to that loss'
+    )
+
+
+class Observed(NamedTuple):
+    """What a model did in one call."""
+
+    output: tf.Tensor
+    last: keras.Layer  # with trainable variables, that was called last
+    has_masks: bool
+
+
+def observe(model: keras.Model, x: tf.Tensor) -> Observed:
+    """Calls a model, x: [examples, ...].
+
+    Raises ValueError if it has several outputs, draws random numbers or adds a loss: an inner loop
+    must be repeatable, and counts the loss of the task alone.
+    """
+    called, masks, adding = [], [], []
+
+    def watched(layer: keras.Layer) -> Callable:
+        call = layer.call
+
+        def watch(*inputs, **named):
+            called.append(layer)
+            masks.extend(getattr(x, '_keras_mask', None) for x in tf.nest.flatten((inputs, named)))
+            return call(*inputs, **named)
+
+        return watch
+
+    def noticed(layer: keras.Layer) -> Callable:
+        return lambda loss: adding.append(layer)
+
+    layers = model._flatten_layers()
+    changes = [(layer, 'add_loss', noticed(layer)) for layer in layers]
+    changes += [(layer, 'call', watched(layer)) for layer in layers if layer is not model]
+    with attributes(changes):
+        output = check_one_call(model, x)
+    if adding:
+        raise ValueError(has_loss(adding[-1], 'add_loss'))
+    units = {id(unit) for unit in outermost(model)}
+    last = [unit for unit in called if id(unit) in units and unit.trainable_variables]
+    return Observed(output, last[-1] if last else model, any(mask is not None for mask in masks))
+
+
+def outermost(model: keras.Model) -> list[keras.Layer]:
+    """The layers of a model, of models in it too, but not those that a layer consists of."""
+    found = []
+    for layer in model._flatten_layers(include_self=False, recursive=False):
+        found += outermost(layer) if isinstance(layer, keras.Model) else [layer]
+    return found
+
+
+def check_one_call(model: keras.Model, x: tf.Tensor) -> tf.Tensor:
+    """The output of `observe`, and its errors."""
+    trainable = [variable.value for variable in model.trainable_variables]
+    others = model.non_trainable_variables
+    before = [variable.numpy() for variable in others]
+    options = {'training': True} if takes_training(model) else {}
+
+    output, after = model.stateless_call(trainable, before, x, **options)
+    again, _ = model.stateless_call(trainable, before, x, **options)
+    if not tf.is_tensor(output) or output.shape[:1] != x.shape[:1]:
+        raise ValueError(f'the model {model.name} must have one output, [examples, ...]')
+    drawn = {
+        id(variable)
+        for variable, old, new in zip(others, before, after)
+        if 'seed_generator' in variable.path and np.any(old != np.array(new))
+    }
+    if drawn or np.any(np.array(output) != np.array(again)):
+        raise ValueError(
+            f'the model {model.name} draws random numbers in {drawing(model, drawn)}: leave that '
+            'out, since an inner loop must be repeatable'
+        )
+    return output
+
+
+def drawing(model: keras.Model, drawn: set[int]) -> str:
+    """The layer that has the seed generators with these variables."""
+    layers = model._flatten_layers(include_self=False)
+    found = [
+        layer for layer in layers if {id(own) for own in layer.non_trainable_variables} & drawn
+    ]
+    return named(found[-1]) if found else 'a layer'
