@@ -4,7 +4,7 @@ A source turns (seed, split, iteration) into a meta-batch of tasks and keeps no 
 
     folders = load_omniglot('data')
     source = OmniglotGenerator(folders, num_classes=5, num_support=1, num_query=1)
-    inputa, labela, inputb, labelb = source.batch('train', iteration=0, num_tasks=32)
+    batch = source.batch('train', iteration=0, num_tasks=32)  # a utils.Batch
 
 Images are decoded once. The pixels are kept beside the data (`omniglot_resized.cache`,
 `miniImagenet.train.cache`, ...) in folders that are made again when the files change and may be
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from utils import Batch, cores, whole_number
+from utils import Batch, cores, named_batch, whole_number
 
 SPLITS = ('train', 'val', 'test')
 FEW_COMBINATIONS = 100  # of classes in an evaluation, which it should say
@@ -349,11 +349,12 @@ class BadTasks(ValueError):
 class UserTasks(DataGenerator):
     """Tasks of one's own: any object with batch(split, iteration, num_tasks).
 
-    It returns four arrays as utils.Batch has them, for each of the splits 'train', 'val' and
+    It returns a utils.Batch, or a dict of its four names, for each of the splits 'train', 'val' and
     'test', the same whenever it is called with the same arguments. Labels of a classifier are
-    one-hot; other labels are those of a regression, unless the object's attribute `objective` says
-    'accuracy' or 'loss'. Optional too: example_shape, for networks that want more than [D], and all
-    attributes of DataGenerator that say how tasks are trained on, evaluated and shown.
+    one-hot in every batch; other labels are those of a regression, unless the object's attribute
+    `objective` says 'accuracy' or 'loss'. Optional too: example_shape, for networks that want more
+    than [D], and all attributes of DataGenerator that say how tasks are trained on, evaluated and
+    shown.
 
     tasks: the object. name: of it, for messages. splits: those that are checked now; another one is
     checked when it is first asked for. num_tasks: how many are asked for in a check.
@@ -372,7 +373,7 @@ class UserTasks(DataGenerator):
                 f'{name} must be an object with batch(split, iteration, num_tasks), but it is a '
                 f'{type(tasks).__name__}'
             )
-        self.source, self.name = tasks, name
+        self.source, self.name, self.objective = tasks, name, None
         self.shapes = {}  # {split: {array: [examples, size]}}
         self.newest = {}  # {split: ((iteration, num_tasks), batch)}
         self.busy = threading.Lock()  # training draws ahead in a thread of its own
@@ -424,6 +425,8 @@ class UserTasks(DataGenerator):
         arguments = (split, iteration, num_tasks)
         where = f'{self.name}: batch{arguments}'
         batch = user_batch(self.source.batch(*arguments), num_tasks, where)
+        if self.objective == 'accuracy':
+            check_one_hot(batch, where, getattr(self.source, 'objective', None))
         shapes = {name: array.shape[1:] for name, array in zip(Batch._fields, batch)}
         if split not in self.shapes:
             self._check_split(batch, shapes, arguments)
@@ -478,13 +481,10 @@ SHOWN = (
 
 def user_batch(values, num_tasks: int, where: str) -> Batch:
     """The four arrays of a user's meta-batch as float32, copied. Raises BadTasks."""
-    names = ', '.join(Batch._fields)
     try:
-        values = [*values]
-    except TypeError:
-        values = [values]
-    if len(values) != len(Batch._fields):
-        raise BadTasks(f'{where} must return four arrays ({names}), but it returned {len(values)}')
+        values = named_batch(values, f'{where} must return')
+    except ValueError as error:
+        raise BadTasks(str(error)) from None
     arrays = [
         user_array(value, num_tasks, f'{where}: {name}')
         for name, value in zip(Batch._fields, values)
@@ -516,6 +516,8 @@ PAIRS = (
 def user_array(value, num_tasks: int, where: str) -> np.ndarray:
     """[tasks, examples, size] float32, copied. Raises BadTasks."""
     wanted = f'[{num_tasks}, examples, size]'
+    if np.ma.is_masked(value):
+        raise BadTasks(f'{where} must be {wanted} without a mask, which would be lost: fill it')
     kind = 'one-hot or values' if 'label' in where.rpartition(' ')[2] else 'flattened examples'
     try:
         array = np.asarray(value)
@@ -533,16 +535,30 @@ def user_array(value, num_tasks: int, where: str) -> np.ndarray:
     return array
 
 
+def is_one_hot(labels: np.ndarray) -> bool:
+    """[T, examples, out]; a single output is none."""
+    values = np.isin(labels, (0, 1)).all() and (labels.sum(2) == 1).all()
+    return bool(labels.shape[2] > 1 and values)
+
+
+def check_one_hot(batch: Batch, where: str, asked: str | None):
+    """Raises BadTasks if labels are not; asked: the objective that the user's object says."""
+    reason = 'objective is accuracy' if asked else 'those of the first batches are'
+    for name in ('labela', 'labelb'):
+        if not is_one_hot(label := getattr(batch, name)):
+            raise BadTasks(
+                f'{where}: {name} must be one-hot, since {reason}, but its values are from '
+                f"{label.min():g} to {label.max():g}; for a regression set objective = 'loss'"
+            )
+
+
 def label_objective(tasks, labels: Sequence[np.ndarray], name: str) -> str:
     """'accuracy' if all labels are one-hot, else 'loss', unless the object says which.
 
     labels: [T, examples, out] each. Raises BadTasks.
     """
     asked = getattr(tasks, 'objective', None)
-    one_hot = all(
-        label.shape[2] > 1 and np.isin(label, (0, 1)).all() and (label.sum(2) == 1).all()
-        for label in labels
-    )
+    one_hot = all(map(is_one_hot, labels))
     if asked is None:
         return 'accuracy' if one_hot else 'loss'
     if asked not in ('accuracy', 'loss'):

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -143,6 +143,28 @@ class Batch(NamedTuple):
     labela: tf.Tensor  # [T, N*K, N]    sinusoid: [T, K, 1]
     inputb: tf.Tensor  # [T, N*Q, D]    sinusoid: [T, Q, 1 or 3]
     labelb: tf.Tensor  # [T, N*Q, N]    sinusoid: [T, Q, 1]
+
+
+NAMED = 'Batch(inputa=..., labela=..., inputb=..., labelb=...)'
+
+
+def named_batch(values, text: str = 'a meta-batch must be', remedy: str = NAMED) -> Batch:
+    """A Batch, or a dict of its four names, as a Batch.
+
+    Raises ValueError, which begins with `text`, for others, tuples too: their order may be another,
+    and of equal sizes nothing would tell.
+    """
+    if isinstance(values, Batch):
+        return values
+    if isinstance(values, Mapping) and {*values} == {*Batch._fields}:
+        return Batch(**values)
+    found = f'it is of type {type(values).__name__}'
+    if isinstance(values, Mapping):
+        found = f'the names are {", ".join(map(str, values)) or "none"}'
+    raise ValueError(
+        f'{text} a utils.Batch, or a dict of four arrays, {", ".join(Batch._fields)}, but {found}: '
+        f'write {remedy}'
+    )
 
 
 def mean_squared_error(output: tf.Tensor, label: tf.Tensor) -> tf.Tensor:

@@ -730,7 +730,7 @@ def test_processes_that_start_together(omniglot, capsys):
     # Without the import of TensorFlow.
     code = f"""if True:
         import sys, types
-        names = dict(Batch=tuple, cores=lambda: 2, whole_number=None)
+        names = dict(Batch=tuple, cores=lambda: 2, named_batch=None, whole_number=None)
         sys.modules['utils'] = types.SimpleNamespace(**names)
         import data_generator
         print(data_generator.load_omniglot({str(omniglot)!r})['train'].images.sum())"""

@@ -502,12 +502,14 @@ def test_cell(checkout, cell):
     first = bash(checkout, cell, '--metatrain_iterations=2', *more)
     assert first.returncode == 0, first.stderr[-2000:]
     assert 'confidence intervals' in first.stdout
-    second = bash(checkout, cell, '--metatrain_iterations=4', *more)
+    end = 2 if 'plus_plus' in cell else 4  # its schedules are of one length
+    second = bash(checkout, cell, f'--metatrain_iterations={end}', *more)
     assert second.returncode == 0, second.stderr[-2000:]
-    assert 'Continuing at iteration 2 of 4.' in second.stdout
+    told = 'The run is complete' if end == 2 else 'Continuing at iteration 2 of 4.'
+    assert told in second.stdout
     name = 'sinusoid' if cell.endswith(('sinusoid_5shot', 'sinusoid_10shot')) else cell
     folder = next((checkout / f'logs/{name}/seed0').iterdir())
-    assert 3 in checkpoints(folder) and [*folder.glob('test_ubs*.csv')]
+    assert end - 1 in checkpoints(folder) and [*folder.glob('test_ubs*.csv')]
 
 
 def printing(folder: Path):

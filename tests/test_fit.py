@@ -82,6 +82,7 @@ def assert_same(first: list[np.ndarray], second: list[np.ndarray]):
 @pytest.mark.parametrize('source', [sinusoids(), pictures()])
 def test_data_sets_of_sources(source):
     drawn = source.dataset('val', TASKS, first_iteration=3)
+    assert isinstance(drawn.element_spec, Batch)
     assert drawn.cardinality() == tf.data.INFINITE_CARDINALITY
     for iteration, batch in enumerate(drawn.take(3), start=3):
         assert_same(batch, source.batch('val', iteration, TASKS))
@@ -103,7 +104,7 @@ def in_data_set(split: str):
     """Of tasks one by one, batched as Keras users do."""
     drawn = pictures().batches(split, 0, 3, TASKS)
     tasks = [array.reshape(-1, *array.shape[2:]) for array in drawn]
-    return tf.data.Dataset.from_tensor_slices(tuple(tasks)).batch(TASKS, drop_remainder=True)
+    return tf.data.Dataset.from_tensor_slices(Batch(*tasks)).batch(TASKS, drop_remainder=True)
 
 
 SOURCES = {
@@ -254,6 +255,44 @@ def test_float64_takes_what_sources_draw():
     assert model.maml.parameters[0].dtype == tf.float64 and np.isfinite(loss)
 
 
+@pytest.mark.parametrize('form', ['data set', 'dict', 'list', 'generator', 'Batch'])
+def test_names_count_not_the_order(form):
+    """Of dicts, in whatever order they stand; a Batch has them."""
+    batch = pictures().batch('val', 0, TASKS)
+    turned = {name: getattr(batch, name) for name in ('labelb', 'inputb', 'inputa', 'labela')}
+    tasks = {
+        'data set': tf.data.Dataset.from_tensors(turned),
+        'dict': turned,
+        'list': [turned],
+        'generator': iter([turned]),
+        'Batch': Batch(**turned),
+    }[form]
+    model = of_pictures()
+    model.compile()
+    found = model.evaluate(tasks, verbose=0, return_dict=True)
+    expected = np.mean(model.maml.evaluate(batch, 2).losses2[1])
+    assert found['loss'] == pytest.approx(expected, rel=1e-6)
+    assert np.mean(model.maml.evaluate(turned, 2).losses2[1]) == expected
+
+
+def test_what_fit_was_given_is_what_a_task_may_be():
+    """Bytes go into the network as they are; of a model that was trained on floats, refused."""
+    floats = pictures().batch('train', 0, TASKS)
+    whole = floats._replace(inputa=np.uint8(255 * floats.inputa), inputb=np.uint8(floats.inputb))
+    whole = whole._replace(labela=whole.labela > 0)  # booleans are numbers
+    x, y = whole.inputa[0], whole.labela[0].argmax(-1)
+    for batch, kind in (floats, 'float'), (whole, 'uint8'):
+        model = of_pictures()
+        model.compile()
+        model.fit(batch, verbose=0)
+        assert model.maml.trained_on == {kind}
+        if kind == 'float':
+            with pytest.raises(ValueError, match='support_x is uint8, but the model was trained'):
+                model.adapt(x, y)
+        else:
+            assert_same([*model.adapt(x, y).values()], [*model.adapt(np.float32(x), y).values()])
+
+
 # Evaluation and single tasks ----------------------------------------------------------------------
 
 
@@ -363,10 +402,23 @@ def unknown_sizes() -> tf.data.Dataset:
     return in_data_set('train').unbatch().batch(TASKS)
 
 
+def masked(batch: Batch) -> Batch:
+    return batch._replace(inputa=np.ma.masked_less(batch.inputa, 0.1))
+
+
 REFUSED = {
     'without end': (lambda: pictures().dataset('train', TASKS), 'steps_per_epoch'),
     'unknown sizes': (unknown_sizes, 'drop_remainder'),
     'pairs': (lambda: in_data_set('train').map(lambda *parts: parts[:2]), 'four arrays'),
+    'tuples': (
+        lambda: in_data_set('train').map(lambda *parts: parts),
+        'of type tuple: write dataset.map(lambda a, b, c, d: Batch(inputa=a, labela=b, inputb=c, '
+        'labelb=d))',
+    ),
+    'other names': (lambda: {'inputa': 0, 'a': 0}, 'but the names are inputa, a: write Batch('),
+    'a tuple': (lambda: [tuple(pictures().batch('train', 0, TASKS))], 'type tuple: write Batch('),
+    'arrays': (lambda: tuple(pictures().batch('train', 0, TASKS)), 'type ndarray: write Batch('),
+    'masks': (lambda: masked(pictures().batch('train', 0, TASKS)), 'inputa must be real numbers'),
     'a source': (pictures, 'dataset(split, num_tasks)'),
     'nothing': (lambda: iter([]), 'list or generator'),
     'of another network': (lambda: [sinusoids().batch('train', 0, TASKS)], 'network takes'),

@@ -2,8 +2,10 @@
 
 import random
 import signal
+import warnings
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -24,10 +26,17 @@ from test_use import QUERY, SUPPORT, served, tasks_to_serve
 import main
 import maml
 from data_generator import BadTasks, UserTasks
-from maml import FullyConnected, KerasNetwork, Learner, make_model, user_network
+from maml import FastMAML, FullyConnected, KerasNetwork, Learner, make_model, user_network
 from scripts.examples import curves, networks
 from scripts.model import classify, export, publish
-from utils import checkpoints, read_run_state, user_function, write_checkpoint
+from utils import (
+    checkpoints,
+    cross_entropy,
+    mean_squared_error,
+    read_run_state,
+    user_function,
+    write_checkpoint,
+)
 
 __all__ = ['often']  # a fixture
 NETWORKS = """
@@ -399,11 +408,45 @@ def test_examples_are_the_papers_networks(source):
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
 
 
+class Softmax(FullyConnected):
+    def head(self, *arguments):
+        return tf.nn.softmax(super().head(*arguments))
+
+
+class WithoutSizes(Likewise):
+    """A network that does not say its sizes."""
+
+    def __init__(self, network):
+        super().__init__(network)
+        del self.dim_input, self.dim_output
+
+
+def test_probabilities_are_no_logits():
+    """Softmax of softmax is warned of, once, where it is taken."""
+    layers = keras.layers
+    stack = [layers.Input((3,)), layers.Dense(2, activation='softmax')]
+    network, words = keras.Sequential(stack), 'probabilities already, but cross_entropy takes'
+    for probable in network, Softmax(3, (4,), 2):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter('always', UserWarning)
+            FastMAML(probable, cross_entropy(1), 0.1, compiled=False)
+        (warning,) = [one for one in heard if words in str(one.message)]
+        assert warning.filename == __file__ and 'activation=None' in str(warning.message)
+    logits = keras.Sequential([layers.Input((3,)), layers.Dense(2)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', words)
+        for right in logits, FullyConnected(3, (4,), 2), Softmax(3, (4,), 1):
+            FastMAML(right, cross_entropy(1), 0.1, compiled=False)
+        FastMAML(WithoutSizes(Softmax(3, (4,), 2)), cross_entropy(1), 0.1, compiled=False)
+        FastMAML(network, mean_squared_error, 0.1, compiled=False)
+
+
 # --datasource=FILE.py:FUNCTION --------------------------------------------------------------------
 
 CURVES = f'--datasource={ROOT}/scripts/examples/curves.py:tasks'
 TASKS = """
 import numpy as np
+from utils import Batch
 
 class Tasks:
     example_shape = (4, 4, 1)
@@ -413,7 +456,7 @@ class Tasks:
         x = means + 0.1 * random.random((num_tasks, 5, 3, 16))
         x = x.reshape(num_tasks, 15, 16)
         y = np.broadcast_to(np.tile(np.eye(3, dtype=int), (5, 1)), (num_tasks, 15, 3))
-        return x[:, :6], y[:, :6], x[:, 6:], y[:, 6:]
+        return Batch(inputa=x[:, :6], labela=y[:, :6], inputb=x[:, 6:], labelb=y[:, 6:])
 
 class Failing(Tasks):
     def batch(self, split, iteration, num_tasks):
@@ -424,7 +467,7 @@ class Failing(Tasks):
 class Changing(Tasks):
     def batch(self, split, iteration, num_tasks):
         batch = super().batch(split, iteration, num_tasks)
-        return [values[:, iteration:] for values in batch]
+        return Batch(*(values[:, iteration:] for values in batch))
 
 def convolutional(shape, outputs):
     import keras
@@ -533,8 +576,7 @@ class Arrays:
             name: random.random((num_tasks, examples, 2 if name[0] == 'i' else 3))
             for name, examples in shapes.items()
         }
-        batch = self.change(batch, split)
-        return tuple(batch.values()) if isinstance(batch, dict) else batch
+        return self.change(batch, split)
 
 
 def test_sources_from_objects():
@@ -574,6 +616,27 @@ def test_labels_tell_the_objective():
         UserTasks(Arrays(objective='mse'))
 
 
+@pytest.mark.parametrize('objective', [None, 'accuracy'])
+def test_labels_of_a_classifier_are_one_hot_in_every_batch(objective):
+    """Those of a later batch are not; the sentence names it."""
+
+    class Growing:
+        def batch(self, split, iteration, num_tasks):
+            labels = np.eye(2)[np.zeros((num_tasks, 3), int)] * (1 + iteration)
+            return dict.fromkeys(('inputa', 'labela', 'inputb', 'labelb'), labels)
+
+    tasks = Growing()
+    if objective:
+        tasks.objective = objective
+    source = UserTasks(tasks, 'own.py:tasks')
+    assert source.objective == 'accuracy' and source.batch('train', 0, 2).labela.max() == 1
+    words = r"own.py:tasks: batch\('train', 1, 2\): labela must be one-hot, since .* from 0 to 2"
+    with pytest.raises(BadTasks, match=words):
+        source.batch('train', 1, 2)
+    tasks.objective = 'loss'
+    assert UserTasks(tasks).batch('train', 1, 2).labela.max() == 2
+
+
 def changed(name: str, change):
     """What `Arrays` takes: one of the arrays is changed."""
     return lambda batch, split: batch | {name: change(batch[name])}
@@ -609,8 +672,13 @@ def with_value(value: float):
         (changed('inputa', lambda a: a.astype(complex)), 'inputa must be numbers.* complex'),
         (changed('inputa', lambda a: [[1], [1, 2]]), 'inputa must be an array'),
         (changed('labela', lambda a: None), 'labela must be numbers.* object'),
-        (lambda batch, split: [*batch.values()][:3], 'must return four arrays .* returned 3'),
-        (lambda batch, split: None, 'must return four arrays'),
+        (lambda batch, split: tuple(batch.values()), 'a dict of four arrays.* type tuple: write'),
+        (lambda batch, split: None, 'must return a utils.Batch.* NoneType: write Batch[(]inputa='),
+        (lambda batch, split: batch | {'c': 0}, 'but the names are inputa, .*, labelb, c: write'),
+        (
+            changed('inputb', lambda a: np.ma.masked_less(a, 0.1)),
+            r'inputb must be \[4, examples, size\] without a mask',
+        ),
         (changed('labela', lambda a: a + np.random.random()), 'labela was another one the second'),
         (
             lambda batch, split: {

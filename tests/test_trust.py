@@ -446,7 +446,7 @@ class Tasks:
         wild = split == 'val' and pathlib.Path(__file__).with_name('wild').exists()
         x = np.linspace(-1, 1, 4 * num_tasks).reshape(num_tasks, 4, 1)
         y = 1e30 * x if wild else x
-        return x, y, x, y
+        return {'inputa': x, 'labela': y, 'inputb': x, 'labelb': y}
 """
 
 

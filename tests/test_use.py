@@ -249,7 +249,8 @@ SMALL = dict(
 
 
 def small_model(**settings) -> Learner:
-    return Learner(make_model(**SMALL | settings))
+    """As of a run on images."""
+    return Learner(make_model(**SMALL | settings), {'datasource': 'omniglot'})
 
 
 def some_tasks(shots: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -460,6 +461,93 @@ def test_the_type_alone_says_what_pixels_are():
     assert np.isfinite(model.adapt(rounded, y)['w1']).all()
 
 
+def small_line(**given) -> FastMAML:
+    network = FullyConnected(1, (4,), 1, initial='glorot')
+    return FastMAML(network, mean_squared_error, 0.1, compiled=False, **given)
+
+
+def trained_line() -> FastMAML:
+    """After two steps, with an outer loss that changes."""
+    given = {'loss_steps': 'all', 'loss_steps_iterations': 7, 'first_order_iterations': 3}
+    model = small_line(num_updates=2, clip=0.5, **given)
+    for i in range(2):
+        model.metatrain_step(SinusoidGenerator(3, 3).batch('train', i, 4))
+    return model
+
+
+def after_one_more(model: FastMAML) -> list[np.ndarray]:
+    """All variables after the third step."""
+    model.metatrain_step(SinusoidGenerator(3, 3).batch('train', 2, 4))
+    return [v.numpy() for v in [*model.parameters, *model.metatrain_optimizer.variables]]
+
+
+def test_save_and_load_go_on_exactly(tmp_path):
+    """Bit for bit, with all that makes the next step what it is."""
+    model = trained_line()
+    Learner(model).save(tmp_path)
+    loaded = Learner.load(tmp_path, network=small_line().network).model
+    for one, other in zip(after_one_more(model), after_one_more(loaded), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    'lost', ['clip', 'loss_steps loss_steps_iterations', 'first_order_iterations', 'trained_on']
+)
+def test_what_older_files_do_not_hold(tmp_path, lost):
+    """They are loaded; the next step is another one, as far as it depends on that."""
+    model = trained_line()
+    Learner(model).save(tmp_path)
+    settings = utils.read_run_state(f'{tmp_path}/model0')['flags']
+    for name in lost.split():
+        del settings[name]
+    write_checkpoint(model.checkpoint, tmp_path, 0, {'flags': settings})
+    loaded = Learner.load(tmp_path, network=small_line().network).model
+    same = [*map(np.array_equal, after_one_more(model), after_one_more(loaded))]
+    assert all(same) == (lost == 'trained_on')
+
+
+def classifier() -> FastMAML:
+    return FastMAML(FullyConnected(3, (4,), 2), utils.cross_entropy(1), 0.1, compiled=False)
+
+
+def test_a_classifier_takes_numbers_of_any_range():
+    """Signals, z-scores, token ids: only of a run on images there is a range."""
+    random = np.random.default_rng(0)
+    x, y = random.normal(0, 100, (4, 3)), np.array([0, 1, 1, 0])
+    for learner in Learner(classifier()), MetaModel(classifier()):
+        assert np.isfinite(learner.adapt(x, y, lr=1e-6)['w1']).all()
+        assert np.isfinite(learner.adapt(np.int64(x), y, lr=1e-6)['w1']).all()
+    for source, takes in ('omniglot', True), ('folder', True), ('a.py:f', False), ('own', False):
+        assert Learner(classifier(), {'datasource': source}).takes_images is takes
+
+
+@pytest.mark.parametrize('kind', [np.uint8, np.float64, np.int32, None])
+@pytest.mark.parametrize('step', ['metatrain_step', 'pretrain_step'])
+def test_bytes_go_in_as_in_training(tmp_path, kind, step):
+    """A model that was trained on floats refuses them, loaded too; others take them as they are."""
+    x, y = np.random.default_rng(0).integers(0, 255, (2, 4, 3)), np.tile(np.eye(2), (2, 2, 1))
+    model = classifier()
+    if kind:
+        getattr(model, step)(Batch(kind(x), y, kind(x), y))
+    Learner(model).save(tmp_path)
+    for learner in Learner(model), Learner.load(tmp_path, network=classifier().network):
+        weights = learner.adapt(x[0], [0, 1, 0, 1], lr=1e-6)
+        if kind == np.float64:
+            with pytest.raises(ValueError, match='trained on floats; give numbers as in training'):
+                learner.predict(np.uint8(x[0]), weights)
+        else:
+            answers = (learner.predict(values, weights) for values in (x[0], np.uint8(x[0])))
+            np.testing.assert_array_equal(*answers)
+
+
+def test_bytes_for_the_model_of_a_run_on_images(run_folder):
+    """Training had values from 0 to 1; without the run's settings nothing would divide."""
+    learner, images = Learner.load(run_folder), np.zeros((5, 28, 28, 1), np.uint8)
+    assert np.isfinite(learner.adapt(images, np.arange(5))['w5']).all()
+    with pytest.raises(ValueError, match='support_x is uint8, but the model was trained on floats'):
+        MetaModel(learner.model).adapt(images, np.arange(5))
+
+
 def test_what_diverges_is_an_error(line):
     """After adaptation, and where weights that are finite give no finite answers."""
     (x, y), huge = points(), {name: 0 * value for name, value in line.adapt(*points()).items()}
@@ -547,8 +635,10 @@ def test_sizes_are_refused_by_name(line):
     batch, source = Batch(*np.zeros((4, 2, 3, 1))), SinusoidGenerator(1, 1)
     for call, words in [
         (lambda: line.model.evaluate(batch, 2.0), 'num_updates must be'),
-        (lambda: line.model.evaluate(None, 1), 'four arrays, inputa, labela'),
-        (lambda: line.model.evaluate([1, 2, 3, 4], 1), 'inputa must be'),
+        (lambda: line.model.evaluate(None, 1), 'four arrays, inputa, labela.* type NoneType'),
+        (lambda: line.model.evaluate([*batch], 1), 'of type list: write Batch[(]inputa='),
+        (lambda: line.model.evaluate(Batch(1, 2, 3, 4), 1), 'inputa must be'),
+        (lambda: line.model.evaluate(Batch(1, 2, 3, [1, [2]]), 1), 'must be four arrays'),
         (lambda: utils.cross_entropy(0), 'shots must be'),
         (lambda: FullyConnected(1, 40, 1), 'a tuple of numbers'),
         (lambda: FullyConnected(1, (2.5,), 1), 'at least one unit'),

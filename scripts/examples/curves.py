@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from utils import Batch
+
 SHOTS = 5
 SPLITS = {'train': slice(0, 40), 'val': slice(40, 50), 'test': slice(50, 60)}
 
@@ -25,8 +27,8 @@ class Curves:
     def __init__(self, x: np.ndarray, y: np.ndarray):
         self.x, self.y = x, y
 
-    def batch(self, split: str, iteration: int, num_tasks: int) -> tuple:
-        """(inputa, labela, inputb, labelb), each [tasks, examples, 1]."""
+    def batch(self, split: str, iteration: int, num_tasks: int) -> Batch:
+        """Arrays [tasks, examples, 1]."""
         random = np.random.default_rng([list(SPLITS).index(split), iteration])
         curves = self.y[SPLITS[split]]
         chosen = curves[random.integers(len(curves), size=num_tasks)]  # [tasks, points]
@@ -34,7 +36,12 @@ class Curves:
         inputs = self.x[order][..., np.newaxis]
         labels = np.take_along_axis(chosen, order, axis=1)[..., np.newaxis]
         support, query = np.s_[:, :SHOTS], np.s_[:, SHOTS:]
-        return inputs[support], labels[support], inputs[query], labels[query]
+        return Batch(
+            inputa=inputs[support],
+            labela=labels[support],
+            inputb=inputs[query],
+            labelb=labels[query],
+        )
 
 
 def tasks() -> Curves:
