@@ -467,7 +467,8 @@ def checkout(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('checkout')
     for path in ROOT.glob('*.py'):
         shutil.copy(path, folder)
-    shutil.copytree(ROOT / 'scripts', folder / 'scripts')
+    for name in ('fewshot', 'scripts'):
+        shutil.copytree(ROOT / name, folder / name)
     (folder / 'scripts/lib/environment.sh').write_text(SET_UP)
     make_omniglot(folder / 'data', characters=340, images=10)  # 20 validation classes
     make_miniimagenet(folder / 'data', classes=5, images=20)
