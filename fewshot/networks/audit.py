@@ -38,13 +38,8 @@ def in_float64(model: keras.Model) -> Iterator[None]:
         tensors = [tensor for tensor in getattr(layer, '_inputs', []) if is_float(tensor.dtype)]
         changes += [(tensor, '_dtype', 'float64') for tensor in tensors]
     changes += [(own, '_dtype', 'float64') for own in model.variables if is_float(own.dtype)]
-    floatx = keras.config.floatx()
-    keras.config.set_floatx('float64')
-    try:
-        with attributes(changes):
-            yield
-    finally:
-        keras.config.set_floatx(floatx)
+    with attributes(changes):
+        yield
 
 
 def moved(value: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -112,7 +112,7 @@ class KerasNetwork:
             pools = isinstance(layer, MAX_POOLING) and not (self.together and task_layer(layer))
             if loops or pools:
                 return False
-        return not self.mixes_examples
+        return True
 
     @property
     def layer_names(self) -> dict[str, str]:
