@@ -1385,7 +1385,7 @@ def build_model(
         made |= source.model_settings
     made |= {'norm': norm} if norm else {}
     made |= {} if seed is None else {'seed': seed}
-    network = user_network(f.network, made, audit=f.train) if f.network else ''
+    network = user_network(f.network, made, audit=f.train or None) if f.network else ''
     return make_model(**made, replicas=replicas, network=network)
 
 

@@ -2025,7 +2025,7 @@ class Learner(ArraysOfTasks):
             )
         check_network_is_given(path, settings, network)
         if isinstance(network, keras.Model):
-            network = KerasNetwork(network, audit=False)  # as when it was trained
+            network = KerasNetwork(network, audit=None)  # as when it was trained
         if settings.get('loss') and loss is None:
             raise ValueError(f'{path} was trained with a loss of its own: give it as loss=')
         made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
@@ -2566,7 +2566,7 @@ def example_shape(settings: dict) -> tuple[int, ...]:
     return size, size, channels
 
 
-def user_network(spec: str, settings: dict, audit: bool = True):
+def user_network(spec: str, settings: dict, audit: bool | None = True):
     """The network that FILE.py:FUNCTION makes for a run; settings: the flags of it.
 
     It is called with the shape of an example and the number of classes or outputs, and returns a

@@ -557,14 +557,14 @@ def reason(sentence: str) -> str:
 
 @pytest.mark.filterwarnings('error:the meta-gradient')
 def test_random_models(float64):  # noqa: F811
-    assert search(range(12))['right'] >= 6
+    assert search(range(20))['right'] >= 10
 
 
 @pytest.mark.slow
 def test_three_hundred_random_models(float64):  # noqa: F811
-    told = search(range(1000, 1300))
+    told = search(range(1000, 1320))
     print(dict(told))
-    assert told['right'] >= 150
+    assert told['right'] >= 150 and told.total() - told['no model'] >= 300
 
 
 # Models that people have --------------------------------------------------------------------------
@@ -652,7 +652,7 @@ def test_models_that_people_have_are_exact(float64, name):  # noqa: F811
 def test_models_that_people_have_from_training_to_prediction(tmp_path, name):
     """As in use: float32, compiled where that is possible."""
     make, inputs = PEOPLE[name]
-    network = KerasNetwork(make(), audit=False)
+    network = KerasNetwork(make(), audit=None)
     (x, y, z, _), batch = random_tasks(network, inputs, seed=0)
     maml = FastMAML(network, mean_squared_error, 0.01, num_updates=2, meta_lr=0.01)
     losses = [float(maml.metatrain_step(batch)) for _ in range(3)]

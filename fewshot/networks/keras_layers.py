@@ -301,7 +301,7 @@ def task_leaves(model: keras.Model) -> list[keras.Layer] | None:
 def takes_constants(layer: keras.Layer) -> bool:
     """Whether a functional model calls a layer with arrays, which may have an axis of examples."""
     given = [node.arguments for node in getattr(layer, '_inbound_nodes', [])]
-    leaves = keras.tree.flatten([(arguments.args, arguments.kwargs) for arguments in given])
+    leaves = tf.nest.flatten([(arguments.args, arguments.kwargs) for arguments in given])
     return any(hasattr(x, 'shape') and not isinstance(x, keras.KerasTensor) for x in leaves)
 
 

@@ -51,7 +51,8 @@ class KerasNetwork:
     model: a keras.Model. adapt: what the inner loop changes: None, everything; names of layers; or
     a function of a variable's path that says whether. The rest is learned by the outer loop only.
     input_shape: of an example, if the model is not built yet. audit: False leaves the comparison
-    with differences out, for a model that stops gradients on purpose, or takes long.
+    with differences out, and says so, for a model that stops gradients on purpose, or takes long;
+    None says nothing, for one that was compared when it was trained.
     Raises ValueError, in a sentence that names the layer or operation.
     """
 
@@ -60,7 +61,7 @@ class KerasNetwork:
         model: keras.Model,
         adapt: Sequence[str] | Callable[[str], bool] | None = None,
         input_shape: Sequence[int] | None = None,
-        audit: bool = True,
+        audit: bool | None = True,
     ):
         self.model, self.image_shape = model, keras_input_shape(model, input_shape)
         check_keras_model(model)
@@ -84,6 +85,8 @@ class KerasNetwork:
             choose_calls(self, dtype)
             if audit:
                 check_derivatives(self, dtype)
+        if audit is False:
+            warnings.warn(UNCHECKED.format(model.name), stacklevel=2)
 
     @property
     def together(self) -> bool:
@@ -249,6 +252,7 @@ def named(layer: keras.Layer) -> str:
 
 # How it is called, and whether that is right ------------------------------------------------------
 
+UNCHECKED = 'the meta-gradient of the model {} is not compared with differences: audit=False'
 UNDECIDED = (
     'the meta-gradient of the model {} could not be compared with differences, which do not agree '
     'with each other: try scripts/model/check_second_order.py, or KerasNetwork(model, audit=False)'

@@ -54,6 +54,4 @@ def _load(run_folder: Path, checkpoint: int | str, network: str) -> Learner:
     settings = read_run_state(find_checkpoint(run_folder, checkpoint)).get('flags', {})
     if not settings.get('network'):
         raise ValueError(f'{run_folder} was trained without --network, so it takes none')
-    return Learner.load(
-        run_folder, checkpoint, network=user_network(network, settings, audit=False)
-    )
+    return Learner.load(run_folder, checkpoint, network=user_network(network, settings, audit=None))

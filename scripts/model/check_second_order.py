@@ -77,7 +77,7 @@ def make_network(options: argparse.Namespace) -> KerasNetwork:
                 'layers of the model no dtype, or "float64"'
             )
     with user_code(spec, all_of_it=False):  # calls the model
-        network = KerasNetwork(model, input_shape=shape, audit=False)
+        network = KerasNetwork(model, input_shape=shape, audit=None)
     if network.image_shape != shape:
         raise ValueError(
             f'the model takes inputs of {network.image_shape}, but --input_shape is {shape}'
