@@ -338,7 +338,7 @@ def check_derivatives(network: KerasNetwork, dtype: str):
     """
 
     def inputs(seed: int) -> tf.Tensor:  # of one task: tasks were compared with each other already
-        return tf.reshape(probe(network, dtype, seed)[:1], [1, -1, network.dim_input])
+        return tf.reshape(probe(network, dtype, seed)[:1, :3], [1, 3, network.dim_input])
 
     try:
         compared = audit(network, inputs, dtype)
