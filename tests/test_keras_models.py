@@ -560,6 +560,21 @@ def test_random_models(float64):  # noqa: F811
     assert search(range(20))['right'] >= 10
 
 
+@pytest.mark.parametrize('seeds', [range(8), pytest.param(range(100), marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings('error:the meta-gradient')
+def test_no_model_of_float32_is_called_wrong(seeds):
+    """It is asked to compute in float64, which layers, models in models and operations must do."""
+    for seed in seeds:
+        try:
+            model, _ = drawn(seed)
+        except Exception:  # Keras's own: these layers do not fit
+            continue
+        try:
+            KerasNetwork(stack(model.input_shape[1:], model))
+        except ValueError as error:
+            reason(str(error))
+
+
 @pytest.mark.slow
 def test_three_hundred_random_models(float64):  # noqa: F811
     told = search(range(1000, 1320))

@@ -36,14 +36,34 @@ STRIDE = 0.02  # of the inner update of an audit, relative to the weights
 def in_float64(model: keras.Model) -> Iterator[None]:
     """Has a model of float32 compute in float64 while entered, with values that are given to it."""
     policy, is_float, changes = keras.DTypePolicy('float64'), keras.backend.is_float_dtype, []
-    for layer in model._flatten_layers():
+    layers = model._flatten_layers()
+    inner = [getattr(layer, '_functional', None) for layer in layers]  # what a Sequential calls
+    for layer in [*layers, *filter(None, inner)]:
         if is_float(layer.compute_dtype):
             changes.append((layer, '_dtype_policy', policy))
-        tensors = [tensor for tensor in getattr(layer, '_inputs', []) if is_float(tensor.dtype)]
-        changes += [(tensor, '_dtype', 'float64') for tensor in tensors]
+        typed = [layer] if isinstance(layer, keras.layers.InputLayer) else []
+        typed += getattr(layer, '_inputs', None) or []
+        changes += [(thing, '_dtype', 'float64') for thing in typed if is_float(thing.dtype)]
     changes += [(own, '_dtype', 'float64') for own in model.variables if is_float(own.dtype)]
     with attributes(changes):
         yield
+
+
+def rounds(graph: tf.Graph) -> bool:
+    """Whether an operation makes float32, or less, of float64, which small steps do not see."""
+    for operation in graph.get_operations():
+        if any(x.dtype == tf.float64 for x in operation.inputs):
+            if any(y.dtype.is_floating and y.dtype != tf.float64 for y in operation.outputs):
+                return True
+    double = tf.float64.as_datatype_enum
+    bodies = [function.node_def for function in graph.as_graph_def().library.function]
+    casts = [node for body in bodies for node in body if node.op == 'Cast']
+    return any(
+        node.attr['SrcT'].type == double
+        and node.attr['DstT'].type != double
+        and tf.as_dtype(node.attr['DstT'].type).is_floating
+        for node in casts
+    )
 
 
 def moved(value: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from fewshot.networks.audit import audit, in_float64, moved, probe_inputs
+from fewshot.networks.audit import audit, in_float64, moved, probe_inputs, rounds
 from fewshot.networks.keras_layers import (
     MAX_POOLING,
     Leading,
@@ -279,11 +279,21 @@ def plain_call(model: keras.Model, x: tf.Tensor) -> tf.Tensor:
 
 def computes_in_float64(network: KerasNetwork) -> bool:
     """Whether all of a model does if it is asked to, not so where a layer fixes another type."""
+    model, values = network.model, {}
+
+    def call(values: Values) -> tf.Tensor:
+        with exact(model):
+            return apply_layer(model, values, x[0])
+
     try:
-        with in_float64(network.model):
-            return plain_call(network.model, probe(network, 'float64')[0]).dtype == tf.float64
+        with in_float64(model):
+            x = probe(network, 'float64')
+            for own in model.trainable_variables:
+                values[id(own)] = tf.constant(own.numpy(), tf.float64)
+            program = tf.function(call, autograph=False).get_concrete_function(values)
     except Exception:  # of a user's layer, whatever it is
         return False
+    return program.structured_outputs.dtype == tf.float64 and not rounds(program.graph)
 
 
 def choose_calls(network: KerasNetwork, dtype: str):
