@@ -676,9 +676,9 @@ def test_models_that_people_have_from_training_to_prediction(tmp_path, name):
     make, inputs = PEOPLE[name]
     network = KerasNetwork(make(), audit=None)
     (x, y, z, _), batch = random_tasks(network, inputs, seed=0)
-    maml = FastMAML(network, mean_squared_error, 0.001, num_updates=2, meta_lr=0.001)
+    maml = FastMAML(network, mean_squared_error, 0.01, num_updates=2, meta_lr=1e-4)
     losses = [float(maml.metatrain_step(batch)) for _ in range(3)]
-    assert np.isfinite(losses).all() and len({*losses}) == 3
+    assert np.isfinite(losses).all() and losses[2] < losses[0]
     learner = Learner(maml)
     learner.save(tmp_path)
     loaded = Learner.load(tmp_path, network=network.model)

@@ -106,6 +106,14 @@ def test_differences_that_do_not_agree(monkeypatch):
     assert outcome.status == 1
 
 
+def test_an_operation_that_rounds_to_float32():
+    """Larger steps tell that such a model is right."""
+    outcome = audit('rounded', '--input_shape=2', '--classes=1', '--examples=2', '--tasks=1')
+    assert outcome.status == 0, outcome.err
+    found = verdicts(outcome)
+    assert 'right for 4 of 4' in found.pop('') and {*found.values()} == {'right'}
+
+
 def test_regression():
     outcome = audit('regression', '--input_shape=2', '--classes=1', '--examples=10', '--lr=0.01')
     assert outcome.status == 0, outcome.err

@@ -22,8 +22,8 @@ FINE = (1e-7, 1e-8, 1e-9, 1e-10, 1e-11)
 COARSE = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # where an operation rounds to float32
 STEPS = {'float64': (FINE, COARSE), 'float32': (COARSE[3:],)}
 TOLERANCE = 1e-4  # relative error of a derivative that is right
+SPREAD = {'float64': TOLERANCE / 2, 'float32': 1e-2}  # relative, of differences that agree
 ENOUGH = 1e-5  # smaller steps are not tried if two have agreed so well
-ROUGH = 1e-2  # relative spread of differences that decide nothing
 DIRECTIONS = 3  # tried until the differences agree with each other
 PATIENCE = 60  # seconds, after which no other direction is tried
 STRIDE = 0.02  # of the inner update of an audit, relative to the weights
@@ -94,15 +94,13 @@ def probe_inputs(model: keras.Model, shape: Sequence[int], seed: int) -> Iterato
 
 
 class Tasks(NamedTuple):
-    """Random tasks, [T, examples, ...] each, and how a network adapts to them."""
+    """Random regressions, [T, examples, ...] each, and the step size of the inner update."""
 
     inputa: tf.Tensor
     labela: tf.Tensor
     inputb: tf.Tensor
     labelb: tf.Tensor
-    loss: Callable  # of outputs and labels [T, examples, out]: [T]
     lr: float
-    updates: int = 1
 
 
 def squared_error(output: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
@@ -110,30 +108,35 @@ def squared_error(output: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(tf.square(output - label), axis=[1, 2])
 
 
-def outer_loss(network, values: Sequence[tf.Tensor], tasks: Tasks) -> tf.Tensor:
-    """The sum over tasks of the query loss after inner updates, a scalar; lines 4 to 10.
+def weights_and_norms(network, values: Sequence[tf.Tensor], tasks: int) -> tuple[dict, dict]:
+    """θ for each task, {name: [T, ...]}, and what tasks have in common, {name: [...]}.
 
     values: of the network's parameters and norm_parameters, in this order.
     """
-    theta, norms, count = {}, {}, tasks.inputa.shape[0]
-    for name, value in zip([*network.parameters, *network.norm_parameters], values):
-        if name in network.parameters:
-            theta[name] = tf.broadcast_to(value, [count, *value.shape])
-        else:
-            norms[name] = value
-    support, query = network.prepare(tasks.inputa), network.prepare(tasks.inputb)
-    for _ in range(tasks.updates):
-        gradients = inner_gradient(network, theta, norms, support, tasks)
-        theta = {name: theta[name] - tasks.lr * gradients[name] for name in theta}
-    return tf.reduce_sum(tasks.loss(network(query, theta, norms), tasks.labelb))
+    count = len(network.parameters)
+    theta = {
+        name: tf.broadcast_to(value, [tasks, *value.shape])
+        for name, value in zip(network.parameters, values)
+    }
+    return theta, dict(zip(network.norm_parameters, values[count:]))
 
 
-def inner_gradient(network, theta: dict, norms: dict, support: tf.Tensor, tasks: Tasks) -> dict:
+def inner_gradient(network, theta: dict, norms: dict, tasks: Tasks) -> dict:
     """∇_θ of the support losses, {name: [T, ...]}."""
     with tf.GradientTape() as tape:
         tape.watch(theta)
-        losses = tasks.loss(network(support, theta, norms), tasks.labela)
+        output = network(network.prepare(tasks.inputa), theta, norms)
+        losses = squared_error(output, tasks.labela)
     return tape.gradient(losses, theta, unconnected_gradients='zero')
+
+
+def outer_loss(network, values: Sequence[tf.Tensor], tasks: Tasks) -> tf.Tensor:
+    """The sum over tasks of the query loss after an inner update, a scalar; lines 4 to 10."""
+    theta, norms = weights_and_norms(network, values, tasks.inputa.shape[0])
+    gradients = inner_gradient(network, theta, norms, tasks)
+    theta = {name: theta[name] - tasks.lr * gradients[name] for name in theta}
+    output = network(network.prepare(tasks.inputb), theta, norms)
+    return tf.reduce_sum(squared_error(output, tasks.labelb))
 
 
 def meta_gradient(network, values: Sequence[tf.Tensor], tasks: Tasks) -> list[tf.Tensor]:
@@ -148,16 +151,17 @@ def meta_gradient(network, values: Sequence[tf.Tensor], tasks: Tasks) -> list[tf
 
 
 def differentiate(
-    difference: Callable[[float], float], floor: float, dtype: str = 'float64'
+    difference: Callable[[float], float], floor: float, precision: str
 ) -> tuple[float, float]:
     """A derivative by central differences, and how far the two steps that agree best are apart.
 
     difference: f(step) - f(-step), over 2. Large steps are off by the curvature, and by kinks of
     ReLU and max-pooling, where the outer loss jumps; small ones by rounding. Between them lies a
-    plateau. floor: smaller derivatives need no more digits than it.
+    plateau. floor: smaller derivatives need no more digits than it. precision: 'float32' if an
+    operation rounds so, to which steps must be large.
     """
     best = np.nan, np.inf
-    for steps in STEPS[dtype]:
+    for steps in STEPS[precision]:
         found = []
         for step in steps:
             found.append(difference(step) / step)
@@ -166,7 +170,7 @@ def differentiate(
                 best = value, spread
             if best[1] <= ENOUGH * max(abs(value), floor):
                 return best
-        if best[1] <= TOLERANCE / 2 * max(abs(best[0]), floor):
+        if best[1] <= SPREAD[precision] * max(abs(best[0]), floor):
             break
     return best
 
@@ -178,6 +182,7 @@ class Compared(NamedTuple):
     difference: float
     spread: float  # of the differences
     floor: float  # errors are relative to this at least
+    precision: str = 'float64'
     blind: Sequence[str] = ()  # operations, if it is wrong, whose derivatives count as zero
 
     @property
@@ -191,7 +196,8 @@ class Compared(NamedTuple):
 
     @property
     def is_right(self) -> bool:
-        return self.error <= max(TOLERANCE, 5 * self.spread / self.scale)
+        apart = 5 * self.spread / self.scale if self.precision == 'float32' else 0
+        return self.error <= max(TOLERANCE, apart)
 
     @property
     def is_decided(self) -> bool:
@@ -200,17 +206,17 @@ class Compared(NamedTuple):
         Large steps may agree with each other on the wrong number, across many kinks: they call it
         wrong only if there is a reason.
         """
-        if self.spread <= TOLERANCE / 2 * self.scale:
-            return True
-        return self.spread <= ROUGH * self.scale and (self.is_right or bool(self.blind))
+        agree = self.spread <= SPREAD[self.precision] * self.scale
+        return agree and (self.precision == 'float64' or self.is_right or bool(self.blind))
 
 
-def audit(network, inputs: Callable, dtype: str = 'float64', seed: int = 0) -> Compared:
+def audit(network, inputs: Callable) -> Compared:
     """The meta-gradient of a network along a random direction of all that the outer loop learns.
 
-    inputs: seed -> random inputs [T, examples, D], of dtype, that the network computes in.
+    network: a KerasNetwork, computing in its `precision`. inputs: from a seed to random inputs,
+    [T, examples, D].
     """
-    random, start = np.random.default_rng([seed, 1]), time.monotonic()
+    random, start, dtype = np.random.default_rng(1), time.monotonic(), network.precision
     made = [value for value, _ in [*network.parameters.values(), *network.norm_parameters.values()]]
     values = [tf.constant(moved(value, random), dtype) for value in made]
     tasks = random_tasks(network, values, inputs, random)
@@ -226,7 +232,8 @@ def audit(network, inputs: Callable, dtype: str = 'float64', seed: int = 0) -> C
 
         derivative = sum(float(tf.reduce_sum(g * d)) for g, d in zip(gradient, direction))
         floor = 1e-3 * norm * max(map(rms, values)) + 1e-12
-        compared = Compared(derivative, *differentiate(difference, floor, dtype), floor)
+        found = differentiate(difference, floor, dtype)
+        compared = Compared(derivative, *found, floor, dtype)
         if not compared.is_right:
             compared = compared._replace(blind=blind_operations(network, values, tasks))
         if compared.is_decided or time.monotonic() > start + PATIENCE:
@@ -243,14 +250,11 @@ def random_tasks(network, values: list, inputs: Callable, random: np.random.Gene
     x, z = inputs(2), inputs(3)
     shape = (*x.shape[:2], network.dim_output)
     y, label = (tf.constant(random.standard_normal(shape), x.dtype) for _ in range(2))
-    tasks = Tasks(x, y, z, label, squared_error, lr=1.0)
-    count = len(network.parameters)
-    theta = dict(zip(network.parameters, values))
-    norms = dict(zip(network.norm_parameters, values[count:]))
-    each = {name: tf.broadcast_to(v, [x.shape[0], *v.shape]) for name, v in theta.items()}
-    gradients = inner_gradient(network, each, norms, network.prepare(x), tasks)
+    tasks = Tasks(x, y, z, label, lr=1.0)
+    theta, norms = weights_and_norms(network, values, x.shape[0])
+    gradients = inner_gradient(network, theta, norms, tasks)
     length = float(tf.linalg.global_norm([*gradients.values()]))
-    lr = STRIDE * float(tf.linalg.global_norm([*each.values()])) / length if length else 1.0
+    lr = STRIDE * float(tf.linalg.global_norm([*theta.values()])) / length if length else 1.0
     return tasks._replace(lr=lr)
 
 

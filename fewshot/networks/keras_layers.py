@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from special_grads import (
+    TRACING,
     batch_moments,
     convolve,
     max_pool2x2,
@@ -104,19 +105,23 @@ def leading_statistics(model: keras.Model, leading: Leading):
 
 @contextlib.contextmanager
 def attributes(changes: Iterable[tuple]):
-    """Sets (object, name, value) while entered, without Keras's tracking of attributes."""
-    before = []
-    try:
-        for thing, name, value in changes:
-            before.append((thing, name, vars(thing).get(name, inspect.Parameter.empty)))
-            object.__setattr__(thing, name, value)
-        yield
-    finally:
-        for thing, name, value in reversed(before):
-            if value is inspect.Parameter.empty:
-                object.__delattr__(thing, name)
-            else:
+    """Sets (object, name, value) while entered, without Keras's tracking of attributes.
+
+    Other threads that call a model through this module wait.
+    """
+    absent, before = object(), []
+    with TRACING:
+        try:
+            for thing, name, value in changes:
+                before.append((thing, name, vars(thing).get(name, absent)))
                 object.__setattr__(thing, name, value)
+            yield
+        finally:
+            for thing, name, value in reversed(before):
+                if value is absent:
+                    object.__delattr__(thing, name)
+                else:
+                    object.__setattr__(thing, name, value)
 
 
 # One task -----------------------------------------------------------------------------------------

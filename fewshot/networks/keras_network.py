@@ -4,24 +4,22 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from fewshot.networks.audit import audit, in_float64, moved, probe_inputs, rounds
+from fewshot.networks.keras_checks import check_keras_model, keras_input_shape, observe
 from fewshot.networks.keras_layers import (
     MAX_POOLING,
     Leading,
     Values,
     apply_layer,
-    attributes,
     calls_for_tasks,
     exact,
     map_tasks,
     stays,
-    takes_training,
     task_layer,
     task_leaves,
 )
@@ -79,12 +77,11 @@ class KerasNetwork:
         last = {id(variable) for variable in seen.last.trainable_variables}
         self.head_names = [name for name, own in self.variables.items() if id(own) in last]
         self.layers = None if seen.has_masks else self.layers
-        precise = computes_in_float64(self)
-        dtype = 'float64' if precise else self.dtype
-        with in_float64(model) if precise else contextlib.nullcontext():
-            choose_calls(self, dtype)
+        self.precision = 'float64' if computes_in_float64(self) else 'float32'  # of checks
+        with in_float64(model) if self.precision == 'float64' else contextlib.nullcontext():
+            choose_calls(self)
             if audit:
-                check_derivatives(self, dtype)
+                check_derivatives(self)
         if audit is False:
             warnings.warn(UNCHECKED.format(model.name), stacklevel=2)
 
@@ -183,31 +180,7 @@ class KerasNetwork:
         return [variable for layer in layers for variable in layer.non_trainable_variables]
 
 
-# What a model is and has --------------------------------------------------------------------------
-
-
-def keras_input_shape(model, given: Sequence[int] | None) -> tuple[int, ...]:
-    """The shape of an example; builds the model if it is not. Raises ValueError."""
-    if not isinstance(model, keras.Model):
-        raise ValueError(f'a keras.Model is needed, but this is {type(model).__name__}')
-    inputs = getattr(model, 'inputs', None) or []
-    if len(inputs) > 1:
-        raise ValueError(f'the model {model.name} has {len(inputs)} inputs, but one is needed')
-    if inputs:
-        shape = tuple(inputs[0].shape[1:])
-    elif given is None:
-        raise ValueError(
-            f'the model {model.name} does not tell its input: give input_shape, the shape of an '
-            'example'
-        )
-    else:
-        shape = tuple(given)
-        model(tf.zeros([2, *shape], model.compute_dtype))  # makes its variables
-    if None in shape:
-        raise ValueError(
-            f'the model {model.name} takes inputs of any size, {shape}: fix it with keras.Input'
-        )
-    return shape
+# Names --------------------------------------------------------------------------------------------
 
 
 def variable_names(model: keras.Model) -> list[str]:
@@ -244,10 +217,6 @@ def adapted_names(variables: dict[str, keras.Variable], adapt) -> set[str]:
     if not chosen:
         raise ValueError(f'adapt chooses none of the variables {", ".join(paths.values())}')
     return chosen
-
-
-def named(layer: keras.Layer) -> str:
-    return f'{layer.name} ({type(layer).__name__})'
 
 
 # How it is called, and whether that is right ------------------------------------------------------
@@ -296,12 +265,12 @@ def computes_in_float64(network: KerasNetwork) -> bool:
     return program.structured_outputs.dtype == tf.float64 and not rounds(program.graph)
 
 
-def choose_calls(network: KerasNetwork, dtype: str):
+def choose_calls(network: KerasNetwork):
     """Has tasks run together if that gives the model's own outputs, and queries alone if they mix.
 
     Raises ValueError if not even tasks one by one give these.
     """
-    x, values = probe(network, dtype), probe_values(network, dtype)
+    x, values = probe(network, network.precision), probe_values(network)
     layers, network.layers = network.layers, None
     expected = {leading: network.outputs(x, values, leading) for leading in (None, LEADING)}
     own = network._one_by_one(x, values)  # without what makes derivatives exact
@@ -332,26 +301,27 @@ def is_close(found: tf.Tensor, wanted: tf.Tensor) -> bool:
     return np.allclose(found, wanted, close, close * size, equal_nan=True)
 
 
-def probe_values(network: KerasNetwork, dtype: str) -> Values:
+def probe_values(network: KerasNetwork) -> Values:
     """Values of the variables near their own, others for each task: [T, ...] each."""
-    random = np.random.default_rng(1)
-    return {
-        id(own): tf.constant(np.stack([moved(own.numpy(), random) for _ in range(PROBE[0])]), dtype)
-        for own in network.variables.values()
-    }
+    random, found = np.random.default_rng(1), {}
+    for own in network.variables.values():
+        value = np.stack([moved(own.numpy(), random) for _ in range(PROBE[0])])
+        found[id(own)] = tf.constant(value, network.precision)
+    return found
 
 
-def check_derivatives(network: KerasNetwork, dtype: str):
+def check_derivatives(network: KerasNetwork):
     """Raises ValueError if the derivatives of a model are not those that differences have.
 
     Warns if these do not agree with each other, as near the kinks of a large network.
     """
 
     def inputs(seed: int) -> tf.Tensor:  # of one task: tasks were compared with each other already
-        return tf.reshape(probe(network, dtype, seed)[:1, :3], [1, 3, network.dim_input])
+        x = probe(network, network.precision, seed)[:1, :3]
+        return tf.reshape(x, [1, 3, network.dim_input])
 
     try:
-        compared = audit(network, inputs, dtype)
+        compared = audit(network, inputs)
     except LookupError as error:
         raise ValueError(
             f'the model {network.model.name} cannot be differentiated twice ({first_line(error)})'
@@ -370,134 +340,3 @@ def wrong(model: keras.Model, compared) -> str:
         f'{blind if compared.blind else "does a layer of it stop gradients?"} '
         '(KerasNetwork(model, audit=False) trains it as it is)'
     )
-
-
-# What is refused ----------------------------------------------------------------------------------
-
-
-def check_keras_model(model: keras.Model):
-    """Raises ValueError for a model whose meta-gradient would not be right, and names the layer.
-
-    That is one with no trainable variables, or some that are no floats of the type that all of it
-    computes with; with losses or constraints, which an inner loop does not count or keep.
-    """
-    variables = model.trainable_variables
-    if not variables:
-        raise ValueError(f'the model {model.name} has no trainable variables, so nothing can learn')
-    types = {variable.dtype for variable in variables}
-    if len(types) > 1 or types != {model.compute_dtype} or not types <= {'float32', 'float64'}:
-        raise ValueError(
-            f'the model {model.name} has variables of {", ".join(sorted(types))} and computes in '
-            f'{model.compute_dtype}: all must be float32, or all float64'
-        )
-    for layer in model._flatten_layers():
-        check_layer(layer, model.compute_dtype)
-
-
-def check_layer(layer: keras.Layer, dtype: str):
-    """Raises ValueError for what no layer may have; dtype: that the model computes in."""
-    is_float = keras.backend.is_float_dtype(layer.compute_dtype)
-    if is_float and layer.compute_dtype != dtype and not isinstance(layer, keras.layers.InputLayer):
-        raise ValueError(
-            f'the layer {named(layer)} computes in {layer.compute_dtype}, but the model in '
-            f'{dtype}: give it no dtype, or {dtype!r}'
-        )
-    if getattr(layer, 'activity_regularizer', None) is not None:
-        raise ValueError(has_loss(layer, 'an activity_regularizer'))
-    for variable in [*layer._trainable_variables]:
-        if getattr(variable, 'regularizer', None) is not None:
-            raise ValueError(has_loss(layer, f'a regularizer of its {variable.name}'))
-        if getattr(variable, 'constraint', None) is not None:
-            raise ValueError(
-                f'the layer {named(layer)} has a constraint of its {variable.name}, which an inner '
-                'update would not keep: leave it out'
-            )
-
-
-def has_loss(layer: keras.Layer, what: str) -> str:
-    return (
-        f'the layer {named(layer)} has losses of its own ({what}), which the loss of a task does '
-        'not count: leave them out, or add them to that loss'
-    )
-
-
-class Observed(NamedTuple):
-    """What a model did in one call."""
-
-    output: tf.Tensor
-    last: keras.Layer  # with trainable variables, that was called last
-    has_masks: bool
-
-
-def observe(model: keras.Model, x: tf.Tensor) -> Observed:
-    """Calls a model, x: [examples, ...].
-
-    Raises ValueError if it has several outputs, draws random numbers or adds a loss: an inner loop
-    must be repeatable, and counts the loss of the task alone.
-    """
-    called, masks, adding = [], [], []
-
-    def watched(layer: keras.Layer) -> Callable:
-        call = layer.call
-
-        def watch(*inputs, **named):
-            called.append(layer)
-            masks.extend(getattr(x, '_keras_mask', None) for x in tf.nest.flatten((inputs, named)))
-            return call(*inputs, **named)
-
-        return watch
-
-    def noticed(layer: keras.Layer) -> Callable:
-        return lambda loss: adding.append(layer)
-
-    layers = model._flatten_layers()
-    changes = [(layer, 'add_loss', noticed(layer)) for layer in layers]
-    changes += [(layer, 'call', watched(layer)) for layer in layers if layer is not model]
-    with attributes(changes):
-        output = check_one_call(model, x)
-    if adding:
-        raise ValueError(has_loss(adding[-1], 'add_loss'))
-    units = {id(unit) for unit in outermost(model)}
-    last = [unit for unit in called if id(unit) in units and unit.trainable_variables]
-    return Observed(output, last[-1] if last else model, any(mask is not None for mask in masks))
-
-
-def outermost(model: keras.Model) -> list[keras.Layer]:
-    """The layers of a model, of models in it too, but not those that a layer consists of."""
-    found = []
-    for layer in model._flatten_layers(include_self=False, recursive=False):
-        found += outermost(layer) if isinstance(layer, keras.Model) else [layer]
-    return found
-
-
-def check_one_call(model: keras.Model, x: tf.Tensor) -> tf.Tensor:
-    """The output of `observe`, and its errors."""
-    trainable = [variable.value for variable in model.trainable_variables]
-    others = model.non_trainable_variables
-    before = [variable.numpy() for variable in others]
-    options = {'training': True} if takes_training(model) else {}
-
-    output, after = model.stateless_call(trainable, before, x, **options)
-    again, _ = model.stateless_call(trainable, before, x, **options)
-    if not tf.is_tensor(output) or output.shape[:1] != x.shape[:1]:
-        raise ValueError(f'the model {model.name} must have one output, [examples, ...]')
-    drawn = {
-        id(variable)
-        for variable, old, new in zip(others, before, after)
-        if 'seed_generator' in variable.path and np.any(old != np.array(new))
-    }
-    if drawn or np.any(np.array(output) != np.array(again)):
-        raise ValueError(
-            f'the model {model.name} draws random numbers in {drawing(model, drawn)}: leave that '
-            'out, since an inner loop must be repeatable'
-        )
-    return output
-
-
-def drawing(model: keras.Model, drawn: set[int]) -> str:
-    """The layer that has the seed generators with these variables."""
-    layers = model._flatten_layers(include_self=False)
-    found = [
-        layer for layer in layers if {id(own) for own in layer.non_trainable_variables} & drawn
-    ]
-    return named(found[-1]) if found else 'a layer'

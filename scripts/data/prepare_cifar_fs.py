@@ -109,13 +109,7 @@ def checked(item: Item) -> bytes:
         if (image.mode, image.size) != ('RGB', SIZE):
             found = f'{image.width}x{image.height}, {image.mode}'
             raise PreparationError(f"{item.where} is {found}; CIFAR-100's images are 32x32, RGB.")
-    return data if len(data) <= MAX_COPIED else png(np.asarray(image))
-
-
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, 'PNG')
-    return file.getvalue()
+    return data if len(data) <= MAX_COPIED else preparation.png(np.asarray(image))
 
 
 def pickled_images(items: Iterable[Item]) -> dict[str, Callable[[], bytes]]:
@@ -132,7 +126,7 @@ def pickled_images(items: Iterable[Item]) -> dict[str, Callable[[], bytes]]:
     images = {}
     for part in PARTS:
         for path, pixels in read_part(files[part], names):
-            add(images, path, functools.partial(png, pixels), files[part].where)
+            add(images, path, functools.partial(preparation.png, pixels), files[part].where)
     return images
 
 

@@ -30,17 +30,14 @@ from utils import (
     read_run_state,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+SPLITS = Path(__file__).resolve().parents[1] / 'data/cifar100_splits.json'
+CIFAR_FS = json.loads(SPLITS.read_text())['cifar_fs']  # {split: classes}
 
 # Mean squared error of a sinusoid: its largest amplitude is 5, so predicting 0 has 25 at most.
 DIVERGED = 100.0
 
 # Flags that make a run another cell's, or none's; other settings make it another run of the cell.
 TELLING = {'datasource', 'num_classes', 'update_batch_size', 'conv', 'stop_grad', 'baseline'}
-
-
-# {split: classes}
-CIFAR_FS = json.loads((ROOT / 'scripts/data/cifar100_splits.json').read_text())['cifar_fs']
 
 
 class Table(NamedTuple):

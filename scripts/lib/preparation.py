@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 DAMAGE = (
@@ -136,6 +137,16 @@ def source_items(source: Path, depth: int) -> list[Item]:
     if not source.is_dir():
         raise PreparationError(f'--source={source} is neither a folder nor an archive.')
     return all_items(source, depth)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """An image [height, width, 3] uint8 as a PNG.
+
+    Level 1 is twice as fast as the default, and photos get no larger.
+    """
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, 'PNG', compress_level=1)
+    return file.getvalue()
 
 
 @contextlib.contextmanager

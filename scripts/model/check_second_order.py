@@ -176,7 +176,8 @@ class Differences:
 
     def along(self, i: int, direction: np.ndarray, floor: float) -> tuple[float, float]:
         """The derivative for variable i, and its uncertainty; see `differentiate`."""
-        return differentiate(lambda step: self.difference(i, step * direction), floor)
+        precision = self.setting.network.precision
+        return differentiate(lambda step: self.difference(i, step * direction), floor, precision)
 
     def difference(self, i: int, change: np.ndarray) -> float:
         variable, value = self.model.parameters[i], self.setting.values[i]
@@ -241,14 +242,9 @@ def audit(setting: Setting, seed: int) -> Iterator[Row]:
         random = np.random.default_rng([seed, 2, i])
         for _ in range(DIRECTIONS):
             direction = random.standard_normal(setting.values[i].shape)
-            found = differences.along(i, direction, floor)
-            row = Row(
-                name,
-                {
-                    method: Compared(float(np.sum(g[i] * direction)), *found, floor)
-                    for method, g in gradients.items()
-                },
-            )
+            found = *differences.along(i, direction, floor), floor, setting.network.precision
+            along = {method: float(np.sum(g[i] * direction)) for method, g in gradients.items()}
+            row = Row(name, {method: Compared(along[method], *found) for method in along})
             if row.is_decided:
                 break
         yield row
