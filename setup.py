@@ -6,7 +6,7 @@ scripts/examples/tutorial.ipynb, `'.[demo]'` what scripts/model/demo.py needs, a
 what draws on its page in a browser.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 PLOTS = ['matplotlib>=3.7']
 NOTEBOOK = [*PLOTS, 'ipykernel', 'nbclient>=0.8']
@@ -21,8 +21,10 @@ setup(
     version='1.0.0',
     description='Model-Agnostic Meta-Learning (Finn, Abbeel, Levine, ICML 2017) in TensorFlow 2',
     license='MIT',
-    packages=['fewshot', 'fewshot.networks'],
-    py_modules=['main', 'maml', 'data_generator', 'utils', 'special_grads'],
+    # main.py and utils.py belong to the checkout: names that every project has.
+    packages=find_packages(include=['fewshot', 'fewshot.*']),
+    package_data={'fewshot.data': ['*.json'], 'fewshot.use': ['*.js']},
+    py_modules=['maml', 'data_generator', 'special_grads'],
     python_requires='>=3.10,<3.14',
     # TensorFlow no longer brings TensorBoard (since 2.21), but tf.summary.scalar needs it.
     install_requires=[

@@ -1,1 +1,43 @@
-"""What goes beyond the original program."""
+"""What goes beyond the original program: `from fewshot import FastMAML, Learner, MetaModel`."""
+
+import importlib
+import os
+import sys
+
+KERAS_CAME_FIRST = 'keras' in sys.modules
+# Keras reads them when it is loaded: another backend, or Keras 2, would not do.
+if not KERAS_CAME_FIRST:
+    os.environ['KERAS_BACKEND'] = 'tensorflow'
+for name in ('TF_USE_LEGACY_KERAS', 'TF2_BEHAVIOR'):
+    os.environ.pop(name, None)
+# What TensorFlow says of its instructions and of a GPU that is not there; errors come through.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+PLACES = {
+    'FastMAML': 'engine.fast',
+    'Replicas': 'engine.devices',
+    'KerasNetwork': 'networks.keras_network',
+    'make_model': 'networks.build',
+    'make_network': 'networks.build',
+    'UserTasks': 'data.user_tasks',
+    'load_folder': 'data.own_images',
+    'load_miniimagenet': 'data.image_folders',
+    'load_omniglot': 'data.image_folders',
+    'Schedule': 'runs.trainer',
+    'Trainer': 'runs.trainer',
+    'Learner': 'use.learner',
+    'MetaModel': 'use.fit',
+}
+__all__ = sorted(PLACES)
+
+
+def __getattr__(name: str):
+    """Loads what is asked for, and no more: TensorFlow takes seconds."""
+    if name not in PLACES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    importlib.import_module('fewshot.start')
+    return getattr(importlib.import_module(f'fewshot.{PLACES[name]}'), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

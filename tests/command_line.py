@@ -1,9 +1,9 @@
 """main.py from within a test, and the data it needs."""
 
 import contextlib
-import functools
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +16,9 @@ from absl import flags
 from PIL import Image
 
 import main
+from fewshot.engine.fast import FastMAML
+from fewshot.runs.flags import define_flags
+from fewshot.runs.prepare import USUAL
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get('MAML_TEST_DATA', ROOT.parent / 'shared' / 'data'))
@@ -37,7 +40,7 @@ class Outcome(NamedTuple):
 def parsed(*arguments: str) -> flags.FlagValues:
     """The flags of a command line; raises flags.Error as absl does before main() is called."""
     values = flags.FlagValues()
-    main.define_flags(values)
+    define_flags(values)
     values(['main.py', *arguments])
     return values
 
@@ -56,28 +59,54 @@ def in_process(program, *arguments) -> Outcome:
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
+OPTIONS = USUAL  # of `run`, which `settle` changes
+TASKS = 600  # that an evaluation takes by default
+
+
 def run(*arguments: str) -> Outcome:
     """main.py with these flags, in this process."""
     values = flags.FlagValues()
-    main.define_flags(values)
-    return in_process(main.main, values(['main.py', *arguments]), values)
+    define_flags(values)
+    values.set_default('test_tasks', TASKS)
+    return in_process(main.main, values(['main.py', *arguments]), values, OPTIONS)
+
+
+def settle(patch, **changes):
+    """Changes `Options` of `run`; intervals are added to those before. patch: a MonkeyPatch."""
+    here = sys.modules[__name__]
+    intervals = OPTIONS.intervals | changes.pop('intervals', {})
+    patch.setattr(here, 'OPTIONS', OPTIONS._replace(intervals=intervals, **changes))
 
 
 def evaluate_few(patch, tasks: int, updates: int = 2):
     """Fewer tasks and updates than evaluations have by default; patch: a MonkeyPatch."""
-    rows = [row._replace(default=tasks) if row.name == 'test_tasks' else row for row in main.FLAGS]
-    patch.setattr(main, 'FLAGS', tuple(rows))
-    patch.setattr(main, 'EVALUATION_UPDATES', updates)
+    patch.setattr(sys.modules[__name__], 'TASKS', tasks)
+    settle(patch, updates=updates)
 
 
 @contextlib.contextmanager
 def running_eagerly(patch) -> Iterator[None]:
     """main.py uncompiled and on few tasks, for many models for a moment; patch: a MonkeyPatch."""
-    patch.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
+    settle(patch, compiled=False)
     evaluate_few(patch, 20)
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
+
+
+class Stop:
+    """Raises a signal in the middle of some outer step."""
+
+    def __init__(self, monkeypatch, number: int, iteration: int):
+        original, count = FastMAML.steps, [0]
+
+        def train(model, *arguments, **named):
+            count[0] += 1
+            if count[0] == iteration:
+                signal.raise_signal(number)
+            return original(model, *arguments, **named)
+
+        monkeypatch.setattr(FastMAML, 'steps', train)
 
 
 def command(script: str, *arguments) -> Outcome:

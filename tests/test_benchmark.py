@@ -12,10 +12,10 @@ from command_line import (
     in_process,
     listing,
     make_omniglot,
+    settle,
     succeeded,
 )
 
-import main
 from scripts.measure import benchmark
 
 CASES = ROOT / 'tests' / 'reference'
@@ -83,7 +83,7 @@ def test_operations_of_the_paper_s_experiments(settings, giga):
 
 @pytest.mark.slow
 def test_training_loop(tmp_path, monkeypatch):
-    monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 4)
+    settle(monkeypatch, intervals={'summary': 4})
     data = make_omniglot(tmp_path / 'data')
     monkeypatch.chdir(tmp_path)
     images = [*TINY, f'--data_dir={data}']

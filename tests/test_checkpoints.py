@@ -14,6 +14,7 @@ from command_line import (
     DATA,
     ORIGINAL,
     ROOT,
+    Stop,
     assert_refused,
     evaluate_few,
     in_process,
@@ -22,14 +23,19 @@ from command_line import (
     parsed,
     run,
     running_eagerly,
+    settle,
     succeeded,
 )
 
 import main
-from maml import Learner
+from fewshot.runs import flags as flags_module
+from fewshot.runs.checkpoints import checkpoints, read_checkpoint, write_checkpoint
+from fewshot.runs.flags import model_settings, run_name
+from fewshot.runs.results import read_evaluation
+from fewshot.runs.summaries import read_scalars
+from fewshot.use.learner import Learner
 from scripts.data import prepare_miniimagenet, prepare_omniglot
 from scripts.model import import_tf1_checkpoint, publish
-from utils import checkpoints, read_checkpoint, read_evaluation, read_scalars, write_checkpoint
 
 SINUSOID = ['--meta_batch_size=4', '--log=False']
 OMNIGLOT = [
@@ -71,7 +77,7 @@ def mses(folder: Path, name: str) -> np.ndarray:
 
 
 def folder_of(logdir: Path, *flags: str) -> Path:
-    return logdir / main.run_name(parsed(*flags))
+    return logdir / run_name(parsed(*flags))
 
 
 # Resuming -----------------------------------------------------------------------------------------
@@ -94,7 +100,7 @@ def test_resumed_run_is_exact(tmp_path, eager, omniglot, flags, iterations):
     for i in iterations:
         flags = [*train, f'--metatrain_iterations={i}']
         outcome = succeeded(run(*flags, f'--logdir={tmp_path}/often'))
-    total = sum(main.iterations(parsed(*flags)))
+    total = sum(flags_module.iterations(parsed(*flags)))
     assert f'Continuing at iteration {total - i + iterations[-2]} of {total}' in outcome.out
     once, often = (folder_of(tmp_path / name, *train) for name in ('once', 'often'))
     assert_same(contents(once / f'model{total - 1}'), contents(often / f'model{total - 1}'))
@@ -137,18 +143,14 @@ def test_continuing_from_an_earlier_checkpoint(tmp_path, eager):
 def test_the_command_that_continues(tmp_path, eager, monkeypatch, begun, without):
     """It is what the line says that tells of it: --overwrite would begin there once more."""
 
-    class Stopped(main.Signals):
-        def __init__(self):
-            super().__init__()
-            self.received = signal.SIGTERM
-
     train = [*SINUSOID, f'--logdir={tmp_path}']
     folder = write_run(tmp_path, *train, iterations=(1,))
     train += ['--metatrain_iterations=9']
-    monkeypatch.setattr(main, 'SAVE_INTERVAL', 1)
-    monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 1)
-    monkeypatch.setattr(main, 'Signals', Stopped)
-    outcome = run(*train, *begun)
+    settle(monkeypatch, intervals={'save': 1})
+    settle(monkeypatch, intervals={'summary': 1})
+    with monkeypatch.context() as patch:
+        Stop(patch, signal.SIGTERM, 1)
+        outcome = run(*train, *begun)
     saved = max(checkpoints(folder))
     assert outcome.status == 128 + signal.SIGTERM
     told = f'the same command{without} continues at iteration {saved + 1} of 9.'
@@ -172,8 +174,8 @@ def test_names_that_are_no_checkpoints(tmp_path):
 
 def test_ten_are_kept(tmp_path, eager, monkeypatch):
     """One every so often and one at the end, not at 0; the newest ten of all runs stay."""
-    monkeypatch.setattr(main, 'SAVE_INTERVAL', 2)
-    monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 2)  # of which the others are multiples
+    settle(monkeypatch, intervals={'save': 2})
+    settle(monkeypatch, intervals={'summary': 2})  # of which the others are multiples
     train = [*SINUSOID, '--norm=None', f'--logdir={tmp_path}']
     succeeded(run(*train, '--metatrain_iterations=6'))
     folder = folder_of(tmp_path, *train)
@@ -234,7 +236,7 @@ def write_run(logdir: Path, *flags: str, iterations=(0,)) -> Path:
     """The folder of a run with checkpoints of initial weights: quicker than training them."""
     folder = folder_of(logdir, *flags)
     folder.mkdir(parents=True)
-    model = main.make_model(**main.model_settings(parsed(*flags)))
+    model = main.make_model(**model_settings(parsed(*flags)))
     for i in iterations:
         write_checkpoint(model.checkpoint, folder, i)
     return folder
@@ -403,7 +405,7 @@ networks = pytest.mark.parametrize('build, flags', NETWORKS.values(), ids=NETWOR
 def test_original_checkpoint_by_value(tmp_path, build, flags):
     original = Original()
     path = original.write(tmp_path, 700, build)
-    model = main.make_model(**main.model_settings(parsed(*flags)))
+    model = main.make_model(**model_settings(parsed(*flags)))
     assert not model.restore(str(path))  # no state of Adam's in it
     assert_same(values_of(model), original.values)
 
@@ -484,7 +486,7 @@ def test_source_and_target_of_a_conversion(tmp_path, suffix):
 @networks
 def test_converted_checkpoint_evaluates_alike(tmp_path, eager, omniglot, build, flags):
     """And main.py finds it by the flags that the report gives."""
-    name = main.run_name(parsed(*flags))
+    name = run_name(parsed(*flags))
     path = Original().write(tmp_path / 'original' / name, 700, build)
     target = tmp_path / 'converted' / name
     outcome = succeeded(convert(path, f'--target={target}'))
@@ -501,7 +503,7 @@ def test_converted_checkpoint_evaluates_alike(tmp_path, eager, omniglot, build, 
 
 def test_target_is_named_after_the_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = main.run_name(parsed(*SINUSOID))
+    name = run_name(parsed(*SINUSOID))
     succeeded(convert(Original().write(tmp_path / name, 700, sinusoid)))
     assert [*checkpoints(tmp_path / 'logs' / name)] == [700]
 
@@ -609,7 +611,7 @@ def published_run(tmp_path) -> Path:
 @published
 def test_published_model_by_value(published_run):
     assert published_run.name == 'cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm'
-    model = main.make_model(**main.model_settings(parsed(*FLAGS)))
+    model = main.make_model(**model_settings(parsed(*FLAGS)))
     assert not model.restore(str(published_run / 'model59000'))
     reader = tf.train.load_checkpoint(str(PUBLISHED))
     keys = {name: f'model/{name}' for name in model.weights | model.norms}
@@ -648,7 +650,7 @@ def test_accuracy_of_the_published_model(published_run, validation_classes, monk
 def test_published_model_converted(published_run, tmp_path):
     target = tmp_path / 'converted' / published_run.name
     succeeded(convert(published_run, f'--target={target}'))
-    models = [main.make_model(**main.model_settings(parsed(*FLAGS))) for _ in range(2)]
+    models = [main.make_model(**model_settings(parsed(*FLAGS))) for _ in range(2)]
     paths = [str(folder / 'model59000') for folder in (published_run, target)]
     assert [model.restore(path) for model, path in zip(models, paths)] == [False, True]
     assert_same(*(values_of(model) for model in models))

@@ -17,11 +17,13 @@ import pytest
 from PIL import Image
 from sources import dumps2, link, named, put, serving
 
-from data_generator import OwnImages, TaskSize, folder_layout
+from data_generator import TaskSize
+from fewshot.data.downloads import Remote
+from fewshot.data.image_files import folder_layout
+from fewshot.data.own_images import OwnImages
+from fewshot.data.preparation import PreparationError
 from scripts.data import prepare_cifar_fs
 from scripts.data.prepare_cifar_fs import SPLITS
-from scripts.lib.downloads import Remote
-from scripts.lib.preparation import PreparationError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {'train': ['train', 'apple'], 'val': ['bee'], 'test': ['cup']}

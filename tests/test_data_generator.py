@@ -16,16 +16,10 @@ from command_line import draw, listing
 from PIL import Image
 
 import data_generator
-from data_generator import (
-    Batch,
-    ClassImages,
-    ImageGenerator,
-    SinusoidGenerator,
-    load_folder,
-    load_miniimagenet,
-    load_omniglot,
-    split_classes,
-)
+from data_generator import Batch, ClassImages, ImageGenerator, SinusoidGenerator, split_classes
+from fewshot.data import image_cache
+from fewshot.data.image_folders import load_miniimagenet, load_omniglot
+from fewshot.data.own_images import load_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get('MAML_TEST_DATA', ROOT.parent / 'shared' / 'data'))
@@ -743,8 +737,8 @@ def test_processes_that_start_together(omniglot, capsys):
 
 
 def test_many_chunks_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_generator, 'CHUNK', 2)
-    monkeypatch.setattr(data_generator, 'cores', lambda: 1)
+    monkeypatch.setattr(image_cache, 'CHUNK', 2)
+    monkeypatch.setattr(image_cache, 'cores', lambda: 1)
     characters = make_omniglot(tmp_path)
     for _ in range(2):
         for classes in contents(load_omniglot(tmp_path)).values():

@@ -23,9 +23,10 @@ from command_line import ROOT, assert_refused, in_process
 from PIL import Image
 from scipy import ndimage
 
-from data_generator import OMNIGLOT, folder_layout, read_image
-from maml import Learner, make_model
-from scripts.lib.demo_task import (
+from fewshot.data.image_files import OMNIGLOT, folder_layout, read_image
+from fewshot.networks.build import make_model
+from fewshot.runs.checkpoints import write_checkpoint
+from fewshot.use.demo_task import (
     MAX_EXAMPLES,
     MAX_POINTS,
     UPDATES,
@@ -34,8 +35,8 @@ from scripts.lib.demo_task import (
     read_drawing,
     read_file,
 )
+from fewshot.use.learner import Learner
 from scripts.model import demo
-from utils import write_checkpoint
 
 PAPER = ROOT / 'logs' / 'results' / 'paper'
 RUN = PAPER / 'omniglot_5way_1shot/seed0/cls_5.mbs_32.ubs_1.numstep1.updatelr0.4batchnorm'

@@ -26,6 +26,7 @@ import main
 import maml
 import special_grads
 import utils
+from fewshot.runs.flags import settings
 
 MODULES = (main, maml, data_generator, utils, special_grads)
 NAMES = [
@@ -395,8 +396,8 @@ def test_readme_is_short_and_in_order():
 
 def test_all_flags_are_in_the_tables():
     """With their defaults: all in one document, ten in the README."""
-    settings = main.settings(parsed())
-    defaults = {name: str(value).removesuffix('.0') for name, value in settings.items()}
+    of_run = settings(parsed())
+    defaults = {name: str(value).removesuffix('.0') for name, value in of_run.items()}
     assert table(read('scripts/README.md'), r'(\w+)') == defaults
     ten = table(read('README.md'), r'--(\w+)')
     assert len(ten) == 10 and ten.items() <= defaults.items()

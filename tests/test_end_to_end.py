@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from command_line import Outcome, command, draw, listing, succeeded
 
+from fewshot.runs.checkpoints import checkpoints
 from scripts.data import prepare_omniglot
-from utils import checkpoints
 
 NUMBER = r'\d+\.\d+(e-\d+)?'
 

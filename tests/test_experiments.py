@@ -24,17 +24,20 @@ from command_line import (
     make_omniglot,
     parsed,
     run,
+    settle,
     succeeded,
 )
 
-import main
 from data_generator import SinusoidGenerator
-from maml import Learner
-from utils import checkpoints
+from fewshot.runs.checkpoints import checkpoints
+from fewshot.use.learner import Learner
 
 pytest.importorskip('matplotlib')
 
-from scripts.lib import cells, report_figures
+from fewshot.paper import figures as report_figures
+from fewshot.paper import runs as cells
+from fewshot.paper.cells import CELLS, OTHER_CELLS, SINUSOIDS
+from fewshot.runs.flags import settings
 from scripts.measure import step_sizes
 from scripts.paper import report, second_order_ablation, variants
 
@@ -87,7 +90,7 @@ def test_validations_of_the_ablation(tmp_path):
 
 def test_variants(tmp_path, eager, monkeypatch):
     """Two variants of two seeds, one of one: means and intervals are those of their evaluations."""
-    monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 2)
+    settle(monkeypatch, intervals={'summary': 2})
     flags = ['--norm=None', '--update_batch_size=10', '--metatrain_iterations=5']
     for name, seeds, more in [
         ('maml', (0, 1), []),
@@ -172,7 +175,7 @@ def test_report(logs):
     )
     assert row in text
     assert '| oracle | |  | not run |' in text and text.count('not run') == 3 + len(
-        main.CELLS + main.OTHER_CELLS
+        CELLS + OTHER_CELLS
     )
     names = {path.name for path in (logs / 'report').iterdir()}
     assert names == {'report.md', 'fits.png', 'errors.png'}
@@ -191,7 +194,7 @@ def test_tables_of_more_tasks(tmp_path):
     }
     assert {kind: table.means[1] for kind, table in more_tables.items()} == {(1, 'last'): 0.53}
     assert cells.read_tables(tmp_path, '0.04') == ({}, {})
-    cell = next(cell for cell in main.CELLS if cell.name == 'omniglot_5way_1shot')
+    cell = next(cell for cell in CELLS if cell.name == 'omniglot_5way_1shot')
     run = cells.Run(tmp_path, {}, 5, 0.0, '', tables, more_tables, {})
     lines = report.on_more_tasks({cell.name: [run]})
     assert lines[-1] == f'| {cell.title} | {cell.paper} | 53.00 ± 1.00 | – | 3 | 0 |'
@@ -274,7 +277,7 @@ def test_report_leaves_out_what_is_damaged(logs, eager, damage, words):
 
 def test_classes_of_cifar_fs(tmp_path):
     """A run on other folders is none of its cells."""
-    cell = next(cell for cell in main.OTHER_CELLS if cell.name == 'cifar_fs_5way_1shot')
+    cell = next(cell for cell in OTHER_CELLS if cell.name == 'cifar_fs_5way_1shot')
     splits = {split: dict.fromkeys(labels, 600) for split, labels in cells.CIFAR_FS.items()}
     cells.check_classes(tmp_path, splits, cell)
     cells.check_classes(tmp_path, None, cell)  # not told
@@ -287,7 +290,7 @@ def test_published_figures_and_their_sources(logs):
     text = (logs / 'report/report.md').read_text()
     told = '58.9 ± 1.9 (Bertinetto et al. 2019); 56.8 ± 1.9 (Devos et al. 2019)'
     assert f'| CIFAR-FS, 5-way 1-shot | {told} | not run |' in text
-    for cell in main.OTHER_CELLS:
+    for cell in OTHER_CELLS:
         for _, whose in cell.published:
             assert f'[{whose}](http' in text
 
@@ -371,7 +374,7 @@ def test_report_tells_validation_classes(tmp_path, eager, monkeypatch):
     """Where the images of the test classes were not at hand."""
     make_omniglot(tmp_path)
     name = 'omniglot_5way_1shot_no_conv'
-    cell = next(cell for cell in main.CELLS if cell.name == name)
+    cell = next(cell for cell in CELLS if cell.name == name)
     monkeypatch.setitem(cell.settings, 'num_classes', 2)  # so few classes are enough
     flags = ['--datasource=omniglot', '--conv=False', '--num_classes=2', '--update_batch_size=1']
     flags += ['--update_lr=.4', '--metatrain_iterations=1', '--meta_batch_size=32']
@@ -416,12 +419,12 @@ def test_cells_are_what_the_scripts_train(tmp_path):
     printing(tmp_path)
     for name in ('omniglot_resized', 'miniImagenet/test', 'cifar_fs'):
         (tmp_path / 'data' / name).mkdir(parents=True)
-    for cell in main.CELLS + main.OTHER_CELLS + main.SINUSOIDS:
+    for cell in CELLS + OTHER_CELLS + SINUSOIDS:
         script = 'sinusoid_10shot' if cell.name == 'sinusoid' else cell.name
         training, *_ = bash(tmp_path, script).stdout.splitlines()
         flags = parsed(*training.split())
         assert flags.logdir == f'logs/{cell.name}/seed0'
-        assert cells.deviations(Path(cell.name), main.settings(flags), cell) == {}
+        assert cells.deviations(Path(cell.name), settings(flags), cell) == {}
 
 
 def test_data_of_the_scripts(tmp_path):
@@ -493,7 +496,7 @@ def bash(checkout: Path, script: str, *arguments: str) -> subprocess.CompletedPr
     [
         *('sinusoid_5shot', 'sinusoid_10shot', 'sinusoid_pretrain', 'sinusoid_oracle'),
         'sinusoid_published_command',
-        *(cell.name for cell in main.CELLS + main.OTHER_CELLS),
+        *(cell.name for cell in CELLS + OTHER_CELLS),
     ],
 )
 def test_cell(checkout, cell):

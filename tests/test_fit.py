@@ -9,9 +9,12 @@ import pytest
 import tensorflow as tf
 from command_line import ROOT
 
-from data_generator import ClassImages, ImageGenerator, SinusoidGenerator
-from maml import FastMAML, FullyConnected, KerasNetwork, Learner, MetaModel
-from utils import Batch, cross_entropy, mean_squared_error, read_scalars
+from data_generator import Batch, ClassImages, ImageGenerator, SinusoidGenerator
+from fewshot.engine.fast import FastMAML
+from fewshot.runs.summaries import read_scalars
+from fewshot.use.fit import MetaModel
+from fewshot.use.learner import Learner
+from maml import FullyConnected, KerasNetwork, cross_entropy, mean_squared_error
 
 layers = keras.layers
 NOTEBOOK = ROOT / 'scripts' / 'examples' / 'tutorial.ipynb'

@@ -21,6 +21,7 @@ from command_line import (
     make_omniglot,
     parsed,
     run,
+    settle,
     succeeded,
 )
 from test_maml import Linear, exact_model, points, random_batch, running_eagerly
@@ -29,23 +30,25 @@ from test_scale_out import assert_close, two_devices
 from test_trust import assert_same_run
 from test_use import QUERY, SUPPORT
 
-import main
-import maml
+from fewshot.engine.fast import FastMAML
+from fewshot.networks.build import make_model
+from fewshot.networks.inner_loops import HeadOnly, Partly
+from fewshot.networks.outer_losses import Phase, phases, step_weights
+from fewshot.runs import trainer
+from fewshot.runs.checkpoints import read_run_state, write_checkpoint
+from fewshot.runs.flags import INNER_LOOPS, run_name
+from fewshot.runs.summaries import read_scalars
+from fewshot.use.fit import MetaModel
+from fewshot.use.learner import Learner
 from maml import (
     Convolutional,
-    FastMAML,
     FullyConnected,
     KerasNetwork,
-    Learner,
-    MetaModel,
-    Phase,
     UpdateRule,
-    make_model,
-    phases,
-    step_weights,
+    cross_entropy,
+    mean_squared_error,
 )
 from scripts.model import classify, export, publish
-from utils import cross_entropy, mean_squared_error, read_run_state, read_scalars, write_checkpoint
 
 PLUS_PLUS = dict(
     learn_lr='layer_step',
@@ -333,7 +336,7 @@ def test_features_that_are_prepared_once_are_the_networks(make):
     batch, other = random_batch(make(), shots=1, queries=1), make()
     other.__class__ = Whole
     once, often = (exact_model(network, adapt='head') for network in (make(), other))
-    assert type(once.network) is maml.HeadOnly and type(often.network) is maml.Partly
+    assert type(once.network) is HeadOnly and type(often.network) is Partly
     for transductive in (True, False):
         results = (model.evaluate(batch, 3, transductive) for model in (once, often))
         for one, value in zip(*results):
@@ -544,9 +547,7 @@ def data(tmp_path_factory) -> str:
 @pytest.fixture
 def often(monkeypatch):
     """Everything that happens at intervals happens every few iterations."""
-    intervals = dict(SAVE=1, SUMMARY=4, PRINT=4, VALIDATION=4)
-    for name, value in intervals.items():
-        monkeypatch.setattr(main, f'{name}_INTERVAL', value)
+    settle(monkeypatch, intervals=dict(save=1, summary=4, validation=4), printing=4)
 
 
 @pytest.mark.usefixtures('eager', 'often')
@@ -691,21 +692,21 @@ def test_runs_from_before_the_flags(tmp_path, eager, monkeypatch):
     flags = [f'--logdir={tmp_path}', '--norm=None', *SINUSOID]
 
     def write(checkpoint, folder, iteration, state, kind):
-        for name in main.INNER_LOOPS:
+        for name in INNER_LOOPS:
             del state['flags'][name]
         return write_checkpoint(checkpoint, folder, iteration, state, kind)
 
     with monkeypatch.context() as patch:
-        patch.setattr(maml, 'write_checkpoint', write)
+        patch.setattr(trainer, 'write_checkpoint', write)
         succeeded(run(*flags, '--metatrain_iterations=1'))
     (folder,) = tmp_path.iterdir()
     assert 'learn_lr' not in read_run_state(f'{folder}/model0')['flags']
     succeeded(run(f'--run={folder}', '--train=False'))
     assert Learner.load(folder).model.rates == {}
     other = [*flags, '--metatrain_iterations=2', '--first_order_iterations=1']
-    os.rename(folder, tmp_path / main.run_name(parsed(*other)))
+    os.rename(folder, tmp_path / run_name(parsed(*other)))
     assert_refused(run(*other), '--first_order_iterations=0 (now 1)')
-    os.rename(tmp_path / main.run_name(parsed(*other)), folder)
+    os.rename(tmp_path / run_name(parsed(*other)), folder)
     assert 'Continuing' in succeeded(run(*flags, '--metatrain_iterations=2')).out
 
 

@@ -9,8 +9,10 @@ import tensorflow as tf
 from command_line import ORIGINAL
 from test_reference import FOLDER, Case, check_metatrain, check_outcomes
 
-from maml import FastMAML, KerasNetwork, Learner
-from utils import Batch, cross_entropy
+from data_generator import Batch
+from fewshot.engine.fast import FastMAML
+from fewshot.use.learner import Learner
+from maml import KerasNetwork, cross_entropy
 
 layers = keras.layers
 SHARED = ORIGINAL.parent / 'reference'  # has cases that are too large for tests/reference

@@ -15,8 +15,10 @@ import pytest
 import tensorflow as tf
 from test_keras import float64  # noqa: F401 (a fixture)
 
-from maml import FastMAML, KerasNetwork, Learner
-from utils import Batch, mean_squared_error
+from data_generator import Batch
+from fewshot.engine.fast import FastMAML
+from fewshot.use.learner import Learner
+from maml import KerasNetwork, mean_squared_error
 
 layers, ops = keras.layers, keras.ops
 LR = 0.1

@@ -2,7 +2,7 @@
 
 import contextlib
 import csv
-import functools
+import importlib.util
 import os
 import pickle
 import re
@@ -24,6 +24,7 @@ from command_line import (
     make_omniglot,
     parsed,
     run,
+    settle,
     succeeded,
 )
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -34,10 +35,17 @@ from tensorboard.plugins.hparams.hparams_plugin import HParamsPlugin
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
 from werkzeug.test import Client
 
-import main
 import maml
-import utils
-from utils import checkpoints
+from fewshot.networks.build import MODEL_SETTINGS
+from fewshot.paper.cells import paper_figures
+from fewshot.runs import flags as flags_module
+from fewshot.runs import trainer
+from fewshot.runs.checkpoints import checkpoints
+from fewshot.runs.flags import FLAGS, INNER_LOOPS, run_name, settings
+from fewshot.runs.prepare import prepare
+from fewshot.runs.results import write_together, write_whole
+from fewshot.runs.summaries import Log
+from fewshot.runs.tasks import make_generators
 
 NUMBER = r'(-?\d+\.\d+(?:e[-+]\d+)?|nan)'
 
@@ -45,7 +53,7 @@ NUMBER = r'(-?\d+\.\d+(?:e[-+]\d+)?|nan)'
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
     """No compilation: a few steps of many models. test_reference.py compares both ways."""
-    monkeypatch.setattr(main, 'make_model', functools.partial(main.make_model, compiled=False))
+    settle(monkeypatch, compiled=False)
     tf.config.run_functions_eagerly(True)
     yield
     tf.config.run_functions_eagerly(False)
@@ -67,9 +75,8 @@ def intervals(monkeypatch):
     """Summaries, lines and validations more often than every 100 iterations."""
 
     def change(summary: int, line: int, validation: int = 500, save: int = 1000):
-        values = dict(SUMMARY=summary, PRINT=line, VALIDATION=validation, SAVE=save)
-        for name, value in values.items():
-            monkeypatch.setattr(main, f'{name}_INTERVAL', value)
+        values = dict(summary=summary, validation=validation, save=save)
+        settle(monkeypatch, intervals=values, printing=line)
 
     return change
 
@@ -149,7 +156,7 @@ DEFAULTS = dict(
 
 
 def test_flags_and_defaults():
-    values = main.settings(parsed())
+    values = settings(parsed())
     assert {name: values[name] for name in DEFAULTS} == DEFAULTS
     assert values.keys() - DEFAULTS.keys() == {
         'data_dir',
@@ -170,7 +177,7 @@ def test_flags_and_defaults():
         'num_query',
         'fit',
         'skip_small_classes',
-        *main.INNER_LOOPS,
+        *INNER_LOOPS,
     }
 
 
@@ -213,13 +220,13 @@ def test_flags_and_defaults():
     ],
 )
 def test_run_name(line, name):
-    assert main.run_name(parsed(*line.split())) == name
+    assert run_name(parsed(*line.split())) == name
 
 
 def test_iterations():
     flags = ['--pretrain_iterations=3', '--metatrain_iterations=4']
-    assert main.iterations(parsed(*flags)) == (3, 4)
-    assert main.iterations(parsed(*flags, '--baseline=oracle')) == (7, 0)
+    assert flags_module.iterations(parsed(*flags)) == (3, 4)
+    assert flags_module.iterations(parsed(*flags, '--baseline=oracle')) == (7, 0)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +246,7 @@ def test_iterations():
 )
 def test_query_images(data, source, line, queries):
     flags = ['--num_classes=2', f'--data_dir={data}', f'--datasource={source}', *line.split()]
-    generators = main.make_generators(parsed(*flags))
+    generators = make_generators(parsed(*flags))
     assert {split: generator.num_query for split, generator in generators.items()} == queries
 
 
@@ -416,14 +423,14 @@ def test_checkpoint_cannot_be_written(tmp_path, monkeypatch):
         return real(checkpoint, folder, *more)
 
     real = maml.write_checkpoint
-    monkeypatch.setattr(maml, 'write_checkpoint', write)
+    monkeypatch.setattr(trainer, 'write_checkpoint', write)
     outcome = run(*SINUSOID, '--metatrain_iterations=1', '--log=False', f'--logdir={tmp_path}/logs')
     assert_refused(outcome, 'model0 cannot be written')
 
 
 def test_tensorboard_is_absent(tmp_path, monkeypatch):
     """It is asked for before the run, and --log=False does without."""
-    monkeypatch.setattr(main.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     assert_refused(run(*SINUSOID, f'--logdir={tmp_path}'), '--log=False', 'tensorboard')
     assert not [*tmp_path.iterdir()]
     for name in ('scalar', 'text', 'create_file_writer'):
@@ -465,8 +472,8 @@ def means_of(written: dict, kind: str, update: int, steps) -> list[float]:
 
 def test_table_of_flags_says_what_makes_the_model():
     of_tasks = {'example_shape', 'dim_output', 'objective', 'shots'}  # of UserTasks.model_settings
-    of_flags = {flag.name for flag in main.FLAGS if flag.makes_model}
-    assert of_flags | of_tasks == {*maml.MODEL_SETTINGS} and not of_flags & of_tasks
+    of_flags = {flag.name for flag in FLAGS if flag.makes_model}
+    assert of_flags | of_tasks == {*MODEL_SETTINGS} and not of_flags & of_tasks
 
 
 def test_lines_of_a_sinusoid(tmp_path, intervals, graphs):
@@ -563,8 +570,8 @@ def test_tags_of_images(tmp_path, data, intervals, graphs):
 @pytest.mark.slow
 def test_pictures(tmp_path, data, eager, monkeypatch):
     """At the start and at intervals: the fit of a sinusoid, the images of a task."""
-    monkeypatch.setattr(main, 'SUMMARY_INTERVAL', 1)
-    monkeypatch.setattr(main, 'PICTURE_INTERVAL', 2)
+    settle(monkeypatch, intervals={'summary': 1})
+    settle(monkeypatch, intervals={'picture': 2})
     images = [*OMNIGLOT, '--conv=False', f'--data_dir={data}']
     for name, given in ('fit', SINUSOID), ('task', images):
         succeeded(run(*given, '--metatrain_iterations=4', f'--logdir={tmp_path}/{name}'))
@@ -706,10 +713,15 @@ def test_evaluation_of_a_sinusoid(tmp_path):
 def test_evaluation_of_tasks_that_diverge(tmp_path, monkeypatch, eager):
     """Says so in the table, and without a warning of NumPy's."""
     succeeded(run('--norm=None', '--metatrain_iterations=1', '--log=False', f'--logdir={tmp_path}'))
-    rows = np.full([20, 11], 1e30, np.float32)
-    rows[0, 5:] = np.inf
-    monkeypatch.setattr(main, 'evaluate_tasks', lambda *arguments: iter([rows]))
-    outcome = succeeded(run('--norm=None', '--train=False', f'--logdir={tmp_path}'))
+    outcome = succeeded(
+        run(
+            '--norm=None',
+            '--train=False',
+            '--update_lr=1e30',
+            f'--logdir={tmp_path}',
+            '--train_update_lr=0.001',
+        )
+    )
     assert not outcome.err and outcome.lines[-1].split() == ['10', '-', '-']
 
 
@@ -722,7 +734,7 @@ def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
     values = results(only(tmp_path), 'test_ubs1_stepsize0.001')
     f = parsed(*train, '--train=False', '--test_set=True')
     with contextlib.ExitStack() as held:
-        model, generators, *_ = main.prepare(f, held)
+        model, generators, *_ = prepare(f, held)
     assert values.shape == (22, 3)
     for i in (0, 13, 21):
         task = generators['test'].batch('test', 0, 22, slice(i, i + 1))
@@ -816,10 +828,10 @@ SINUSOID_CELL = '--norm=None --update_batch_size=10 --update_lr=0.01'
 )
 def test_figures_of_the_paper(trained, evaluated, figures):
     """With the run's flags in the checkpoint and, of the original's checkpoints, without."""
-    stored = main.settings(parsed(*trained.split()))
+    stored = settings(parsed(*trained.split()))
     f = parsed(*trained.split(), *evaluated.split(), '--train=False')
     for state in ({'flags': stored}, {}):
-        assert main.paper_figures(state, f) == figures
+        assert paper_figures(state, f) == figures
 
 
 def test_evaluation_of_a_run_by_its_folder(tmp_path, data, monkeypatch):
@@ -888,8 +900,7 @@ def test_plain_network_on_miniimagenet(tmp_path, data, monkeypatch):
 
     Nor a best validation. With --test_query there are.
     """
-    for interval in ('VALIDATION_INTERVAL', 'SUMMARY_INTERVAL', 'PRINT_INTERVAL'):
-        monkeypatch.setattr(main, interval, 1)
+    settle(monkeypatch, intervals={'validation': 1, 'summary': 1}, printing=1)
     evaluate_few(monkeypatch, 8)
     train = [*MINIIMAGENET, '--metatrain_iterations=0', '--pretrain_iterations=2']
     train += [f'--data_dir={data}', f'--logdir={tmp_path}']
@@ -914,7 +925,7 @@ def test_plain_network_on_miniimagenet(tmp_path, data, monkeypatch):
 def test_nothing_is_half_written(tmp_path):
     (tmp_path / 'there.csv').mkdir()  # whatever cannot be replaced
     with pytest.raises(OSError):
-        utils.write_whole(tmp_path / 'there.csv', b'content')
+        write_whole(tmp_path / 'there.csv', b'content')
     assert [path.name for path in tmp_path.iterdir()] == ['there.csv']
 
 
@@ -923,7 +934,7 @@ def test_files_that_belong_together(tmp_path):
     (tmp_path / 'a.pkl').write_bytes(b'before')
     contents = {tmp_path / 'a.pkl': b'after', tmp_path / 'none/a.csv': b'after'}
     with pytest.raises(OSError, match='none/a.csv cannot be written .No such file'):
-        utils.write_together(contents)
+        write_together(contents)
     assert [path.name for path in tmp_path.iterdir()] == ['a.pkl']
     assert (tmp_path / 'a.pkl').read_bytes() == b'before'
 
@@ -936,7 +947,7 @@ def test_default_command(tmp_path):
 
 
 def test_endless_run(capsys):
-    main.Log('loss', 0, 10**30, 1, 1).steps(1, 1000, 0.5)
+    Log('loss', 0, 10**30, 1, 1).steps(1, 1000, 0.5)
     assert f'1000 of {10**30} iterations' in capsys.readouterr().out
 
 

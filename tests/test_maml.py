@@ -14,23 +14,36 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from data_generator import Batch
+from fewshot.engine.chunks import CHUNK_SIZE, in_a_loop
+from fewshot.engine.fast import FastMAML, with_gradient
+from fewshot.networks.build import make_model, make_network
 from maml import (
-    CHUNK_SIZE,
     Convolutional,
-    FastMAML,
     FullyConnected,
     Results,
-    in_a_loop,
-    make_model,
-    make_network,
-    plain_block,
-    with_gradient,
+    cross_entropy,
+    mean_squared_error,
 )
-from special_grads import BatchNorm, LayerNorm
-from utils import Batch, cross_entropy, mean_squared_error
+from special_grads import BATCH_NORM_EPSILON, BatchNorm, LayerNorm
 
 FOLDER = Path(os.environ.get('MAML_REFERENCE_DIR', Path(__file__).parent / 'reference'))
 NORMS = ['batch_norm', 'layer_norm', 'None']
+
+
+def plain_block(
+    images: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor, beta: tf.Tensor, max_pool: bool
+) -> tf.Tensor:
+    """The paper's block for the images of one task, section 5.2, in TensorFlow's own operations.
+
+    images: [examples, height, width, C]; kernel: [3, 3, C, F]; bias, beta: [F]. Returns [examples,
+    height', width', F]. `Convolutional` computes the same in another way.
+    """
+    x = tf.nn.conv2d(images, kernel, strides=1 if max_pool else 2, padding='SAME') + bias
+    mean = tf.reduce_mean(x, [0, 1, 2])  # not tf.nn.moments: wrong at second order
+    variance = tf.reduce_mean(tf.square(x - mean), [0, 1, 2])
+    x = tf.nn.relu((x - mean) * tf.math.rsqrt(variance + BATCH_NORM_EPSILON) + beta)
+    return tf.nn.max_pool2d(x, 2, 2, 'VALID') if max_pool else x
 
 
 @contextmanager

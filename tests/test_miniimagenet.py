@@ -20,11 +20,11 @@ import pytest
 from PIL import Image
 from sources import dumps2, link, named, put, serving
 
-from data_generator import load_miniimagenet
+from fewshot.data import unpickling
+from fewshot.data.image_folders import load_miniimagenet
+from fewshot.data.preparation import PreparationError
 from scripts.data import prepare_miniimagenet
 from scripts.data.prepare_miniimagenet import PICKLES, prepare
-from scripts.lib import unpickling
-from scripts.lib.preparation import PreparationError
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = {'train': 3, 'val': 2, 'test': 2}  # classes of each

@@ -20,21 +20,16 @@ from command_line import (
 )
 from PIL import Image
 
-import data_generator
 import main
-from data_generator import (
-    SMALLEST_TASK,
-    OwnImages,
-    TaskSize,
-    deal_classes,
-    folder_layout,
-    load_folder,
-    load_omniglot,
-    read_image,
-    run_layout,
-)
-from maml import Learner
-from utils import checkpoints, read_run_state, write_checkpoint
+from data_generator import SMALLEST_TASK, TaskSize
+from fewshot.data import image_cache
+from fewshot.data.image_files import folder_layout, read_image, run_layout
+from fewshot.data.image_folders import load_omniglot
+from fewshot.data.own_images import OwnImages, deal_classes, load_folder
+from fewshot.runs.checkpoints import checkpoints, read_run_state, write_checkpoint
+from fewshot.runs.flags import run_name, split_proportions
+from fewshot.runs.tasks import make_generators
+from fewshot.use.learner import Learner
 
 LAYOUT = folder_layout(4, 1)
 
@@ -131,7 +126,7 @@ def check_remedies(names: list[str], ways: int, message: str):
     assert bool(remedies) == (len(names) >= 6 or len(names) > 2 * ways)
     for fewer, split in remedies:
         wanted = int(fewer or ways)
-        dealt = deal_classes(names, main.split_proportions(split), wanted, ('train', 'val'), 'x')
+        dealt = deal_classes(names, split_proportions(split), wanted, ('train', 'val'), 'x')
         assert [len(classes) for classes in dealt.values()] == [*map(int, split.split(','))]
         assert min(len(dealt[s]) for s in ('train', 'val')) >= wanted
 
@@ -147,7 +142,7 @@ def test_a_deal_as_it_always_was():
 
 def test_small_classes(tmp_path, monkeypatch, capsys):
     """They are found before anything is decoded, and left out if asked."""
-    monkeypatch.setattr(data_generator, 'read_image', lambda *_: pytest.fail('decoded'))
+    monkeypatch.setattr(image_cache, 'read_image', lambda *_: pytest.fail('decoded'))
     folder = make(tmp_path / 'photos', letters(9) | {'few': 1, 'none': 0})
     size = TaskSize(ways=2, support=1, query=2)
     with pytest.raises(ValueError, match='none holds no images.*--skip_small_classes'):
@@ -343,10 +338,10 @@ def test_query_images_in_training(tmp_path, source, paper):
     flags += ['--update_batch_size=1', '--image_size=8']
     for asked, wanted in {(): paper, ('--num_query=3',): 3}.items():
         f = parsed(*flags, *asked)
-        for split, generator in main.make_generators(f).items():
+        for split, generator in make_generators(f).items():
             assert generator.batch(split, 0, 1).inputb.shape[1] == 2 * wanted
-        assert ('.query_3' in main.run_name(f)) == bool(asked)
-    (generator,) = main.make_generators(parsed(*flags, '--num_query=3', '--train=False')).values()
+        assert ('.query_3' in run_name(f)) == bool(asked)
+    (generator,) = make_generators(parsed(*flags, '--num_query=3', '--train=False')).values()
     assert generator.num_query == 1  # --test_query's
 
 

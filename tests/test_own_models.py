@@ -17,26 +17,24 @@ from command_line import (
     make_omniglot,
     parsed,
     run,
+    settle,
     succeeded,
 )
 from test_scale_out import assert_close, two_devices
 from test_trust import Stop, assert_same_run, often
 from test_use import QUERY, SUPPORT, served, tasks_to_serve
 
-import main
-import maml
-from data_generator import BadTasks, UserTasks
-from maml import FastMAML, FullyConnected, KerasNetwork, Learner, make_model, user_network
+from fewshot.data.user_tasks import BadTasks, UserTasks
+from fewshot.engine.fast import FastMAML
+from fewshot.networks.build import example_shape, make_model, user_network
+from fewshot.runs import trainer
+from fewshot.runs.checkpoints import checkpoints, read_run_state, write_checkpoint
+from fewshot.runs.flags import run_name
+from fewshot.runs.user_code import user_function
+from fewshot.use.learner import Learner
+from maml import FullyConnected, KerasNetwork, cross_entropy, mean_squared_error
 from scripts.examples import curves, networks
 from scripts.model import classify, export, publish
-from utils import (
-    checkpoints,
-    cross_entropy,
-    mean_squared_error,
-    read_run_state,
-    user_function,
-    write_checkpoint,
-)
 
 __all__ = ['often']  # a fixture
 NETWORKS = """
@@ -132,7 +130,7 @@ def trained_twice(logdir: Path, monkeypatch, flags: list[str], stop: int) -> tup
         stopped = run(*flags, f'--logdir={logdir}/twice')
     assert stopped.status == 143 and 'the same command continues' in stopped.out
     assert 'Continuing at iteration' in succeeded(run(*flags, f'--logdir={logdir}/twice')).out
-    return tuple(logdir / name / main.run_name(parsed(*flags)) for name in ('once', 'twice'))
+    return tuple(logdir / name / run_name(parsed(*flags)) for name in ('once', 'twice'))
 
 
 def test_network_stops_and_continues_exactly(folder, tmp_path, eager, often, monkeypatch):
@@ -175,7 +173,7 @@ def run_folder(folder, tmp_path_factory) -> Path:
     """Of a short run with five classes."""
     logdir = tmp_path_factory.mktemp('logs')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, 'make_model', lambda **made: make_model(**made, compiled=False))
+        settle(patch, compiled=False)
         tf.config.run_functions_eagerly(True)
         flags = [*flags_of(folder), '--num_classes=2', '--log=False', '--metatrain_iterations=2']
         succeeded(run(*flags, f'--logdir={logdir}'))
@@ -232,7 +230,7 @@ def test_load_needs_the_network_and_runs_no_file(folder, run_folder, tmp_path, m
     """Given as a Keras model, a KerasNetwork, or anything with the attributes of a network."""
     function = user_function(f'{folder}/networks.py:small')
     with monkeypatch.context() as patch:
-        patch.setattr('maml.user_function', None)
+        patch.setattr('fewshot.networks.build.user_function', None)
         with pytest.raises(ValueError, match='networks.py:small.* network='):
             Learner.load(run_folder)
         unasked = run('--train=False', f'--run={run_folder}')
@@ -376,7 +374,7 @@ def test_checkpoints_from_before_the_flag(folder, tmp_path, eager, monkeypatch):
         return write_checkpoint(checkpoint, folder, iteration, state, kind)
 
     with monkeypatch.context() as patch:
-        patch.setattr(maml, 'write_checkpoint', write)
+        patch.setattr(trainer, 'write_checkpoint', write)
         succeeded(run(*flags, '--metatrain_iterations=1'))
     (run_folder,) = tmp_path.iterdir()
     assert 'network' not in read_run_state(f'{run_folder}/model0')['flags']
@@ -392,7 +390,7 @@ def test_examples_are_the_papers_networks(source):
     """Same outputs as the project's own with the same weights."""
     filters, pool = {'omniglot': (64, False), 'miniimagenet': (32, True)}[source]
     own = make_model(source, 1, num_filters=filters, max_pool=pool, compiled=False)
-    shape = maml.example_shape({'datasource': source})
+    shape = example_shape({'datasource': source})
     theirs = make_model(source, 1, network=getattr(networks, source)(shape, 5), compiled=False)
     values = []
     for i in range(1, 5):

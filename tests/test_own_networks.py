@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from data_generator import SinusoidGenerator
-from maml import FastMAML, FullyConnected, Learner, set_optimizer, settings_of
+from data_generator import Batch, SinusoidGenerator
+from fewshot.engine.fast import FastMAML
+from fewshot.use.learner import Learner
+from fewshot.use.saved_models import set_optimizer, settings_of
+from maml import FullyConnected, mean_squared_error
 from special_grads import dense
-from utils import Batch, mean_squared_error
 
 TASKS = SinusoidGenerator(num_support=4, num_query=4)
 

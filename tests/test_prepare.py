@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fewshot.data import preparation
+from fewshot.data.preparation import PreparationError
 from scripts.data import prepare_miniimagenet, prepare_omniglot
-from scripts.lib import preparation
-from scripts.lib.preparation import PreparationError
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get('MAML_TEST_DATA', ROOT.parent / 'shared' / 'data'))

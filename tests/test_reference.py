@@ -16,9 +16,9 @@ import pytest
 import tensorflow as tf
 from absl import flags
 
-import main
-from maml import make_model
-from utils import Batch
+from data_generator import Batch
+from fewshot.networks.build import make_model
+from fewshot.runs.flags import define_flags, model_settings
 
 FOLDER = Path(os.environ.get('MAML_REFERENCE_DIR', Path(__file__).parent / 'reference'))
 CASES = sorted(path.stem for path in FOLDER.glob('*.npz'))
@@ -57,7 +57,7 @@ class Case:
     def __init__(self, name: str):
         self.values = dict(np.load(FOLDER / f'{name}.npz'))
         self.flags = flags.FlagValues()
-        main.define_flags(self.flags)
+        define_flags(self.flags)
         given = json.loads(str(self.values['flags']))
         self.flags(['main.py', *(f'--{name}={value}' for name, value in given.items())])
         self.updates = max(int(self.values['test_num_updates']), self.flags.num_updates)
@@ -65,7 +65,7 @@ class Case:
         self.gradient_tolerance = 5e-3 if self.flags.datasource == 'miniimagenet' else 2e-4
 
     def model(self, dtype, compiled: bool):
-        model = make_model(**main.model_settings(self.flags), dtype=dtype, compiled=compiled)
+        model = make_model(**model_settings(self.flags), dtype=dtype, compiled=compiled)
         self.initialize(model)
         return model
 

@@ -14,7 +14,9 @@ import pytest
 import tensorflow as tf
 from command_line import ROOT, assert_refused, command, make_omniglot, run, succeeded
 
-from utils import Batch, Replicas, checkpoints
+from data_generator import Batch
+from fewshot.engine.devices import Replicas
+from fewshot.runs.checkpoints import checkpoints
 
 LAUNCH = 'scripts/launch_workers.py'
 TWO_DEVICES = f"""

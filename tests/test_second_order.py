@@ -12,8 +12,8 @@ from command_line import Outcome, assert_refused, command, in_process
 
 import maml
 from fewshot.networks import keras_network
+from fewshot.runs.user_code import UserCodeError, user_function
 from scripts.model import check_second_order
-from utils import UserCodeError, user_function
 
 NETWORKS = Path(__file__).with_name('networks.py')
 NUMBER = r'-?\d+\.\d+(?:e[-+]\d+)?'

@@ -22,12 +22,14 @@ from absl import flags
 from command_line import (
     ROOT,
     Outcome,
+    Stop,
     assert_refused,
     listing,
     make_omniglot,
     parsed,
     run,
     running_eagerly,
+    settle,
     succeeded,
 )
 from tensorboard.plugins.hparams.metadata import (
@@ -36,18 +38,13 @@ from tensorboard.plugins.hparams.metadata import (
 )
 from test_checkpoints import assert_same, contents
 
-import main
-import maml
-from maml import Learner, is_better
-from utils import (
-    checkpoints,
-    event_files,
-    forget_summaries,
-    lock,
-    read_events,
-    read_run_state,
-    read_scalars,
-)
+from fewshot.runs.checkpoints import checkpoints, lock, read_run_state
+from fewshot.runs.flags import run_name
+from fewshot.runs.summaries import event_files, forget_summaries, read_events, read_scalars
+from fewshot.runs.tasks import make_generators
+from fewshot.runs.terminal import Signals
+from fewshot.runs.trainer import Trainer, is_better
+from fewshot.use.learner import Learner
 
 SINUSOID = ['--norm=None', '--update_batch_size=5', '--meta_batch_size=4']
 OMNIGLOT = [
@@ -60,26 +57,21 @@ OMNIGLOT = [
     '--validation_tasks=2',
 ]
 INTERVALS = {
-    'SAVE_INTERVAL': 1,
-    'SUMMARY_INTERVAL': 20,
-    'PRINT_INTERVAL': 40,
-    'VALIDATION_INTERVAL': 50,
+    'intervals': {'save': 1, 'summary': 20, 'validation': 50},
+    'printing': 40,
 }
 SHORT_INTERVALS = {
-    'SAVE_INTERVAL': 1,
-    'SUMMARY_INTERVAL': 6,
-    'PRINT_INTERVAL': 12,
-    'VALIDATION_INTERVAL': 15,
+    'intervals': {'save': 1, 'summary': 6, 'validation': 15},
+    'printing': 12,
 }
 WITH_INTERVALS = """
 import sys
 sys.path.insert(0, {root!r})
 from absl import app
 import main
-for name, value in {intervals!r}.items():
-    setattr(main, name, value)
 main.define_flags()
-app.run(main.program)
+options = main.TUNED._replace(**{intervals!r})
+app.run(lambda arguments: main.program(arguments, options))
 """
 
 
@@ -91,12 +83,11 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def often(monkeypatch):
     """Everything that happens at intervals happens every few iterations."""
-    for name, value in SHORT_INTERVALS.items():
-        monkeypatch.setattr(main, name, value)
+    settle(monkeypatch, **SHORT_INTERVALS)
 
 
 def folder_of(logdir: Path, *arguments: str) -> Path:
-    return logdir / main.run_name(parsed(*arguments))
+    return logdir / run_name(parsed(*arguments))
 
 
 def scalars(folder: Path) -> list[tuple]:
@@ -134,21 +125,6 @@ def assert_same_run(one: Path, other: Path, last: int):
 # Continuing ---------------------------------------------------------------------------------------
 
 
-class Stop:
-    """Raises a signal in the middle of some outer step."""
-
-    def __init__(self, monkeypatch, number: int, iteration: int):
-        original, count = maml.FastMAML.steps, [0]
-
-        def train(model, *arguments, **named):
-            count[0] += 1
-            if count[0] == iteration:
-                signal.raise_signal(number)
-            return original(model, *arguments, **named)
-
-        monkeypatch.setattr(maml.FastMAML, 'steps', train)
-
-
 @pytest.mark.parametrize(
     'number',
     [
@@ -161,7 +137,7 @@ def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(
     tmp_path, eager, data, often, monkeypatch, number
 ):
     """Status 128 + signal, a checkpoint of that very iteration; printed lines go on, too."""
-    monkeypatch.setattr(main, 'SAVE_INTERVAL', 1000)
+    settle(monkeypatch, intervals={'save': 1000})
     train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=35']
     once = succeeded(run(*train, f'--logdir={tmp_path}/once'))
     with monkeypatch.context() as patch:
@@ -209,7 +185,7 @@ def test_nohup():
     """It has SIGHUP ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with main.Signals():
+        with Signals():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
@@ -522,7 +498,7 @@ def trained(tmp_path_factory):
     """(logdir of a run with three checkpoints, {iteration: what its evaluation prints})."""
     logdir = tmp_path_factory.mktemp('trained')
     with pytest.MonkeyPatch.context() as patch, running_eagerly(patch):
-        patch.setattr(main, 'SAVE_INTERVAL', 1)
+        settle(patch, intervals={'save': 1})
         train = [*SINUSOID, '--log=False', f'--logdir={logdir}', '--meta_lr=.1']
         succeeded(run(*train, '--metatrain_iterations=4'))
         found = checkpoints(folder_of(logdir, *train))
@@ -572,7 +548,7 @@ def test_damaged_caches_at_random(tmp_path, eager, data, seeds=range(60)):
     train = [*OMNIGLOT, f'--data_dir={source}', '--log=False', '--metatrain_iterations=1']
 
     def draw():
-        return main.make_generators(parsed(*train))['train'].batch('train', 0, 4)
+        return make_generators(parsed(*train))['train'].batch('train', 0, 4)
 
     expected = draw()
     cache = source / 'omniglot_resized.cache'
@@ -698,18 +674,13 @@ def memory() -> float:
 )
 def test_memory_of_100000_iterations(tmp_path, monkeypatch):
     """It grows by less than 20 MB after warm-up, and nothing is traced again."""
-    sizes, models, after, make_model = {}, [], maml.Trainer.after, main.make_model
+    sizes, models, after = {}, [], Trainer.after
 
     def watched(run, first, *arguments):
-        sizes[first] = memory()
+        sizes[first], models[:] = memory(), [run.model]
         return after(run, first, *arguments)
 
-    def kept(**settings):
-        models.append(make_model(**settings))
-        return models[0]
-
-    monkeypatch.setattr(maml.Trainer, 'after', watched)
-    monkeypatch.setattr(main, 'make_model', kept)
+    monkeypatch.setattr(Trainer, 'after', watched)
     flags = ['--norm=None', '--update_batch_size=10', '--metatrain_iterations=100000']
     succeeded(run(*flags, f'--logdir={tmp_path}'))
     warm = sizes[5000]

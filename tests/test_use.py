@@ -28,26 +28,20 @@ from command_line import (
 )
 from PIL import Image
 
-import main
-import utils
-from data_generator import (
-    SinusoidGenerator,
-    folder_layout,
-    load_folder,
-    load_miniimagenet,
-    read_image,
-    run_layout,
-)
-from maml import FastMAML, FullyConnected, Learner, MetaModel, make_model
+from data_generator import Batch, SinusoidGenerator
+from fewshot.data.image_files import folder_layout, read_image, run_layout
+from fewshot.data.image_folders import load_miniimagenet
+from fewshot.data.own_images import load_folder
+from fewshot.engine.fast import FastMAML
+from fewshot.networks.build import make_model
+from fewshot.runs import flags as flags_module
+from fewshot.runs.checkpoints import read_run_state, write_checkpoint
+from fewshot.runs.results import confidence
+from fewshot.runs.summaries import event_files, read_events, read_scalars
+from fewshot.use.fit import MetaModel
+from fewshot.use.learner import Learner
+from maml import FullyConnected, cross_entropy, mean_squared_error
 from scripts.model import classify, export, publish
-from utils import (
-    Batch,
-    event_files,
-    mean_squared_error,
-    read_events,
-    read_scalars,
-    write_checkpoint,
-)
 
 SUPPORT, QUERY = (ROOT / 'tests' / 'characters' / name for name in ('support', 'query'))
 
@@ -229,8 +223,8 @@ def test_folder_from_the_command_line(tmp_path, eager):
 def test_interval_of_small_samples():
     values = np.random.default_rng(0).random(12)
     low, high = scipy.stats.t.interval(0.95, 11, values.mean(), scipy.stats.sem(values))
-    assert utils.confidence(values) == pytest.approx((high - low) / 2)
-    assert utils.confidence(values) > 1.05 * 1.96 * values.std(ddof=1) / 12**0.5
+    assert confidence(values) == pytest.approx((high - low) / 2)
+    assert confidence(values) > 1.05 * 1.96 * values.std(ddof=1) / 12**0.5
 
 
 # The API ------------------------------------------------------------------------------------------
@@ -497,7 +491,7 @@ def test_what_older_files_do_not_hold(tmp_path, lost):
     """They are loaded; the next step is another one, as far as it depends on that."""
     model = trained_line()
     Learner(model).save(tmp_path)
-    settings = utils.read_run_state(f'{tmp_path}/model0')['flags']
+    settings = read_run_state(f'{tmp_path}/model0')['flags']
     for name in lost.split():
         del settings[name]
     write_checkpoint(model.checkpoint, tmp_path, 0, {'flags': settings})
@@ -507,7 +501,7 @@ def test_what_older_files_do_not_hold(tmp_path, lost):
 
 
 def classifier() -> FastMAML:
-    return FastMAML(FullyConnected(3, (4,), 2), utils.cross_entropy(1), 0.1, compiled=False)
+    return FastMAML(FullyConnected(3, (4,), 2), cross_entropy(1), 0.1, compiled=False)
 
 
 def test_a_classifier_takes_numbers_of_any_range():
@@ -639,7 +633,7 @@ def test_sizes_are_refused_by_name(line):
         (lambda: line.model.evaluate([*batch], 1), 'of type list: write Batch[(]inputa='),
         (lambda: line.model.evaluate(Batch(1, 2, 3, 4), 1), 'inputa must be'),
         (lambda: line.model.evaluate(Batch(1, 2, 3, [1, [2]]), 1), 'must be four arrays'),
-        (lambda: utils.cross_entropy(0), 'shots must be'),
+        (lambda: cross_entropy(0), 'shots must be'),
         (lambda: FullyConnected(1, 40, 1), 'a tuple of numbers'),
         (lambda: FullyConnected(1, (2.5,), 1), 'at least one unit'),
         (lambda: source.batch('train', 0, 2.0), '--meta_batch_size must be'),
@@ -963,7 +957,7 @@ def assert_command_of(run_folder: Path, text: str):
     python, program, *flags = shlex.split(text)
     assert (python, program) == ('python', 'main.py')
     here = {'data_dir': '', 'logdir': ''}
-    assert main.settings(parsed(*flags)) | here == Learner.load(run_folder).settings | here
+    assert flags_module.settings(parsed(*flags)) | here == Learner.load(run_folder).settings | here
 
 
 def test_publish(tmp_path, eager):

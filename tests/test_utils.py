@@ -11,21 +11,17 @@ import pytest
 import tensorflow as tf
 from command_line import ROOT, parsed
 
-import main
 import utils
-from data_generator import fit_picture, task_picture
-from maml import FullyConnected, Learner, initial_value
+from data_generator import Batch
+from fewshot.checks import first_line
+from fewshot.data.pictures import fit_picture, task_picture
+from fewshot.engine import devices
+from fewshot.engine.devices import has_nvidia_gpu, set_up_gpus, tune
+from fewshot.runs.checkpoints import checkpoints, read_checkpoint, write_checkpoint
+from fewshot.runs.terminal import print_anything
+from fewshot.use.learner import Learner
+from maml import FullyConnected, accuracy, cross_entropy, initial_value, mean_squared_error
 from special_grads import batch_norm, layer_norm
-from utils import (
-    Batch,
-    accuracy,
-    checkpoints,
-    cross_entropy,
-    first_line,
-    mean_squared_error,
-    read_checkpoint,
-    write_checkpoint,
-)
 
 LOG = np.log
 
@@ -450,7 +446,7 @@ def test_a_start_is_quiet():
         '    os.abort()'
     )
     assert aborted.returncode < 0 and aborted.stderr == f'{NO_AVX}\n'
-    if not utils.has_nvidia_gpu():
+    if not has_nvidia_gpu():
         assert 'cuInit' in quietly(start, TF_CPP_MIN_LOG_LEVEL='0').stderr
 
 
@@ -480,14 +476,14 @@ def gpus(monkeypatch) -> dict:
     )
     monkeypatch.setattr(tf.config, 'list_physical_devices', lambda kind: [f'{kind}:0', f'{kind}:1'])
     monkeypatch.setattr(config, 'set_memory_growth', told.__setitem__)
-    monkeypatch.setattr(utils, 'has_nvidia_gpu', lambda: True)
+    monkeypatch.setattr(devices, 'has_nvidia_gpu', lambda: True)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     return told
 
 
 @pytest.mark.parametrize('tf32', [False, True])
 def test_gpus_are_exact_and_shared(gpus, capsys, tf32):
-    main.tune(parsed('--datasource=miniimagenet', f'--tf32={tf32}'))
+    tune(parsed('--datasource=miniimagenet', f'--tf32={tf32}'))
     assert gpus == {'tf32': [tf32], 'GPU:0': True, 'GPU:1': True}
     assert capsys.readouterr().err == ''
 
@@ -497,16 +493,16 @@ def test_gpus_in_use(gpus, monkeypatch):
         raise RuntimeError('Physical devices cannot be modified after being initialized')
 
     monkeypatch.setattr(tf.config.experimental, 'set_memory_growth', refuse)
-    utils.set_up_gpus()
+    set_up_gpus()
     assert gpus == {'tf32': [False]}
 
 
 def test_gpu_that_tensorflow_does_not_find(gpus, monkeypatch, capsys):
     monkeypatch.setattr(tf.config, 'list_physical_devices', lambda kind: [])
-    utils.set_up_gpus()
+    set_up_gpus()
     assert "pip install -e '.[gpu]'" in capsys.readouterr().err
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')  # on purpose
-    utils.set_up_gpus()
+    set_up_gpus()
     assert capsys.readouterr().err == ''
 
 
@@ -516,7 +512,7 @@ def test_gpu_that_tensorflow_does_not_find(gpus, monkeypatch, capsys):
 def test_any_text_is_printed(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, 'ascii'))
-    utils.print_anything()
+    print_anything()
     print('α caf\udce9', flush=True)
     assert written.getvalue() == b'\\u03b1 caf\\udce9\n'
 

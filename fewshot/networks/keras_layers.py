@@ -13,16 +13,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from special_grads import (
-    TRACING,
-    batch_moments,
-    convolve,
-    max_pool2x2,
-    product,
-    replaced,
-    sizes,
-    standardize,
-)
+from fewshot.engine.tracing import TRACING, replaced
+from special_grads import batch_moments, convolve, max_pool2x2, product, sizes, standardize
 
 Values = dict[int, tf.Tensor]  # {id of a variable: value}, as two variables may have one path
 Leading = int | tf.Tensor | None  # how many examples give batch normalisation its statistics

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from fewshot.checks import first_line
 from fewshot.networks.audit import audit, in_float64, moved, probe_inputs, rounds
 from fewshot.networks.keras_checks import check_keras_model, keras_input_shape, observe
 from fewshot.networks.keras_layers import (
@@ -24,7 +25,6 @@ from fewshot.networks.keras_layers import (
     task_leaves,
 )
 from special_grads import sizes
-from utils import first_line
 
 KERAS_TASKS = 4  # of a model whose tasks run one after another, in one program: it takes to compile
 CLOSE = 1e-5  # relative difference of outputs, in float64, that are the same

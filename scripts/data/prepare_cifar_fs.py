@@ -10,7 +10,7 @@ FOLDER, or an archive, tar or zip, has one of these, in archives or not:
     folders train and test with a folder of PNG images for each class
 
 CIFAR-FS (Bertinetto et al. 2019) and FC100 (Oreshkin et al. 2018) are splits of the same hundred
-classes of 600 images; scripts/data/cifar100_splits.json has their names. The result is
+classes of 600 images; fewshot/data/cifar100_splits.json has their names. The result is
 TARGET/{train,val,test}/<class>/<name>.png: 32x32, RGB, the same pixels from either form.
 """
 
@@ -28,9 +28,9 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from scripts.lib import archives, downloads, preparation, unpickling
-from scripts.lib.downloads import Remote
-from scripts.lib.preparation import Item, PreparationError
+from fewshot.data import archives, downloads, preparation, unpickling
+from fewshot.data.downloads import Remote
+from fewshot.data.preparation import Item, PreparationError
 
 ARCHIVE = Remote(
     'cifar-100-python.tar.gz',
@@ -42,7 +42,7 @@ ADVICE = (
     'try again, which goes on where it broke off, or get CIFAR-100 by other means and name its '
     'folder with --source.'
 )
-SPLITS = json.loads(Path(__file__).with_name('cifar100_splits.json').read_text())
+SPLITS = json.loads(Path(preparation.__file__).with_name('cifar100_splits.json').read_text())
 PARTS = ('train', 'test')  # of CIFAR-100; the splits are others
 IMAGES = 600  # of each class
 SIZE = (32, 32)

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from absl import app, flags
 
-from scripts.lib import downloads, miniimagenet, preparation
-from scripts.lib.downloads import Remote
-from scripts.lib.miniimagenet import CLASSES, IMAGES, SIZE, Found
-from scripts.lib.preparation import PreparationError
+from fewshot.data import downloads, miniimagenet, preparation
+from fewshot.data.downloads import Remote
+from fewshot.data.miniimagenet import CLASSES, IMAGES, SIZE, Found
+from fewshot.data.preparation import PreparationError
 
 RECORD = 'https://zenodo.org/api/records/7978538'
 PICKLES = tuple(f'mini-imagenet-cache-{split}.pkl' for split in ('train', 'validation', 'test'))

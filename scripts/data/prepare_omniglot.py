@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from absl import app, flags
 from PIL import Image
 
-from scripts.lib import downloads, preparation
-from scripts.lib.archives import archive_items
-from scripts.lib.downloads import Remote
-from scripts.lib.preparation import Item, PreparationError
+from fewshot.data import downloads, preparation
+from fewshot.data.archives import archive_items
+from fewshot.data.downloads import Remote
+from fewshot.data.preparation import Item, PreparationError
 
 URL = 'https://raw.githubusercontent.com/brendenlake/omniglot/master/python'
 MD5 = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import Batch
+from data_generator import Batch
 
 SHOTS = 5
 SPLITS = {'train': slice(0, 40), 'val': slice(40, 50), 'test': slice(50, 60)}

@@ -31,17 +31,26 @@ from pathlib import Path
 STARTED = time.time()
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
-# isort: split
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
-import main
-from maml import Diverged, FastMAML, FullyConnected, make_model
-from utils import Batch, UserCodeError, print_anything
+from data_generator import Batch
+from fewshot.engine import devices
+from fewshot.engine.fast import FastMAML
+from fewshot.networks.build import make_model
+from fewshot.runs import flags as run_flags
+from fewshot.runs.flag_checks import check_flags
+from fewshot.runs.flags import model_settings, settings
+from fewshot.runs.prepare import USUAL, build_model, make_trainer, prepare
+from fewshot.runs.tasks import make_generators
+from fewshot.runs.terminal import print_anything
+from fewshot.runs.trainer import Diverged, evaluate_tasks
+from fewshot.runs.user_code import UserCodeError
+from maml import FullyConnected
 
 
 def since_start() -> float:
@@ -103,13 +112,13 @@ def read_case(path: str) -> dict[str, np.ndarray]:
 def case_flags(path: str, values: dict) -> flags.FlagValues:
     """main.py's flags from a case. Raises ValueError."""
     f = flags.FlagValues()
-    main.define_flags(f)
+    run_flags.define_flags(f)
     try:
         given = json.loads(str(values['flags']))
         f(['main.py', *(f'--{name}={value}' for name, value in given.items())])
     except (ValueError, AttributeError, flags.Error) as error:
         raise ValueError(f'{path}: "flags" does not hold flags of main.py ({error})') from error
-    main.check_flags(f)
+    check_flags(f)
     return f
 
 
@@ -203,7 +212,7 @@ def time_case(path: str, steps: int, tune: Callable) -> dict:
     values = read_case(path)
     f = case_flags(path, values)
     tune(f)
-    model = make_model(**main.model_settings(f))
+    model = make_model(**model_settings(f))
     initialize(path, values, model)
     batch = case_batch(path, values, model, f)
     times, losses = [], []
@@ -283,26 +292,28 @@ def time_training(f: flags.FlagValues, seconds: float) -> dict:
     folders, quiet = tempfile.TemporaryDirectory(), redirect_stdout(io.StringIO())
     with folders as folder, quiet, ExitStack() as held:
         f.logdir = folder
-        run = main.prepare(f, held)
+        run = prepare(f, held)
         watch = Stopwatch(run.model, seconds)
-        main.train(main.make_trainer(run, f), watch.watch)
+        trainer = make_trainer(run, f)
+        trainer.run(watch=watch.watch)
+        trainer.log.close()
     return watch.report()
 
 
 def time_evaluation(f: flags.FlagValues) -> dict:
     """Times main.py's evaluation of 600 tasks, compilation included."""
     f.train = False
-    main.check_flags(f)
-    generators = main.make_generators(f)
-    model = main.build_model(f, generators)
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        start = time.perf_counter()
-        run = main.Prepared(model, generators, Path(folder), start=0, state={})
-        main.evaluate(run, f)
+    check_flags(f)
+    generators = make_generators(f)
+    model = build_model(f, generators)
+    updates, start = max(f.num_updates, USUAL.updates), time.perf_counter()
+    ((split, source),) = generators.items()
+    for _ in evaluate_tasks(model, source, split, f.test_tasks, updates, f.transductive):
+        pass
     elapsed = time.perf_counter() - start
     return {
         'tasks': f.test_tasks,
-        'updates': max(f.num_updates, main.EVALUATION_UPDATES),
+        'updates': updates,
         'evaluation_s': round(elapsed, 2),
         'tasks_per_s': round(f.test_tasks / elapsed, 2),
         'since_process_start_s': round(since_start(), 2),
@@ -313,7 +324,7 @@ def time_evaluation(f: flags.FlagValues) -> dict:
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
-    main.define_flags(values)
+    run_flags.define_flags(values)
     here = dict(flag_values=values)
     of_steps = 'steps to time, after the first three (for a case file)'
     flags.DEFINE_integer('steps', 20, of_steps, lower_bound=1, **here)
@@ -331,7 +342,7 @@ def check_arguments(arguments: list[str], f: flags.FlagValues):
 
 def given_flags(f: flags.FlagValues) -> dict:
     """The flags of main.py that say what is measured."""
-    names = [name for name in main.settings(f) if name not in ('train', 'data_dir')]
+    names = [name for name in settings(f) if name not in ('train', 'data_dir')]
     return {name: f[name].value for name in names if f[name].present}
 
 
@@ -355,7 +366,7 @@ def benchmark(
 
 def program(arguments: list[str]):
     """benchmark.py as a process of its own."""
-    benchmark(arguments, tune=main.tune)
+    benchmark(arguments, tune=devices.tune)
 
 
 if __name__ == '__main__':

@@ -22,12 +22,17 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 
-import main as program
-from data_generator import DataGenerator
-from maml import Learner, find_checkpoint
-from scripts.lib.cells import DIVERGED
-from scripts.lib.models import load
-from utils import Batch, accuracy, confidence, print_anything, read_run_state, whole_number
+from data_generator import Batch, DataGenerator, whole_number
+from fewshot.paper.runs import DIVERGED
+from fewshot.runs.checkpoints import read_run_state
+from fewshot.runs.flags import define_flags
+from fewshot.runs.results import confidence
+from fewshot.runs.tasks import make_generators
+from fewshot.runs.terminal import print_anything
+from fewshot.use.learner import Learner
+from fewshot.use.loading import load
+from fewshot.use.saved_models import find_checkpoint
+from maml import accuracy
 
 SHOWN = (1, 3, 5, 10)  # updates
 UPDATES = SHOWN[-1]
@@ -41,7 +46,7 @@ def test_tasks(
     classes: that the run knows, from its checkpoint. Raises ValueError and OSError without data.
     """
     values = flags.FlagValues()
-    program.define_flags(values)
+    define_flags(values)
     wanted = {'update_batch_size': shots, 'data_dir': data_dir, 'train': False, 'test_set': True}
     known = {name: value for name, value in settings.items() if name in values}
     line = ['step_sizes.py']
@@ -50,7 +55,7 @@ def test_tasks(
             line.append(f'--{name}={value}')
     values(line)
     run = {'classes': classes, 'fit': 'squash'}  # which all did before it was among the flags
-    return program.make_generators(values, run)['test']
+    return make_generators(values, run)['test']
 
 
 def outcomes(learner: Learner, batch: Batch, halved: bool) -> np.ndarray:

@@ -23,26 +23,20 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
-# isort: split
 import keras
 import numpy as np
 import tensorflow as tf
 
+from data_generator import Batch
+from fewshot.checks import first_line
+from fewshot.engine.fast import FastMAML
 from fewshot.networks.audit import DIRECTIONS, TOLERANCE, Compared, differentiate, moved
 from fewshot.networks.keras_layers import takes_training
-from maml import FastMAML, KerasNetwork
-from utils import (
-    Batch,
-    UserCodeError,
-    cross_entropy,
-    first_line,
-    mean_squared_error,
-    print_anything,
-    user_code,
-    user_function,
-)
+from fewshot.runs.terminal import print_anything
+from fewshot.runs.user_code import UserCodeError, user_code, user_function
+from maml import KerasNetwork, cross_entropy, mean_squared_error
 
 THIS, KERAS, FIRST_ORDER = 'this project', 'plain Keras', 'first order'
 HEADING = (THIS, KERAS, 'difference', FIRST_ORDER)

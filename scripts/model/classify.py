@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from data_generator import ImageLayout, image_files, read_image, run_layout
-from maml import Learner
-from scripts.lib.models import add_arguments, load
-from utils import UserCodeError, print_anything
+from fewshot.data.image_files import ImageLayout, image_files, read_image, run_layout
+from fewshot.runs.terminal import print_anything
+from fewshot.runs.user_code import UserCodeError
+from fewshot.use.learner import Learner
+from fewshot.use.loading import add_arguments, load
 
 
 class Support(NamedTuple):

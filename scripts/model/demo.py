@@ -17,9 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from maml import Learner
-from scripts.lib.models import add_arguments, load
-from utils import UserCodeError, print_anything
+from fewshot.runs.terminal import print_anything
+from fewshot.runs.user_code import UserCodeError
+from fewshot.use.learner import Learner
+from fewshot.use.loading import add_arguments, load
 
 HOST = '127.0.0.1'  # the machine itself, and nobody else
 
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None):
         learner = image_learner(values)
     except (ValueError, OSError, UserCodeError) as error:
         sys.exit(f'demo.py: {error}')
-    from scripts.lib import demo_page  # imports NiceGUI, which is an extra
+    from fewshot.use import demo_page  # imports NiceGUI, which is an extra
 
     demo_page.serve(learner, values.run_folder.name, HOST, port, not values.no_browser)
 

@@ -24,14 +24,17 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
-# isort: split
 import tensorflow as tf
 
-from maml import PIXEL_TOLERANCE, Common, Learner, example_shape
-from scripts.lib.models import add_arguments, load
-from utils import UserCodeError, print_anything, taken_as_written
+from fewshot.networks.build import example_shape
+from fewshot.runs.checkpoints import taken_as_written
+from fewshot.runs.terminal import print_anything
+from fewshot.runs.user_code import UserCodeError
+from fewshot.use.learner import PIXEL_TOLERANCE, Learner
+from fewshot.use.loading import add_arguments, load
+from maml import Common
 
 
 def serve(function: Callable, *arguments: tf.TensorSpec) -> Callable:

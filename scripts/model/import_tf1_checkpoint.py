@@ -20,16 +20,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from maml import make_model
-from scripts.lib.preparation import as_path
-from utils import (
+from fewshot.data.preparation import as_path
+from fewshot.networks.build import make_model
+from fewshot.runs.checkpoints import (
     OBJECT_GRAPH,
     checkpoints,
-    print_anything,
     read_checkpoint,
     stored_values,
     write_checkpoint,
 )
+from fewshot.runs.terminal import print_anything
 
 NAME = re.compile(
     r'cls_(?P<num_classes>\d+)\.mbs_(?P<meta_batch_size>\d+)\.ubs_(?P<update_batch_size>\d+)'

@@ -18,23 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
-# isort: split
 import tensorflow as tf
 from absl import flags
 
-from main import define_flags
-from scripts.lib.models import load
-from utils import (
-    UserCodeError,
-    checkpoints,
-    event_files,
-    print_anything,
-    read_events,
-    read_run_state,
-    write_checkpoint,
-)
+from fewshot.runs.checkpoints import checkpoints, read_run_state, write_checkpoint
+from fewshot.runs.flags import define_flags
+from fewshot.runs.summaries import event_files, read_events
+from fewshot.runs.terminal import print_anything
+from fewshot.runs.user_code import UserCodeError
+from fewshot.use.loading import load
 
 SUMMARIES, PICTURES = 500, 20000  # the iterations between those that are kept
 

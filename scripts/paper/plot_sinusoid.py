@@ -21,8 +21,8 @@ import numpy as np
 matplotlib.use('Agg')  # a picture in a file, on machines without a display too
 import matplotlib.pyplot as plt
 
-from scripts.lib.preparation import as_path
-from scripts.lib.sinusoid_fits import CURVES, Fit, fits
+from fewshot.data.preparation import as_path
+from fewshot.paper.sinusoid_fits import CURVES, Fit, fits
 
 NORMS = {'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}
 
@@ -43,7 +43,7 @@ def read_errors(run_folder: Path) -> list[Errors]:
       ValueError: a file does not hold the three rows of numbers (means, standard deviations,
         confidence intervals).
     """
-    from utils import read_evaluation
+    from fewshot.runs.results import read_evaluation
 
     found = []
     for path in sorted(run_folder.glob('test_ubs*_stepsize*.csv')):
@@ -93,7 +93,7 @@ def draw(all_fits: list[Fit], errors: list[Errors], output: Path) -> None:
       OSError: the file cannot be written.
     """
     # Here and below: what fails before needs no TensorFlow, which takes seconds to start.
-    from utils import write_whole
+    from fewshot.runs.results import write_whole
 
     size = (5 * len(all_fits) + 5, 4.2)
     figure, axes = plt.subplots(1, len(all_fits) + 1, figsize=size, layout='constrained')
@@ -118,8 +118,8 @@ def load_model(run_folder: Path):
       ValueError: the name is not that of a sinusoid run, or the checkpoint does not fit it.
       FileNotFoundError: there is no checkpoint.
     """
-    from maml import make_model
-    from utils import checkpoints, first_whole
+    from fewshot.networks.build import make_model
+    from fewshot.runs.checkpoints import checkpoints, first_whole
 
     name = re.fullmatch(
         r'cls_\d+\.mbs_\d+\.ubs_(\d+)\.numstep(\d+)\.updatelr([-+.\de]+?)(?:hidden\d+)?(?:maxpool)?'
@@ -174,7 +174,7 @@ def main() -> None:
         draw(fits(*load_model(folder), seed=args.seed), errors, output)
     except (OSError, ValueError) as error:
         sys.exit(f'{parser.prog}: {error}')
-    from utils import print_anything
+    from fewshot.runs.terminal import print_anything
 
     print_anything()
     print(f'Wrote {output}')

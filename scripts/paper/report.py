@@ -17,11 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from main import CELLS, OTHER_CELLS, SINUSOIDS, Cell
-from scripts.lib.cells import DIVERGED, Run, Table, pooled, read_runs
-from scripts.lib.preparation import as_path
-from scripts.lib.report_figures import FIGURES, Runs
-from utils import print_anything, write_whole
+from fewshot.data.preparation import as_path
+from fewshot.paper.cells import CELLS, OTHER_CELLS, SINUSOIDS, Cell
+from fewshot.paper.figures import FIGURES, Runs
+from fewshot.paper.runs import DIVERGED, Run, Table, pooled, read_runs
+from fewshot.runs.results import write_whole
+from fewshot.runs.terminal import print_anything
 
 # Whose figures stand in the second table.
 SOURCES = (

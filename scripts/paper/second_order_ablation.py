@@ -21,6 +21,7 @@ derivative of batch normalisation's derivative:
 
 import json
 import re
+import runpy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,17 +29,22 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
-# isort: split
 import numpy as np
 import tensorflow as tf
 from absl import app
 
-import main
-import maml
+from data_generator import Batch
+from fewshot.engine.devices import tune
+from fewshot.engine.fast import FastMAML
+from fewshot.networks.build import make_model
+from fewshot.runs.flags import define_flags
+from fewshot.runs.prepare import Options
+from fewshot.runs.results import read_evaluation
+from fewshot.runs.summaries import read_scalars
+from fewshot.runs.terminal import print_anything
 from special_grads import BATCH_NORM_EPSILON, Normalization
-from utils import Batch, print_anything, read_evaluation, read_scalars
 
 AXES = [1, 2, 3]  # examples, height, width
 
@@ -95,18 +101,20 @@ NORMALISATIONS = {
 
 def train(variant: str, arguments: list[str]):
     """main.py's training of a variant, in a folder of its own."""
-    main.define_flags()
+    define_flags()
     logdir = re.findall(r'--logdir=(\S+)', ' '.join(arguments))
     more = ['--stop_grad=True'] if variant == 'first_order' else []
     folder = f'{(logdir or ["logs/ablation"])[-1]}/{variant}'
     line = ['second_order_ablation.py', *arguments, *more, f'--logdir={folder}']
-    app.run(lambda rest: main.program(rest, NORMALISATIONS[variant]), line)
+    program = runpy.run_path(f'{sys.path[0]}/main.py')['program']  # as `python main.py` has it
+    options = Options(norm=NORMALISATIONS[variant], start=tune)
+    app.run(lambda rest: program(rest, options), line)
 
 
-def case_model(case: Mapping[str, np.ndarray], variant: str) -> maml.FastMAML:
+def case_model(case: Mapping[str, np.ndarray], variant: str) -> FastMAML:
     """A variant's model with the initial parameters of a case."""
     flags = json.loads(str(case['flags']))
-    model = maml.make_model(
+    model = make_model(
         flags['datasource'],
         int(flags['update_batch_size']),
         float(flags['update_lr']),

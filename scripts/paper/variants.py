@@ -17,21 +17,15 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
-# isort: split
 import numpy as np
 
-from scripts.lib.cells import DIVERGED
-from utils import (
-    DamagedCheckpoint,
-    checkpoints,
-    confidence,
-    print_anything,
-    read_evaluation,
-    read_run_state,
-    read_scalars,
-)
+from fewshot.paper.runs import DIVERGED
+from fewshot.runs.checkpoints import DamagedCheckpoint, checkpoints, read_run_state
+from fewshot.runs.results import confidence, read_evaluation
+from fewshot.runs.summaries import read_scalars
+from fewshot.runs.terminal import print_anything
 
 POINTS = 30  # of a curve over training meta-batches: each is a mean
 SHOWN = (1, 2, 5, 10)  # inner updates in the table

@@ -11,24 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import utils  # noqa: F401 (first, since it starts TensorFlow quietly)
+import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
-# isort: split
 import numpy as np
 import tensorflow as tf
 
-from main import INNER_LOOPS, SINUSOIDS, Cell, same
-from scripts.lib import unpickling
-from utils import (
-    DamagedCheckpoint,
-    checkpoints,
-    confidence,
-    event_files,
-    first_line,
-    read_evaluation,
-    read_events,
-    read_run_state,
-)
+from fewshot.checks import first_line
+from fewshot.data import unpickling
+from fewshot.paper.cells import SINUSOIDS, Cell, same
+from fewshot.runs.checkpoints import DamagedCheckpoint, checkpoints, read_run_state
+from fewshot.runs.flags import INNER_LOOPS
+from fewshot.runs.results import confidence, read_evaluation
+from fewshot.runs.summaries import event_files, read_events
 
 SPLITS = Path(__file__).resolve().parents[1] / 'data/cifar100_splits.json'
 CIFAR_FS = json.loads(SPLITS.read_text())['cifar_fs']  # {split: classes}

@@ -14,9 +14,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from data_generator import ImageLayout, image_files
-from maml import Learner
-from scripts.lib.demo_task import GRID, MAX_BYTES, PEN, UPDATES, Question, Slot, Task, picture
+from fewshot.data.image_files import ImageLayout, image_files
+from fewshot.use.demo_task import GRID, MAX_BYTES, PEN, UPDATES, Question, Slot, Task, picture
+from fewshot.use.learner import Learner
 
 
 class Texts(NamedTuple):

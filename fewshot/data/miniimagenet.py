@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from scripts.lib import archives, preparation, unpickling
-from scripts.lib.preparation import Item, PreparationError
-from scripts.lib.unpickling import text
+from fewshot.data import archives, preparation, unpickling
+from fewshot.data.preparation import Item, PreparationError
+from fewshot.data.unpickling import text
 
 SIZE = (84, 84)
 CLASSES = {'train': 64, 'val': 16, 'test': 20}  # in the official splits

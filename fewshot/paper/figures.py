@@ -11,11 +11,11 @@ import numpy as np
 matplotlib.use('Agg')  # pictures in files, on machines without a display too
 import matplotlib.pyplot as plt
 
-from main import CELLS, OTHER_CELLS, SINUSOIDS, Cell
-from maml import Learner
-from scripts.lib.cells import DIVERGED, Run, Table, pooled
-from scripts.lib.sinusoid_fits import CURVES, fits
-from utils import read_scalars
+from fewshot.paper.cells import CELLS, OTHER_CELLS, SINUSOIDS, Cell
+from fewshot.paper.runs import DIVERGED, Run, Table, pooled
+from fewshot.paper.sinusoid_fits import CURVES, fits
+from fewshot.runs.summaries import read_scalars
+from fewshot.use.learner import Learner
 
 Runs = dict[str, list[Run]]  # by cell
 STYLES = ['-', '--', ':', '-.']  # of a cell's seeds

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from scripts.lib import unpickling
-from scripts.lib.preparation import (
+from fewshot.data import unpickling
+from fewshot.data.preparation import (
     MAX_BYTES,
     Item,
     PreparationError,

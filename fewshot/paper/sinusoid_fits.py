@@ -28,8 +28,7 @@ def fits(
     Its predictions are at `resolution` points all over [-5, 5].
     """
     # Here, so that what fails before needs no TensorFlow, which takes seconds to start.
-    from data_generator import SinusoidGenerator
-    from utils import Batch
+    from data_generator import Batch, SinusoidGenerator
 
     batch = SinusoidGenerator(shots, 0, oracle=True, seed=seed).batch('test', 0, tasks)
     dim = 3 if oracle else 1  # inputs: (x, A, φ) or x

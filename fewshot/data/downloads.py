@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from scripts.lib.preparation import PreparationError, Progress, is_web_page, parents_of
+from fewshot.data.preparation import PreparationError, Progress, is_web_page, parents_of
 
 TIMEOUT = 60  # seconds without a byte
 PIECE = 2**20  # bytes

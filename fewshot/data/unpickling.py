@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from scripts.lib.preparation import Item, PreparationError, blaming, check_no_page
+from fewshot.data.preparation import Item, PreparationError, blaming, check_no_page
 
 MAX_BYTES = 4 * 2**30  # of a file; miniImagenet's largest has 0.8
 MAX_READS = 2**20  # of its pieces, two or three to an instruction; miniImagenet's has 120,000

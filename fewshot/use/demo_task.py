@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from data_generator import ImageLayout, read_image, run_layout
-from maml import Learner
+from fewshot.data.image_files import ImageLayout, read_image, run_layout
+from fewshot.use.learner import Learner
 
 UPDATES = 10  # the answers are shown after 0 to so many
 GRID = 105  # height and width of a drawing, as of Omniglot's originals

@@ -6,8 +6,11 @@ import sys
 import warnings
 from pathlib import Path
 
-from maml import Learner, find_checkpoint, user_network
-from utils import read_run_state, set_up_gpus
+from fewshot.engine.devices import set_up_gpus
+from fewshot.networks.build import user_network
+from fewshot.runs.checkpoints import read_run_state
+from fewshot.use.learner import Learner
+from fewshot.use.saved_models import find_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser):

@@ -1,0 +1,1 @@
+"""Where images and tasks come from."""

@@ -1,0 +1,184 @@
+"""How images lie on disk, and one image file decoded."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FITS = ('crop', 'pad', 'squash')
+
+
+class ImageLayout(NamedTuple):
+    """How a data set lies on disk, and how its images are to be stored."""
+
+    depth: int  # of the class folders: 1 for <class>/, 2 for <Alphabet>/<character>/
+    suffixes: tuple  # of its image files, lower case
+    size: tuple  # (height, width) of the stored images
+    mode: str  # Pillow mode they are converted to: 'L' (one channel) or 'RGB' (three)
+    invert: bool  # store 255 - pixel
+    resampling: int  # how images of another size are resized, see PIL.Image.Resampling
+    prepared: bool  # whether the files have that size already, so that others are mistakes
+    # What happens to images of another shape: 'crop' cuts off what is too long, at both ends alike,
+    # 'pad' fills with white what is missing, 'squash' stretches.
+    fit: str = 'squash'
+
+    def key(self) -> str:
+        """All that the stored pixels depend on, in the form that caches have had from the start."""
+        fields = self._replace(suffixes=())._asdict()
+        fit = fields.pop('fit')
+        text = ', '.join(f'{name}={value!r}' for name, value in fields.items())
+        return f'ImageLayout({text})' + (f' {fit}' if fit != 'squash' else '')
+
+    def kind(self) -> list[str]:
+        """What tells the caches of a folder apart."""
+        size = 'x'.join(map(str, self.shape(1)[1:]))
+        return [size] if self.fit == 'squash' else [size, self.fit]
+
+    def shape(self, total: int) -> tuple:
+        """Of the array that holds `total` images."""
+        return (total, *self.size, len(Image.new(self.mode, (1, 1)).getbands()))
+
+
+OMNIGLOT = ImageLayout(
+    depth=2,
+    suffixes=('.png',),
+    size=(28, 28),
+    mode='L',
+    invert=True,
+    resampling=Image.Resampling.NEAREST,
+    prepared=True,
+)
+MINIIMAGENET = ImageLayout(
+    depth=1,
+    suffixes=('.jpg', '.jpeg', '.png'),
+    size=(84, 84),
+    mode='RGB',
+    invert=False,
+    resampling=Image.Resampling.LANCZOS,
+    prepared=True,
+)
+
+
+def folder_layout(image_size: int, channels: int, fit: str = 'crop') -> ImageLayout:
+    """Of class folders of any images; channels: 1 (grey) or 3 (colour); fit: one of FITS."""
+    Image.init()  # Pillow knows few of its formats before
+    formats = Image.registered_extensions().items()
+    suffixes = sorted(suffix for suffix, name in formats if name in Image.OPEN)
+    return ImageLayout(
+        depth=1,
+        suffixes=tuple(suffixes),
+        size=(image_size, image_size),
+        mode='L' if channels == 1 else 'RGB',
+        invert=False,
+        resampling=Image.Resampling.LANCZOS,
+        prepared=False,
+        fit=fit,
+    )
+
+
+def run_layout(settings: Mapping) -> ImageLayout:
+    """For images given to a trained model: any file, any size.
+
+    settings: the flags it was trained with, of which datasource, image_size, channels and fit
+    count. Runs that are older than the last one squash, and the original's data were squashed too.
+    """
+    if settings['datasource'] == 'omniglot':
+        return OMNIGLOT._replace(prepared=False, suffixes=folder_layout(28, 1).suffixes)
+    if settings['datasource'] == 'miniimagenet':
+        return folder_layout(84, 3, 'squash')
+    fit = settings.get('fit') or 'squash'
+    return folder_layout(settings['image_size'], settings['channels'], fit)
+
+
+def _visible(folder: str) -> list[os.DirEntry]:
+    """The entries of a folder, without the hidden ones, sorted by name."""
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith('.')]
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def _class_folders(folder: Path, depth: int) -> list[tuple[str, str]]:
+    """(name relative to folder, path) of those `depth` levels below, sorted level by level."""
+    found = [('', str(folder))]
+    for _ in range(depth):
+        parents, found = found, []
+        for parent, path in parents:
+            folders = [entry for entry in _visible(path) if entry.is_dir()]
+            found += [(f'{parent}/{entry.name}'.lstrip('/'), entry.path) for entry in folders]
+    return found
+
+
+def image_files(folder: str | Path, layout: ImageLayout) -> list[str]:
+    """The paths of a folder's images, sorted by name."""
+    return [file.path for file in _image_files(str(folder), layout)]
+
+
+def _image_files(folder: str, layout: ImageLayout) -> list[os.DirEntry]:
+    """The same as entries, which know the size and the time of change."""
+    files = [entry for entry in _visible(folder) if entry.name.lower().endswith(layout.suffixes)]
+    return [entry for entry in files if entry.is_file()]
+
+
+def read_image(path: str, layout: ImageLayout, command: str | None = None) -> np.ndarray:
+    """One image, [height, width, channels] uint8; command: as for load_class_folders.
+
+    Raises ValueError if it cannot be decoded, or is not of the layout's size if that is for
+    prepared images.
+    """
+    again = f', or move the data away and make it again with {command}' if command else ''
+    remedy = f'replace it{again or " or remove it"}'
+    try:
+        with Image.open(path) as image:
+            size, mode, fits = image.size[::-1], image.mode, _fits(image, layout)
+            pixels = _pixels(image, layout) if fits else None
+    except Exception as error:  # on damaged files OSError, SyntaxError, struct.error and others
+        raise ValueError(f'{path} cannot be decoded ({error}); {remedy}') from error
+    if not fits:
+        expected = '{}x{} with at most 8'.format(*layout.size) if layout.prepared else 'at most 16'
+        raise ValueError(
+            f'{path} is {size[0]}x{size[1]} of mode {mode}, but images of {expected} bits per '
+            f'channel are expected; {remedy}'
+        )
+    return ~pixels if layout.invert else pixels
+
+
+def _fits(image: Image.Image, layout: ImageLayout) -> bool:
+    """Whether an image has the layout's size, if that is for prepared images, and few enough bits.
+
+    I and F are Pillow's modes of 32 bits, those that begin with I; have 16.
+    """
+    if image.mode in ('I', 'F'):
+        return False
+    fits = image.size[::-1] == layout.size and not image.mode.startswith('I;')
+    return fits or not layout.prepared
+
+
+def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:
+    """Converted to the layout: [height, width, channels] uint8.
+
+    The way up that a camera noted, and on white where it is transparent.
+    """
+    if not layout.prepared:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I;'):  # 16 bits, which Pillow's conversion would cut off at 255
+        image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
+    if image.has_transparency_data and not layout.prepared:
+        white = Image.new('RGBA', image.size, 'white')
+        image = Image.alpha_composite(white, image.convert('RGBA'))
+    image = image.convert(layout.mode)
+    if image.size[::-1] != layout.size:
+        image = _fitted(image, layout)
+    return np.asarray(image).reshape(layout.shape(1)[1:])
+
+
+def _fitted(image: Image.Image, layout: ImageLayout) -> Image.Image:
+    """In the layout's size, by its `fit`."""
+    size = layout.size[::-1]  # (width, height)
+    if layout.fit == 'crop':
+        return ImageOps.fit(image, size, layout.resampling)
+    if layout.fit == 'pad':
+        return ImageOps.pad(image, size, layout.resampling, color='white')
+    return image.resize(size, layout.resampling)

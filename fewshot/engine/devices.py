@@ -1,0 +1,241 @@
+"""The devices that compute a meta-batch together, and settings that suit them."""
+
+import ctypes
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+from fewshot.start import has_nvidia_gpu
+
+import numpy as np
+import tensorflow as tf
+from absl import flags
+
+from data_generator import Batch
+from fewshot.checks import first_line
+
+ASKING_INTERVAL = 5  # iterations between the workers' questions whether one of them is to stop
+
+
+def keep_freed_memory(arenas: int):
+    """Lets the C library keep what this process frees for the next step, not give it back at once.
+
+    A step frees what it allocates, and blocks of megabytes would go back to the system each time.
+    Their pages then come back one by one, cleared: on virtual machines that took 12 to 35 % of a
+    step's time. arenas: of memory, at most; with fewer less goes back, and threads wait more for
+    each other. glibc has the settings; elsewhere nothing changes.
+    """
+    if platform.libc_ver()[0] == 'glibc':
+        trim_threshold, mmap_max, arena_max = -1, -4, -8  # as malloc.h numbers them
+        settings = {trim_threshold: -1, mmap_max: 0, arena_max: arenas}  # -1: never
+        for setting, value in settings.items():
+            ctypes.CDLL(None).mallopt(setting, value)
+
+
+def cores() -> int:
+    """How many this process may use, which not every system tells."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def set_up_gpus(tf32: bool = False):
+    """Exact products, and no more memory than is needed; before TensorFlow's first operation.
+
+    By default TensorFlow rounds the factors of float32 products to TF32, which has 10 bits of
+    mantissa, on GPUs that can: here only if `tf32`. It also takes all the memory of all GPUs; if
+    they are in use already, that stays as it is. Says so if the machine has a GPU that TensorFlow
+    does not find.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(tf32)
+    gpus = tf.config.list_physical_devices('GPU')
+    with suppress(RuntimeError):  # in use
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+    hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1')
+    if has_nvidia_gpu() and not gpus and not hidden:
+        print(
+            'There is an NVIDIA GPU, but TensorFlow does not find it, so the CPU computes: '
+            "`pip install -e '.[gpu]'` installs TensorFlow's CUDA libraries.",
+            file=sys.stderr,
+        )
+
+
+class Replicas:
+    """The devices, of this process and of others, that have equal parts of every meta-batch.
+
+    strategy: of tf.distribute, mirrored or multi-worker mirrored, or None for one device. Variables
+    are each process's own, and equal: all start from the first one's, see `agree`, and take the
+    same steps.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy | None = None):
+        self.strategy = strategy
+        self.count = strategy.num_replicas_in_sync if strategy else 1
+        self.local = len(strategy.extended.worker_devices) if strategy else 1
+        cluster = strategy.cluster_resolver if strategy else None
+        self.process = (cluster.task_id if cluster and cluster.cluster_spec() else None) or 0
+        self.is_chief = self.process == 0  # the one that prints and writes
+
+    def slice_of(self, tasks: int) -> slice:
+        """Which of a meta-batch's tasks are this process's.
+
+        Raises ValueError if replicas cannot have equally many.
+        """
+        if tasks % self.count:
+            raise ValueError(
+                f'--meta_batch_size={tasks} tasks cannot be shared equally by {self.count} '
+                f'replicas: make it a multiple of {self.count}'
+            )
+        each = tasks // self.count * self.local
+        return slice(self.process * each, (self.process + 1) * each)
+
+    def place(self, batch: Batch) -> Batch:
+        """This process's tasks on its devices, for `mean` and `gather`."""
+        if self.strategy is None:
+            return batch
+        each, first = batch.inputa.shape[0] // self.local, self.process * self.local
+
+        def part(context) -> Batch:
+            i = context.replica_id_in_sync_group - first
+            of_replica = slice(i * each, (i + 1) * each)
+            return Batch(*(tf.convert_to_tensor(values[of_replica]) for values in batch))
+
+        return self.strategy.experimental_distribute_values_from_function(part)
+
+    def mean(self, function: Callable, batch: Batch) -> list[tf.Tensor]:
+        """The mean over replicas of the tensors that function(a replica's part) returns.
+
+        batch: from `place`.
+        """
+        if self.strategy is None:
+            return function(batch)
+        shapes = []
+
+        def replica(part):
+            values = function(part)
+            shapes[:] = [value.shape for value in values]
+            # One message instead of many.
+            flat = tf.concat([tf.reshape(value, [-1]) for value in values], axis=0)
+            return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.MEAN, flat)
+
+        flat = self._first(self.strategy.run(replica, (batch,)))
+        parts = tf.split(flat, [shape.num_elements() for shape in shapes])
+        return [tf.reshape(part, shape) for part, shape in zip(parts, shapes)]
+
+    def gather(self, function: Callable, batch: Batch) -> tf.Tensor:
+        """What function(a replica's part) returns, [n, tasks of the part], for all tasks: [n, T].
+
+        batch: from `place`.
+        """
+        if self.strategy is None:
+            return function(batch)
+
+        def replica(part):  # as a sum: each fills its own columns
+            values, context = function(part), tf.distribute.get_replica_context()
+            values = values[:, tf.newaxis]  # [n, 1, tasks of the part]
+            mine = tf.range(self.count) == context.replica_id_in_sync_group  # [replicas]
+            columns = tf.where(mine[:, tf.newaxis], values, tf.zeros_like(values))
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, columns)  # [n, replicas, tasks]
+
+        total = self._first(self.strategy.run(replica, (batch,)))
+        return tf.reshape(total, [total.shape[0], -1])
+
+    def agree(self, values: list[np.ndarray]) -> list[np.ndarray]:
+        """The first process's values, in all of them."""
+        if self.strategy is None or self.count == self.local:
+            return values
+        return [self._sum(value if self.is_chief else np.zeros_like(value)) for value in values]
+
+    def any(self, flag: bool, iteration: int) -> bool:
+        """Whether the flag is set in one of the processes.
+
+        They ask each other every few iterations only, as that takes time.
+        """
+        if self.strategy is None or self.count == self.local:
+            return flag
+        return iteration % ASKING_INTERVAL == 0 and bool(self._sum(np.float32(flag)) > 0)
+
+    def _sum(self, value: np.ndarray) -> np.ndarray:
+        """Over processes of one replica each, or of equally many, whose values count once."""
+        return self._sum_replicas(tf.convert_to_tensor(value)).numpy()
+
+    @tf.function(autograph=False, reduce_retracing=False)
+    def _sum_replicas(self, value: tf.Tensor) -> tf.Tensor:
+        def replica():
+            context = tf.distribute.get_replica_context()
+            first = context.replica_id_in_sync_group % self.local == 0  # of its process
+            counted = tf.where(first, value, tf.zeros_like(value))
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, counted)
+
+        return self._first(self.strategy.run(replica))
+
+    def _first(self, values) -> tf.Tensor:
+        return self.strategy.experimental_local_results(values)[0]
+
+
+def make_replicas(f: flags.FlagValues) -> Replicas:
+    """The devices of --strategy; to be called before TensorFlow's first operation.
+
+    Raises ValueError.
+    """
+    if f.strategy == 'mirrored':
+        kind = 'GPU' if tf.config.list_logical_devices('GPU') else 'CPU'
+        names = [device.name for device in tf.config.list_logical_devices(kind)]
+        return Replicas(tf.distribute.MirroredStrategy(names))
+    if f.strategy == 'none':
+        return Replicas()
+    if not os.environ.get('TF_CONFIG'):
+        raise ValueError(
+            '--strategy=multi_worker needs TF_CONFIG, which tells each worker the addresses of '
+            'all; `python scripts/launch_workers.py N -- FLAGS` starts N workers on this machine'
+        )
+    wrong = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, tf.errors.OpError)
+    try:
+        return Replicas(tf.distribute.MultiWorkerMirroredStrategy())
+    except wrong as error:
+        given, reason = os.environ['TF_CONFIG'], first_line(error)
+        raise ValueError(f'TF_CONFIG={given} gives no cluster ({reason})') from error
+
+
+def worker_index(f: flags.FlagValues) -> int:
+    """Of this process among the workers of --strategy=multi_worker; 0 is the chief."""
+    if f.strategy != 'multi_worker':
+        return 0
+    try:
+        return int(json.loads(os.environ['TF_CONFIG'])['task']['index'])
+    except (KeyError, ValueError, TypeError):
+        return 0  # a TF_CONFIG that cannot be read is refused later
+
+
+def tune(f: flags.FlagValues):
+    """Settings of TensorFlow that suit a run; to be called before anything of it.
+
+    GPUs as `utils.set_up_gpus` says; the rest by measurement. One arena of memory for large images:
+    a step on miniImagenet took a fifth less than with several, a small one took longer. A thread
+    for each operation where tasks are tiny: handing work over takes longer than the work. XLA's
+    older generator of loops for Omniglot and for the networks here: it compiles a quarter faster
+    and into less, and a step on miniImagenet takes a tenth less; Keras models on large images were
+    not tried. XLA ends the process at options it does not know, so only in the version tried.
+    """
+    keep_freed_memory(arenas=1 if f.datasource in ('miniimagenet', 'folder') else 4)
+    set_up_gpus(f.tf32)
+    if f.datasource == 'sinusoid':
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+    plain_network = f.datasource in ('miniimagenet', 'folder') and not f.network
+    if (f.datasource == 'omniglot' or plain_network) and tf.__version__.startswith('2.21.'):
+        others = os.environ.get('XLA_FLAGS', '')
+        os.environ['XLA_FLAGS'] = f'--xla_cpu_use_fusion_emitters=false {others}'
+
+
+def machine() -> str:
+    """What this process computes with, in a few words."""
+    count, gpus = cores(), len(tf.config.list_physical_devices('GPU'))
+    parts = [f'{count} core{"s" * (count != 1)}']
+    if gpus:
+        parts.append(f'{gpus} GPU{"s" * (gpus != 1)}')
+    parts += [platform.machine(), f'Python {platform.python_version()}']
+    return ', '.join([*parts, f'TensorFlow {tf.__version__}'])

@@ -1,0 +1,153 @@
+"""From the settings of a run to its model."""
+
+import contextlib
+import inspect
+import random
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from fewshot.engine.devices import Replicas
+from fewshot.engine.fast import FastMAML
+from fewshot.networks.keras_network import KerasNetwork
+from fewshot.runs.user_code import user_code, user_function
+from maml import Convolutional, FullyConnected, UpdateRule, cross_entropy, mean_squared_error
+from special_grads import Normalization
+
+IMAGE_SHAPES = {'omniglot': (28, 1), 'miniimagenet': (84, 3)}  # height = width, channels
+
+
+@contextlib.contextmanager
+def random_seed(seed: int):
+    """Random numbers of Keras, NumPy and Python are a function of the seed, while entered."""
+    states = random.getstate(), np.random.get_state()
+    keras.utils.set_random_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def example_shape(settings: dict) -> tuple[int, ...]:
+    """Of an image, or of an example of the user's own tasks; settings: the flags of a run."""
+    if settings.get('example_shape'):
+        return tuple(settings['example_shape'])
+    given = settings.get('image_size', 84), settings.get('channels', 3)
+    size, channels = IMAGE_SHAPES.get(settings['datasource'], given)
+    return size, size, channels
+
+
+def user_network(spec: str, settings: dict, audit: bool | None = True):
+    """The network that FILE.py:FUNCTION makes for a run; settings: the flags of it.
+
+    It is called with the shape of an example and the number of classes or outputs, and returns a
+    keras.Model, or any other network. Its random initial values are a function of the run's seed.
+    audit: as of KerasNetwork, for one that is trained. Raises UserCodeError, and ValueError for
+    other sizes and what `utils.user_function` and `KerasNetwork` refuse.
+    """
+    shape = example_shape(settings)
+    outputs = settings.get('dim_output') or settings.get('num_classes', 5)
+    function, seed = user_function(spec), settings.get('seed', 0)
+    with random_seed(seed), user_code(spec, all_of_it=False):
+        made = function(shape, outputs)
+        network = made
+        if isinstance(made, keras.Model):
+            network = KerasNetwork(made, input_shape=shape, audit=audit)
+    if not callable(network) or not hasattr(network, 'parameters'):
+        raise ValueError(f'{spec} must return a keras.Model, but it returned {made!r:.60}')
+    sizes = {'dim_input': ('take', int(np.prod(shape))), 'dim_output': ('have', outputs)}
+    for name, (verb, size) in sizes.items():
+        found, things = getattr(network, name, size), ('values per example', 'outputs')
+        if found != size:
+            thing = things[name == 'dim_output']
+            raise ValueError(f'{spec}: the model must {verb} {size} {thing}, but has {found}')
+    return network
+
+
+def make_network(
+    datasource: str,
+    num_classes: int = 5,
+    norm: str | Normalization = 'batch_norm',
+    num_filters: int = 64,
+    conv: bool = True,
+    max_pool: bool = False,
+    baseline: str | None = None,
+    image_size: int = 84,
+    channels: int = 3,
+    example_shape: Sequence[int] | None = None,
+    dim_output: int = 1,
+) -> FullyConnected | Convolutional:
+    """The paper's network for a data source, miniImagenet's for folders, the sinusoid's for others.
+
+    Arguments as the flags of the same names; norm may be a Normalization of one's own.
+    example_shape, dim_output: of the user's own tasks, see data_generator.UserTasks.
+    """
+    if datasource == 'sinusoid':
+        return FullyConnected(3 if baseline == 'oracle' else 1, (40, 40), 1, norm)
+    if example_shape:
+        return FullyConnected(int(np.prod(example_shape)), (40, 40), dim_output, norm)
+    if datasource not in (*IMAGE_SHAPES, 'folder'):
+        known = ', '.join(IMAGE_SHAPES)
+        raise ValueError(f'there is no datasource {datasource!r}, but sinusoid, {known} and folder')
+    size, channels = IMAGE_SHAPES.get(datasource, (image_size, channels))
+    if not conv:
+        return FullyConnected(size * size * channels, (256, 128, 64, 64), num_classes, norm)
+    flatten = datasource != 'omniglot'
+    return Convolutional(size, channels, num_filters, num_classes, norm, max_pool, flatten)
+
+
+def make_model(
+    datasource: str,
+    update_batch_size: int = 5,
+    update_lr: float = 1e-3,
+    num_updates: int = 1,
+    meta_lr: float = 1e-3,
+    stop_grad: bool = False,
+    seed: int = 0,
+    dtype=tf.float32,
+    compiled: bool = True,
+    replicas: Replicas | None = None,
+    network='',
+    objective: str | None = None,
+    shots: float | None = None,
+    adapt: str = 'all',
+    learn_lr: str | UpdateRule = 'none',
+    loss_steps: str = 'last',
+    loss_steps_iterations: int = 0,
+    first_order_iterations: int = 0,
+    norm_steps: bool = False,
+    meta_lr_decay: str = 'none',
+    meta_lr_end: float = 0.0,
+    metatrain_iterations: int = 15000,
+    **settings,
+) -> FastMAML:
+    """A model with the paper's network, loss and clipping.
+
+    Arguments as the flags and as of FastMAML, `settings` as for `make_network`. network: another
+    one, or a keras.Model. objective, shots: of the user's own tasks, 'loss' or 'accuracy', and the
+    K that the loss of a classifier is divided by. meta_lr_decay: 'cosine' lets the outer step size
+    fall to meta_lr_end over metatrain_iterations.
+    """
+    is_regression = objective == 'loss' or objective is None and datasource == 'sinusoid'
+    loss = mean_squared_error if is_regression else cross_entropy(shots or update_batch_size)
+    clip = 10.0 if datasource in ('miniimagenet', 'folder') else None
+    made = make_network(datasource, **settings) if isinstance(network, str) else network
+    if meta_lr_decay == 'cosine':
+        share = meta_lr_end / meta_lr if meta_lr else 0.0
+        meta_lr = keras.optimizers.schedules.CosineDecay(meta_lr, metatrain_iterations, share)
+    inner, outer = (update_lr, num_updates), (meta_lr, stop_grad, clip)
+    annealed = (loss_steps, loss_steps_iterations, first_order_iterations)
+    more = (seed, dtype, adapt, learn_lr, *annealed, norm_steps)
+    return FastMAML(made, loss, *inner, *outer, *more, compiled=compiled, replicas=replicas)
+
+
+# The settings of a run that `make_model` takes, in the arguments' order.
+MODEL_SETTINGS = tuple(
+    name
+    for function in (make_model, make_network)
+    for name in inspect.signature(function).parameters
+    if name not in ('dtype', 'compiled', 'replicas', 'network', 'settings')
+)

@@ -1,0 +1,1 @@
+"""What a run is: flags, folder, checkpoints, training loop, summaries, results."""

@@ -1,0 +1,276 @@
+"""Checkpoints of this program and of the TensorFlow 1 original.
+
+FOLDER/model{iteration}.index and .data-..., or FOLDER/best{iteration} of the best validation; each
+is there whole or not at all.
+"""
+
+import glob
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from fewshot.checks import first_line
+from maml import Arrays
+
+CHECKPOINTS_KEPT = 10
+OBJECT_GRAPH = '_CHECKPOINTABLE_OBJECT_GRAPH'  # in checkpoints of TensorFlow 2 only
+RUN_STATE = 'run/.ATTRIBUTES/VARIABLE_VALUE'  # what `write_checkpoint` adds
+# The group of learned step sizes belongs to their names, as they may be called after weights.
+PARAMETER_KEY = r'(?:weights/|norms/|(?=rates/))(.+)/\.ATTRIBUTES/VARIABLE_VALUE'
+OPTIMIZERS = ('metatrain_optimizer', 'pretrain_optimizer')
+
+
+def checkpoints(folder: str | Path, kind: str = 'model') -> dict[int, str]:
+    """{iteration: path without suffix} of a folder's checkpoints, the oldest first.
+
+    kind: 'model' or 'best'.
+    """
+    names = (path.name for path in Path(folder).glob(f'{kind}*.index'))
+    found = (re.fullmatch(kind + r'(0|[1-9][0-9]*)\.index', name) for name in names)
+    iterations = sorted(int(match[1]) for match in found if match)
+    return {i: str(Path(folder) / f'{kind}{i}') for i in iterations}
+
+
+def other_runs(folder: str | Path) -> str:
+    """Where there are runs, if a folder is none: the end of a clause, empty if nowhere near."""
+    folder = Path(folder)
+    text = '' if folder.is_dir() else ', since there is no such folder'
+    if not folder.parent.is_dir():
+        text += f', nor {folder.parent}'
+    for place in (folder, folder.parent, folder.parent.parent):
+        found = [*place.glob('*/*.index'), *place.glob('*/*/*.index')]
+        runs = sorted({str(path.parent.relative_to(place)) for path in found})
+        if runs:
+            more = f' and {len(runs) - 3} more' if len(runs) > 3 else ''
+            return f'{text}; {place} has the runs {", ".join(runs[:3])}{more}'
+    return text
+
+
+class DamagedCheckpoint(ValueError):
+    """A file of a checkpoint is missing or damaged; the text is one sentence for the user."""
+
+
+def write_checkpoint(
+    checkpoint: tf.train.Checkpoint,
+    folder: str | Path,
+    iteration: int,
+    state: dict | None = None,
+    kind: str = 'model',
+) -> str:
+    """Writes FOLDER/{kind}{iteration} whole, then removes all but the newest ten (best: one).
+
+    state: what else belongs to the run, kept as JSON. The original's own checkpoints stay. Returns
+    the path. Raises OSError if it cannot be written.
+    """
+    # tf.train.CheckpointManager would put a hyphen into the name, which the original does not have.
+    path = str(Path(folder) / f'{kind}{iteration}')
+    run = tf.Variable(json.dumps({**(state or {}), 'iteration': iteration}))
+    try:
+        with for_tensorflow(path) as prefix:
+            # The index comes last, so a checkpoint that has one is complete.
+            tf.train.Checkpoint(checkpoint, run=run).write(prefix)
+    except tf.errors.OpError as error:
+        remove_leftovers(folder)
+        raise OSError(f'{path} cannot be written ({first_line(error)})') from error
+    kept = CHECKPOINTS_KEPT if kind == 'model' else 1
+    for old in list(checkpoints(folder, kind).values())[:-kept]:
+        if is_own(old):
+            remove_checkpoint(old)
+    return path
+
+
+def taken_as_written(path: str) -> bool:
+    """Whether TensorFlow takes a path for what it is.
+
+    One that it reads it takes for a pattern, with [ and the like, and it wants all in UTF-8.
+    """
+    return not re.search(r'[\[\]{}*?\\\udc80-\udcff]', path)
+
+
+@contextmanager
+def for_tensorflow(path: str) -> Iterator[str]:
+    """A path of the same checkpoint that TensorFlow takes as it is written, while entered.
+
+    If need be one through a link to the folder.
+    """
+    if taken_as_written(path):
+        yield path
+        return
+    folder, name = os.path.split(os.path.abspath(path))
+    with tempfile.TemporaryDirectory() as beside:
+        os.symlink(folder, link := os.path.join(beside, 'run'))
+        yield os.path.join(link, name)
+
+
+def remove_checkpoint(path: str):
+    """Its index first: what is left if the process dies is a leftover, no damaged checkpoint."""
+    files = Path(path).parent.glob(f'{Path(path).name}.*')
+    for file in sorted(files, key=lambda file: file.suffix != '.index'):
+        file.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | Path):
+    """Removes what a process that died, or found no space, left of checkpoints.
+
+    These are the files that have no index beside them, and TensorFlow's temporary ones.
+    """
+    for path in Path(folder).glob('*.data-*'):
+        ours = re.fullmatch(r'((?:model|best)\d+)\.data-\d+-of-\d+(\.tempstate\d+)?', path.name)
+        if ours and (ours[2] or not path.with_name(f'{ours[1]}.index').exists()):
+            path.unlink(missing_ok=True)
+    for path in Path(folder).glob('*.index.tempstate*'):
+        path.unlink(missing_ok=True)
+
+
+def is_own(path: str) -> bool:
+    """Whether a checkpoint is this program's and whole."""
+    try:
+        return OBJECT_GRAPH in stored_values(path)
+    except DamagedCheckpoint:
+        return False
+
+
+def read_run_state(path: str) -> dict:
+    """The `state` that a checkpoint was written with, and its 'iteration'; empty if it has none.
+
+    Raises DamagedCheckpoint, also if the file is that of another iteration by another name.
+    """
+    stored = stored_values(path)
+    if RUN_STATE not in stored:
+        return {}
+    state = json.loads(stored[RUN_STATE])
+    if re.search(r'\d*$', str(path))[0] != str(state['iteration']):
+        raise DamagedCheckpoint(
+            f'{path} is not what its name says, but the checkpoint of iteration '
+            f'{state["iteration"]}'
+        )
+    return state
+
+
+def stored_values(path: str) -> dict[str, np.ndarray]:
+    """All that is in a checkpoint, by TensorFlow's keys, its checksums compared.
+
+    Raises DamagedCheckpoint, and OSError if this process may not read it, which is no damage.
+    """
+    for file in Path(path).parent.glob(f'{glob.escape(Path(path).name)}.*'):
+        open(file, 'rb').close()
+    with for_tensorflow(path) as prefix:
+        return all_values(prefix, path)
+
+
+def all_values(prefix: str, path: str) -> dict[str, np.ndarray]:
+    """The part of `stored_values` that TensorFlow does; prefix: of `for_tensorflow`."""
+    try:
+        reader = tf.train.load_checkpoint(prefix)
+        return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+    except Exception as error:  # OpError, ValueError, IndexError ...: it depends on the damage
+        raise DamagedCheckpoint(
+            f'{path} cannot be read as a checkpoint, it is damaged ({first_line(error)})'
+        ) from error
+
+
+def first_whole(candidates: dict[int, str], tell: Callable[[str], None]) -> tuple[int, str, dict]:
+    """The first of a run's checkpoints that is whole: iteration, path, and state of the run.
+
+    candidates: {iteration: path}, the best choice first. tell: is told of those that are damaged.
+    Raises DamagedCheckpoint if all are.
+    """
+    for number, (iteration, path) in enumerate(candidates.items(), start=1):
+        try:
+            return iteration, path, read_run_state(path)
+        except DamagedCheckpoint as error:
+            if number == len(candidates):
+                raise
+            tell(f'{error}; the one before it is used.')
+    raise ValueError('there are no checkpoints')
+
+
+def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """A checkpoint's parameters by name, and the names of the optimizers whose state it holds.
+
+    That is one of OPTIMIZERS; both in older ones, none in those published without. names: of the
+    network's parameters, in the order in which it creates them. Raises DamagedCheckpoint, and
+    ValueError if it has parameters that are not in `names`.
+    """
+    stored = stored_values(path)
+    if OBJECT_GRAPH in stored:
+        found = (re.fullmatch(PARAMETER_KEY, key) for key in stored)
+        values = {match[1].replace('.S', '/'): stored[match[0]] for match in found if match}
+    else:
+        values = original_parameters(stored, names)
+    if unknown := [name for name in values if name not in names]:
+        raise ValueError(
+            f'{path} is of another architecture: it has {", ".join(unknown)}, and the network that '
+            'the flags describe has not'
+        )
+    optimizers = [name for name in OPTIMIZERS if any(key.startswith(f'{name}/') for key in stored)]
+    return values, optimizers
+
+
+def read_objects(path: str, objects: dict):
+    """Gives objects of TensorFlow and Keras the state that a checkpoint has by these names."""
+    with for_tensorflow(path) as prefix:
+        status = tf.train.Checkpoint(**objects).read(prefix)
+    # There is more in a checkpoint than this: the run's own state.
+    status.assert_existing_objects_matched().expect_partial()
+
+
+def original_parameters(stored: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
+    """Parameters by name out of the TensorFlow 1 original's checkpoint, as `read_checkpoint`.
+
+    It left its biases, and all weights of the fully connected network, without names; TensorFlow
+    called them Variable, Variable_1, ... in the order of `names`.
+    """
+    keys = [key for key in stored if re.match(r'model/(?!.*/Adam)', key)]
+    values = {key.removeprefix('model/'): stored[key] for key in keys}
+    for i, name in enumerate([name for name in names if name not in values]):
+        unnamed = f'Variable_{i}' if i else 'Variable'
+        if unnamed in values:
+            values[name] = values.pop(unnamed)
+    return values
+
+
+@contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder while entered.
+
+    It holds no longer than this process lives, and does nothing where the system has no locks.
+    Raises BlockingIOError if another process holds it.
+    """
+    descriptor = None
+    try:
+        import fcntl  # not on Windows
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except (ImportError, OSError):  # some network file systems have no locks either
+        pass
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def check_parameters(path: str, values: Arrays, variables: dict[str, tf.Variable]):
+    """Raises ValueError if the parameters in a checkpoint are not those of the network."""
+    for name, variable in variables.items():
+        if name not in values:
+            raise ValueError(
+                f'{path} is of another architecture: it has no {name}, but {", ".join(values)}'
+            )
+        if values[name].shape != tuple(variable.shape):
+            raise ValueError(
+                f'{path} is of another architecture: {name} is {list(values[name].shape)} in it '
+                f'and {variable.shape.as_list()} in the network that the flags describe'
+            )

@@ -1,0 +1,136 @@
+"""Flags that make no sense, alone or together, are refused by name."""
+
+import importlib.util
+import sys
+
+from absl import flags
+
+from fewshot.runs.flags import FLAGS, iterations
+from fewshot.runs.user_code import is_spec
+
+
+def check_flags(f: flags.FlagValues):
+    """Raises ValueError with one sentence for flags that make no sense, alone or together."""
+    for flag in FLAGS:
+        value = f[flag.name].value
+        if flag.rule and not flag.rule.holds(value):
+            raise ValueError(f'--{flag.name} must be {flag.rule.text}, but it is {value}')
+    check_tasks(f)
+    check_inner_loop(f)
+    if f.train:
+        check_training(f)
+    if f.overwrite and (f.resume and f.test_iter == -1 or not f.train):
+        raise ValueError(
+            '--overwrite removes an earlier run of the same name, so it needs --resume=False and '
+            '--train=True; or what came after --test_iter=N, if training is to continue there'
+        )
+
+
+def check_tasks(f: flags.FlagValues):
+    """The part of `check_flags` on what does not suit the source of the tasks."""
+    if f.baseline == 'oracle' and f.datasource != 'sinusoid':
+        raise ValueError(
+            '--baseline=oracle knows amplitude and phase, so it needs --datasource=sinusoid, not '
+            f'{f.datasource}'
+        )
+    if f.num_query != -1 and (f.datasource == 'sinusoid' or is_spec(f.datasource)):
+        raise ValueError(
+            f'--num_query={f.num_query} is for images, so it needs --datasource=omniglot, '
+            f'miniimagenet or folder, not {f.datasource}'
+        )
+    if f.metatrain_iterations == 0 and f.datasource == 'miniimagenet' and f.update_batch_size != 1:
+        raise ValueError(
+            'a plain network on miniimagenet (--metatrain_iterations=0) takes one image per class, '
+            f'so it needs --update_batch_size=1, not {f.update_batch_size}'
+        )
+    if f.num_classes == 1 and f.datasource in ('omniglot', 'miniimagenet', 'folder'):
+        raise ValueError('--num_classes=1: between images of one class there is nothing to learn')
+    if f.network:
+        check_network(f)
+    elif f.max_pool and (f.datasource == 'sinusoid' or not f.conv):
+        print(
+            '--max_pool is part of the name of the run, but does nothing without convolutions.',
+            file=sys.stderr,
+        )
+
+
+def check_inner_loop(f: flags.FlagValues):
+    """The part of `check_flags` on what the inner loop changes, and how it is learned."""
+    if f.loss_steps_iterations and f.loss_steps == 'last':
+        raise ValueError(
+            f'--loss_steps_iterations={f.loss_steps_iterations} anneals the losses after all '
+            'updates, so it needs --loss_steps=all'
+        )
+    if f.first_order_iterations and f.stop_grad:
+        raise ValueError(
+            '--stop_grad is of first order throughout, so it goes without '
+            f'--first_order_iterations={f.first_order_iterations}'
+        )
+    if f.norm_steps and f.adapt == 'head':
+        raise ValueError(
+            '--norm_steps changes normalisation from update to update, but with --adapt=head all '
+            'layers before the last are computed once: give one of the two'
+        )
+    if f.norm_steps and f.norm == 'None' and not f.network:
+        raise ValueError('--norm_steps needs a normalisation, not --norm=None')
+    if f.meta_lr_end and f.meta_lr_decay == 'none':
+        raise ValueError(f'--meta_lr_end={f.meta_lr_end} needs --meta_lr_decay=cosine')
+    if f.meta_lr_end > f.meta_lr:
+        raise ValueError(
+            f'--meta_lr_end={f.meta_lr_end} must not be above --meta_lr={f.meta_lr}, where β begins'
+        )
+    if f.meta_lr_decay != 'none' and (iterations(f)[0] or not f.metatrain_iterations):
+        raise ValueError(
+            f'--meta_lr_decay={f.meta_lr_decay} is over meta-training alone, so it goes without '
+            '--pretrain_iterations and --baseline=oracle, and needs --metatrain_iterations above 0'
+        )
+
+
+def check_network(f: flags.FlagValues):
+    """The part of `check_flags` on --network."""
+    if f.datasource == 'sinusoid':
+        raise ValueError(
+            f'--network={f.network} needs images or tasks of your own: --datasource=omniglot, '
+            'miniimagenet, folder or FILE.py:FUNCTION, not sinusoid'
+        )
+    names = ('num_filters', 'conv', 'max_pool', 'norm')
+    changed = [f'--{name}' for name in names if f[name].value != f[name].default]
+    if changed:
+        print(
+            f'{" and ".join(changed)} may be part of the name of the run, but --network makes '
+            'another network.',
+            file=sys.stderr,
+        )
+
+
+def check_training(f: flags.FlagValues):
+    """The part of `check_flags` on what training cannot use."""
+    for name, is_asked in {
+        'run': f.run != '',
+        'test_query': f.test_query != -1,
+        'transductive': not f.transductive,
+        'test_iter': f.test_iter == 'best',
+    }.items():
+        if is_asked:
+            text = f'--{name}={f[name].value} is for evaluation, so it needs --train=False'
+            raise ValueError(text)
+    if f.test_iter != -1 and not f.resume:
+        raise ValueError(
+            f'--test_iter={f.test_iter} continues from a checkpoint, and --resume=False begins '
+            'afresh: give one of them'
+        )
+    if sum(iterations(f)) == 0:
+        raise ValueError(
+            'there is nothing to train: set --metatrain_iterations or --pretrain_iterations above 0'
+        )
+    same_shots = f.train_update_batch_size in (-1, f.update_batch_size)
+    if not same_shots or f.train_update_lr not in (-1, f.update_lr):
+        raise ValueError(
+            '--train_update_batch_size and --train_update_lr name the run to evaluate, so they '
+            'need --train=False'
+        )
+    if f.log and importlib.util.find_spec('tensorboard') is None:
+        raise ValueError(
+            '--log writes summaries with the package tensorboard, which is not installed: run '
+            '`pip install tensorboard` or give --log=False'
+        )

@@ -1,0 +1,290 @@
+"""The flags of a run, all of them in one table, and what a run is called after them."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+
+from fewshot.data.image_files import FITS
+from fewshot.networks.inner_loops import LEARNED_RATES
+from fewshot.runs.user_code import is_spec
+
+SOURCES = ('sinusoid', 'omniglot', 'miniimagenet', 'folder')
+
+
+class CheckpointParser(flags.ArgumentParser):
+    """An iteration, -1 or 'best'."""
+
+    def parse(self, argument):
+        if argument == 'best':
+            return argument
+        try:
+            iteration = int(argument)
+        except ValueError:
+            iteration = -2
+        if iteration < -1:
+            raise ValueError(f'it must be an iteration, -1 or best, but it is {argument}')
+        return iteration
+
+    def flag_type(self) -> str:
+        return 'iteration, -1 or best'
+
+
+class SourceParser(flags.ArgumentParser):
+    """One of SOURCES, or FILE.py:FUNCTION."""
+
+    def parse(self, argument):
+        if argument in SOURCES or is_spec(argument):
+            return argument
+        raise ValueError(f'it must be one of {self.flag_type()}, but it is {argument}')
+
+    def flag_type(self) -> str:
+        return f'{", ".join(SOURCES)}, or FILE.py:FUNCTION'
+
+
+class Rule(NamedTuple):
+    """What the value of a flag must be."""
+
+    holds: Callable
+    text: str  # --name must be ..., but it is ...
+
+
+class Flag(NamedTuple):
+    """A flag: all that is particular to it."""
+
+    name: str
+    kind: type | tuple | flags.ArgumentParser  # a tuple holds the values that there are
+    default: object
+    # Whether it may change when a run is continued or evaluated: ANYTIME; in EVALUATION only;
+    # or NEVER, since the network or the classes would be others.
+    may_change: str
+    meaning: str
+    rule: Rule | None = None
+    lowest: int | None = None  # that absl lets pass
+    makes_model: bool = False  # whether maml.make_model takes it
+    in_name: Callable | None = None  # from the value to its part of the run's name
+
+
+def split_proportions(text: str) -> tuple[float, ...] | None:
+    """The value of --split; None if it is none."""
+    try:
+        values = tuple(map(float, text.split(',')))
+    except ValueError:
+        return None
+    return values if len(values) == 3 and all(0 < v < float('inf') for v in values) else None
+
+
+def is_step_size(value: float) -> bool:
+    return 0 <= value < float('inf')
+
+
+ANYTIME, EVALUATION, NEVER = 'anytime', 'in evaluation', 'never'
+POSITIVE = Rule(lambda value: value >= 1, 'at least 1')
+STEP_SIZE = Rule(is_step_size, 'a step size of 0 or more')
+SPLIT = Rule(split_proportions, 'three numbers above 0, for train, val and test, as 0.64,0.16,0.2')
+CHANNELS = Rule(lambda value: value in (1, 3), '1 (grey) or 3 (colour)')
+TRAIN_SHOTS = Rule(
+    lambda value: value == -1 or value >= 1, 'at least 1, or -1 for that of --update_batch_size'
+)
+TRAIN_STEP_SIZE = Rule(
+    lambda value: value == -1 or is_step_size(value),
+    'a step size of 0 or more, or -1 for that of --update_lr',
+)
+NETWORK = Rule(lambda value: value == '' or is_spec(value), 'FILE.py:FUNCTION')
+FOLDER = Rule(lambda value: '://' not in value, 'a folder, not an address')
+TEST_QUERY = Rule(lambda value: value == -1 or value >= 1, 'at least 1, or -1 for as many as shots')
+# Symbols are the paper's. The flags that name a run stand in the order of the name.
+# fmt: off
+FLAGS = (
+    # The tasks
+    Flag('datasource', SourceParser(), 'sinusoid', NEVER,
+         'where tasks come from: sinusoid, omniglot, miniimagenet, folder, or FILE.py:FUNCTION, '
+         'which returns tasks of your own', makes_model=True),
+    Flag('data_dir', str, 'data', ANYTIME,
+         'folder of the prepared data, or of your own class folders', FOLDER),
+    Flag('split', str, '0.64,0.16,0.2', NEVER,
+         'shares of the classes that train, val and test get (folder only)', SPLIT),
+    Flag('image_size', int, 84, NEVER,
+         'height and width that images are resized to (folder only)', POSITIVE, makes_model=True),
+    Flag('channels', int, 3, NEVER,
+         '3: colour, 1: grey (folder only)', CHANNELS, makes_model=True),
+    Flag('fit', FITS, None, EVALUATION,
+         'what becomes of images that are not square: crop them, pad with white, or squash '
+         '(folder only; default: as the run has it, a new one crops)'),
+    Flag('skip_small_classes', bool, False, ANYTIME,
+         'leave out classes that have too few images for a task (folder only)'),
+    Flag('cache_dir', str, '', ANYTIME,
+         "where decoded images are kept (default: beside the data or, if that cannot be written, "
+         "in the user's cache folder)"),
+    Flag('seed', int, 0, EVALUATION,
+         'of the initial weights and the training tasks', lowest=0, makes_model=True),
+    Flag('strategy', ('none', 'mirrored', 'multi_worker'), 'none', ANYTIME,
+         'devices that share the tasks: mirrored: all of this machine; multi_worker: of several '
+         'processes, by TF_CONFIG'),
+    Flag('tf32', bool, False, ANYTIME,
+         'let GPUs round the factors of float32 products to 10 bits: faster, other numbers'),
+    # Training
+    Flag('pretrain_iterations', int, 0, EVALUATION,
+         'iterations of joint training on all tasks, before meta-training', lowest=0),
+    Flag('metatrain_iterations', int, 15000, ANYTIME,
+         'iterations of meta-training', lowest=0, makes_model=True),
+    Flag('num_classes', int, 5, NEVER,
+         'N, ways: classes of a task (images only)', POSITIVE, makes_model=True,
+         in_name='cls_{}'.format),
+    Flag('meta_batch_size', int, 25, EVALUATION,
+         'T, tasks per iteration', POSITIVE, in_name='.mbs_{}'.format),
+    Flag('update_batch_size', int, 5, EVALUATION,
+         'K, shots: support examples per class', POSITIVE, makes_model=True,
+         in_name='.ubs_{}'.format),
+    Flag('num_query', int, -1, EVALUATION,
+         'Q, query images per class in training (-1: as the paper, 15 of miniimagenet, else as '
+         'many as shots; images only)', TEST_QUERY,
+         in_name=lambda value: '' if value == -1 else f'.query_{value}'),
+    Flag('num_updates', int, 1, EVALUATION,
+         'inner updates in training', POSITIVE, makes_model=True, in_name='.numstep{}'.format),
+    Flag('update_lr', float, 1e-3, EVALUATION,
+         'α, step size of the inner loop', STEP_SIZE, makes_model=True,
+         in_name='.updatelr{}'.format),
+    Flag('meta_lr', float, 1e-3, EVALUATION,
+         'β, step size of the outer loop (Adam)', STEP_SIZE, makes_model=True),
+    # The model
+    Flag('num_filters', int, 64, NEVER,
+         'filters per convolution: 64 for Omniglot, 32 for miniImagenet', POSITIVE,
+         makes_model=True, in_name=lambda value: '' if value == 64 else f'hidden{value}'),
+    Flag('conv', bool, True, NEVER,
+         'convolutional network (images only), else fully connected', makes_model=True),
+    Flag('max_pool', bool, False, NEVER,
+         'max-pooling instead of strided convolutions', makes_model=True,
+         in_name=lambda value: 'maxpool' if value else ''),
+    Flag('stop_grad', bool, False, EVALUATION,
+         'first-order approximation', makes_model=True,
+         in_name=lambda value: 'stopgrad' if value else ''),
+    Flag('baseline', ('oracle', 'None'), None, NEVER,
+         'oracle: amplitude and phase are inputs (sinusoid only)', makes_model=True,
+         in_name=lambda value: 'oracle' if value == 'oracle' else ''),
+    Flag('norm', ('batch_norm', 'layer_norm', 'None'), 'batch_norm', NEVER,
+         'normalisation', makes_model=True,
+         in_name={'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}.get),
+    Flag('network', str, '', NEVER,
+         'FILE.py:FUNCTION, which takes (image_shape, num_classes) and returns a Keras model to '
+         'use instead (not for sinusoid)', NETWORK,
+         in_name=lambda value: f'.{value.rpartition(":")[2]}' if value else ''),
+    # Inner loops that grew from MAML's
+    Flag('adapt', ('all', 'head', 'body'), 'all', NEVER,
+         'what the inner loop changes: all; head: the last layer (ANIL); body: the others (BOIL)',
+         makes_model=True, in_name=lambda value: '' if value == 'all' else f'.{value}'),
+    Flag('learn_lr', ('none', *LEARNED_RATES), 'none', NEVER,
+         'learn α, from --update_lr on: one per layer; per layer and update (MAML++); per weight '
+         '(Meta-SGD)', makes_model=True,
+         in_name=lambda value: '' if value == 'none' else f'.lr_{value}'),
+    Flag('loss_steps', ('last', 'all'), 'last', EVALUATION,
+         'query losses that the outer loss adds up: after the last update, or after all, weighed '
+         '(MAML++)', makes_model=True,
+         in_name=lambda value: '' if value == 'last' else '.losses_all'),
+    Flag('loss_steps_iterations', int, 0, EVALUATION,
+         'iterations in which the weights of --loss_steps=all move to the last; after them it '
+         'alone counts (0: all count alike, always)', lowest=0, makes_model=True,
+         in_name=lambda value: f'{value}' if value else ''),
+    Flag('first_order_iterations', int, 0, EVALUATION,
+         'iterations of first order before those of second (MAML++)', lowest=0, makes_model=True,
+         in_name=lambda value: f'.first{value}' if value else ''),
+    Flag('norm_steps', bool, False, NEVER,
+         'normalisation parameters of their own for each update (MAML++)', makes_model=True,
+         in_name=lambda value: '.normsteps' if value else ''),
+    Flag('meta_lr_decay', ('none', 'cosine'), 'none', EVALUATION,
+         'let β fall over --metatrain_iterations (MAML++: cosine)', makes_model=True,
+         in_name=lambda value: '' if value == 'none' else f'.{value}'),
+    Flag('meta_lr_end', float, 0.0, EVALUATION,
+         'β at the end of --meta_lr_decay', STEP_SIZE, makes_model=True,
+         in_name=lambda value: f'{value}' if value else ''),
+    # Logging, saving, testing
+    Flag('log', bool, True, ANYTIME, 'write summaries for TensorBoard'),
+    Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders', FOLDER),
+    Flag('resume', bool, True, ANYTIME, 'continue from the newest checkpoint of the same run'),
+    Flag('overwrite', bool, False, ANYTIME,
+         'with --resume=False: remove the earlier run of the same name; with --test_iter=N: what '
+         'came after iteration N'),
+    Flag('validation_tasks', int, 100, EVALUATION,
+         'tasks of a validation during training (images only)', lowest=2),
+    Flag('train', bool, True, ANYTIME, 'train, else evaluate'),
+    Flag('run', str, '', ANYTIME,
+         'folder of the run to evaluate, which knows its flags; others that are given count'),
+    Flag('test_iter', CheckpointParser(), -1, ANYTIME,
+         'iteration of the checkpoint to load; -1: the newest; best: that of the best validation'),
+    Flag('test_set', bool, False, ANYTIME,
+         'evaluate on the test classes, else on the validation classes'),
+    Flag('test_tasks', int, 600, ANYTIME, 'tasks of an evaluation', lowest=2),
+    Flag('test_query', int, -1, ANYTIME,
+         'query images per class in evaluation (-1: as many as shots; images only)', TEST_QUERY),
+    Flag('transductive', bool, True, ANYTIME,
+         "evaluate with batch normalisation by the queries' own statistics, else by the support "
+         "set's"),
+    Flag('train_update_batch_size', int, -1, ANYTIME,
+         'K used in training, when evaluating with another K (-1: the same)', TRAIN_SHOTS),
+    Flag('train_update_lr', float, -1, ANYTIME,
+         'α used in training, when evaluating with another α (-1: the same)', TRAIN_STEP_SIZE),
+)
+# fmt: on
+
+
+# Flags that older runs do not have, with what these did.
+INNER_LOOPS = {
+    name: next(flag.default for flag in FLAGS if flag.name == name)
+    for name in (
+        *('adapt', 'learn_lr', 'loss_steps', 'loss_steps_iterations', 'first_order_iterations'),
+        *('norm_steps', 'meta_lr_decay', 'meta_lr_end'),
+    )
+}
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS):
+    """The command line."""
+    kinds = {int: 'integer', float: 'float', bool: 'boolean', str: 'string'}
+    for flag in FLAGS:
+        given = {'name': flag.name, 'default': flag.default, 'help': flag.meaning}
+        given |= {'flag_values': values}
+        if isinstance(flag.kind, tuple):
+            flags.DEFINE_enum(enum_values=list(flag.kind), **given)
+        elif isinstance(flag.kind, flags.ArgumentParser):
+            flags.DEFINE(flag.kind, **given)
+        else:
+            lowest = {} if flag.lowest is None else {'lower_bound': flag.lowest}
+            getattr(flags, f'DEFINE_{kinds[flag.kind]}')(**given, **lowest)
+
+
+def settings(f: flags.FlagValues) -> dict:
+    """{name: value} of the flags above, without absl's own."""
+    return {flag.name: f[flag.name].value for flag in FLAGS}
+
+
+def model_settings(f: flags.FlagValues) -> dict:
+    """The flags that `make_model` takes."""
+    return {flag.name: f[flag.name].value for flag in FLAGS if flag.makes_model}
+
+
+def trained_settings(f: flags.FlagValues) -> dict:
+    """As `settings`, with the K and α of training."""
+    trained = settings(f)
+    for name in ('update_batch_size', 'update_lr'):
+        if trained[f'train_{name}'] != -1:
+            trained[name] = trained[f'train_{name}']
+    return trained
+
+
+def run_name(f: flags.FlagValues) -> str:
+    """The name of the run's folder, after the flags it was trained with."""
+    trained = trained_settings(f)
+    return ''.join(flag.in_name(trained[flag.name]) for flag in FLAGS if flag.in_name)
+
+
+def run_folder(f: flags.FlagValues) -> Path:
+    return Path(os.path.expanduser(f.run or os.path.join(f.logdir, run_name(f))))
+
+
+def iterations(f: flags.FlagValues) -> tuple[int, int]:
+    """(pre-training, meta-training) iterations. The oracle is jointly trained throughout."""
+    if f.baseline == 'oracle':
+        return f.pretrain_iterations + f.metatrain_iterations, 0
+    return f.pretrain_iterations, f.metatrain_iterations

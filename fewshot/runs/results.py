@@ -1,0 +1,80 @@
+"""Tables of evaluations, and files that are written whole or not at all."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import scipy.special
+
+
+def confidence(values: np.ndarray) -> np.ndarray:
+    """Half of the 95 % interval of the mean of a small sample, by Student's t.
+
+    values: [tasks or seeds, ...]. Returns [...]; nan where one is infinite.
+    """
+    count = len(values)
+    # scipy.stats has both factors, and takes as long to import as a tenth of TensorFlow.
+    with np.errstate(invalid='ignore'):  # inf - inf
+        standard_error = np.std(values, axis=0, ddof=1) / count**0.5
+    return standard_error * scipy.special.stdtrit(count - 1, 0.975)
+
+
+def read_evaluation(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means, standard deviations and halves of the 95 % intervals out of a test_*.csv.
+
+    Each is [1 + updates]. Raises ValueError if the file is none.
+    """
+    try:
+        header, rows = read_table(path)
+        size = sum(name.startswith('update') for name in header)  # split and iteration may follow
+        means, deviations, intervals = np.array([row[:size] for row in rows], float)
+        if header[:size] != [f'update{i}' for i in range(size)] or size == 0:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f'{path} is not the table main.py writes (a header, then means, standard deviations '
+            'and confidence intervals); evaluate the run again with --train=False'
+        ) from None
+    return means, deviations, intervals
+
+
+def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a csv file. Raises ValueError if it has none."""
+    with open(path, newline='') as file:
+        try:
+            header, *rows = csv.reader(file)
+        except csv.Error as error:
+            raise ValueError(f'{path} is no csv file ({error})') from error
+    return header, rows
+
+
+def evaluated_iteration(path: Path) -> int:
+    """Of the checkpoint that a test_*.csv tells of; -1 if it does not say, as older ones."""
+    try:
+        header, rows = read_table(path)
+        return int(rows[0][header.index('iteration')])
+    except (ValueError, IndexError):
+        return -1
+
+
+def write_whole(path: Path, content: bytes):
+    """Writes a file so that it is there whole or, if the process dies, not at all."""
+    write_together({path: content})
+
+
+def write_together(contents: dict[Path, bytes]):
+    """The same for files that belong together: none is replaced before all are written.
+
+    Raises OSError.
+    """
+    beside = {path: path.with_name(path.name + '.part') for path in contents}
+    try:
+        for path, content in contents.items():
+            beside[path].write_bytes(content)
+        for path in contents:
+            beside[path].replace(path)
+    except OSError as error:
+        raise OSError(f'{path} cannot be written ({error.strerror or error})') from error
+    finally:
+        for part in beside.values():
+            part.unlink(missing_ok=True)

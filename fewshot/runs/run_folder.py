@@ -1,0 +1,286 @@
+"""The folder of a run: which checkpoint continues it, and who may write there."""
+
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from absl import flags
+
+from fewshot.engine.fast import FastMAML
+from fewshot.networks.inner_loops import LEARNED_RATES
+from fewshot.runs.checkpoints import (
+    DamagedCheckpoint,
+    checkpoints,
+    first_whole,
+    lock,
+    other_runs,
+    read_run_state,
+    remove_checkpoint,
+    remove_leftovers,
+)
+from fewshot.runs.flags import ANYTIME, EVALUATION, FLAGS, INNER_LOOPS, NEVER, run_folder
+from fewshot.runs.results import evaluated_iteration
+from fewshot.runs.summaries import event_files, forget_summaries
+from fewshot.runs.trainer import Schedule
+from fewshot.runs.user_code import is_spec
+
+
+def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
+    """{iteration: path} of the checkpoints that may be loaded, the best choice first.
+
+    None if training starts afresh. Raises ValueError.
+    """
+    found = checkpoints(folder, 'best' if f.test_iter == 'best' else 'model')
+    if f.train and (not f.resume or not found and f.test_iter == -1):
+        return {}
+    if not found and f.test_iter == 'best' and checkpoints(folder):
+        raise ValueError(
+            f'--test_iter=best: {folder} has no best checkpoint; training keeps one from its first '
+            f'validation on, at iteration {Schedule(0, 0).validation}: train on, or leave '
+            f'--test_iter away for the newest, of iteration {max(checkpoints(folder))}'
+        )
+    if not found:
+        raise ValueError(
+            f'{folder} holds no checkpoint{other_runs(folder)}: train first with the same flags, '
+            'or give --run=FOLDER, or --logdir, --train_update_batch_size and --train_update_lr of '
+            'the training run'
+        )
+    if f.test_iter in (-1, 'best'):
+        return dict(reversed(found.items()))
+    if f.test_iter not in found:
+        raise ValueError(
+            f'--test_iter={f.test_iter}: {folder} has no such checkpoint, but those of the '
+            f'iterations {", ".join(map(str, found))}'
+        )
+    return {f.test_iter: found[f.test_iter]}
+
+
+def take_run(f: flags.FlagValues):
+    """With --run, flags that are not given become those that the run was trained with.
+
+    These are the ones that could not change in training, and where the data are, if they are there.
+    Raises ValueError for a folder that is no run, and for flags that --run contradicts.
+    """
+    if not f.run:
+        return
+    naming = ('logdir', 'train_update_batch_size', 'train_update_lr')
+    if given := [f'--{name}' for name in naming if f[name].present]:
+        raise ValueError(f'--run={f.run} names the folder already: leave {given[0]} away')
+    stored = stored_flags(run_folder(f), f)
+    for name in ('data_dir', 'cache_dir'):
+        if not os.path.isdir(os.path.expanduser(stored.get(name, ''))):
+            stored.pop(name, None)  # of another machine
+    for name in ('datasource', 'network'):
+        # A checkpoint may come from anywhere: no file is run because it names it.
+        if is_spec(stored.get(name, '')) and not f[name].present:
+            raise ValueError(
+                f'{f.run} was trained with --{name}={stored[name]}, which is not run unasked: give '
+                'it again'
+            )
+    besides = ('data_dir', 'cache_dir', 'skip_small_classes', 'metatrain_iterations')
+    for flag in FLAGS:
+        taken = flag.may_change != ANYTIME or flag.name in besides
+        if taken and flag.name in stored and not f[flag.name].present:
+            f[flag.name].value = stored[flag.name]
+
+
+def stored_flags(folder: Path, f: flags.FlagValues) -> dict:
+    """The flags in the checkpoint of a run that --test_iter asks for.
+
+    Raises ValueError if the folder is no run, or the run does not tell them.
+    """
+    if not any(checkpoints(folder, kind) for kind in ('model', 'best')):
+        raise ValueError(
+            f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but it has '
+            f'no checkpoint{other_runs(folder)}'
+        )
+    reason = ValueError(
+        f'--run={f.run} does not tell the flags it was trained with: give them, and --logdir'
+    )
+    for path in find_checkpoints(folder, f).values():
+        try:
+            if stored := read_run_state(path).get('flags'):
+                return stored
+        except DamagedCheckpoint as error:
+            reason = error
+    raise reason
+
+
+def load(model: FastMAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[int, dict]:
+    """Loads the first checkpoint that is whole; says which are not.
+
+    Returns its iteration and state (-1 and {} if none). Raises ValueError if all are damaged or
+    the flags contradict those that it was written with.
+    """
+    if not candidates:
+        return -1, {}
+    try:
+        iteration, path, state = first_whole(candidates, tell)
+    except DamagedCheckpoint as error:
+        raise ValueError(f'{error}; remove it, or name another with --test_iter') from error
+    check_contradictions(path, iteration, state.get('flags', {}), f)
+    restore(model, path, f)
+    return iteration, state
+
+
+def tell(text: str):
+    print(f'main.py: {text}', file=sys.stderr)
+
+
+def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagValues):
+    """Raises ValueError with the flags that are not those of the run up to this iteration.
+
+    stored: the flags that the checkpoint holds; one that is younger than it, it does not hold.
+    """
+    fixed = (EVALUATION, NEVER) if f.train else (NEVER,)
+    stored = {'fit': 'squash'} | INNER_LOOPS | stored  # what runs did that are older than the flags
+    names = [flag.name for flag in FLAGS if flag.may_change in fixed and flag.name in stored]
+    names += [name for name in held_by_learning(stored, f.train) if name not in names]
+    names = [name for name in names if name != 'fit' or f.fit]  # else it is the run's
+    pretrained = min(stored.get('pretrain_iterations', 0), f.pretrain_iterations)
+    if 'pretrain_iterations' in names and (f.baseline == 'oracle' or iteration < pretrained):
+        # So far it has trained jointly, and so it would have with the other number.
+        names.remove('pretrain_iterations')
+    wrong = [name for name in names if stored[name] != f[name].value]
+    alike = {'miniimagenet', 'folder'}  # to evaluate the model of one on the other is no mistake
+    if not f.train and {stored.get('datasource'), f.datasource} <= alike:
+        wrong = [name for name in wrong if name != 'datasource']
+    if wrong:
+        listed = ', '.join(f'--{name}={stored[name]} (now {f[name].value})' for name in wrong)
+        remedy = 'give the same flags, or another --logdir'
+        if f.run:
+            remedy = 'no evaluation can change that, so leave it away'
+        raise ValueError(f'{path} was trained with {listed}: {remedy}')
+
+
+def held_by_learning(stored: dict, train: bool) -> list[str]:
+    """Flags that could change, were it not for what a run with such flags has learned."""
+    held = []
+    if stored.get('meta_lr_decay') == 'cosine' and train:
+        held.append('metatrain_iterations')  # β so far would have been another
+    if stored.get('learn_lr') in LEARNED_RATES:
+        held.append('update_lr')  # it was the beginning only
+    if stored.get('learn_lr') == 'layer_step' or stored.get('norm_steps'):
+        held.append('num_updates')
+    return held
+
+
+def restore(model: FastMAML, path: str, f: flags.FlagValues):
+    """Loads a checkpoint that is whole. Raises ValueError if it is another network's."""
+    try:
+        complete = model.restore(path)
+    except ValueError as error:
+        raise ValueError(
+            f'{error}; give the flags of the run that wrote it, or another --logdir'
+        ) from error
+    print(f'Restoring model weights from {path}')
+    if f.train and not complete:
+        print('The checkpoint holds the weights only, so Adam starts afresh.')
+
+
+def restore_run(
+    model: FastMAML, folder: Path, f: flags.FlagValues, held: ExitStack
+) -> tuple[int, dict]:
+    """Locks a run's folder for training, and loads its checkpoint.
+
+    Returns iteration and state, -1 and {} if there is none. Raises ValueError and OSError.
+    """
+    if f.train and folder.is_dir():
+        lock_folder(folder, held)
+    candidates = find_checkpoints(folder, f)
+    if f.train and not f.resume and checkpoints(folder) and not f.overwrite:
+        raise ValueError(
+            f'{folder} holds a run: leave --resume=False away to continue it, add --overwrite to '
+            'remove it, or give another --logdir'
+        )
+    if f.train and f.test_iter != -1 and not f.overwrite:
+        check_nothing_later(folder, f.test_iter)
+    return load(model, candidates, f)
+
+
+def check_nothing_later(folder: Path, iteration: int):
+    """Raises ValueError if a run has gone on after an iteration: it has one history."""
+    last = max(checkpoints(folder))
+    if last > iteration:
+        raise ValueError(
+            f'{folder} goes on after --test_iter={iteration} until iteration {last}: add '
+            '--overwrite to remove what came later, leave --test_iter away to continue at the end, '
+            'or give another --logdir'
+        )
+
+
+def lock_folder(folder: Path, held: ExitStack):
+    """Raises ValueError if another process trains there."""
+    try:
+        held.enter_context(lock(folder))
+    except BlockingIOError:
+        raise ValueError(
+            f'{folder} is in use by another process that trains there: wait for it, or give '
+            'another --logdir'
+        ) from None
+
+
+def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
+    """Makes the run's folder, sees that it can be written, and clears what is not to stay.
+
+    With --overwrite that is the earlier run, or what came after the iteration that it continues
+    from; else what a process that died has left of later
+    iterations. Raises OSError and ValueError.
+    """
+    try:
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            if f.train:
+                lock_folder(folder, held)
+        tempfile.TemporaryFile(dir=folder).close()
+        if f.train:
+            if f.overwrite and f.resume:
+                remove_later(folder, start)
+            elif f.overwrite:
+                remove_run(folder)
+            remove_leftovers(folder)
+            forget_summaries(folder, start)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f'{folder} cannot be written ({reason}): give another --logdir') from error
+
+
+def remove_run(folder: Path):
+    """Removes what a run has written, and says so; other files in the folder stay."""
+    count = len(checkpoints(folder))
+    for kind in ('model', 'best'):
+        for path in checkpoints(folder, kind).values():
+            remove_checkpoint(path)
+    tables = [*folder.glob('test_ubs*_stepsize*.csv'), *folder.glob('test_ubs*_stepsize*.pkl')]
+    for path in [*event_files(folder), *tables]:
+        path.unlink()
+    print(f'Removed the earlier run in {folder}: {count} checkpoints, summaries and results.')
+
+
+def best_is_there(folder: Path, state: dict) -> bool:
+    """Whether the checkpoint of the best validation so far is still there, or there was none."""
+    best = state.get('best')
+    return not best or best['iteration'] in checkpoints(folder, 'best')
+
+
+def remove_later(folder: Path, start: int):
+    """Removes what a run has written of iteration `start` and later, and says so.
+
+    The newest goes first: what is left, if the process dies, is an earlier state of the run. Its
+    summaries are left to `forget_summaries`.
+    """
+    found = {kind: checkpoints(folder, kind) for kind in ('best', 'model')}
+    later = {kind: [i for i in found[kind] if i >= start] for kind in found}
+    for kind, iterations_ in later.items():
+        for i in reversed(iterations_):
+            remove_checkpoint(found[kind][i])
+    for path in folder.glob('test_ubs*_stepsize*.csv'):
+        if evaluated_iteration(path) >= start:
+            path.unlink()
+            path.with_suffix('.pkl').unlink(missing_ok=True)
+    print(
+        f'Removed what came after iteration {start - 1} in {folder}: {len(later["model"])} '
+        'checkpoints, and their summaries and results.'
+    )

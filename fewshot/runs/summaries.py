@@ -1,0 +1,246 @@
+"""What a run prints and shows in TensorBoard, and its summaries' files."""
+
+import datetime
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+
+from fewshot.checks import first_line
+from fewshot.runs.flags import ANYTIME, FLAGS
+from fewshot.runs.trainer import Observer
+from maml import Results
+
+
+class Log(Observer):
+    """Summaries for TensorBoard, the original's printed lines, and a line of progress.
+
+    objective: of the source, 'loss' or 'accuracy'. pretrain, end: iterations of joint training, and
+    of both. update: the number of inner updates whose outcome is printed, None if there are no
+    query sets to tell of it. interval: iterations between printed lines. start: the first
+    iteration; state: what `state` gave before it. folder: of the summaries, if there are to be any.
+    """
+
+    def __init__(
+        self,
+        objective: str,
+        pretrain: int,
+        end: int,
+        update: int | None,
+        interval: int,
+        start: int = 0,
+        state: dict | None = None,
+        folder: Path | None = None,
+    ):
+        self.objective, self.pretrain, self.end, self.start = objective, pretrain, end, start
+        self.update, self.interval = update, interval
+        before, after = (state or {}).get('printing', ([], []))
+        # What the next printed line is the mean of.
+        self.before, self.after = [*map(np.float32, before)], [*map(np.float32, after)]
+        self.best = ((state or {}).get('best') or {}).get(objective, np.nan)  # of the validations
+        self.folder = folder
+        self.clock = self.shown = time.perf_counter()
+        self.writer = tf.summary.create_file_writer(os.fsencode(folder)) if folder else None
+        self.shows_pictures = self.writer is not None
+
+    def state(self) -> dict:
+        return {'printing': [[*map(float, values)] for values in (self.before, self.after)]}
+
+    def introduce(self, values: dict):
+        """Writes the flags of a run that begins, and says what the lines to come hold.
+
+        TensorBoard's HPARAMS tab gets those of a run that goes on too: they may be others.
+        """
+        if self.writer:
+            write_session(self.writer, values, str(self.folder), self.end)
+        if self.writer and self.start == 0:
+            rows = ['flag | value', '--- | ---']
+            rows += [f'`--{name}` | {value}' for name, value in values.items()]
+            with self.writer.as_default():
+                tf.summary.text('flags', in_utf8('\n'.join(rows)), step=self.start)
+        updates = '1 update' if self.update == 1 else f'{self.update} updates'
+        after = f', and on the query sets after {updates}' if self.update else ''
+        self.line(
+            f'To be printed every {self.interval} iterations: mean {self.objective} on the support '
+            f'sets before any update{after}.'
+        )
+
+    def summaries(self, prefix: str, results: Results, iteration: int) -> list[float]:
+        """Writes the scalars of one meta-batch under the original's tags.
+
+        Returns the means of the objective to print: before any update, and after `update`.
+        """
+        for kind in ('loss',) if self.objective == 'loss' else ('loss', 'accuracy'):
+            before, after = results.of(kind)
+            pre, post = np.mean(before), np.mean(after, axis=1) if self.update else []
+            tags = [f'Pre-update_{kind}']
+            tags += [f'Post-update_{kind}__step_{j}' for j in range(1, len(post) + 1)]
+            self._write(tuple(f'{prefix}_{tag}' for tag in tags), [pre, *post], iteration)
+        return [pre, post[self.update - 1]] if self.update else [pre]  # the objective comes last
+
+    def _write(self, tags: tuple[str, ...], values: list, iteration: int):
+        if self.writer:
+            self._scalars(tags, tf.constant(values), tf.constant(iteration, tf.int64))
+
+    @tf.function(autograph=False)  # one call for all of them takes a fifth of the time
+    def _scalars(self, tags: tuple[str, ...], values: tf.Tensor, iteration: tf.Tensor):
+        with self.writer.as_default():
+            for i, tag in enumerate(tags):
+                tf.summary.scalar(tag, values[i], step=iteration)
+
+    def training(self, results: Results, iteration: int):
+        """Prints the means of all meta-batches since the last line, if one is due."""
+        means = self.summaries('metatrain', results, iteration)
+        for shown, mean in zip((self.before, self.after), means):
+            shown.append(mean)
+        if self.update:
+            self._write((f'last_training_{self.objective}',), [np.mean(self.after)], iteration)
+        if iteration % self.interval == 0 and iteration != 0:
+            label = f'Iteration {iteration - self.pretrain}'
+            if iteration < self.pretrain:
+                label = f'Pretrain Iteration {iteration}'
+            means = [np.mean(shown) for shown in (self.before, self.after) if shown]
+            self.line(f'{label}: {", ".join(map(str, means))}')
+            self.before, self.after = [], []
+
+    def step_sizes(self, rates: dict[str, np.ndarray], iteration: int):
+        """Writes a scalar each; of those of many weights the mean, and a histogram."""
+        means = [np.float32(np.mean(value)) for value in rates.values()]
+        self._write(tuple(f'update_lr/{name}' for name in rates), means, iteration)
+        for name, value in rates.items():
+            if self.writer and np.ndim(value):
+                with self.writer.as_default():
+                    tf.summary.histogram(f'update_lr/{name}/all', value, step=iteration)
+
+    def validation(self, results: Results, interval: float, iteration: int):
+        before, after = self.summaries('metaval', results, iteration)
+        self.line(f'Validation results: {before}, {after}')
+        better = np.fmax if self.objective == 'accuracy' else np.fmin  # a nan is never the best
+        self.best = better(self.best, after)
+        tags = (
+            f'metaval_Post-update_{self.objective}_interval',
+            f'last_validation_{self.objective}',
+            f'best_validation_{self.objective}',
+        )
+        self._write(tags, [*map(np.float32, (interval, after, self.best))], iteration)
+
+    def steps(self, first: int, last: int, loss: float):
+        """The first step's time, compilation included; then where the run is.
+
+        On a terminal that is a line that changes every second, else one after each printed line.
+        """
+        now = time.perf_counter()
+        if first == self.start:
+            self.line(f'The first step took {now - self.clock:.1f} s, compilation included.')
+            self.clock = now  # of the steps after it
+        iteration, done = last - 1, last - 1 - self.start
+        due = iteration % self.interval == 0 and iteration != 0
+        if sys.stdout.isatty():
+            due = now - self.shown > 1
+        if done and due:
+            self.shown, rate = now, done / (now - self.clock)
+            left = min((self.end - last) / rate, datetime.timedelta.max.total_seconds() / 2)
+            left = datetime.timedelta(seconds=round(left))
+            where = f'{last} of {self.end} iterations, {rate:.3g} per second, {left} left'
+            end = '\033[K\r' if sys.stdout.isatty() else '\n'
+            print(f'{where}, loss {loss:.4g}', end=end, flush=True)
+
+    def picture(self, name: str, picture: np.ndarray, iteration: int):
+        with self.writer.as_default():
+            tf.summary.image(name, picture[np.newaxis], step=iteration)
+
+    def line(self, text: str):
+        print(text + ('\033[K' if sys.stdout.isatty() else ''), flush=True)
+
+    def flush(self):
+        try:
+            if self.writer:
+                self.writer.flush()
+        except tf.errors.OpError as error:
+            raise OSError(f'the summaries cannot be written ({first_line(error)})') from error
+
+    def close(self):
+        with suppress(tf.errors.OpError):
+            if self.writer:
+                self.writer.close()
+
+
+def in_utf8(text: str) -> str:
+    """The same text, but for the bytes of a path that is not UTF-8, which TensorBoard refuses."""
+    return text.encode(errors='backslashreplace').decode()
+
+
+def write_session(writer: tf.summary.SummaryWriter, values: dict, run: str, end: int):
+    """The flags that tell a run from others, for TensorBoard's HPARAMS tab.
+
+    values: of all flags. run: its folder. end: the iteration it is to end with; the flags are
+    written as if they belonged to it, so that a run that goes on forgets them and writes its own.
+    """
+    from tensorboard.plugins.hparams import summary_v2  # --log=False does without the package
+
+    telling = [flag.name for flag in FLAGS if flag.may_change != ANYTIME]
+    shown = {name: values[name] for name in (*telling, 'metatrain_iterations')}
+    for name, value in shown.items():
+        if value is None or isinstance(value, str):
+            shown[name] = in_utf8(str(value))
+    session = summary_v2.hparams_pb(shown, trial_id=in_utf8(run))
+    with writer.as_default():
+        tf.summary.experimental.write_raw_pb(session.SerializeToString(), step=end)
+
+
+def event_files(folder: str | Path) -> list[Path]:
+    """The files of a run's summaries, the oldest first."""
+    found = Path(folder).glob('events.out.tfevents.*')
+    return sorted(path for path in found if path.is_file())
+
+
+def forget_summaries(folder: str | Path, start: int):
+    """Removes the summaries of iteration `start` and later.
+
+    A run that continues there will write them again. What cannot be read, the end of a file whose
+    writer died, goes with them.
+    """
+    for path in event_files(folder):
+        events, kept = read_events(path), 0
+        beside = path.with_name(path.name.replace('events.', 'part.'))
+        with tf.io.TFRecordWriter(os.fsencode(beside)) as writer:
+            for record in events:
+                event = tf.compat.v1.Event.FromString(record)
+                if event.HasField('file_version') or event.step < start:
+                    writer.write(record)
+                    kept += not event.HasField('file_version')
+        if kept:
+            beside.replace(path)
+        else:
+            beside.unlink()
+            path.unlink()
+
+
+def read_events(path: Path) -> list[bytes]:
+    """The serialised events of a file, up to the first that is damaged or none."""
+    records = []
+    try:
+        for record in tf.data.TFRecordDataset(os.fsencode(path)):
+            tf.compat.v1.Event.FromString(record.numpy())
+            records.append(record.numpy())
+    except (tf.errors.DataLossError, tf.errors.OutOfRangeError, DecodeError):
+        pass
+    return records
+
+
+def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
+    """{tag: {iteration: value}} of the numbers among a run's summaries, in order of iteration."""
+    number = tf.float32.as_datatype_enum  # others are texts and pictures
+    found = {}
+    for path in event_files(folder):
+        for event in map(tf.compat.v1.Event.FromString, read_events(path)):
+            for value in event.summary.value:
+                if value.tensor.dtype == number and not value.tensor.tensor_shape.dim:
+                    values = found.setdefault(value.tag, {})
+                    values[event.step] = float(tf.make_ndarray(value.tensor))
+    return {tag: dict(sorted(values.items())) for tag, values in found.items()}

@@ -1,0 +1,99 @@
+"""The tasks that flags describe."""
+
+import json
+import os
+
+import numpy as np
+from absl import flags
+
+from data_generator import (
+    EVALUATION_SEED,
+    DataGenerator,
+    ImageGenerator,
+    OmniglotGenerator,
+    SinusoidGenerator,
+    TaskSize,
+)
+from fewshot.data.image_files import folder_layout
+from fewshot.data.image_folders import load_miniimagenet, load_omniglot
+from fewshot.data.own_images import OwnImages
+from fewshot.data.run_classes import as_in_run
+from fewshot.data.user_tasks import UserTasks
+from fewshot.engine.devices import Replicas
+from fewshot.runs.flags import split_proportions
+from fewshot.runs.user_code import is_spec, user_code, user_function
+
+MINIIMAGENET_QUERY_IMAGES = 15  # per class in training; K in evaluation, and in both for Omniglot
+
+
+def make_generators(f: flags.FlagValues, run: dict | None = None) -> dict[str, DataGenerator]:
+    """{'train': ..., 'val': ...} for training, {'val' or 'test': ...} for evaluation.
+
+    run: what the run knows of its data, see `data_of_run`.
+    """
+    splits = {'test' if f.test_set else 'val': EVALUATION_SEED}
+    if f.train:
+        splits = {'train': f.seed, 'val': EVALUATION_SEED}
+    shots = f.update_batch_size
+    if f.datasource == 'sinusoid':
+        make, given = SinusoidGenerator, (shots, shots, f.baseline == 'oracle')
+        return {split: make(*given, seed=seed) for split, seed in splits.items()}
+    if is_spec(f.datasource):
+        own = user_function(f.datasource)()
+        with user_code(f.datasource, all_of_it=False):
+            return dict.fromkeys(splits, UserTasks(own, f.datasource, splits, f.meta_batch_size))
+    make = OmniglotGenerator if f.datasource == 'omniglot' else ImageGenerator
+    run = run or {}
+    folders, counts, fit = load_images(f, [*splits], run)
+    counts |= (f.train and run.get('classes')) or {}  # of splits that are not there any more too
+    generators, given = {}, (folders, f.num_classes, shots, query_images(f))
+    for split, seed in splits.items():
+        generators[split] = source = make(*given, seed=seed, splits=[split])
+        source.classes, source.settled_flags = counts, {'fit': fit}
+    return generators
+
+
+def load_images(f: flags.FlagValues, splits: list[str], run: dict) -> tuple[dict, dict, str | None]:
+    """The classes of each split; and what a run is to know of its data, see `data_of_run`."""
+    data_dir, cache_dir = os.path.expanduser(f.data_dir), f.cache_dir or None
+    known = run.get('classes')
+    if f.datasource == 'folder':
+        fit = f.fit or run.get('fit', 'crop')
+        own = OwnImages(data_dir, folder_layout(f.image_size, f.channels, fit), splits)
+        size = TaskSize(f.num_classes, f.update_batch_size, query_images(f))
+        own.choose(split_proportions(f.split), size, f.skip_small_classes, known)
+        return own.load(cache_dir), own.counts, fit
+    if f.datasource == 'omniglot':
+        folders = load_omniglot(data_dir, cache_dir)
+    else:
+        folders = load_miniimagenet(data_dir, splits, cache_dir)
+    folders = as_in_run(folders, splits, known)
+    counts = {split: classes.sizes() for split, classes in folders.items()}
+    return folders, counts, f.fit
+
+
+def data_of_run(replicas: Replicas, iteration: int, state: dict) -> dict:
+    """What a run knows of its data, the same in all workers; empty of a new run.
+
+    'classes': {split: {class: how many images}}, None in checkpoints from before they were kept;
+    'fit': of images of one's own. iteration, state: of the checkpoint, as from `restore_run`.
+    """
+    fit = state.get('flags', {}).get('fit') or 'squash'
+    data = {'classes': state.get('classes'), 'fit': fit}
+    text = np.frombuffer(json.dumps(data if iteration >= 0 else {}).encode(), np.uint8)
+    (length,) = replicas.agree([np.int64(len(text))])
+    numbers = np.int64(text) if replicas.is_chief else np.zeros(int(length), np.int64)
+    (numbers,) = replicas.agree([numbers])
+    return json.loads(bytes(np.uint8(numbers)))
+
+
+def query_images(f: flags.FlagValues) -> int:
+    """Q, per class: the original's, if --num_query or --test_query does not say otherwise."""
+    asked = f.num_query if f.train else f.test_query
+    if asked != -1:
+        return asked
+    if f.datasource == 'miniimagenet' and f.metatrain_iterations == 0:
+        return 0
+    if f.datasource == 'miniimagenet' and f.train:
+        return MINIIMAGENET_QUERY_IMAGES
+    return f.update_batch_size

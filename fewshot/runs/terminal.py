@@ -1,0 +1,65 @@
+"""Signals and outputs of a program."""
+
+import os
+import signal
+import stat
+import sys
+import threading
+from contextlib import suppress
+
+HANG_UP = getattr(signal, 'SIGHUP', None)  # Windows has none
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP become a request to stop, while entered; the second one stops at
+    once.
+
+    SIGHUP comes when the terminal is closed. `nohup` has it ignored, and so it stays.
+    """
+
+    def __init__(self):
+        self.received, self.before = None, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, HANG_UP):
+                if number and (number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN):
+                    self.before[number] = signal.signal(number, self.receive)
+        return self
+
+    def receive(self, number, _):
+        if number == HANG_UP:
+            leave_terminal()
+        if self.received:
+            sys.exit(128 + number)
+        self.received = number
+        print('\nStopping after this iteration; once more to stop at once.', file=sys.stderr)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def leave_terminal():
+    """Prints to nowhere what would go to a terminal: writing to a closed one is an error."""
+    for descriptor in (1, 2):
+        with suppress(OSError):  # it may be closed
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def keeps_programs() -> bool:
+    """Whether XLA keeps what it compiles in a folder of the user's, by TF_XLA_FLAGS."""
+    return 'tf_xla_persistent_cache_directory' in os.environ.get('TF_XLA_FLAGS', '')
+
+
+def print_anything():
+    """From now on, what the encoding of an output has no characters for is printed as \\x...
+
+    A file's name may not be UTF-8, and an α not in ASCII: a program does not end for that.
+    """
+    if sys.stdout is None:  # closed by whom started this program
+        sys.stdout = open(os.devnull, 'w')
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')

@@ -1,0 +1,296 @@
+"""The training loop, and the evaluation of many tasks."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from data_generator import Batch
+from fewshot.data.pictures import picture_of
+from fewshot.engine.devices import machine
+from fewshot.engine.fast import FastMAML
+from fewshot.runs.checkpoints import write_checkpoint
+from fewshot.runs.results import confidence
+from maml import TASK_AXIS, Results
+
+GROUP = 10  # blocks of tiny meta-batches that are drawn together
+
+
+class Schedule(NamedTuple):
+    """When a training run does what, in iterations, that is, outer steps."""
+
+    pretrain: int  # iterations of joint training, which come before meta-training
+    end: int  # iterations of both
+    summary: int = 100  # between summaries of what adaptation does to a training meta-batch
+    picture: int = 5000  # between pictures, a multiple of the former
+    validation: int = 500  # between validations, likewise
+    save: int = 1000  # between checkpoints, likewise
+
+    def stretches(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Cuts start...end into (first, last + 1) that nothing interrupts.
+
+        Summaries come before, checkpoints and validations after the first iteration of an
+        interval, and pre-training ends with iteration `pretrain` - 1.
+        """
+        while start < end:
+            stop = (start // self.summary + 1) * self.summary
+            if start % self.save == 0:
+                stop = start + 1
+            stop = min(stop, end, self.pretrain if start < self.pretrain else end)
+            yield start, stop
+            start = stop
+
+
+class Diverged(Exception):
+    """The loss, or a weight, is no longer a number; the text is one sentence for the user."""
+
+
+class Observer:
+    """What a Trainer tells of its run: nothing happens here. main.Log prints and writes summaries.
+
+    Attribute: shows_pictures, whether pictures are to be made at all.
+    """
+
+    shows_pictures = False
+
+    def training(self, results: Results, iteration: int):
+        """What adaptation does to the meta-batch of an iteration, before its outer step."""
+
+    def step_sizes(self, rates: dict[str, np.ndarray], iteration: int):
+        """The step sizes of the inner loop that are learned, before the step of an iteration."""
+
+    def validation(self, results: Results, interval: float, iteration: int):
+        """What it does to the validation tasks; interval: half of the objective's 95 % interval."""
+
+    def picture(self, name: str, picture: np.ndarray, iteration: int):
+        """A picture of a task, [height, width, 3] uint8."""
+
+    def steps(self, first: int, last: int, loss: float):
+        """The iterations first...last-1 are done, the last one with this loss."""
+
+    def line(self, text: str):
+        """Something else to tell."""
+
+    def flush(self):
+        """A checkpoint follows: what was told so far is to be on the disk. Raises OSError."""
+
+    def state(self) -> dict:
+        """What the checkpoint is to keep of this, as JSON."""
+        return {}
+
+
+class Trainer:
+    """The training loop: outer steps, and between them summaries, validations and checkpoints.
+
+    model: a FastMAML. sources: {'train': ...} and, if that one validates, {'val': ...}; each a
+    data_generator.DataGenerator or what has its attributes and methods. tasks: T. schedule: a
+    Schedule. folder: of the checkpoints; it exists. log: an Observer. start: the first iteration,
+    and state: of the checkpoint before it, if training continues. settings: what checkpoints keep
+    of how the model was made. validation_tasks: how many a validation takes.
+    Raises ValueError if the model's replicas cannot have equally many tasks.
+    """
+
+    def __init__(
+        self,
+        model: FastMAML,
+        sources: dict,
+        tasks: int,
+        schedule: Schedule,
+        folder: str | Path,
+        log: Observer | None = None,
+        start: int = 0,
+        state: dict | None = None,
+        settings: dict | None = None,
+        validation_tasks: int = 100,
+    ):
+        self.model, self.sources, self.tasks, self.schedule = model, sources, tasks, schedule
+        self.folder, self.log, self.start = Path(folder), log or Observer(), start
+        self.settings, self.validation_tasks = settings or {}, validation_tasks
+        self.source, self.replicas = sources['train'], model.replicas
+        self.slice = self.replicas.slice_of(tasks)  # of the tasks, which this process draws
+        self.updates = max(model.num_updates, self.source.updates_shown)  # that are evaluated
+        self.saved = start - 1  # iteration of the newest checkpoint
+        # Of the best validation: {'iteration', 'accuracy' or 'loss', 'interval'}.
+        self.best = (state or {}).get('best')
+
+    def run(self, stopped: Callable = lambda: False, watch: Callable = iter) -> int:
+        """Trains to the end of the schedule, or until `stopped()` in one of the processes.
+
+        watch: wraps the iterator of the data. Returns the number of iterations done. Raises
+        Diverged, and OSError if something cannot be written.
+        """
+        end, block = self.schedule.end, self.source.iterations_at_once
+        for origin, batches in watch(self.batches()):
+            begin = max(origin, self.start)
+            for first, last in self.schedule.stretches(begin, min(origin + block, end)):
+                if first % self.schedule.summary == 0:
+                    self.summarize(Batch(*(values.numpy() for values in batches)), origin, first)
+                self.steps(batches, origin, first, last)
+                if last < end and self.replicas.any(stopped(), last):
+                    if self.saved != last - 1:
+                        self.save(last - 1)
+                    return last
+        return end
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """Blocks of training meta-batches [block, T, ...] with the iteration of the first.
+
+        The next ones are drawn while those before are in use. Blocks begin at multiples of their
+        length, wherever a run is continued: then all is as if it had not been interrupted. Small
+        ones are drawn ten at a time, since Python's lock makes the loop wait at either's start.
+        """
+        block = self.source.iterations_at_once
+        group = GROUP * block if block > 1 else 1
+
+        def draw(origin: int) -> list[tuple[int, Batch]]:
+            drawn = self.source.batches('train', origin, group, self.tasks, self.slice)
+            blocks = []
+            for i in range(0, group, block):
+                batch = Batch(*(tf.constant(array[i : i + block]) for array in drawn))
+                blocks.append((origin + i, batch))
+            return blocks
+
+        start, end = self.start, self.schedule.end
+        for blocks in ahead(draw, range(start // group * group, end, group)):
+            for origin, batch in blocks:
+                if origin + block > start and origin < end:
+                    yield origin, batch
+
+    def summarize(self, batches: Batch, origin: int, iteration: int):
+        """Tells what adaptation does to the meta-batch of an iteration; batches: arrays."""
+        batch = Batch(*(values[iteration - origin] for values in batches))
+        self.log.training(self.model.evaluate_together(batch, self.updates), iteration)
+        if self.model.rates:
+            rates = {name: rate.numpy() for name, rate in self.model.rates.items()}
+            self.log.step_sizes(self.model.rule.shown(rates), iteration)
+        if iteration % self.schedule.picture == 0 and self.log.shows_pictures:
+            picture = picture_of(self.source, batch, self.outputs)
+            if picture is not None:
+                self.log.picture(self.source.picture_name, picture, iteration)
+
+    def outputs(self, batch: Batch) -> np.ndarray:
+        """On the query set after each update, [J, T, examples, out]."""
+        return self.model.evaluate(batch, self.updates).outputsb.numpy()
+
+    def steps(self, batches: Batch, origin: int, first: int, last: int):
+        """The iterations first...last-1, and what is due after them."""
+        positions, pretrain = (first - origin, last - origin), first < self.schedule.pretrain
+        done, loss = self.model.steps(batches, *positions, pretrain=pretrain)
+        if not np.isfinite(loss):
+            self.stop(f'the loss is {loss} in iteration {origin + done - 1}')
+        self.after(first, last, loss)
+
+    def after(self, first: int, last: int, loss: float):
+        """What is due after the iterations first...last-1."""
+        schedule = self.schedule
+        self.log.steps(first, last, loss)
+        if first % schedule.validation == 0 and first != 0 and self.source.validates:
+            self.validate(first)
+        if first % schedule.save == 0 and first != 0 or last == schedule.end:
+            self.save(last - 1)
+
+    def validate(self, iteration: int):
+        """Validation tasks, the same every time; keeps the checkpoint with the best objective."""
+        results, objective = self.validation_results(), self.source.objective
+        values = results.of(objective)[1][self.model.num_updates - 1]  # [tasks]
+        mean, interval = float(np.mean(values)), float(confidence(values))
+        self.log.validation(results, interval, iteration)
+        best = self.best or {objective: np.nan}
+        if is_better(mean, best[objective], objective):
+            self.best = {'iteration': iteration, objective: mean, 'interval': interval}
+            self.save(iteration, 'best')
+            verdict = 'the best so far'
+        elif np.isfinite(best[objective]):
+            verdict = f'the best was {best[objective]:.4f} at iteration {best["iteration"]}'
+        else:
+            verdict = 'none was finite so far'
+        shown = f'{mean:.4f} +- {interval:.4f}, {verdict}.'
+        what = f'{objective.capitalize()} on {self.validation_tasks} validation tasks'
+        self.log.line(f'{what}: {shown}')
+
+    def validation_results(self) -> Results:
+        """Of as many tasks as a meta-batch has at a time, for which the evaluation is compiled."""
+        whole = -(-self.validation_tasks // self.tasks) * self.tasks
+        parts = []
+        for i in range(0, whole, self.tasks):
+            tasks = slice(i + self.slice.start, i + self.slice.stop)
+            batch = self.sources['val'].batch('val', 0, whole, tasks)
+            parts.append(self.model.evaluate_together(batch, self.updates))
+        kept = range(self.validation_tasks)
+        joined = map(np.concatenate, zip(*parts), TASK_AXIS)
+        return Results(*(values.take(kept, axis) for values, axis in zip(joined, TASK_AXIS)))
+
+    def save(self, iteration: int, kind: str = 'model'):
+        """Writes a checkpoint, after what was told: nothing is missing when the run continues.
+
+        Raises OSError, and Diverged if a weight is not a number.
+        """
+        if not self.model.is_finite():
+            self.stop(f'a weight is not a number after iteration {iteration}')
+        if not self.replicas.is_chief:
+            return
+        self.log.flush()
+        pretraining = iteration < self.schedule.pretrain
+        checkpoint = self.model.pretrain_checkpoint if pretraining else self.model.checkpoint
+        state = {'flags': self.settings, 'best': self.best, 'machine': machine()}
+        state |= {'classes': self.source.classes} if self.source.classes else {}
+        write_checkpoint(checkpoint, self.folder, iteration, state | self.log.state(), kind)
+        if kind == 'model':
+            self.saved = iteration
+
+    def stop(self, what: str):
+        """Raises Diverged."""
+        last = f'{self.folder}/model{self.saved} is the last good checkpoint'
+        if self.saved < 0:
+            last = 'there is no checkpoint yet'
+        raise Diverged(
+            f'{what}, so training has stopped; {last}. Try a smaller --update_lr or --meta_lr, or '
+            '--norm=batch_norm, with another --logdir'
+        )
+
+
+def is_better(value: float, best: float, objective: str) -> bool:
+    """Whether a loss is lower, or an accuracy higher; what is no finite number never is."""
+    if not np.isfinite(value) or not np.isfinite(best):
+        return bool(np.isfinite(value))
+    return value > best if objective == 'accuracy' else value < best
+
+
+def evaluate_tasks(
+    model: FastMAML,
+    source,
+    split: str,
+    tasks: int,
+    num_updates: int,
+    transductive: bool = True,
+) -> Iterator[np.ndarray]:
+    """The source's objective for tasks of a split, before and after each update.
+
+    Arguments as of `Trainer` and FastMAML.evaluate. Yields [some tasks, 1 + num_updates] at a
+    time, which bounds the memory, together `tasks` of them or a few more.
+    """
+    chunk = source.tasks_at_once * model.replicas.count
+    part, whole = model.replicas.slice_of(chunk), -(-tasks // chunk) * chunk
+
+    def draw(i: int) -> Batch:
+        return source.batch(split, 0, whole, slice(i + part.start, i + part.stop))
+
+    for batch in ahead(draw, range(0, whole, chunk)):
+        results = model.evaluate_together(batch, num_updates, transductive)
+        before, after = results.of(source.objective)
+        yield np.concatenate([[before], after]).T  # [chunk, 1 + updates]
+
+
+def ahead(draw: Callable, arguments: Iterable) -> Iterator:
+    """draw(argument) for each, in a thread of its own while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for argument in arguments:
+            ready, coming = coming, thread.submit(draw, argument)
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()

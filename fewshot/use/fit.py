@@ -1,0 +1,263 @@
+"""Class MetaModel: Keras's fit, evaluate and callbacks."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from data_generator import Batch, whole_number
+from fewshot.data.batches import arrays_of, named_batch
+from fewshot.engine.fast import FastMAML
+from fewshot.use.learner import Learner, checked_finite
+from fewshot.use.saved_models import set_optimizer
+from maml import Arrays, Results
+
+
+class MetaModel(keras.Model):
+    """A FastMAML with Keras's `compile`, `fit` and `evaluate`, and a Learner's `adapt`.
+
+    What Keras calls a batch is a meta-batch here, see `as_dataset`; its callbacks work, and so do
+    `save_weights` and `load_weights`.
+
+    model: a FastMAML; or a keras.Model or other network, of which one is made with `loss`,
+    `update_lr` and what else FastMAML takes. updates: how many updates the metrics tell of, at
+    least as many as in training. transductive: of evaluation, as of FastMAML.evaluate.
+    Attributes: maml, the FastMAML; learner, the Learner of it.
+    Raises ValueError for arguments that do not fit each other, and what their makers raise.
+    """
+
+    supports_jit = False  # as a whole: pieces of it are compiled
+
+    def __init__(
+        self,
+        model,
+        loss: Callable | None = None,
+        updates: int = 1,
+        transductive: bool = True,
+        name: str = 'maml',
+        **given,
+    ):
+        super().__init__(name=name)
+        maml = as_maml(model, loss, given)
+        self.maml, self.learner = maml, Learner(maml)
+        updates = whole_number('updates', updates)
+        self.updates, self.transductive = max(updates, maml.num_updates), transductive
+        self.measured = TaskMeans(self.updates, maml, self.learner.is_classifier)
+        self.watches = True
+        self.theta = KerasVariables(maml.weights, 'theta')
+        if maml.norms:
+            self.norms = KerasVariables(maml.norms, 'norms')
+        if maml.rates:
+            self.rates = KerasVariables(maml.rates, 'rates')
+        self.built = True
+
+    def compile(
+        self,
+        optimizer=None,
+        training_metrics: bool = True,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        **others,
+    ):
+        """As Keras's.
+
+        optimizer: of the outer loop; None, the FastMAML's own, Adam. training_metrics: measure all
+        metrics of the training tasks too, which takes an evaluation per step, else the loss alone.
+        Raises ValueError for a loss or metrics: the tasks' own are taken.
+        """
+        if others:
+            raise ValueError(
+                f'compile takes no {", ".join(others)} here: the loss was given when the model was '
+                'made, and losses and accuracies of tasks are the metrics'
+            )
+        if optimizer is not None:
+            set_optimizer(self.maml, keras.optimizers.get(optimizer))
+        self.watches = training_metrics
+        given = {'run_eagerly': run_eagerly, 'steps_per_execution': steps_per_execution}
+        super().compile(optimizer=self.maml.metatrain_optimizer, jit_compile=False, **given)
+
+    def fit(
+        self, x, *, steps_per_epoch=None, validation_data=None, validation_steps=None, **named
+    ) -> keras.callbacks.History:
+        """As Keras's; x, validation_data: tasks, see `as_dataset`. Raises ValueError for others.
+
+        Tasks that never end go on from epoch to epoch, and begin again for each validation.
+        """
+        tasks = as_dataset(x, 'steps_per_epoch', steps_per_epoch)
+        named = {'steps_per_epoch': steps_per_epoch, 'shuffle': False} | named
+        if validation_data is not None:
+            data = as_dataset(validation_data, 'validation_steps', validation_steps)
+            named |= {'validation_data': data, 'validation_steps': validation_steps}
+        return super().fit(tasks, **named)
+
+    def evaluate(self, x=None, *, steps=None, **named):
+        """As Keras's; x: tasks, see `as_dataset`. Raises ValueError for others."""
+        return super().evaluate(as_dataset(x, 'steps', steps), steps=steps, **named)
+
+    def predict(self, x, *, steps=None, **named) -> np.ndarray:
+        """What the queries of tasks are after the updates of training: [tasks, examples, out].
+
+        As Keras's; x: tasks, see `as_dataset`. Class probabilities, or outputs of regression.
+        Raises ValueError for others, and if an adaptation diverges.
+        """
+        output = super().predict(as_dataset(x, 'steps', steps), steps=steps, **named)
+        return checked_finite({'output': output}, 'the answers')['output']
+
+    # What Keras calls for each meta-batch.
+
+    def train_step(self, data) -> dict[str, tf.Tensor]:
+        """One outer step. The metrics are of the weights before it."""
+        batch = self._batch(data)
+        if self.watches:
+            self.measured.update(self.maml.evaluate(batch, self.updates))
+        loss = self.maml.metatrain_step(batch)
+        if self.watches:
+            return self.measured.results()
+        self.measured.means['loss'].update_state(loss)
+        return self.measured.results(['loss'])
+
+    def test_step(self, data) -> dict[str, tf.Tensor]:
+        """The metrics of a meta-batch."""
+        batch = self._batch(data)
+        self.measured.update(self.maml.evaluate(batch, self.updates, self.transductive))
+        return self.measured.results()
+
+    def predict_step(self, data) -> tf.Tensor:
+        maml, batch = self.maml, self._batch(data)
+        output = maml.evaluate(batch, maml.num_updates, self.transductive).outputsb[-1]
+        return tf.nn.softmax(output) if self.learner.is_classifier else output
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """Means over the tasks of an epoch."""
+        return [*self.measured.means.values()]
+
+    def _batch(self, data) -> Batch:
+        return Batch(*data)
+
+    # One task, from arrays.
+
+    def adapt(self, *arguments, **named) -> Arrays:
+        """As Learner.adapt."""
+        return self.learner.adapt(*arguments, **named)
+
+    def predict_task(self, *arguments, **named) -> np.ndarray:
+        """As Learner.predict; Keras's `predict` takes no weights, and data in batches."""
+        return self.learner.predict(*arguments, **named)
+
+    def get_config(self) -> dict:
+        """Raises NotImplementedError: weights can be saved, the model is code."""
+        raise NotImplementedError(
+            'only the weights of this model can be saved: save_weights(PATH.weights.h5), or '
+            'ModelCheckpoint(PATH.weights.h5, save_weights_only=True)'
+        )
+
+
+class KerasVariables(keras.Layer):
+    """Variables of a FastMAML as Keras sees them, for counting, saving and histograms."""
+
+    def __init__(self, variables: dict[str, tf.Variable], name: str):
+        super().__init__(name=name)
+        for key, variable in variables.items():
+            shape, dtype = tuple(variable.shape), variable.dtype.name
+            own = self.add_weight(shape, 'zeros', dtype, name=key.replace('/', '.'))
+            own._value = variable  # the same one, not a copy: Keras has no other way to say so
+        self.built = True
+
+
+class TaskMeans:
+    """Means over tasks of losses and, of a classifier, accuracies.
+
+    {'loss_0': before any update, on the support set; 'loss_1': after one, on the query set; ...;
+    'loss': after as many as in training; 'accuracy_0': ...}
+    """
+
+    def __init__(self, updates: int, maml: FastMAML, is_classifier: bool):
+        self.objectives = ['loss', 'accuracy'] if is_classifier else ['loss']
+        self.trained, self.means = maml.num_updates, {}
+        for objective in self.objectives:
+            for name in (objective, *(f'{objective}_{i}' for i in range(updates + 1))):
+                self.means[name] = keras.metrics.Mean(name, maml.dtype.name)
+
+    def update(self, results: Results):
+        for objective in self.objectives:
+            before, after = results.of(objective)
+            values = [before, *tf.unstack(after)]  # [T] each
+            for i, value in enumerate(values):
+                self.means[f'{objective}_{i}'].update_state(value)
+            self.means[objective].update_state(values[self.trained])
+
+    def results(self, names: Iterable[str] | None = None) -> dict[str, tf.Tensor]:
+        return {name: self.means[name].result() for name in names or self.means}
+
+
+def as_maml(model, loss: Callable | None, given: dict) -> FastMAML:
+    """Arguments and errors as of MetaModel."""
+    if isinstance(model, FastMAML):
+        if loss is not None or given:
+            raise ValueError('a FastMAML has a loss and settings already: give none')
+    elif loss is None or 'update_lr' not in given:
+        raise ValueError('a network needs a loss and update_lr, the inner step size')
+    else:
+        model = FastMAML(model, loss, **given)
+    if model.num_updates < 1 or model.replicas.strategy or tf.distribute.has_strategy():
+        raise ValueError(
+            'MetaModel needs num_updates of at least 1, and one device: for several there is '
+            'Trainer, main.py --strategy'
+        )
+    return model
+
+
+def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
+    """Tasks as a tf.data.Dataset of Batches.
+
+    tasks: such a dataset, see `DataGenerator.dataset`; a Batch; or a list or generator of Batches.
+    A Batch may be a dict of its four names. steps_name, steps: how many meta-batches are wanted, by
+    the name of the argument that says so. Raises ValueError for tuples without names, if sizes are
+    not known, or tasks never end and nothing says how many are wanted.
+    """
+    if isinstance(tasks, Batch | Mapping):
+        tasks = dataset_of_batches([tasks])
+    elif not isinstance(tasks, tf.data.Dataset):
+        tasks = dataset_of_batches(tasks)
+    remedy = 'dataset.map(lambda a, b, c, d: Batch(inputa=a, labela=b, inputb=c, labelb=d))'
+    spec = named_batch(tasks.element_spec, 'what a dataset of tasks holds must be', remedy)
+    if isinstance(tasks.element_spec, Mapping):
+        tasks = tasks.map(lambda arrays: Batch(**arrays))
+    if not all(part.shape.rank == 3 and None not in part.shape for part in spec):
+        raise ValueError(
+            'tasks must be four arrays, [tasks, examples, size] each with numbers that are fixed '
+            f'(batch(T, drop_remainder=True) fixes that of tasks), but they are {spec}'
+        )
+    if steps is None and tasks.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(f'these tasks never end: say by {steps_name} how many meta-batches')
+    return tasks
+
+
+def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
+    """Of a list of Batches, or of a generator, once.
+
+    Raises ValueError if there is none, and for no names, no numbers and different sizes.
+    """
+    if isinstance(batches, Sequence):
+        batches = [*map(arrays_of, batches)]
+    try:
+        iterator = iter(batches)
+        first = arrays_of(next(iterator))
+    except (TypeError, StopIteration):
+        raise ValueError(
+            'tasks must be a tf.data.Dataset, as source.dataset(split, num_tasks) is, a Batch, or '
+            f'a list or generator of Batches, but this is {type(batches).__name__}'
+        ) from None
+    if isinstance(batches, Sequence):
+        sizes = {tuple(np.shape(values) for values in batch) for batch in batches}
+        if len(sizes) > 1:
+            raise ValueError(f'all Batches must have the same sizes, but there are {sizes}')
+    rest = itertools.chain([first], iterator) if iterator is batches else batches
+    spec = Batch(*(tf.TensorSpec(values.shape, values.dtype) for values in first))
+    dataset = tf.data.Dataset.from_generator(lambda: map(arrays_of, rest), output_signature=spec)
+    if isinstance(batches, Sequence):
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(batches)))
+    return dataset
