@@ -1,14 +1,12 @@
-"""Where tasks come from: random sinusoids, class folders of images, or an object of your own.
+"""Where tasks come from: random sinusoids, or class folders of images.
 
 A source turns (seed, split, iteration) into a meta-batch of tasks and keeps no state:
 
-    folders = load_omniglot('data')
+    folders = fewshot.load_omniglot('data')
     source = OmniglotGenerator(folders, num_classes=5, num_support=1, num_query=1)
-    batch = source.batch('train', iteration=0, num_tasks=32)  # a utils.Batch
+    batch = source.batch('train', iteration=0, num_tasks=32)  # a Batch
 
-Images are decoded once. The pixels are kept beside the data (`omniglot_resized.cache`,
-`miniImagenet.train.cache`, ...) in folders that are made again when the files change and may be
-deleted at any time.
+fewshot.UserTasks makes a source of an object of your own.
 """
 
 import math
@@ -132,7 +130,7 @@ class DataGenerator:
     def dataset(self, split: str, num_tasks: int, first_iteration: int = 0):
         """The meta-batches from an iteration on, without end: a tf.data.Dataset of Batch.
 
-        Arguments as of `batch`. It is what maml.MetaModel.fit takes.
+        Arguments as of `batch`. It is what fewshot.MetaModel.fit takes.
         """
         import tensorflow as tf  # nothing else here needs it
 
@@ -157,7 +155,7 @@ class DataGenerator:
 
     def _draw(self, split: str, iteration: int, num_tasks: int) -> np.ndarray:
         """Uniform numbers in [0, 1), a row for each task: [T, num_draws]."""
-        iteration, num_tasks = _asked(split, iteration, num_tasks)
+        iteration, num_tasks = checked_request(split, iteration, num_tasks)
         generator = np.random.default_rng([self.seed, SPLITS.index(split), iteration])
         return generator.random((num_tasks, self.num_draws))
 
@@ -316,7 +314,7 @@ class OmniglotGenerator(ImageGenerator):
     tasks_at_once = 20
 
 
-def _asked(split: str, iteration: int, num_tasks: int) -> tuple[int, int]:
+def checked_request(split: str, iteration: int, num_tasks: int) -> tuple[int, int]:
     """Iteration and number of tasks. Raises ValueError if there is no such meta-batch."""
     if split not in SPLITS:
         raise ValueError(f'there is no split {split!r}; the splits are {", ".join(SPLITS)}')
@@ -396,10 +394,7 @@ def _distinct(uniform: np.ndarray, counts) -> np.ndarray:
     return draws
 
 
-# Pictures: [height, width, 3] uint8 ---------------------------------------------------------------
-
-
-# Data sets ----------------------------------------------------------------------------------------
+# Splits -------------------------------------------------------------------------------------------
 
 
 def split_classes(num_classes: int) -> dict[str, list[int]]:
@@ -410,30 +405,21 @@ def split_classes(num_classes: int) -> dict[str, list[int]]:
     dealt out in the proportions 1100 : 100 : 423, at least one class each.
     """
     if num_classes >= 1201:
-        return _deal_out(num_classes, val=100, test=num_classes - 1200)
-    return _deal_out(num_classes, *_held_out(num_classes, (1100, 100, 423)))
+        return deal_out(num_classes, val=100, test=num_classes - 1200)
+    return deal_out(num_classes, *held_out(num_classes, (1100, 100, 423)))
 
 
-def _held_out(num_classes: int, proportions: Sequence[float]) -> tuple[int, int]:
+def held_out(num_classes: int, proportions: Sequence[float]) -> tuple[int, int]:
     """How many classes val and test get, at least one each; proportions: of train, val and test."""
     total = sum(proportions)
     val, test = (max(1, round(num_classes * part / total)) for part in proportions[1:])
     return val, test
 
 
-def _deal_out(num_classes: int, val: int, test: int) -> dict[str, list[int]]:
+def deal_out(num_classes: int, val: int, test: int) -> dict[str, list[int]]:
     """A shuffle with a fixed seed, cut; train gets what val and test leave, and at least one."""
     order = list(range(num_classes))
     random.Random(1).shuffle(order)
     train = max(1, num_classes - val - test)
     val = min(val, num_classes - train - 1)
     return {'train': order[:train], 'val': order[train : train + val], 'test': order[train + val :]}
-
-
-# Images of one's own ------------------------------------------------------------------------------
-
-
-# The data of a run --------------------------------------------------------------------------------
-
-
-# Class folders, decoded once ----------------------------------------------------------------------

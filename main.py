@@ -23,8 +23,8 @@ from absl import app, flags, logging
 
 from fewshot.checks import first_line
 from fewshot.data.user_tasks import BadTasks
-from fewshot.engine.devices import tune, worker_index
 from fewshot.runs.flags import define_flags, settings
+from fewshot.runs.machine import tune, worker_index
 from fewshot.runs.prepare import USUAL, Options, Prepared, make_trainer, prepare
 from fewshot.runs.run_folder import take_run
 from fewshot.runs.terminal import Signals, keeps_programs, print_anything

@@ -18,24 +18,87 @@ import tensorflow as tf
 
 from data_generator import Batch
 from special_grads import (
-    BatchNorm,
-    Normalization,
+    batch_norm,
     convolve,
-    convolve_normalized,
     convolve_patches,
     dense,
+    layer_norm,
     max_pool2x2,
-    normalization,
-    normalized_patches,
     patches3x3,
     per_task,
     sizes,
-    task_gradients,
 )
 
 Tensors = dict[str, tf.Tensor]  # weights, {name: [T, ...] or Shared}, or norms, {name: [...]}
 Arrays = dict[str, np.ndarray]  # weights of a task, {name: [...]}; of several, {name: [T, ...]}
 Leading = int | tf.Tensor | None  # how many examples give batch normalisation its statistics
+
+
+# Normalisations -----------------------------------------------------------------------------------
+
+
+class Normalization:
+    """What follows the layers of a network; what networks take as `norm`, the user's own too.
+
+    A normalisation of your own says which parameters it has and what it makes of a layer's output,
+    see `LayerNorm` below. `tf.nn.moments` is wrong at second order: take means, or `moments`.
+    """
+
+    removes_mean = False  # of each channel: a bias added before would change nothing but rounding
+
+    def parameters(self, channels: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """{name: (kind of initial value, shape)} of one layer's; see `initial_value`."""
+        return {}
+
+    def normalize(self, x: tf.Tensor, parameters: dict, leading: Leading = None) -> tf.Tensor:
+        """x normalised, of the same shape [T, examples, ..., channels].
+
+        parameters: {name: tensor}; leading: how many of the examples, from the first on, give the
+        statistics (None: all).
+        """
+        return x
+
+    def __call__(
+        self, x: tf.Tensor, parameters: dict, leading: Leading = None, max_pool: bool = False
+    ) -> tf.Tensor:
+        """`normalize`, then 2x2 max-pooling of [T, examples, height, width, channels] if asked."""
+        x = self.normalize(x, parameters, leading)
+        return max_pool2x2(x) if max_pool else x
+
+
+class BatchNorm(Normalization):
+    """See `batch_norm`."""
+
+    removes_mean = True
+
+    def parameters(self, channels: int) -> dict:
+        return {'beta': ('zeros', (channels,))}
+
+    def __call__(self, x, parameters, leading=None, max_pool=False) -> tf.Tensor:
+        return batch_norm(x, parameters['beta'], leading, max_pool)
+
+
+class LayerNorm(Normalization):
+    """See `layer_norm`."""
+
+    def parameters(self, channels: int) -> dict:
+        return {'beta': ('zeros', (channels,)), 'gamma': ('ones', (channels,))}
+
+    def normalize(self, x, parameters, leading=None) -> tf.Tensor:
+        return layer_norm(x, parameters['beta'], parameters['gamma'])
+
+
+NORMALIZATIONS = {'batch_norm': BatchNorm, 'layer_norm': LayerNorm, 'None': Normalization}
+
+
+def normalization(norm: str | Normalization) -> Normalization:
+    """A normalisation by its name, or the one that is given. Raises ValueError."""
+    if isinstance(norm, Normalization):
+        return norm
+    if norm not in NORMALIZATIONS:
+        names = ', '.join(map(repr, NORMALIZATIONS))
+        raise ValueError(f'norm must be one of {names}, or a Normalization, but it is {norm!r}')
+    return NORMALIZATIONS[norm]()
 
 
 # Networks: functions of inputs and weights that know nothing of meta-learning ---------------------
@@ -55,18 +118,16 @@ def initial_value(kind, shape: tuple[int, ...], seed: list[int]) -> np.ndarray:
             raise ValueError(f'an initial value is {list(value.shape)}, not {list(shape)}')
         return value
     number = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)
-    make = keras.initializers
-    if kind in ('zeros', 'ones'):
-        initializer = {'zeros': make.Zeros, 'ones': make.Ones}[kind]()
-    elif kind == 'glorot':
-        initializer = make.GlorotUniform(number)
-    elif kind == 'normal':
-        initializer = make.RandomNormal(stddev=1.0, seed=number)
-    elif kind == 'truncated':
-        initializer = make.TruncatedNormal(stddev=0.01, seed=number)
-    else:
+    known = {
+        'glorot': keras.initializers.GlorotUniform(number),
+        'normal': keras.initializers.RandomNormal(stddev=1.0, seed=number),
+        'truncated': keras.initializers.TruncatedNormal(stddev=0.01, seed=number),
+        'zeros': keras.initializers.Zeros(),
+        'ones': keras.initializers.Ones(),
+    }
+    if kind not in known:
         raise ValueError(f'there is no initial value {kind!r}')
-    return np.asarray(initializer(shape, dtype='float32'))
+    return np.asarray(known[kind](shape, dtype='float32'))
 
 
 def are_sizes(*values) -> bool:
@@ -80,7 +141,7 @@ class Network:
     Attributes: parameters and norm_parameters, {name: (kind of initial value, shape)}; the former
     are adapted by the inner loop, the latter common to all tasks; dim_input and dim_output, sizes
     of an example and of its output, without which there are no checks and no Learner. Optional:
-    takes_shared, whether `__call__` of the class that says so takes special_grads.Shared;
+    takes_shared, whether `__call__` of the class that says so takes weights that tasks share;
     compilable, whether XLA can compile it; most_tasks, that run together; reads_variables, whether
     `__call__` does; dtype, that it needs; layer_names, {name of a parameter: its layer}, and
     methods `features` and `head`, which together are `__call__`, for step sizes per layer and an
@@ -116,7 +177,7 @@ class Network:
 class FullyConnected(Network):
     """Affine layers, each but the last followed by normalisation and ReLU.
 
-    norm: 'batch_norm', 'layer_norm', 'None' or a special_grads.Normalization of your own.
+    norm: 'batch_norm', 'layer_norm', 'None' or a Normalization of your own.
     activation: instead of ReLU, a function of a tensor. initial: of the matrices, see
     `initial_value`; the original's is a normal one of stddev 0.01, with which tanh does not learn.
     Raises ValueError for a layer without units.
@@ -200,8 +261,6 @@ class Convolutional(Network):
         self.dim_input, self.dim_output = image_size * image_size * channels, classes
         self.max_pool, self.flatten = max_pool, flatten
         self.stride = 1 if max_pool else 2
-        # The statistics of the first convolution's output follow from those of the images.
-        self.fused = type(self.norm) is BatchNorm
         for i, fan_in in enumerate([channels, filters, filters, filters], start=1):
             self.parameters[f'conv{i}'] = ('glorot', (3, 3, fan_in, filters))
             self.parameters[f'b{i}'] = ('zeros', (filters,))
@@ -214,8 +273,6 @@ class Convolutional(Network):
     def prepare(self, inputs: tf.Tensor, leading: Leading = None):
         """Patches of the images [T, examples, H*W*C]: [T, examples, H', W', 9*C]."""
         images = tf.reshape(inputs, [*sizes(inputs)[:2], *self.image_shape])
-        if self.fused:
-            return normalized_patches(images, self.stride, leading)
         return patches3x3(images, self.stride)
 
     def __call__(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
@@ -225,7 +282,7 @@ class Convolutional(Network):
     def features(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
         """The four blocks, of what `prepare` returns: [T, examples, F]."""
         for i in range(1, 5):
-            x = self._block(i, x, weights[f'conv{i}'], weights[f'b{i}'], norms, leading)
+            x = self.block(i, x, weights[f'conv{i}'], weights[f'b{i}'], norms, leading)
         if self.flatten:
             return tf.reshape(x, [*sizes(x)[:2], int(np.prod(x.shape[2:]))])
         return tf.reduce_mean(x, [2, 3])
@@ -234,20 +291,16 @@ class Convolutional(Network):
         """The last layer: [T, examples, F] -> logits [T, examples, classes]."""
         return dense(features, weights['w5'], weights['b5'])
 
-    def _block(self, i: int, x, kernel, bias, norms: Tensors, leading: Leading) -> tf.Tensor:
+    def block(self, i: int, x, kernel, bias, norms: Tensors, leading: Leading) -> tf.Tensor:
         """What `plain_block` says, for all tasks at once, and fast.
 
         Pooling commutes with the ReLU and comes first. A bias that the normalisation takes away
         again would change nothing but the rounding, so it is not added.
         """
-        if self.fused and i == 1:
-            x = convolve_normalized(x, kernel, norms['0/beta'])
-            x = max_pool2x2(x) if self.max_pool else x
-        else:
-            x = convolve_patches(x, kernel) if i == 1 else convolve(x, kernel, self.stride)
-            if not self.norm.removes_mean:
-                x += per_task(bias)[:, tf.newaxis, tf.newaxis, tf.newaxis]
-            x = self._normalize(x, str(i - 1), norms, leading, self.max_pool)
+        x = convolve_patches(x, kernel) if i == 1 else convolve(x, kernel, self.stride)
+        if not self.norm.removes_mean:
+            x += per_task(bias)[:, tf.newaxis, tf.newaxis, tf.newaxis]
+        x = self._normalize(x, str(i - 1), norms, leading, self.max_pool)
         return tf.nn.relu(x)
 
 
@@ -281,9 +334,8 @@ class UpdateRule:
         scalar or the weight's shape}.
         """
         rates = alpha if isinstance(alpha, Mapping) else dict.fromkeys(weights, alpha)
-        return {
-            name: per_task(theta) - rates[name] * gradients[name] for name, theta in weights.items()
-        }
+        theta = {name: per_task(weight) for name, weight in weights.items()}
+        return {name: theta[name] - rates[name] * gradients[name] for name in theta}
 
 
 def row_of(rows: tf.Tensor, step: int | tf.Tensor) -> tf.Tensor:
@@ -345,9 +397,8 @@ class Results(NamedTuple):
 
     def of(self, objective: str) -> tuple:
         """'loss' or 'accuracy' of each task, before any update and after each: [T] and [J, T]."""
-        if objective == 'loss':
-            return self.loss1, self.losses2
-        return self.accuracy1, self.accuracies2
+        is_loss = objective == 'loss'
+        return (self.loss1, self.losses2) if is_loss else (self.accuracy1, self.accuracies2)
 
 
 TASK_AXIS = Results(loss1=0, losses2=1, accuracy1=0, accuracies2=1, outputa=0, outputsb=1)
@@ -392,7 +443,8 @@ class MAML(tf.Module):
         super().__init__()
         self.network, self.loss, self.update_lr = network, loss, update_lr
         self.num_updates, self.stop_grad, self.clip = num_updates, stop_grad, clip
-        self.dtype, self.rule, self.step_norms = dtype, rule or UpdateRule(), step_norms
+        self.dtype, self.rule = tf.as_dtype(dtype), rule or UpdateRule()
+        self.step_norms = step_norms
         made = network.parameters | network.norm_parameters
         self.names = getattr(network, 'order', [*made])
         variables = self._variables({name: made[name] for name in self.names}, seed)
@@ -427,11 +479,11 @@ class MAML(tf.Module):
         weights: θ, {name: [T, ...]}; x: prepared support inputs; y: labels [T, examples, out];
         lr: α, `update_lr` if None, or the rule's. Returns θ', {name: [T, ...]}.
         """
-
-        def losses(theta):
-            return self.loss(self.network(x, theta, norms), y)  # L_Ti(f_θ), [T]
-
-        gradients = task_gradients(losses, weights)  # ∇_θ L_Ti(f_θ), {name: [T, ...]}
+        own = {name: getattr(w, 'perturbation', w) for name, w in weights.items()}  # a task's own
+        with tf.GradientTape() as inner:
+            inner.watch(own)
+            losses = self.loss(self.network(x, weights, norms), y)  # L_Ti(f_θ), [T]
+        gradients = inner.gradient(losses, own, unconnected_gradients='zero')  # {name: [T, ...]}
         if self.stop_grad or first_order:  # first order: gradients count as constants
             gradients = tf.nest.map_structure(tf.stop_gradient, gradients)
         return self.rule(weights, gradients, self.update_lr if lr is None else lr)
@@ -448,7 +500,6 @@ class MAML(tf.Module):
         query = self.prepare(batch.inputb, *self.preparing(common)), batch.labelb
         for i in range(self.num_updates - 1):
             norms, alpha = self.at(common, i)
-            # θ'i ← θ'i − α ∇ L
             theta = self.update(theta, norms, *support, alpha, first_order)
             if every_loss:
                 losses.append(tf.reduce_sum(self.outcome(theta, norms, *query)[0]))
@@ -475,10 +526,7 @@ class MAML(tf.Module):
         return [loss, *outer.gradient(loss, self.parameters, unconnected_gradients='zero')]
 
     def metatrain_step(self, batch: Batch) -> tf.Tensor:
-        """θ ← θ − β ∇_θ Σ_Ti L_Ti(f_θ'i) / T: line 10 (8), by Adam.
-
-        Returns the outer loss before the step.
-        """
+        """θ ← θ − β ∇_θ Σ_Ti L_Ti(f_θ'i) / T: line 10 (8), by Adam. Returns the loss before it."""
         loss, gradients = self.meta_gradient(batch)
         if self.clip is not None:
             gradients = [tf.clip_by_value(g, -self.clip, self.clip) for g in gradients]
@@ -493,16 +541,11 @@ class MAML(tf.Module):
 
     def initial_weights(self, tasks: int) -> Tensors:
         """θ, once per task: {name: [T, ...]}."""
-        return {
-            name: tf.broadcast_to(theta, [tasks, *theta.shape])
-            for name, theta in self.weights.items()
-        }
+        theta = self.weights
+        return {name: tf.broadcast_to(theta[name], [tasks, *theta[name].shape]) for name in theta}
 
     def prepare(self, inputs: tf.Tensor, *more):
-        """What of the forward pass no weight that is adapted enters; inputs: [T, examples, D].
-
-        more: of `preparing`.
-        """
+        """What of the forward pass no adapted weight enters; inputs: [T, examples, D]."""
         return self.network.prepare(inputs, *more)
 
     def total(self, losses: list[tf.Tensor]) -> tf.Tensor:
@@ -548,35 +591,21 @@ class MAML(tf.Module):
         """All that the outer loop learns: weights, normalisation parameters, step sizes."""
         return [*self.named_parameters.values()]
 
-    @property
-    def groups(self) -> dict[str, dict[str, tf.Variable]]:
-        """The same as checkpoints have them."""
-        rates = {'rates': self.rates} if self.rates else {}
-        return {'weights': self.weights, 'norms': self.norms} | rates
-
-    def is_finite(self) -> bool:
-        """Whether all parameters are numbers."""
-        return all(np.isfinite(parameter.numpy()).all() for parameter in self.parameters)
-
     def common_values(self) -> Common:
         """Normalisation parameters and the rule's, read once."""
-        groups = self.norms, self.rates
-        return Common(
-            *({name: tf.convert_to_tensor(value) for name, value in own.items()} for own in groups)
-        )
+        return tf.nest.map_structure(tf.convert_to_tensor, Common(self.norms, self.rates))
 
     def at(self, common: Common, step: int | tf.Tensor) -> tuple[Tensors, dict | None]:
-        """What update `step` + 1 and the queries after it have of what tasks have in common.
+        """Normalisation parameters and α of update `step` + 1, and of the queries after it.
 
-        Normalisation parameters, and the α of the rule, see `UpdateRule.rates`. Before any update
-        it is that of the first.
+        α as of `UpdateRule.rates`. Before any update they are those of the first.
         """
         norms = {} if getattr(self.network, 'prepares_features', False) else common.norms
         rows = {name: row_of(norms[name], step) for name in self.step_norms}
         return {**norms, **rows} if rows else norms, self.rule.rates(common.rates, step)
 
     def preparing(self, common: Common, leading: Leading = None) -> list:
-        """What `prepare` is to be given besides the inputs; leading: see `output`."""
+        """Further arguments of `prepare`: how many examples lead, and norms for features."""
         if getattr(self.network, 'prepares_features', False):
             return [leading, common.norms]
         return [] if leading is None else [leading]
@@ -610,9 +639,8 @@ class MAML(tf.Module):
             leading, query = batch.inputa.shape[1], tf.concat([batch.inputa, query], axis=1)
         query = self.prepare(query, *self.preparing(common, leading))
         weights, outcomes = self.initial_weights(batch.inputa.shape[0]), []
-        loss1, accuracy1, outputa = self.outcome(
-            weights, self.at(common, 0)[0], support, batch.labela
-        )
+        before = self.outcome(weights, self.at(common, 0)[0], support, batch.labela)
+        loss1, accuracy1, outputa = before
         for i in range(num_updates):
             norms, alpha = self.at(common, i)
             weights = self.update(weights, norms, support, batch.labela, alpha, False)

@@ -6,13 +6,9 @@ over tasks there. Here a convolution is a gather of patches followed by one batc
 and pooling is a maximum of four slices; their derivatives are written by hand, exact at every
 order. Layers and normalisations are made of these.
 
-Every tensor has a leading task axis T; "examples" is the number of examples of one task. Numbers
-of tasks and examples may be unknown when a function is traced, then some sums are taken in plainer
-ways; sizes of images and layers may not.
+Every tensor has a leading task axis T; "examples" is the number of examples of one task. Both may
+be unknown when a function is traced; sizes of images and layers may not.
 """
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -87,67 +83,6 @@ def product_outer(left: tf.Tensor, right: tf.Tensor):
     return outer, lambda gradient: (product_transposed(right, gradient), product(left, gradient))
 
 
-# Weights that tasks share, before the first inner update ------------------------------------------
-
-
-class Shared(NamedTuple):
-    """A weight that all tasks have in common, before the first inner update, and a place for each
-    task's gradient.
-
-    The tasks then make up one product of matrices, and the gradient of the weight is at once the
-    sum over tasks that the outer loop needs. The inner loop, which needs them one by one, finds
-    them at `perturbation`, which is zero.
-    """
-
-    value: tf.Tensor  # [...]
-    perturbation: tf.Tensor  # [T, ...]
-
-
-def per_task(weight: tf.Tensor | Shared) -> tf.Tensor:
-    """A weight of each task's own, [T, ...], equal to the shared one where it is shared."""
-    if not isinstance(weight, Shared):
-        return weight
-    shape = sizes(weight.perturbation)
-    rows = spread(tf.reshape(weight.value, [1, 1, -1]), shape[0])  # [1, T, size]
-    return tf.reshape(rows, shape) + weight.perturbation
-
-
-def task_gradients(losses: Callable, weights: dict) -> dict[str, tf.Tensor]:
-    """The gradient of each task's loss for its own weights, {name: [T, ...]}.
-
-    losses: function of weights to [T]; weights: {name: [T, ...] or Shared}.
-    """
-    own = {name: w.perturbation if isinstance(w, Shared) else w for name, w in weights.items()}
-    with tf.GradientTape() as tape:
-        tape.watch(own)
-        values = losses(weights)
-    return tape.gradient(values, own, unconnected_gradients='zero')
-
-
-@tf.custom_gradient
-def product_shared(rows: tf.Tensor, matrix: tf.Tensor, perturbation: tf.Tensor):
-    """rows [T, n, in] times matrix [in, out] + perturbation [T, in, out], which is zero: [T, n,
-    out].
-
-    Differentiable by `perturbation` once, and any number of times by the others.
-    """
-    tasks, n, size = rows.shape
-    together, shared = (
-        tf.reshape(rows, [1, tasks * n, size]),
-        tf.expand_dims(matrix, 0),
-    )  # as one task
-
-    def derivative(gradient):
-        flat = tf.reshape(gradient, [1, tasks * n, matrix.shape[-1]])
-        return (
-            tf.reshape(product_transposed(flat, shared), rows.shape),
-            product_outer(together, flat)[0],
-            product_outer(rows, gradient),
-        )
-
-    return tf.reshape(product(together, shared), [tasks, n, matrix.shape[-1]]), derivative
-
-
 # Patches of images, and pooling -------------------------------------------------------------------
 
 
@@ -171,7 +106,7 @@ def patches3x3(x: tf.Tensor, stride: int) -> tf.Tensor:
 
     @tf.custom_gradient
     def gather(x):
-        return _patches(_padded(x, stride), stride), lambda gradient: scatter(gradient)
+        return gather_patches(padded(x, stride), stride), lambda gradient: scatter(gradient)
 
     @tf.custom_gradient
     def scatter(patches):
@@ -180,13 +115,13 @@ def patches3x3(x: tf.Tensor, stride: int) -> tf.Tensor:
     return gather(x)
 
 
-def _padded(x: tf.Tensor, stride: int) -> tf.Tensor:
+def padded(x: tf.Tensor, stride: int) -> tf.Tensor:
     """With zeros around the images, for patches ('SAME')."""
     height, width = (same_padding(size, stride) for size in x.shape[2:4])
     return tf.pad(x, [[0, 0], [0, 0], height, width, [0, 0]])
 
 
-def _patches(x: tf.Tensor, stride: int, *more) -> tf.Tensor:
+def gather_patches(x: tf.Tensor, stride: int, *more) -> tf.Tensor:
     """Every 3x3 neighbourhood within the images: [T, examples, H', W', 9*C + more].
 
     more: channels [T, examples, H', W', n] that go behind.
@@ -208,23 +143,15 @@ def _unpatch(patches: tf.Tensor, size: tuple[int, int], stride: int) -> tf.Tenso
     Pixels are taken by their phase, their position modulo the stride: those of one phase are in the
     same places of the patches, so each phase is a sum of slices.
     """
-    channels = patches.shape[4] // 9
-    phases = []
+    channels, phases = patches.shape[4] // 9, []
     for p in range(stride):
         for q in range(stride):
-            phases.append(
-                tf.add_n(
-                    [
-                        _shifted(
-                            patches[..., (3 * i + j) * channels : (3 * i + j + 1) * channels],
-                            down,
-                            right,
-                        )
-                        for down, i in _taps(p, size[0], stride)
-                        for right, j in _taps(q, size[1], stride)
-                    ]
-                )
-            )
+            terms = []
+            for down, i in _taps(p, size[0], stride):
+                for right, j in _taps(q, size[1], stride):
+                    first = (3 * i + j) * channels
+                    terms.append(_shifted(patches[..., first : first + channels], down, right))
+            phases.append(tf.add_n(terms))
     return _interleave(phases, size)
 
 
@@ -233,9 +160,8 @@ def _taps(phase: int, size: int, stride: int) -> list[tuple[int, int]]:
     of `size` pixels.
     """
     before = same_padding(size, stride)[0]
-    return [
-        ((phase + before - i) // stride, i) for i in range(3) if (phase + before - i) % stride == 0
-    ]
+    offsets = ((phase + before - i, i) for i in range(3))
+    return [(offset // stride, i) for offset, i in offsets if offset % stride == 0]
 
 
 def _shifted(x: tf.Tensor, down: int, right: int) -> tf.Tensor:
@@ -243,10 +169,9 @@ def _shifted(x: tf.Tensor, down: int, right: int) -> tf.Tensor:
     -1, 0 or 1.
     """
     height, width = x.shape[2:4]
-    x = tf.pad(
-        x, [[0, 0], [0, 0], [max(-down, 0), max(down, 0)], [max(-right, 0), max(right, 0)], [0, 0]]
-    )
-    return x[:, :, max(down, 0) : max(down, 0) + height, max(right, 0) : max(right, 0) + width]
+    vertical, horizontal = ([max(-n, 0), max(n, 0)] for n in (down, right))
+    x = tf.pad(x, [[0, 0], [0, 0], vertical, horizontal, [0, 0]])
+    return x[:, :, vertical[1] : vertical[1] + height, horizontal[1] : horizontal[1] + width]
 
 
 def max_pool2x2(x: tf.Tensor) -> tf.Tensor:
@@ -260,38 +185,31 @@ def max_pool2x2(x: tf.Tensor) -> tf.Tensor:
     @tf.custom_gradient
     def pool(x):
         a, b, c, d = _quarters(x)
-        return tf.maximum(tf.maximum(a, b), tf.maximum(c, d)), lambda gradient: scatter(
-            gradient, *_first_maxima(a, b, c, d)
-        )
+        places = _first_maxima(a, b, c, d)
+        maxima = tf.maximum(tf.maximum(a, b), tf.maximum(c, d))
+        return maxima, lambda gradient: scatter(gradient, *places)
 
     @tf.custom_gradient
     def scatter(values, *places):  # to where the maxima are, zeros elsewhere
         zeros = tf.zeros_like(values)
-        return (
-            _interleave([tf.where(place, values, zeros) for place in places], size),
-            lambda gradient: (pick(gradient, *places), *[None] * 4),
-        )
+        image = _interleave([tf.where(place, values, zeros) for place in places], size)
+        return image, lambda gradient: (pick(gradient, *places), *[None] * 4)
 
     @tf.custom_gradient
     def pick(x, *places):  # what is there
         quarters = _quarters(x)
         zeros = tf.zeros_like(quarters[0])
-        return (
-            tf.add_n([tf.where(place, values, zeros) for place, values in zip(places, quarters)]),
-            lambda gradient: (scatter(gradient, *places), *[None] * 4),
-        )
+        terms = [tf.where(place, values, zeros) for place, values in zip(places, quarters)]
+        return tf.add_n(terms), lambda gradient: (scatter(gradient, *places), *[None] * 4)
 
     return pool(x)
 
 
 def _first_maxima(a, b, c, d) -> list[tf.Tensor]:
     """Where each of four tensors is the first that is as large as any."""
-    where = [
-        (a >= b) & (a >= c) & (a >= d),
-        (b > a) & (b >= c) & (b >= d),
-        (c > a) & (c > b) & (c >= d),
-    ]
-    return [*where, ~(where[0] | where[1] | where[2])]
+    first, second = (a >= b) & (a >= c) & (a >= d), (b > a) & (b >= c) & (b >= d)
+    third = (c > a) & (c > b) & (c >= d)
+    return [first, second, third, ~(first | second | third)]
 
 
 def _quarters(x: tf.Tensor) -> list[tf.Tensor]:
@@ -309,16 +227,13 @@ def _interleave(phases: list[tf.Tensor], size: tuple[int, int]) -> tf.Tensor:
     What is beyond `size` is cut off; pixels that no phase reaches are zero.
     """
     tasks, examples, height, width, channels = sizes(phases[0])
-    if (stride := int(len(phases) ** 0.5)) > 1:
-        x = tf.reshape(
-            tf.stack(phases, axis=-2), [tasks, examples, height, width, stride, stride, channels]
-        )
+    x, stride = phases[0], int(len(phases) ** 0.5)
+    if stride > 1:
+        x = tf.stack(phases, axis=-2)
+        x = tf.reshape(x, [tasks, examples, height, width, stride, stride, channels])
         x = tf.transpose(x, [0, 1, 2, 4, 3, 5, 6])
-    else:
-        x = phases[0]
-    x = tf.reshape(x, [tasks, examples, height * stride, width * stride, channels])[
-        :, :, : size[0], : size[1]
-    ]
+    x = tf.reshape(x, [tasks, examples, height * stride, width * stride, channels])
+    x = x[:, :, : size[0], : size[1]]
     return tf.pad(x, [[0, 0], [0, 0], [0, size[0] - x.shape[2]], [0, size[1] - x.shape[3]], [0, 0]])
 
 
@@ -408,20 +323,26 @@ def standardize(rows: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, offset: tf.T
 
 # Layers -------------------------------------------------------------------------------------------
 
-# A weight is [T, ...], or Shared. Of networks, see maml.py.
+# A weight is [T, ...], or what tasks share: then it has the methods that are called here, see
+# fewshot.engine.shared.
 
 
-def multiply(rows: tf.Tensor, matrix: tf.Tensor | Shared) -> tf.Tensor:
+def per_task(weight) -> tf.Tensor:
+    """A weight of each task's own, [T, ...]."""
+    return weight.per_task() if hasattr(weight, 'per_task') else weight
+
+
+def multiply(rows: tf.Tensor, matrix) -> tf.Tensor:
     """rows [T, n, in], matrix [T, in, out] -> [T, n, out]."""
-    return product_shared(rows, *matrix) if isinstance(matrix, Shared) else product(rows, matrix)
+    return matrix.multiply(rows) if hasattr(matrix, 'multiply') else product(rows, matrix)
 
 
-def dense(x: tf.Tensor, matrix: tf.Tensor | Shared, bias: tf.Tensor | Shared) -> tf.Tensor:
+def dense(x: tf.Tensor, matrix, bias) -> tf.Tensor:
     """x [T, examples, in], matrix [T, in, out], bias [T, out] -> [T, examples, out]."""
     return multiply(x, matrix) + tf.expand_dims(per_task(bias), 1)
 
 
-def convolve(x: tf.Tensor, kernel: tf.Tensor | Shared, stride: int) -> tf.Tensor:
+def convolve(x: tf.Tensor, kernel, stride: int) -> tf.Tensor:
     """3x3 convolution ('SAME') of each task's images by its own kernel, as a product of matrices.
 
     x [T, examples, height, width, C], kernel [T, 3, 3, C, F] -> [T, examples, ceil(height/stride),
@@ -455,7 +376,7 @@ def convolve_outer(x: tf.Tensor, gradient: tf.Tensor):
     transposes the images so that examples come last: four times the work of the product.
     """
     channels, filters = x.shape[-1], gradient.shape[-1]
-    patches = tf.reshape(_patches(_padded(x, 1), 1), [1, -1, 9 * channels])  # [1, rows, 9C]
+    patches = tf.reshape(gather_patches(padded(x, 1), 1), [1, -1, 9 * channels])  # [1, rows, 9C]
     outer = product_outer(patches, tf.reshape(gradient, [1, -1, filters]))  # [1, 9C, F]
     return tf.reshape(outer, [1, 3, 3, channels, filters]), lambda kernel: (
         convolve_one(gradient, turned(kernel)),
@@ -468,80 +389,19 @@ def turned(kernel: tf.Tensor) -> tf.Tensor:
     return tf.transpose(kernel[:, ::-1, ::-1], [0, 1, 2, 4, 3])
 
 
-def convolve_patches(patches: tf.Tensor, kernel: tf.Tensor | Shared) -> tf.Tensor:
+def convolve_patches(patches: tf.Tensor, kernel) -> tf.Tensor:
     """Each task's patches by its kernel.
 
     patches [T, examples, H, W, 9*C], kernel [T, 3, 3, C, F] -> [T, examples, H, W, F].
     """
     tasks, examples, height, width, size = sizes(patches)
     rows = tf.reshape(patches, [tasks, examples * height * width, size])  # [T, rows, 9C]
-    if isinstance(kernel, Shared):
-        value, perturbation = kernel
-        filters = value.shape[-1]
-        matrix = Shared(
-            tf.reshape(value, [size, filters]),  # [9C, F]
-            tf.reshape(perturbation, [*perturbation.shape[:1], size, filters]),  # [T, 9C, F]
-        )
+    if hasattr(kernel, 'reshaped'):
+        matrix = kernel.reshaped([size, -1])
     else:
         matrix = tf.reshape(kernel, [tasks, size, kernel.shape[-1]])  # [T, 9C, F]
     output = multiply(rows, matrix)
     return tf.reshape(output, [tasks, examples, height, width, output.shape[-1]])
-
-
-class NormalizedPatches(NamedTuple):
-    """Patches of the input images, ready for `convolve_normalized`."""
-
-    # [T, examples, H, W, 9*C + 1], the task's mean pixel taken away, and a last channel of ones
-    patches: tf.Tensor
-    # [T, 1, 9*C], what borders and rounding left of the mean
-    mean: tf.Tensor
-    # [T, 9*C, 9*C], float64: neighbouring pixels are so alike that it is nearly singular
-    covariance: tf.Tensor
-
-
-def normalized_patches(
-    images: tf.Tensor, stride: int, leading: int | tf.Tensor | None = None
-) -> NormalizedPatches:
-    """images: [T, examples, height, width, C]; leading: see `batch_norm`.
-
-    Patches with a channel of ones, times themselves: sums, and sums of products. In pieces of the
-    rows, which are added up in float64. For the rounding the task's mean pixel is taken away, from
-    the zeros around the images, too, so that every patch loses the same.
-    """
-    tasks, examples, channels = sizes(images)[0], sizes(images)[1], images.shape[-1]
-    height, width = (-(-size // stride) for size in images.shape[2:4])
-    given = tf.reshape(images[:, :leading], [tasks, -1, channels])
-    mean = sum_rows(given) / number(sizes(given)[1], images)  # [T, 1, C]
-    centred = _padded(images, stride) - mean[:, :, tf.newaxis, tf.newaxis]
-    ones = tf.ones([tasks, examples, height, width, 1], images.dtype)
-    patches = _patches(centred, stride, ones)  # [T, examples, H', W', 9C + 1]
-    count = (examples if leading is None else leading) * height * width  # of rows with a say
-    pieces = divisor_near_root(count) if isinstance(count, int) else count // width
-    pieces = tf.reshape(patches[:, :leading], [tasks, pieces, -1, patches.shape[-1]])
-    products = tf.matmul(pieces, pieces, transpose_a=True)  # [T, pieces, 9C + 1, 9C + 1]
-    means = tf.reduce_sum(tf.cast(products, tf.float64), axis=1) / tf.cast(count, tf.float64)
-    mean = means[:, -1:, :-1]  # [T, 1, 9C]
-    covariance = means[:, :-1, :-1] - tf.matmul(mean, mean, transpose_a=True)
-    return NormalizedPatches(patches, tf.cast(mean, images.dtype), covariance)
-
-
-def convolve_normalized(
-    x: NormalizedPatches, kernel: tf.Tensor | Shared, beta: tf.Tensor
-) -> tf.Tensor:
-    """Convolution and batch normalisation of the input images, as one matrix product: [T, examples,
-    H, W, F].
-
-    kernel: [T, 3, 3, C, F]; beta: [F]. The output before normalisation is patches P times kernel k,
-    so its variance is k^T cov(P) k, and cov(P) does not change while the weights do: no statistics
-    of the large output are needed.
-    """
-    kernel = per_task(kernel)
-    tasks, filters = sizes(kernel)[0], kernel.shape[-1]
-    matrix = tf.reshape(kernel, [tasks, -1, filters])  # [T, 9C, F]
-    exact = tf.cast(matrix, tf.float64)
-    variance = tf.reduce_sum(exact * (x.covariance @ exact), axis=1, keepdims=True)  # [T, 1, F]
-    scaled = tf.cast(exact * tf.math.rsqrt(variance + BATCH_NORM_EPSILON), kernel.dtype)
-    return convolve_patches(x.patches, tf.concat([scaled, beta - x.mean @ scaled], axis=1))
 
 
 # Normalisation ------------------------------------------------------------------------------------
@@ -588,76 +448,3 @@ def layer_norm(x: tf.Tensor, beta: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
     variance = sum_rows(tf.square(centred)) / size  # [T*examples, 1, 1]
     standard = centred * spread(tf.math.rsqrt(variance + LAYER_NORM_EPSILON), size)
     return tf.reshape(standard, sizes(x)) * gamma + beta
-
-
-class Normalization:
-    """What follows the layers of a network; what networks take as `norm`, the user's own too.
-
-    A normalisation of your own says which parameters it has and what it makes of a layer's output,
-    see `LayerNorm` below. `tf.nn.moments` is wrong at second order: take means, or `moments`.
-    """
-
-    removes_mean = False  # of each channel: a bias added before would change nothing but rounding
-
-    def parameters(self, channels: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """{name: (kind of initial value, shape)} of one layer's; see maml.initial_value."""
-        return {}
-
-    def normalize(
-        self, x: tf.Tensor, parameters: dict, leading: int | tf.Tensor | None = None
-    ) -> tf.Tensor:
-        """x normalised, of the same shape [T, examples, ..., channels].
-
-        parameters: {name: tensor}; leading: how many of the examples, from the first on, give the
-        statistics (None: all).
-        """
-        return x
-
-    def __call__(
-        self,
-        x: tf.Tensor,
-        parameters: dict,
-        leading: int | tf.Tensor | None = None,
-        max_pool: bool = False,
-    ) -> tf.Tensor:
-        """`normalize`, then 2x2 max-pooling of [T, examples, height, width, channels] if asked."""
-        x = self.normalize(x, parameters, leading)
-        return max_pool2x2(x) if max_pool else x
-
-
-class BatchNorm(Normalization):
-    """See `batch_norm`."""
-
-    removes_mean = True
-
-    def parameters(self, channels: int) -> dict:
-        return {'beta': ('zeros', (channels,))}
-
-    def __call__(self, x, parameters, leading=None, max_pool=False) -> tf.Tensor:
-        return batch_norm(x, parameters['beta'], leading, max_pool)
-
-
-class LayerNorm(Normalization):
-    """See `layer_norm`."""
-
-    def parameters(self, channels: int) -> dict:
-        return {'beta': ('zeros', (channels,)), 'gamma': ('ones', (channels,))}
-
-    def normalize(self, x, parameters, leading=None) -> tf.Tensor:
-        return layer_norm(x, parameters['beta'], parameters['gamma'])
-
-
-NORMALIZATIONS = {'batch_norm': BatchNorm, 'layer_norm': LayerNorm, 'None': Normalization}
-
-
-def normalization(norm: str | Normalization) -> Normalization:
-    """A normalisation by its name, or the one that is given. Raises ValueError."""
-    if isinstance(norm, Normalization):
-        return norm
-    if norm not in NORMALIZATIONS:
-        names = ', '.join(map(repr, NORMALIZATIONS))
-        raise ValueError(f'norm must be one of {names}, or a Normalization, but it is {norm!r}')
-    return NORMALIZATIONS[norm]()
-
-
-# TensorFlow's own functions, for as long as something is traced -----------------------------------

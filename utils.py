@@ -14,22 +14,20 @@ import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 import numpy as np
 from absl import flags
 
-from fewshot.paper.cells import paper_figures
-from fewshot.runs.flags import FLAGS
+from fewshot.paper.runs import paper_figures
 from fewshot.runs.prepare import Prepared
 from fewshot.runs.results import write_together
-from fewshot.runs.tasks import MINIIMAGENET_QUERY_IMAGES
 from fewshot.runs.user_code import is_spec
+from fewshot.sources import IMAGE_SOURCES, SOURCES
 
 SPLITS = {'val': 'validation', 'test': 'test'}
 
 
 def command_again(given: dict) -> str:
-    """What continues a run: the command without what said where this process was to begin."""
-    names = ('resume', 'overwrite', 'test_iter')
-    defaults = {flag.name: flag.default for flag in FLAGS}
-    once = [f'--{name}={given[name]}' for name in names if given[name] != defaults[name]]
-    return f'the same command{" without " if once else ""}{" and ".join(once)}'
+    """The command that resumes the run: the same flags without those that begin it once."""
+    usual = {'resume': True, 'overwrite': False, 'test_iter': -1}
+    once = [f'--{name}={given[name]}' for name in usual if given[name] != usual[name]]
+    return 'the same command' + (f' without {" and ".join(once)}' if once else '')
 
 
 def print_results(run: Prepared, f: flags.FlagValues, values: np.ndarray) -> tuple:
@@ -41,7 +39,7 @@ def print_results(run: Prepared, f: flags.FlagValues, values: np.ndarray) -> tup
     if not source.has_queries:
         print(
             'There are no query images, as in the original, to tell of updates: '
-            f'--test_query={MINIIMAGENET_QUERY_IMAGES} takes some.'
+            f'--test_query={SOURCES[f.datasource].queries} takes some.'
         )
     with np.errstate(invalid='ignore', over='ignore'):  # of tasks that diverge
         mean, stddev = values.mean(0), values.std(0)
@@ -129,7 +127,7 @@ def next_steps(run: Prepared, f: flags.FlagValues) -> str:
     given = [f'--{n}={f[n].value}' for n in ('datasource', 'network') if is_spec(f[n].value)]
     evaluation = ['main.py', '--train=False', '--test_set=True', f'--run={run.folder}', *given]
     commands = [command_line(*evaluation)]
-    if f.datasource in ('omniglot', 'miniimagenet', 'folder'):
+    if f.datasource in IMAGE_SOURCES:
         network = [f'--network={f.network}'] if f.network else []
         classify = ['scripts/model/classify.py', run.folder, 'SUPPORT_DIR', 'IMAGE', *network]
         commands.append(command_line(*classify))

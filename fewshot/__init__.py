@@ -21,6 +21,8 @@ PLACES = {
     'make_network': 'networks.build',
     'UserTasks': 'data.user_tasks',
     'load_folder': 'data.own_images',
+    'read_image': 'data.image_files',
+    'run_layout': 'data.image_files',
     'load_miniimagenet': 'data.image_folders',
     'load_omniglot': 'data.image_folders',
     'Schedule': 'runs.trainer',

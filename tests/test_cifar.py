@@ -368,7 +368,7 @@ def test_download(server, target):
     prepare(None, target, remote=server.remote)
     assert_all_images(target)
     assert [part for _, part in server.asked] == [None, 'bytes=500-']
-    caches = {path.name for path in target.parent.iterdir() if path.suffix == '.cache'}
+    caches = {path.name for path in target.parent.iterdir() if path.name.endswith('.cache.npy')}
     assert {path.name for path in target.parent.iterdir()} == {target.name, *caches}
 
 

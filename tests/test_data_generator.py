@@ -1,13 +1,11 @@
 """Tasks and class folders, on generated data; on real data if prepared (MAML_TEST_DATA)."""
 
 import itertools
-import json
 import os
 import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -548,13 +546,16 @@ def no_cache_folder(monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', os.path.join(os.devnull, 'cache'))
 
 
+CACHE = 'omniglot_resized.cache.npy'
+
+
 def test_second_start_decodes_nothing(omniglot, capsys, monkeypatch):
     first, printed = load(omniglot, capsys)
     assert 'Decoding the 36 images of' in printed and 'damaged' not in printed
     monkeypatch.setattr(Image, 'open', lambda *_: pytest.fail('decoded again'))
     assert load(omniglot, capsys) == (first, '')
-    assert sorted(os.listdir(omniglot)) == ['omniglot_resized', 'omniglot_resized.cache']
-    assert sorted(os.listdir(omniglot / 'omniglot_resized.cache')) == ['images.raw', 'index.json']
+    assert sorted(os.listdir(omniglot)) == ['omniglot_resized', CACHE]
+    assert np.load(omniglot / CACHE).shape == (36, 28, 28, 1)
 
 
 def test_cache_survives_moving_the_folder(omniglot, capsys):
@@ -605,8 +606,9 @@ def test_changed_data_is_decoded_again(omniglot, capsys, change):
     first, _ = load(omniglot, capsys)
     CHANGES[change](omniglot / 'omniglot_resized')
     found, printed = load(omniglot, capsys)
-    assert found != first and 'Decoding' in printed
-    shutil.rmtree(omniglot / 'omniglot_resized.cache')
+    assert found != first and f'{omniglot}/{CACHE} is out of date or damaged' in printed
+    assert printed.count('\n') == 1
+    (omniglot / CACHE).unlink()
     assert load(omniglot, capsys)[0] == found
     assert load(omniglot, capsys) == (found, '')
 
@@ -617,49 +619,55 @@ def flip(path: Path, position: int):
     path.write_bytes(data)
 
 
-def edit_index(cache: Path, **changes):
-    index = json.loads((cache / 'index.json').read_text())
-    (cache / 'index.json').write_text(json.dumps(dict(index, **changes)))
+def cut(path: Path, count: int):
+    """Removes bytes at the end."""
+    os.truncate(path, path.stat().st_size - count)
 
 
-def images_a_folder(cache: Path):
-    (cache / 'images.raw').unlink()
-    (cache / 'images.raw').mkdir()
+def turn_header(path: Path):
+    """What stands there is a valid array of as many bytes, but another one."""
+    path.write_bytes(path.read_bytes().replace(b'36, 28, 28, 1', b'28, 36, 28, 1'))
 
 
+def sign_header(path: Path):
+    path.write_bytes(path.read_bytes().replace(b'|u1', b'|i1'))
+
+
+SEAL = 64 + 1 + 8  # bytes at the end: the fingerprint of the files and the checksum
 DAMAGES = {
-    'truncated': lambda cache: os.truncate(cache / 'images.raw', 28 * 28 * 35),
-    'one byte short': lambda cache: os.truncate(cache / 'images.raw', 28 * 28 * 36 - 1),
-    'empty': lambda cache: os.truncate(cache / 'images.raw', 0),
-    'too long': lambda cache: os.truncate(cache / 'images.raw', 28 * 28 * 37),
-    'first bit': lambda cache: flip(cache / 'images.raw', 0),
-    'middle bit': lambda cache: flip(cache / 'images.raw', 10007),
-    'last bit': lambda cache: flip(cache / 'images.raw', -1),
-    'no images': lambda cache: (cache / 'images.raw').unlink(),
-    'images a folder': images_a_folder,
-    'no index': lambda cache: (cache / 'index.json').unlink(),
-    'index empty': lambda cache: (cache / 'index.json').write_text(''),
-    'index cut': lambda cache: os.truncate(cache / 'index.json', 30),
-    'index binary': lambda cache: (cache / 'index.json').write_bytes(b'\xff\x00\x80'),
-    'index a list': lambda cache: (cache / 'index.json').write_text('[1, 2]'),
-    'index a number': lambda cache: (cache / 'index.json').write_text('7'),
-    'index nested': lambda cache: (cache / 'index.json').write_text('[' * 100000),
-    'key': lambda cache: edit_index(cache, key='0' * 64),
-    'checksums': lambda cache: edit_index(cache, checksums=[1]),
-    'no checksums': lambda cache: edit_index(cache, checksums=None),
+    'truncated': lambda cache: cut(cache, 28 * 28),
+    'one byte short': lambda cache: cut(cache, 1),
+    'without a seal': lambda cache: cut(cache, SEAL),
+    'empty': lambda cache: os.truncate(cache, 0),
+    'too long': lambda cache: cache.write_bytes(cache.read_bytes() + bytes(28 * 28)),
+    'first bit': lambda cache: flip(cache, -SEAL - 36 * 28 * 28),
+    'middle bit': lambda cache: flip(cache, -SEAL - 10007),
+    'last bit': lambda cache: flip(cache, -SEAL - 1),
+    'key': lambda cache: flip(cache, -SEAL),
+    'checksum': lambda cache: flip(cache, -1),
+    'magic': lambda cache: flip(cache, 0),
+    'header': lambda cache: flip(cache, 20),
+    'other shape': turn_header,
+    'other type': sign_header,
+    'garbage': lambda cache: cache.write_bytes(b'\xff\x00\x80' * 100),
 }
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
 def test_damaged_cache_is_never_used(omniglot, capsys, damage):
     first, _ = load(omniglot, capsys)
-    DAMAGES[damage](omniglot / 'omniglot_resized.cache')
+    before = (omniglot / CACHE).read_bytes()
+    DAMAGES[damage](omniglot / CACHE)
+    assert (omniglot / CACHE).read_bytes() != before
     found, printed = load(omniglot, capsys)
-    assert found == first and 'Decoding' in printed
-    if damage == 'images a folder':
-        assert 'cannot be kept' in printed  # left to its owner
-    else:
-        assert load(omniglot, capsys) == (first, '')
+    assert found == first and f'{omniglot}/{CACHE} is out of date or damaged' in printed
+    assert load(omniglot, capsys) == (first, '')
+
+
+def test_folders_that_older_versions_kept_are_not_in_the_way(omniglot, capsys):
+    (omniglot / 'omniglot_resized.cache').mkdir()
+    first, _ = load(omniglot, capsys)
+    assert load(omniglot, capsys) == (first, '')
 
 
 @pytest.mark.parametrize('inside, data_dir', [('photos', '.'), ('photos/0', '..'), ('photos', '')])
@@ -672,14 +680,14 @@ def test_folders_relative_to_where_one_is(tmp_path, monkeypatch, inside, data_di
     classes = load_folder(data_dir, image_size=8)
     assert {len(of.names) for of in classes.values()} == {1}
     assert listing(tmp_path / 'photos') == before
-    assert {path.name for path in tmp_path.iterdir()} == {'photos', 'photos.8x8x3.crop.cache'}
+    assert {path.name for path in tmp_path.iterdir()} == {'photos', 'photos.8x8x3.crop.cache.npy'}
 
 
 def test_data_without_a_place_for_the_cache(omniglot, capsys):
-    (omniglot / 'omniglot_resized.cache').write_text('a file, so that no folder can be made here')
+    (omniglot / CACHE).mkdir()  # so that no file can be made here
     found, printed = load(omniglot, capsys)
-    assert printed.count('cannot be kept') == 1 and 'omniglot_resized.cache' in printed
-    (omniglot / 'omniglot_resized.cache').unlink()
+    assert printed.count('cannot be kept') == 1 and CACHE in printed
+    (omniglot / CACHE).rmdir()
     assert load(omniglot, capsys)[0] == found
 
 
@@ -709,31 +717,16 @@ def test_full_disk_leaves_nothing_behind(omniglot, capsys):
     assert load(omniglot, capsys)[0] == found
 
 
-def test_temporary_files_of_killed_processes_are_removed(omniglot, capsys):
-    cache = omniglot / 'omniglot_resized.cache'
-    cache.mkdir()
-    # The second may still be at work.
-    for name, age in ('images.raw.1.tmp', 4000), ('images.raw.2.tmp', 10):
-        (cache / name).write_text('half')
-        os.utime(cache / name, (time.time() - age,) * 2)
-    load(omniglot, capsys)
-    assert sorted(os.listdir(cache)) == ['images.raw', 'images.raw.2.tmp', 'index.json']
-
-
 def test_processes_that_start_together(omniglot, capsys):
-    # Without the import of TensorFlow.
     code = f"""if True:
-        import sys, types
-        names = dict(Batch=tuple, cores=lambda: 2, named_batch=None, whole_number=None)
-        sys.modules['utils'] = types.SimpleNamespace(**names)
-        import data_generator
-        print(data_generator.load_omniglot({str(omniglot)!r})['train'].images.sum())"""
+        from fewshot.data.image_folders import load_omniglot
+        print(load_omniglot({str(omniglot)!r})['train'].images.sum())"""
     line, pipe = [sys.executable, '-c', code], subprocess.PIPE
     runs = [subprocess.Popen(line, cwd=ROOT, stdout=pipe, text=True) for _ in range(3)]
     sums = {run.communicate()[0] for run in runs}
     assert all(run.returncode == 0 for run in runs) and len(sums) == 1
     _, printed = load(omniglot, capsys)
-    assert printed == '' and len(os.listdir(omniglot / 'omniglot_resized.cache')) == 2
+    assert printed == '' and sorted(os.listdir(omniglot)) == ['omniglot_resized', CACHE]
 
 
 def test_many_chunks_keep_their_order(tmp_path, monkeypatch):
@@ -830,7 +823,7 @@ def test_spoilt_data(omniglot, spoil, capsys):
     leftovers = [path.name for path in omniglot.rglob('*.tmp')]
     assert not leftovers
     if spoil is not two_classes:
-        assert not (omniglot / 'omniglot_resized.cache').exists()
+        assert not (omniglot / CACHE).exists()
 
 
 def test_colour_images_of_another_size(tmp_path):

@@ -22,13 +22,19 @@ from absl import flags
 from command_line import ROOT, in_process, parsed
 
 import data_generator
+import fewshot
 import main
 import maml
 import special_grads
 import utils
 from fewshot.runs.flags import settings
 
-MODULES = (main, maml, data_generator, utils, special_grads)
+PACKAGE = sorted(
+    str(path.relative_to(ROOT)).removesuffix('.py').removesuffix('/__init__').replace('/', '.')
+    for path in (ROOT / 'fewshot').rglob('*.py')
+    if path.name != 'demo_page.py'  # imports NiceGUI, which is an extra
+)
+MODULES = (main, maml, data_generator, utils, special_grads, *map(importlib.import_module, PACKAGE))
 NAMES = [
     'README.md',
     'scripts/README.md',
@@ -284,6 +290,8 @@ def is_known(span: str) -> bool:
         return is_file(span)
     if not NAME.fullmatch(span):
         return True
+    if span.startswith('fewshot.'):
+        return has(fewshot, span.split('.')[1:])
     first, *rest = span.removesuffix('()').split('.')
     places = [place for place in (*MODULES, builtins) if hasattr(place, first)]
     owners = [getattr(place, first) for place in places]

@@ -34,12 +34,14 @@ from fewshot.use.learner import Learner
 
 pytest.importorskip('matplotlib')
 
+from fewshot.data.cifar100 import SPLITS
 from fewshot.paper import figures as report_figures
+from fewshot.paper import report as paper_report
 from fewshot.paper import runs as cells
 from fewshot.paper.cells import CELLS, OTHER_CELLS, SINUSOIDS
 from fewshot.runs.flags import settings
 from scripts.measure import step_sizes
-from scripts.paper import report, second_order_ablation, variants
+from scripts.paper import plot_sinusoid, report, second_order_ablation, variants
 
 CASE = ROOT / 'tests' / 'reference' / 'omniglot_5way_1shot.npz'
 ABLATION = 'scripts/paper/second_order_ablation.py'
@@ -88,6 +90,7 @@ def test_validations_of_the_ablation(tmp_path):
     assert (tmp_path / 'ablation.png').exists()
 
 
+@pytest.mark.slow
 def test_variants(tmp_path, eager, monkeypatch):
     """Two variants of two seeds, one of one: means and intervals are those of their evaluations."""
     settle(monkeypatch, intervals={'summary': 2})
@@ -163,6 +166,7 @@ def logs(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / 'logs'))
 
 
+@pytest.mark.slow
 def test_report(logs):
     """Means over seeds with Student's interval; cells without runs say so; figures are there."""
     outcome = succeeded(in_process(report.main, [str(logs)]))
@@ -196,9 +200,9 @@ def test_tables_of_more_tasks(tmp_path):
     assert cells.read_tables(tmp_path, '0.04') == ({}, {})
     cell = next(cell for cell in CELLS if cell.name == 'omniglot_5way_1shot')
     run = cells.Run(tmp_path, {}, 5, 0.0, '', tables, more_tables, {})
-    lines = report.on_more_tasks({cell.name: [run]})
+    lines = paper_report.on_more_tasks({cell.name: [run]})
     assert lines[-1] == f'| {cell.title} | {cell.paper} | 53.00 ± 1.00 | – | 3 | 0 |'
-    assert report.on_more_tasks({cell.name: [run._replace(more_tables={})]}) == []
+    assert paper_report.on_more_tasks({cell.name: [run._replace(more_tables={})]}) == []
 
 
 def put_another(folder: Path, *arguments: str):
@@ -278,7 +282,7 @@ def test_report_leaves_out_what_is_damaged(logs, eager, damage, words):
 def test_classes_of_cifar_fs(tmp_path):
     """A run on other folders is none of its cells."""
     cell = next(cell for cell in OTHER_CELLS if cell.name == 'cifar_fs_5way_1shot')
-    splits = {split: dict.fromkeys(labels, 600) for split, labels in cells.CIFAR_FS.items()}
+    splits = {split: dict.fromkeys(labels, 600) for split, labels in SPLITS['cifar_fs'].items()}
     cells.check_classes(tmp_path, splits, cell)
     cells.check_classes(tmp_path, None, cell)  # not told
     with pytest.raises(ValueError, match='its val classes are not those of CIFAR-FS'):
@@ -301,6 +305,26 @@ def test_report_quotes_notes(logs):
     succeeded(in_process(report.main, [str(logs)]))
     lines = (logs / 'report/report.md').read_text().splitlines()
     assert 'Omniglot, 5-way 1-shot: not this year.' in lines
+
+
+def test_picture_of_a_sinusoid_run(trained, tmp_path):
+    """By the name of its folder; in the format of the output's ending."""
+    folder = str(next(trained.glob('sinusoid/seed0/cls_*')))
+    for name, start in ('a.png', b'\x89PNG'), ('a.svg', b'<?xml'):
+        outcome = succeeded(in_process(plot_sinusoid.main, [folder, f'--output={tmp_path / name}']))
+        assert outcome.lines == [f'Wrote {tmp_path / name}']
+        assert (tmp_path / name).read_bytes().startswith(start)
+    for arguments, words in [
+        ([str(tmp_path / 'none')], ['there is no folder', 'none']),
+        ([str(tmp_path)], ['holds no test_ubs', 'evaluate the run first']),
+        ([folder, f'--output={tmp_path}/no/a.png'], ['cannot be written', '--output']),
+        ([folder, '--output=a.txt'], ['txt', 'png']),
+    ]:
+        outcome = in_process(plot_sinusoid.main, arguments)
+        assert_refused(outcome, 'plot_sinusoid.py', *words)
+    write_table(tmp_path, TABLE, [3.0, 2.0])
+    outcome = in_process(plot_sinusoid.main, [str(tmp_path)])
+    assert_refused(outcome, 'plot_sinusoid.py', 'is not named like a run')
 
 
 def test_step_sizes_of_errors(trained):
@@ -375,7 +399,10 @@ def test_report_tells_validation_classes(tmp_path, eager, monkeypatch):
     make_omniglot(tmp_path)
     name = 'omniglot_5way_1shot_no_conv'
     cell = next(cell for cell in CELLS if cell.name == name)
-    monkeypatch.setitem(cell.settings, 'num_classes', 2)  # so few classes are enough
+    few = cell._replace(flags=cell.flags.replace('num_classes=5', 'num_classes=2'))
+    assert few.settings['num_classes'] == 2  # so few classes are enough
+    for module in (paper_report, report_figures):
+        monkeypatch.setattr(module, 'CELLS', [few if of is cell else of for of in CELLS])
     flags = ['--datasource=omniglot', '--conv=False', '--num_classes=2', '--update_batch_size=1']
     flags += ['--update_lr=.4', '--metatrain_iterations=1', '--meta_batch_size=32']
     flags += [f'--data_dir={tmp_path}', f'--logdir={tmp_path}/{name}/seed0']
@@ -425,6 +452,22 @@ def test_cells_are_what_the_scripts_train(tmp_path):
         flags = parsed(*training.split())
         assert flags.logdir == f'logs/{cell.name}/seed0'
         assert cells.deviations(Path(cell.name), settings(flags), cell) == {}
+
+
+def test_cells_need_no_tensorflow():
+    """The scripts read their flags at once."""
+    code = 'import sys, fewshot.paper.cells; sys.exit("tensorflow" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
+def test_scripts_refuse_schedules_without_a_number(tmp_path):
+    """In one sentence, before anything is trained."""
+    printing(tmp_path)
+    (tmp_path / 'data/omniglot_resized').mkdir(parents=True)
+    flag = '--metatrain_iterations=many'
+    outcome = bash(tmp_path, 'omniglot_20way_1shot_maml_plus_plus', flag)
+    told = 'cells.py: --metatrain_iterations must be a whole number, but it is many\n'
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (1, '', told)
 
 
 def test_data_of_the_scripts(tmp_path):
@@ -518,7 +561,8 @@ def test_cell(checkout, cell):
 
 def printing(folder: Path):
     """The scripts, with a main.py that prints its arguments."""
-    shutil.copytree(ROOT / 'scripts', folder / 'scripts')
+    for name in ('fewshot', 'scripts'):
+        shutil.copytree(ROOT / name, folder / name)
     (folder / 'scripts/lib/environment.sh').write_text(SET_UP)
     (folder / 'main.py').write_text('import sys\nprint(*sys.argv[1:])\n')
 

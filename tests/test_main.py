@@ -35,9 +35,8 @@ from tensorboard.plugins.hparams.hparams_plugin import HParamsPlugin
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
 from werkzeug.test import Client
 
-import maml
 from fewshot.networks.build import MODEL_SETTINGS
-from fewshot.paper.cells import paper_figures
+from fewshot.paper.runs import paper_figures
 from fewshot.runs import flags as flags_module
 from fewshot.runs import trainer
 from fewshot.runs.checkpoints import checkpoints
@@ -422,7 +421,7 @@ def test_checkpoint_cannot_be_written(tmp_path, monkeypatch):
         folder.write_text('')
         return real(checkpoint, folder, *more)
 
-    real = maml.write_checkpoint
+    real = trainer.write_checkpoint
     monkeypatch.setattr(trainer, 'write_checkpoint', write)
     outcome = run(*SINUSOID, '--metatrain_iterations=1', '--log=False', f'--logdir={tmp_path}/logs')
     assert_refused(outcome, 'model0 cannot be written')
@@ -491,6 +490,7 @@ def test_lines_of_a_sinusoid(tmp_path, intervals, graphs):
         np.testing.assert_allclose([float(pre), float(post)], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_lines_of_images(tmp_path, data, intervals, graphs):
     """Accuracies; pre-training has its own count and name; validation classes every so often."""
     intervals(summary=2, line=4, validation=6)
@@ -550,6 +550,7 @@ def test_tags_of_a_sinusoid(tmp_path, graphs):
     assert all(np.isfinite([*values.values()]).all() for values in written.values())
 
 
+@pytest.mark.slow
 def test_tags_of_images(tmp_path, data, intervals, graphs):
     intervals(summary=100, line=100, validation=100)
     folders = [f'--data_dir={data}', f'--logdir={tmp_path}']
@@ -625,6 +626,7 @@ def compared(logdir: Path) -> dict[str, tuple[dict, dict]]:
     return found
 
 
+@pytest.mark.slow
 def test_runs_are_compared_by_flags_and_accuracies(tmp_path, data, intervals):
     """Of a run that went on, the flags that it has now, the newest values and the best."""
     intervals(summary=2, line=2, validation=2)
@@ -725,6 +727,7 @@ def test_evaluation_of_tasks_that_diverge(tmp_path, monkeypatch, eager):
     assert not outcome.err and outcome.lines[-1].split() == ['10', '-', '-']
 
 
+@pytest.mark.slow
 def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
     """The numbers per task do not depend on how many are evaluated at once."""
     evaluate_few(monkeypatch, 22)  # a chunk and a bit
@@ -744,6 +747,7 @@ def test_evaluation_is_of_single_tasks(tmp_path, data, monkeypatch):
     assert set(values.ravel()) <= {0, 0.5, 1}  # two examples
 
 
+@pytest.mark.slow
 def test_evaluation_with_other_shots_and_step_size(tmp_path, data, monkeypatch):
     """K=2 and α=0.4 on a run trained with K=1 and α=0.001, found by its name."""
     evaluate_few(monkeypatch, 40)
@@ -780,6 +784,7 @@ def test_table_of_errors(tmp_path):
     assert len(rows) == 11 and all(len(row) == 4 for row in rows[1:]), 'no figure of the paper'
 
 
+@pytest.mark.slow
 def test_tables_of_accuracies_of_the_first_tasks(tmp_path, data, monkeypatch):
     """In percent; fewer tasks are the first ones of more, and have files of their own."""
     evaluate_few(monkeypatch, 20)
@@ -834,6 +839,7 @@ def test_figures_of_the_paper(trained, evaluated, figures):
         assert paper_figures(state, f) == figures
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_run_by_its_folder(tmp_path, data, monkeypatch):
     """The run knows its flags, wherever it is; what is given counts; no other folder appears."""
     evaluate_few(monkeypatch, 4)
@@ -873,6 +879,7 @@ def test_folder_that_is_no_run(tmp_path):
     assert_refused(run(*there), 'model0 cannot be read')
 
 
+@pytest.mark.slow
 def test_test_classes_are_others(tmp_path, data, monkeypatch):
     evaluate_few(monkeypatch, 20)
     train = once(tmp_path, data)
@@ -895,6 +902,7 @@ def test_more_updates_than_ten(tmp_path):
     assert results(only(tmp_path), 'test_ubs5_stepsize0.001').shape == (600, 13)
 
 
+@pytest.mark.slow
 def test_plain_network_on_miniimagenet(tmp_path, data, monkeypatch):
     """Without meta-training, one image per class and no queries: no figures after an update.
 

@@ -18,14 +18,17 @@ from data_generator import Batch
 from fewshot.engine.chunks import CHUNK_SIZE, in_a_loop
 from fewshot.engine.fast import FastMAML, with_gradient
 from fewshot.networks.build import make_model, make_network
+from fewshot.networks.fused import FusedConvolutional, fuse
 from maml import (
+    BatchNorm,
     Convolutional,
     FullyConnected,
+    LayerNorm,
     Results,
     cross_entropy,
     mean_squared_error,
 )
-from special_grads import BATCH_NORM_EPSILON, BatchNorm, LayerNorm
+from special_grads import BATCH_NORM_EPSILON
 
 FOLDER = Path(os.environ.get('MAML_REFERENCE_DIR', Path(__file__).parent / 'reference'))
 NORMS = ['batch_norm', 'layer_norm', 'None']
@@ -453,13 +456,15 @@ def derivatives(block, inputs, weights, directions) -> tuple:
 
 
 @pytest.mark.parametrize('max_pool', [False, True], ids=['stride', 'max_pool'])
-@pytest.mark.parametrize('number', [1, 3])
-def test_block_is_the_papers(number, max_pool):
+@pytest.mark.parametrize('number, fused', [(1, True), (1, False), (3, False)])
+def test_block_is_the_papers(number, fused, max_pool):
     """`plain_block` and the network's block, two tasks of two kernels: to the second derivative.
 
-    Block 1 is the fused one, on prepared images; the others are alike.
+    Block 1 is on prepared images, and may be fused; the others are alike.
     """
     network = small_network(19, max_pool=max_pool)
+    network = fuse(network) if fused else network
+    assert type(network) is (FusedConvolutional if fused else Convolutional)
     size, channels = (19, 2) if number == 1 else (7, 3)
     shapes = [(2, 4, size, size, channels), (2, 3, 3, channels, 3), (2, 3), (3,)]
     random = np.random.default_rng(0)
@@ -472,7 +477,7 @@ def test_block_is_the_papers(number, max_pool):
 
     def block(images, kernel, bias, beta):
         x = network.prepare(tf.reshape(images, [2, 4, -1])) if number == 1 else images
-        return network._block(number, x, kernel, bias, {f'{number - 1}/beta': beta}, None)
+        return network.block(number, x, kernel, bias, {f'{number - 1}/beta': beta}, None)
 
     def plain(*arguments):
         return plain_block(*arguments, max_pool)
@@ -574,6 +579,7 @@ def test_tasks_are_independent(network):
     assert_close(named_gradient(model, batch), {name: (one[name] + two[name]) / 2 for name in one})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('eagerly')
 def test_parts_of_a_large_meta_batch():
     """The meta-gradient of twelve tasks is the mean of three times four: the parts do not matter.
@@ -1052,6 +1058,7 @@ def compiled_and_not(network: Convolutional) -> list[FastMAML]:
     ]
 
 
+@pytest.mark.slow
 def test_programs_hand_over_what_derivatives_need():
     """Not each argument of a custom gradient, for zeros of its shape; TensorFlow's own op is left.
 
@@ -1085,6 +1092,7 @@ def test_meta_gradient_of_compiled_updates():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_compiled_evaluation():
     """By XLA and by plain TensorFlow, float32."""
     network = Convolutional(6, 1, 2, 3)

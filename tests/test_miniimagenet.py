@@ -522,7 +522,7 @@ def test_download(zenodo, target, capsys):
     assert f'{PICKLES[0]}: 0 of 0 MB' in capsys.readouterr().err
     asked = len(zenodo.asked)
     assert 'complete already' in download(zenodo, target) and len(zenodo.asked) == asked
-    caches = {f'miniImagenet.{split}.cache' for split in SPLITS}
+    caches = {f'miniImagenet.{split}.cache.npy' for split in SPLITS}
     assert {path.name for path in target.parent.iterdir()} == {'miniImagenet', *caches}
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from fewshot.engine.shared import Shared, product_shared
 from special_grads import (
     FEW_ROWS,
-    Shared,
     convolve,
     max_pool2x2,
     moments,
@@ -14,7 +14,6 @@ from special_grads import (
     per_task,
     product,
     product_outer,
-    product_shared,
     product_transposed,
     spread,
     standardize,

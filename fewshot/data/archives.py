@@ -67,7 +67,7 @@ def check_member(member: Member, archive: str, max_bytes: int) -> None:
         raise PreparationError(f'{archive} is refused: its member {member.name!r} {fault}.')
 
 
-def zip_members(file: Path | BinaryIO) -> Iterator[Member]:
+def zip_members(file: BinaryIO) -> Iterator[Member]:
     archive = zipfile.ZipFile(file)  # open for as long as its items are about
     for info in archive.infolist():
         kind = stat.S_IFMT(info.external_attr >> 16)  # the upper half holds the Unix mode, if any
@@ -97,10 +97,9 @@ class Pieces:
         return self.file.read(size)
 
 
-def tar_members(file: Path | BinaryIO, head: bytes) -> Iterator[Member]:
-    raw = file.open('rb') if isinstance(file, Path) else file
+def tar_members(file: BinaryIO, head: bytes) -> Iterator[Member]:
     openers = [opener for magic, opener in COMPRESSED.items() if head.startswith(magic)]
-    stream = Pieces(openers[0](raw) if openers else raw)
+    stream = Pieces(openers[0](file) if openers else file)
     archive = tarfile.TarFile(fileobj=stream)  # open for as long as its items are about
     for info in archive:
         plain = info.isdir() or (info.isreg() and not info.issparse())
@@ -126,17 +125,14 @@ def archive_items(
     """
     items = []
     with blaming(name):
-        if isinstance(file, Path):
-            with file.open('rb') as opened:
-                head = opened.read(tarfile.BLOCKSIZE)
-        else:
-            head = file.read(tarfile.BLOCKSIZE)
-            file.seek(0)
+        opened = file.open('rb') if isinstance(file, Path) else file
+        head = opened.read(tarfile.BLOCKSIZE)
+        opened.seek(0)
         check_no_page(head, name)
         if head.startswith(b'PK') or name.lower().endswith('.zip'):
-            members = zip_members(file)
+            members = zip_members(opened)
         else:
-            members = tar_members(file, head)
+            members = tar_members(opened, head)
         for member in members:
             check_member(member, name, limit(member.name))
             path = PurePosixPath(member.name)

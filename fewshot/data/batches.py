@@ -1,13 +1,20 @@
-"""Meta-batches, checked."""
+"""The contract of a meta-batch, which models, tasks of one's own and Keras's fit check here."""
 
 from collections.abc import Mapping
 
 import tensorflow as tf
 
 from data_generator import Batch
-from fewshot.checks import first_line, real_numbers
+from fewshot.checks import real_numbers
 
 NAMED = 'Batch(inputa=..., labela=..., inputb=..., labelb=...)'
+# Which arrays of a batch have the same size along which axis.
+EQUAL_AXES = (
+    ('inputa', 'labela', 1, 'examples per task'),
+    ('inputb', 'labelb', 1, 'examples per task'),
+    ('inputa', 'inputb', 2, 'values per example'),
+    ('labela', 'labelb', 2, 'values per example'),
+)
 
 
 def named_batch(values, text: str = 'a meta-batch must be', remedy: str = NAMED) -> Batch:
@@ -24,53 +31,63 @@ def named_batch(values, text: str = 'a meta-batch must be', remedy: str = NAMED)
     if isinstance(values, Mapping):
         found = f'the names are {", ".join(map(str, values)) or "none"}'
     raise ValueError(
-        f'{text} a utils.Batch, or a dict of four arrays, {", ".join(Batch._fields)}, but {found}: '
-        f'write {remedy}'
+        f'{text} a data_generator.Batch, or a dict of four arrays, {", ".join(Batch._fields)}, but '
+        f'{found}: write {remedy}'
     )
 
 
-def as_tensors(batch: Batch) -> Batch:
-    """A meta-batch as tensors, see `utils.named_batch`. Raises ValueError for what is none."""
-    batch = named_batch(batch)
-    try:
-        return Batch(*map(tf.convert_to_tensor, batch))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f'a meta-batch must be four arrays, {", ".join(Batch._fields)} ({first_line(error)})'
-        ) from error
+def fitting_batch(values, network=None, tasks: int | None = None) -> Batch:
+    """A Batch, or a dict of its names, whose four arrays fit each other and the network.
+
+    Tensors, and specs of them, come back as they are, anything else as arrays. A size that a graph
+    does not know fits all. network: its sizes are wanted, as far as it has them. tasks: how many
+    are wanted. Raises ValueError with the name of the array, and its shape.
+    """
+    batch = Batch(*map(_real_numbers, Batch._fields, named_batch(values)))
+    shapes = {name: _sizes(array.shape) for name, array in zip(Batch._fields, batch)}
+    whose = 'of inputa' if tasks is None else 'asked for'
+    wanted = (shapes['inputa'] or [None])[0] if tasks is None else tasks
+    for name, shape in shapes.items():
+        if len(shape) != 3 or not _equal(shape[0], wanted):
+            raise ValueError(
+                f'{name} must be [tasks, examples, size] of numbers, with the {wanted} tasks '
+                f'{whose}, but it is {shape}'
+            )
+        size = getattr(network, 'dim_input' if name.startswith('input') else 'dim_output', None)
+        if not _equal(shape[2], size):
+            raise ValueError(f'{name} is {shape}, but the network takes [tasks, examples, {size}]')
+    for one, other, axis, what in EQUAL_AXES:
+        first, second = shapes[one][axis], shapes[other][axis]
+        if not _equal(first, second):
+            raise ValueError(f'{one} has {first} {what}, but {other} has {second}')
+    return batch
+
+
+def as_tensors(batch: Batch, network=None) -> Batch:
+    """A meta-batch as tensors. Raises ValueError as fitting_batch does."""
+    return Batch(*map(tf.convert_to_tensor, fitting_batch(batch, network)))
 
 
 def checked_batch(batch: Batch, network, dtype: tf.DType) -> Batch:
-    """A meta-batch in the model's dtype; see utils.Batch.
-
-    Raises ValueError if it does not fit the network.
-    """
-    batch = as_tensors(batch)
-    tasks = batch.inputa.shape[0] if batch.inputa.shape.rank else None
-    for name, values in zip(Batch._fields, batch):
-        real = values.dtype.is_floating or values.dtype.is_integer or values.dtype.is_bool
-        if values.shape.rank != 3 or values.shape[0] != tasks or not real:
-            raise ValueError(
-                f'{name} must be [tasks, examples, size] of numbers, with the {tasks} tasks '
-                f'of inputa, but it is {values.shape.as_list()} of {values.dtype.name}'
-            )
-        size = getattr(network, 'dim_input' if name.startswith('input') else 'dim_output', None)
-        if size not in (None, values.shape[2]):
-            raise ValueError(
-                f'{name} is {values.shape.as_list()}, but the network takes [tasks, examples, '
-                f'{size}]'
-            )
-    pairs = [(batch.inputa, batch.labela, 'a'), (batch.inputb, batch.labelb, 'b')]
-    for inputs, labels, name in pairs:
-        if inputs.shape[1] != labels.shape[1]:
-            raise ValueError(
-                f'input{name} has {inputs.shape[1]} examples per task, but label{name} has '
-                f'{labels.shape[1]}'
-            )
-    return Batch(*(tf.cast(values, dtype) for values in batch))
+    """A meta-batch as tensors of the model's dtype. Raises ValueError as fitting_batch does."""
+    return Batch(*(tf.cast(values, dtype) for values in as_tensors(batch, network)))
 
 
-def arrays_of(batch: Batch) -> Batch:
-    """A Batch, or a dict of its names, as arrays. Raises ValueError, with the name of the array."""
-    batch = named_batch(batch)
-    return Batch(*map(real_numbers, Batch._fields, batch))
+def _real_numbers(name: str, values):
+    """An array, or the tensor or spec that it is. Raises ValueError if it has no real numbers."""
+    if not isinstance(values, tf.Tensor | tf.Variable | tf.TensorSpec):
+        return real_numbers(name, values)
+    kind = values.dtype
+    if not (kind.is_floating or kind.is_integer or kind.is_bool):
+        raise ValueError(f'{name} must be an array of real numbers, but it is of {kind.name}')
+    return values
+
+
+def _sizes(shape) -> list[int | None]:
+    """Of an array, tensor or spec; none of one whose number of axes is not known."""
+    return [] if tf.TensorShape(shape).rank is None else [*shape]
+
+
+def _equal(one: int | None, other: int | None) -> bool:
+    """Whether two sizes may be the same; None: not known."""
+    return None in (one, other) or one == other

@@ -27,10 +27,6 @@ class Remote(NamedTuple):
     max_bytes: int
 
 
-class BrokenOff(OSError):
-    """The connection ended before the file did."""
-
-
 @contextlib.contextmanager
 def folder_beside(target: Path, names: Iterable[str]) -> Iterator[Path]:
     """TARGET.download, for files that a later call goes on with if this one does not finish.
@@ -144,4 +140,4 @@ def write(response: http.client.HTTPResponse, file: BinaryIO, remote: Remote) ->
             raise ValueError(f'it has more than {remote.max_bytes} bytes')
         progress.show(f'{remote.name}: {done / 1e6:.0f}{of} MB', last=done == total)
     if total and done < total:
-        raise BrokenOff(f'the connection broke off after {done} of {total} bytes')
+        raise OSError(f'the connection broke off after {done} of {total} bytes')

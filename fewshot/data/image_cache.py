@@ -1,11 +1,13 @@
-"""Images are decoded once; the pixels are kept beside the data."""
+"""Images are decoded once; the pixels are kept in a file beside the data.
+
+The file is a NumPy array, [total, height, width, channels] uint8, that `np.load` reads. After it
+stand the fingerprint of the data and a checksum of the pixels. It may be deleted at any time.
+"""
 
 import hashlib
-import json
-import math
 import os
+import secrets
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,92 +20,80 @@ from data_generator import listed
 from fewshot.data.image_files import ImageLayout, read_image
 from fewshot.engine.devices import cores
 
+CACHE_FORMAT = 3  # raise it when what the cache holds changes
+CHUNK = 256  # images decoded and written together
 
-def _tell(text: str):
+
+def tell(text: str):
+    """Prints a sentence for the user on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
-CACHE_FORMAT = 2  # raise it when what the cache holds changes
-CHUNK = 256  # images decoded, written and checksummed together
+def cache_places(folder: Path, *parts: str, cache_dir: str | None = None) -> list[Path]:
+    """Files that may keep the decoded images of a folder, the first choice first.
 
-
-def _cache_places(cache: Path, cache_dir: str | None) -> list[Path]:
-    """Where decoded images may be kept, the first choice first.
-
-    cache: beside the data. cache_dir: another folder, instead. Away from the data the name tells
-    where they are, since folders of one name may be different data.
+    Beside the folder: what is in it belongs to the user, or to what prepares the data. Then in the
+    user's cache folder. cache_dir: a folder instead of both. Away from the data the name tells
+    where they are, since folders of one name may be different data. parts: of the file's name.
     """
-    place = os.fsencode(cache)
-    name = f'{cache.stem}.{hashlib.sha256(place).hexdigest()[:16]}{cache.suffix}'
+    folder = Path(os.path.abspath(folder))  # '.' has no name
+    beside = folder.with_name('.'.join([folder.name, *parts, 'cache.npy']))
+    origin = hashlib.sha256(os.fsencode(beside)).hexdigest()[:16]
+    name = '.'.join([folder.name, *parts, origin, 'cache.npy'])
     if cache_dir:
         return [Path(cache_dir).expanduser() / name]
     home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    return [cache, Path(home) / 'maml-tf2' / name]
+    return [beside, Path(home) / 'maml-tf2' / name]
 
 
-def _cached_images(
+def cached_images(
     folder: Path,
     layout: ImageLayout,
-    places: Sequence[Path],
     files: list[os.DirEntry],
-    command: str | None,
+    places: Sequence[Path],
+    command: str | None = None,
 ) -> np.ndarray:
-    """The images of `files` in order, mapped from a cache, else decoded.
+    """Returns the images of `files` in order, [total, height, width, channels] uint8.
 
-    Returns [total, height, width, channels] uint8.
+    They are mapped from a cache in one of the `places`, see cache_places, or decoded. command: see
+    read_image. Raises ValueError, with all their names, if images cannot be read.
     """
-
-    def decode(file: os.DirEntry) -> np.ndarray:
-        return read_image(file.path, layout, command)
-
-    def decoded() -> Iterator[np.ndarray]:
-        _tell(f'Decoding the {len(files)} images of {folder}.')
-        try:
-            yield from _decode_all(files, decode)
-        except ValueError as error:  # so that all can be replaced at once
-            others = _unreadable(files, decode)[1:]
-            more = f' ({len(others)} more cannot be read: {listed(others)})' if others else ''
-            raise ValueError(f'{error}{more}') from error
-
     key, shape = _fingerprint(folder, layout, files), layout.shape(len(files))
     for cache in places:
         images = _read_cache(cache, key, shape)
         if images is not None:
             return images
-    cache = _keep(places, key, decoded)
-    images = _read_cache(cache, key, shape) if cache else None
-    if images is not None:
-        return images
-    images = np.empty(shape, np.uint8)
-    for place, chunk in zip(_chunks(images), decoded()):
-        place[:] = chunk
-    return images
+    unusable = [cache for cache in places if cache.is_file()]
+    why = f': {unusable[0]} is out of date or damaged' if unusable else ''
+    tell(f'Decoding the {len(files)} images of {folder}{why}.')
 
+    def decoded() -> Iterator[np.ndarray]:
+        return _decode_all(files, lambda file: read_image(file.path, layout, command))
 
-def _keep(
-    places: Sequence[Path], key: str, decoded: Callable[[], Iterator[np.ndarray]]
-) -> Path | None:
-    """Writes the cache at the first place where it can be, and returns that."""
     failures = []
     for cache in places:
         try:
-            _write_cache(cache, key, decoded())
+            images = _write_cache(cache, key, shape, decoded())
         except OSError as error:
             failures.append(f'{cache} ({error.strerror or error})')
             continue
         if failures:
-            _tell(f'The decoded images cannot be kept in {failures[0]}, but are in {cache}.')
-        return cache
-    _tell(
+            tell(f'The decoded images cannot be kept in {failures[0]}, but are in {cache}.')
+        return images
+    tell(
         f'The decoded images cannot be kept in {" or ".join(failures)}; they will be decoded at '
         'every start. --cache_dir=FOLDER keeps them elsewhere.'
     )
-    return None
+    images = np.empty(shape, np.uint8)
+    for i, chunk in enumerate(decoded()):
+        images[i * CHUNK : (i + 1) * CHUNK] = chunk
+    return images
 
 
 def _fingerprint(folder: Path, layout: ImageLayout, files: list[os.DirEntry]) -> str:
     """Changes when the layout or any file's name, size or time of change does."""
-    digest = hashlib.sha256(f'({CACHE_FORMAT}, {layout.key()})'.encode())
+    stored = layout._replace(suffixes=())  # the files tell those that matter
+    digest = hashlib.sha256(f'({CACHE_FORMAT}, {stored})'.encode())
     for file in files:
         status = file.stat()
         path = os.fsencode(file.path.removeprefix(str(folder)))  # the folder itself may move
@@ -111,91 +101,80 @@ def _fingerprint(folder: Path, layout: ImageLayout, files: list[os.DirEntry]) ->
     return digest.hexdigest()
 
 
+def _seal(key: str, checksum: int) -> bytes:
+    """What stands behind the array: whose images they are, and what their bytes sum up to."""
+    return f'{key} {checksum:08x}'.encode()
+
+
 def _read_cache(cache: Path, key: str, shape: tuple) -> np.ndarray | None:
-    """The cached images, memory-mapped; None if they are absent, out of date or damaged."""
-    try:
-        index = json.loads((cache / 'index.json').read_bytes())
-        if index['key'] != key:
-            return None
-        if (cache / 'images.raw').stat().st_size != math.prod(shape):
-            raise ValueError('wrong size')
-        images = np.asarray(np.memmap(cache / 'images.raw', np.uint8, 'r', shape=shape))
-        with ThreadPoolExecutor(cores()) as pool:
-            if list(pool.map(zlib.crc32, _chunks(images))) != index['checksums']:
-                raise ValueError('wrong checksum')
-        return images
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except Exception as error:  # whatever is wrong with a cache, it can be made again
-        print(f'The cache {cache} is damaged ({error}) and is not used.', file=sys.stderr)
-        return None
+    """The cached images, memory-mapped; None if they are absent, out of date or damaged.
 
-
-def _write_cache(cache: Path, key: str, chunks: Iterator[np.ndarray]):
-    """Writes the chunks as they come, so that data larger than memory will do.
-
-    The files get their names at the end, and the index, which holds the checksums of the images,
-    goes last: whatever happens before, they do not match.
+    A wrong pixel would go unnoticed without the checksum. It takes 0.6 s for 38,400 images of
+    84x84x3, and training reads them anyway.
     """
-    images, index = (cache / f'{name}.{os.getpid()}.tmp' for name in ('images.raw', 'index.json'))
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(cache)
-        with open(images, 'wb') as file:
-            checksums = [zlib.crc32(chunk) for chunk in chunks if file.write(chunk)]
-        index.write_text(json.dumps({'key': key, 'checksums': checksums}))
-        images.replace(cache / 'images.raw')
-        index.replace(cache / 'index.json')
+        with open(cache, 'rb') as file:
+            file.seek(-len(_seal(key, 0)), os.SEEK_END)
+            seal = file.read()
+        if not seal.startswith(key.encode()):
+            return None
+        images = np.asarray(np.load(cache, mmap_mode='r'))
+        whole = images.shape == shape and images.dtype == np.uint8
+        return images if whole and seal == _seal(key, zlib.crc32(images)) else None
+    except Exception:  # whatever is wrong with a cache, it can be made again
+        return None
+
+
+def _write_cache(cache: Path, key: str, shape: tuple, chunks: Iterator[np.ndarray]) -> np.ndarray:
+    """Writes the chunks as they come, as data may be larger than memory; returns the cached images.
+
+    The file is renamed when it is complete, so processes that write or read the same cache do not
+    disturb each other. It is written, not mapped: on a full disk a write raises OSError, but a
+    mapped page kills the process.
+    """
+    unfinished = cache.with_name(f'{cache.name}.{secrets.token_hex(4)}.tmp')
+    header, checksum = {'descr': '|u1', 'fortran_order': False, 'shape': shape}, 0
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(unfinished, 'xb') as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for chunk in chunks:
+                file.write(chunk)
+                checksum = zlib.crc32(chunk, checksum)
+            file.write(_seal(key, checksum))
+        unfinished.replace(cache)
     finally:
         with suppress(OSError):
-            images.unlink(missing_ok=True)
-            index.unlink(missing_ok=True)
-            cache.rmdir()  # only if nothing is in it
+            unfinished.unlink(missing_ok=True)
+    images = _read_cache(cache, key, shape)
+    if images is None:
+        raise OSError('another process changed it')
+    return images
 
 
-def _remove_leftovers(cache: Path):
-    """Removes the files of processes that were killed; a live one writes all the time."""
-    for leftover in cache.glob('*.tmp'):
-        if time.time() - leftover.stat().st_mtime > 3600:
-            leftover.unlink()
+def _decode_all(files: list[os.DirEntry], decode: Callable) -> Iterator[np.ndarray]:
+    """Yields the decoded files, [CHUNK, height, width, channels] uint8; all cores decode.
 
-
-def _decode_all(
-    files: list[os.DirEntry], decode: Callable[[os.DirEntry], np.ndarray]
-) -> Iterator[np.ndarray]:
-    """Yields the decoded files, [CHUNK, height, width, channels] uint8, showing the progress.
-
-    All cores decode, some chunks ahead: if all were, those that wait would fill the memory.
+    Raises ValueError at the end if some cannot be decoded, so that all can be replaced at once.
     """
+    failed = []  # (path, error)
 
-    def decode_chunk(chunk: list[os.DirEntry]) -> np.ndarray:
-        return np.stack([decode(file) for file in chunk])
-
-    chunks, workers, done = _chunks(files), cores(), 0
-    with ThreadPoolExecutor(workers) as pool:
-        for first in range(0, len(chunks), 8 * workers):
-            for images in pool.map(decode_chunk, chunks[first : first + 8 * workers]):
-                yield images
-                done += len(images)
-                if sys.stderr.isatty():
-                    end = '\n' if done == len(files) else '\r'
-                    print(f'{done} of {len(files)}', end=end, file=sys.stderr)
-
-
-def _unreadable(files: list[os.DirEntry], decode: Callable[[os.DirEntry], np.ndarray]) -> list[str]:
-    """The paths of the files that cannot be decoded."""
-
-    def fails(file: os.DirEntry) -> bool:
+    def decoded(file: os.DirEntry) -> np.ndarray | None:
         try:
-            decode(file)
-        except ValueError:
-            return True
-        return False
+            return decode(file)
+        except ValueError as error:
+            failed.append((file.path, error))
 
     with ThreadPoolExecutor(cores()) as pool:
-        return [file.path for file, failed in zip(files, pool.map(fails, files)) if failed]
-
-
-def _chunks(items: Sequence) -> list[Sequence]:
-    """Successive stretches of CHUNK items, the last one of what is left."""
-    return [items[first : first + CHUNK] for first in range(0, len(items), CHUNK)]
+        for first in range(0, len(files), CHUNK):
+            images = [*pool.map(decoded, files[first : first + CHUNK])]
+            if not failed:
+                yield np.stack(images)
+            if sys.stderr.isatty():
+                done = first + len(images)
+                end = '\r' if done < len(files) else '\n'
+                print(f'{done} of {len(files)}', end=end, file=sys.stderr)
+    if failed:
+        (_, error), *others = sorted(failed)
+        more = f' ({len(others)} more cannot be read: {listed([path for path, _ in others])})'
+        raise ValueError(f'{error}{more if others else ""}') from error

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.Image import Resampling
 
 FITS = ('crop', 'pad', 'squash')
 
@@ -14,73 +15,46 @@ FITS = ('crop', 'pad', 'squash')
 class ImageLayout(NamedTuple):
     """How a data set lies on disk, and how its images are to be stored."""
 
-    depth: int  # of the class folders: 1 for <class>/, 2 for <Alphabet>/<character>/
-    suffixes: tuple  # of its image files, lower case
     size: tuple  # (height, width) of the stored images
     mode: str  # Pillow mode they are converted to: 'L' (one channel) or 'RGB' (three)
-    invert: bool  # store 255 - pixel
-    resampling: int  # how images of another size are resized, see PIL.Image.Resampling
-    prepared: bool  # whether the files have that size already, so that others are mistakes
+    suffixes: tuple  # of its image files, lower case
+    depth: int = 1  # of the class folders: 1 for <class>/, 2 for <Alphabet>/<character>/
+    invert: bool = False  # store 255 - pixel
+    resampling: int = Resampling.LANCZOS  # how images of another size are resized
+    prepared: bool = False  # whether the files have that size already, so that others are mistakes
     # What happens to images of another shape: 'crop' cuts off what is too long, at both ends alike,
     # 'pad' fills with white what is missing, 'squash' stretches.
     fit: str = 'squash'
 
-    def key(self) -> str:
-        """All that the stored pixels depend on, in the form that caches have had from the start."""
-        fields = self._replace(suffixes=())._asdict()
-        fit = fields.pop('fit')
-        text = ', '.join(f'{name}={value!r}' for name, value in fields.items())
-        return f'ImageLayout({text})' + (f' {fit}' if fit != 'squash' else '')
-
-    def kind(self) -> list[str]:
-        """What tells the caches of a folder apart."""
-        size = 'x'.join(map(str, self.shape(1)[1:]))
-        return [size] if self.fit == 'squash' else [size, self.fit]
+    def name(self) -> str:
+        """What tells the caches of a folder apart, as '84x84x3.crop'."""
+        return f'{"x".join(map(str, self.shape(1)[1:]))}.{self.fit}'
 
     def shape(self, total: int) -> tuple:
-        """Of the array that holds `total` images."""
+        """The shape of the array that holds `total` images."""
         return (total, *self.size, len(Image.new(self.mode, (1, 1)).getbands()))
 
 
 OMNIGLOT = ImageLayout(
-    depth=2,
-    suffixes=('.png',),
-    size=(28, 28),
-    mode='L',
-    invert=True,
-    resampling=Image.Resampling.NEAREST,
-    prepared=True,
+    (28, 28), 'L', ('.png',), depth=2, invert=True, resampling=Resampling.NEAREST, prepared=True
 )
-MINIIMAGENET = ImageLayout(
-    depth=1,
-    suffixes=('.jpg', '.jpeg', '.png'),
-    size=(84, 84),
-    mode='RGB',
-    invert=False,
-    resampling=Image.Resampling.LANCZOS,
-    prepared=True,
-)
+MINIIMAGENET = ImageLayout((84, 84), 'RGB', ('.jpg', '.jpeg', '.png'), prepared=True)
 
 
 def folder_layout(image_size: int, channels: int, fit: str = 'crop') -> ImageLayout:
-    """Of class folders of any images; channels: 1 (grey) or 3 (colour); fit: one of FITS."""
+    """The layout of class folders of any images.
+
+    channels: 1 (grey) or 3 (colour). fit: one of FITS.
+    """
     Image.init()  # Pillow knows few of its formats before
     formats = Image.registered_extensions().items()
-    suffixes = sorted(suffix for suffix, name in formats if name in Image.OPEN)
-    return ImageLayout(
-        depth=1,
-        suffixes=tuple(suffixes),
-        size=(image_size, image_size),
-        mode='L' if channels == 1 else 'RGB',
-        invert=False,
-        resampling=Image.Resampling.LANCZOS,
-        prepared=False,
-        fit=fit,
-    )
+    suffixes = tuple(sorted(suffix for suffix, name in formats if name in Image.OPEN))
+    size, mode = (image_size, image_size), 'L' if channels == 1 else 'RGB'
+    return ImageLayout(size, mode, suffixes, fit=fit)
 
 
 def run_layout(settings: Mapping) -> ImageLayout:
-    """For images given to a trained model: any file, any size.
+    """The layout of images given to a trained model: any file, any size.
 
     settings: the flags it was trained with, of which datasource, image_size, channels and fit
     count. Runs that are older than the last one squash, and the original's data were squashed too.
@@ -93,43 +67,44 @@ def run_layout(settings: Mapping) -> ImageLayout:
     return folder_layout(settings['image_size'], settings['channels'], fit)
 
 
-def _visible(folder: str) -> list[os.DirEntry]:
+def visible(folder: str | Path) -> list[os.DirEntry]:
     """The entries of a folder, without the hidden ones, sorted by name."""
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith('.')]
     return sorted(visible, key=lambda entry: entry.name)
 
 
-def _class_folders(folder: Path, depth: int) -> list[tuple[str, str]]:
+def class_folders(folder: str | Path, depth: int) -> list[tuple[str, str]]:
     """(name relative to folder, path) of those `depth` levels below, sorted level by level."""
     found = [('', str(folder))]
     for _ in range(depth):
         parents, found = found, []
         for parent, path in parents:
-            folders = [entry for entry in _visible(path) if entry.is_dir()]
+            folders = [entry for entry in visible(path) if entry.is_dir()]
             found += [(f'{parent}/{entry.name}'.lstrip('/'), entry.path) for entry in folders]
     return found
 
 
 def image_files(folder: str | Path, layout: ImageLayout) -> list[str]:
     """The paths of a folder's images, sorted by name."""
-    return [file.path for file in _image_files(str(folder), layout)]
+    return [file.path for file in image_entries(folder, layout)]
 
 
-def _image_files(folder: str, layout: ImageLayout) -> list[os.DirEntry]:
+def image_entries(folder: str | Path, layout: ImageLayout) -> list[os.DirEntry]:
     """The same as entries, which know the size and the time of change."""
-    files = [entry for entry in _visible(folder) if entry.name.lower().endswith(layout.suffixes)]
+    files = [entry for entry in visible(folder) if entry.name.lower().endswith(layout.suffixes)]
     return [entry for entry in files if entry.is_file()]
 
 
 def read_image(path: str, layout: ImageLayout, command: str | None = None) -> np.ndarray:
-    """One image, [height, width, channels] uint8; command: as for load_class_folders.
+    """One image, [height, width, channels] uint8.
 
-    Raises ValueError if it cannot be decoded, or is not of the layout's size if that is for
-    prepared images.
+    command: what makes the data, for messages. Raises ValueError if the image cannot be decoded, or
+    is not of the layout's size if that is for prepared images.
     """
-    again = f', or move the data away and make it again with {command}' if command else ''
-    remedy = f'replace it{again or " or remove it"}'
+    remedy = 'replace it or remove it'
+    if command:
+        remedy = f'replace it, or move the data away and make it again with {command}'
     try:
         with Image.open(path) as image:
             size, mode, fits = image.size[::-1], image.mode, _fits(image, layout)
@@ -157,7 +132,7 @@ def _fits(image: Image.Image, layout: ImageLayout) -> bool:
 
 
 def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:
-    """Converted to the layout: [height, width, channels] uint8.
+    """The image in the layout, [height, width, channels] uint8.
 
     The way up that a camera noted, and on white where it is transparent.
     """
@@ -175,7 +150,7 @@ def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:
 
 
 def _fitted(image: Image.Image, layout: ImageLayout) -> Image.Image:
-    """In the layout's size, by its `fit`."""
+    """The image in the layout's size, by its `fit`."""
     size = layout.size[::-1]  # (width, height)
     if layout.fit == 'crop':
         return ImageOps.fit(image, size, layout.resampling)

@@ -297,9 +297,8 @@ def tree_images(pictures: list[Item]) -> dict[str, Callable[[], bytes]]:
 def resize(item: Item) -> bytes:
     """The image as 84x84 RGB: PNG under the name of one, otherwise JPEG."""
     data, file = item.read(), io.BytesIO()
-    with preparation.decoding(item):
-        # ImageNet has a PNG under a JPEG's name.
-        image = Image.open(io.BytesIO(data), formats=('JPEG', 'PNG'))
+    # ImageNet has a PNG under a JPEG's name.
+    with preparation.decoded(item, data, 'JPEG', 'PNG') as image:
         image.load()
         as_wanted = (image.mode, image.size) == ('RGB', SIZE)
         if as_wanted and len(data) <= MAX_COPIED:

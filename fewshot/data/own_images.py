@@ -1,6 +1,5 @@
 """Folders of one's own images: their classes found, chosen and checked."""
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,23 +9,33 @@ from data_generator import (
     SPLITS,
     ClassImages,
     TaskSize,
-    _deal_out,
-    _held_out,
     check_split,
+    deal_out,
+    held_out,
     listed,
 )
-from fewshot.data.image_cache import _tell
+from fewshot.data.image_cache import cache_places, tell
 from fewshot.data.image_files import (
     ImageLayout,
-    _class_folders,
-    _image_files,
-    _visible,
+    class_folders,
     folder_layout,
+    image_entries,
+    visible,
 )
-from fewshot.data.image_folders import _cache_of, _check_classes, _check_folder, _counts, _load
+from fewshot.data.image_folders import (
+    Classes,
+    check_classes,
+    check_folder,
+    count_images,
+    load_classes,
+)
 from fewshot.data.run_classes import Counts, classes_of_run
 
-VALIDATION_FOLDERS = ('val', 'valid', 'validation', 'dev')  # what people call it
+SPLIT_FOLDERS = {  # what people call them
+    'train': ('train',),
+    'val': ('val', 'valid', 'validation', 'dev'),
+    'test': ('test',),
+}
 MAX_DEPTH = 5  # of class folders
 
 
@@ -44,7 +53,7 @@ def load_folder(
     Any format that Pillow reads; images become image_size x image_size, grey (channels 1) or colour
     (3), transparency white. The pixels are kept beside the folder.
 
-    proportions: see deal_classes. fit: see ImageLayout. cache_dir: see load_class_folders.
+    proportions: see deal_classes. fit: see ImageLayout. cache_dir: see cache_places.
     splits: those that are needed; other folders need not exist.
     Raises FileNotFoundError and ValueError as OwnImages does, and ValueError if an image cannot be
     read.
@@ -69,14 +78,14 @@ class OwnImages:
 
     def __init__(self, folder: str | Path, layout: ImageLayout, splits: Iterable[str] = SPLITS):
         self.folder, self.layout, self.splits = Path(folder), layout, [*splits]
-        _check_folder(self.folder)
-        self.paths = split_folders(self.folder)  # none if the classes are to be dealt out
-        for split in self.splits if self.paths else ():
-            _check_folder(self.paths.get(split, self.folder / split))
-        if self.paths:
-            self.found = {split: own_classes(path, layout) for split, path in self.paths.items()}
-        else:
-            self.found = dict.fromkeys(SPLITS, own_classes(self.folder, layout))
+        check_folder(self.folder)
+        self.paths = split_folders(self.folder)
+        self.dealt = not self.paths
+        self.paths = self.paths or dict.fromkeys(SPLITS, self.folder)
+        for split in self.splits:
+            check_folder(self.paths.setdefault(split, self.folder / split))
+        found = {path: own_classes(path, layout) for path in {*self.paths.values()}}
+        self.found = {split: found[path] for split, path in self.paths.items()}
         self.classes, self.counts = {}, {}
 
     def choose(
@@ -96,57 +105,48 @@ class OwnImages:
         """
         for split in self.splits:
             lenient = skip_small or bool(known)
-            _check_classes(self.found[split], self.path(split), self.layout, None, lenient)
+            check_classes(self.found[split], self.paths[split], skip_empty=lenient)
         if not known:
             self._tell_of_files()
-        found = {split: _counts(classes) for split, classes in self.found.items()}
+        found = {split: count_images(classes) for split, classes in self.found.items()}
         chosen = classes_of_run(found, self.splits, known, self.folder) if known else None
-        if chosen:
-            needed = {split: chosen[split] for split in self.splits}
-            chosen |= self._large(needed, size, skip_small)
-        elif self.paths:
-            chosen = self._large(found, size, skip_small)
-        else:
-            names = [*self._large(found, size, skip_small)['train']]
-            dealt = deal_classes(names, proportions, size.ways, self.splits, self.folder)
-            chosen = {split: {name: found[split][name] for name in dealt[split]} for split in dealt}
+        if chosen and skip_small:
+            chosen |= self._large({split: chosen[split] for split in self.splits}, size)
+        if not chosen:
+            chosen = self._large(found, size) if skip_small else found
+            if self.dealt:
+                names = [*chosen['train']]
+                dealt = deal_classes(names, proportions, size.ways, self.splits, self.folder)
+                chosen = {split: {n: found[split][n] for n in dealt[split]} for split in dealt}
         self._check_sizes(chosen, size, first=not known)
         self.counts = chosen
-        self.classes = {
-            split: {name: self.found[split][name] for name in names}
-            for split, names in chosen.items()
-        }
+        for split, names in chosen.items():
+            self.classes[split] = {name: self.found[split][name] for name in names}
 
     def load(self, cache_dir: str | None = None) -> dict[str, ClassImages]:
         """Decodes the splits that are needed, or all if the classes were dealt out.
 
-        Raises ValueError if an image cannot be read. cache_dir: see load_class_folders.
+        Raises ValueError if an image cannot be read. cache_dir: see cache_places.
         """
-        kind, given = self.layout.kind(), (None, cache_dir)
-        if self.paths:
-            loaded = {}
-            for split in self.splits:
-                cache = _cache_of(self.folder, split, *kind)
-                classes = self.classes[split]
-                loaded[split] = _load(self.paths[split], self.layout, cache, classes, *given)
-            return loaded
-        chosen = {name for classes in self.classes.values() for name in classes}
-        classes = {name: files for name, files in self.found['train'].items() if name in chosen}
-        images = _load(self.folder, self.layout, _cache_of(self.folder, *kind), classes, *given)
-        return {split: images.named(names) for split, names in self.classes.items()}
+        if self.dealt:
+            chosen = {name for classes in self.classes.values() for name in classes}
+            found = self.found['train'].items()
+            images = self._load({name: files for name, files in found if name in chosen}, cache_dir)
+            return {split: images.named(names) for split, names in self.classes.items()}
+        return {split: self._load(self.classes[split], cache_dir, split) for split in self.splits}
 
-    def path(self, split: str) -> Path:
-        """The folder that the split's classes lie in."""
-        return self.paths[split] if self.paths else self.folder
+    def _load(self, classes: Classes, cache_dir: str | None, *split: str) -> ClassImages:
+        """The images of some classes, of one split or of all."""
+        places = cache_places(self.folder, *split, self.layout.name(), cache_dir=cache_dir)
+        folder = self.paths[split[0]] if split else self.folder
+        return load_classes(folder, self.layout, classes, places)
 
-    def _large(self, counts: dict[str, Counts], size: TaskSize, skip: bool) -> dict[str, Counts]:
-        """The classes that have enough images; all, unless the others are to be skipped."""
-        if not skip:
-            return counts
+    def _large(self, counts: dict[str, Counts], size: TaskSize) -> dict[str, Counts]:
+        """The classes that have enough images; says on stderr which have not."""
         small = {name: n for part in counts.values() for name, n in part.items() if n < size.images}
         if small:
             shown = listed([f'{name} ({n})' for name, n in small.items()])
-            _tell(
+            tell(
                 f'--skip_small_classes leaves out of {self.folder} what has fewer than '
                 f'{size.images} images: {shown}.'
             )
@@ -156,33 +156,37 @@ class OwnImages:
         }
 
     def _check_sizes(self, counts: dict[str, Counts], size: TaskSize, first: bool):
-        """Raises ValueError if a split that is needed cannot fill a task; warns of others."""
-        for split in self.splits:
-            check_split(split, self.folder, counts[split], size, own=True)
-        for split in set(counts) - set(self.splits) if first and 'train' in self.splits else ():
+        """Raises ValueError if a split that is needed cannot fill a task.
+
+        Before the first training it warns of the others: a run keeps the classes it begins with.
+        """
+        for split, classes in counts.items():
             try:
-                check_split(split, self.folder, counts[split], size, own=True)
+                check_split(split, self.folder, classes, size, own=True)
             except ValueError as error:
-                _tell(f'Training can do without, but an evaluation cannot: {error}.')
+                if split in self.splits:
+                    raise
+                if first and 'train' in self.splits:
+                    tell(f'Training can do without, but an evaluation cannot: {error}.')
 
     def _tell_of_files(self):
-        """Says which files are no images, and which classes of different splits are namesakes."""
-        left_out = []
-        for split in self.paths or ['train']:
-            left_out += _other_files(self.path(split), self.found[split], self.layout)
-        if left_out:
-            kinds = Counter(Path(file).suffix.lower() or 'no suffix' for file in left_out)
-            listed_kinds = ', '.join(f'{count} {kind}' for kind, count in kinds.most_common())
-            _tell(
-                f'{len(left_out)} files in {self.folder} are left out, since Pillow reads no such '
-                f'files ({listed_kinds}): {listed(left_out)}.'
+        """Says which files of classes are no images, and which classes of splits are namesakes."""
+        others = []
+        for split in ['train'] if self.dealt else self.paths:
+            for name in self.found[split]:
+                files = [entry for entry in visible(self.paths[split] / name) if entry.is_file()]
+                strange = [e for e in files if not e.name.lower().endswith(self.layout.suffixes)]
+                others += [f'{name}/{entry.name}' for entry in strange]
+        if others:
+            tell(
+                f'{len(others)} files in {self.folder} are left out, since Pillow reads no such '
+                f'files: {listed(others)}.'
             )
-        places = Counter(name for split in self.paths for name in self.found[split])
-        namesakes = [name for name, count in places.items() if count > 1]
-        if namesakes:
-            folders = ', '.join(path.name for path in self.paths.values())
-            _tell(
-                f'Several of {folders} in {self.folder} have folders of these names: '
+        splits = Counter(name for classes in self.found.values() for name in classes)
+        namesakes = [name for name, count in splits.items() if count > 1]
+        if namesakes and not self.dealt:
+            tell(
+                f'Several splits in {self.folder} have folders of these names: '
                 f'{listed(namesakes)}. They are taken for different classes; if they are the same '
                 'ones, put the images of a class into one folder: MAML is tested on new classes.'
             )
@@ -193,61 +197,36 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
     Raises ValueError if two are the same split's, or all lie one level further down.
     """
-    found, inside = _split_folders(folder), _class_folders(folder, 1)
-    if not found and len(inside) == 1 and _split_folders(Path(inside[0][1])):
-        raise ValueError(f'the folders of the splits lie in {inside[0][1]}: give it as --data_dir')
-    return found
-
-
-def _split_folders(folder: Path) -> dict[str, Path]:
-    """As split_folders, in this folder only."""
     found = {}
-    for split in SPLITS:
-        names = VALIDATION_FOLDERS if split == 'val' else (split,)
+    for split, names in SPLIT_FOLDERS.items():
         there = [folder / name for name in names if (folder / name).is_dir()]
-        holding = [path for path in there if _class_folders(path, 1)]
+        holding = [path for path in there if class_folders(path, 1)]
         if len(holding) > 1:
             raise ValueError(
                 f'{holding[0]} and {holding[1]} both hold validation classes: move those of one '
                 'into the other, and remove it'
             )
-        if there:
-            found[split] = (holding or there)[0]
-    return found if any(_class_folders(path, 1) for path in found.values()) else {}
-
-
-def own_classes(folder: Path, layout: ImageLayout) -> dict[str, list[os.DirEntry]]:
-    """{class: image files}, sorted level by level: the folders where images begin.
-
-    Folders without any at that depth or above, which have no folders either, are among them.
-    """
-    ends, level = {}, [('', str(folder))]
-    for _ in range(MAX_DEPTH):
-        below = []
-        for name, path in level:
-            inside = _class_folders(path, 1)
-            below += [(f'{name}/{child}'.lstrip('/'), place) for child, place in inside]
-            if name and not inside:
-                ends[name] = []
-        classes = {name: _image_files(path, layout) for name, path in below}
-        if any(classes.values()):
-            return ends | classes
-        level = below
-    return ends
-
-
-def _other_files(folder: Path, classes: Iterable[str], layout: ImageLayout) -> list[str]:
-    """Paths relative to the folder of the files in it and its classes that are no images."""
-    places = {'': None}
-    for name in classes:
-        parts = name.split('/')
-        places |= {'/'.join(parts[:i]): None for i in range(1, len(parts) + 1)}
-    found = []
-    for place in places:
-        names = [entry.name for entry in _visible(str(folder / place)) if entry.is_file()]
-        others = [name for name in names if not name.lower().endswith(layout.suffixes)]
-        found += [f'{place}/{name}'.lstrip('/') for name in others]
+        if holding:
+            found[split] = holding[0]
+    inside = class_folders(folder, 1)
+    if not found and len(inside) == 1 and split_folders(Path(inside[0][1])):
+        raise ValueError(f'the folders of the splits lie in {inside[0][1]}: give it as --data_dir')
     return found
+
+
+def own_classes(folder: Path, layout: ImageLayout) -> Classes:
+    """The folders at the first depth that has images, sorted level by level.
+
+    Those above that hold nothing at all are among them, as classes without images.
+    """
+    empty = {}
+    for depth in range(1, MAX_DEPTH + 1):
+        found = class_folders(folder, depth)
+        classes = {name: image_entries(path, layout) for name, path in found}
+        if any(classes.values()):
+            return empty | classes
+        empty |= {name: [] for name, path in found if not class_folders(path, 1)}
+    return empty
 
 
 def deal_classes(
@@ -269,27 +248,15 @@ def deal_classes(
             f'{folder} has only {count} class folders, but training, validation and test need at '
             'least one each'
         )
-    val, test = _held_out(count, proportions)
-    dealt = _deal_out(count, val, test)
+    val, test = held_out(count, proportions)
+    dealt = deal_out(count, val, test)
     if not any(all(len(dealt[s]) >= ways for s in some) for some in (('train', 'val'), splits)):
-        _check_count(count, ways, folder)
+        if count < 3 * ways:
+            raise ValueError(
+                f'{folder} has {count} classes, but --num_classes={ways} takes {3 * ways}: {ways} '
+                f'each for training, validation and test; add classes, or give --num_classes='
+                f'{count // 3}'
+            )
         val = max(ways, min(val, count - 2 * ways))
-        dealt = _deal_out(count, val, max(ways, min(test, count - ways - val)))
+        dealt = deal_out(count, val, max(ways, min(test, count - ways - val)))
     return {split: [names[i] for i in chosen] for split, chosen in dealt.items()}
-
-
-def _check_count(count: int, ways: int, folder: str | Path):
-    """Raises ValueError, with what would do, if not every split can have `ways` classes."""
-    if count >= 3 * ways:
-        return
-    remedies, most = [], count // 3
-    if most > 1:
-        remedies.append(f'--num_classes={most} --split={count - 2 * most},{most},{most}')
-    if count > 2 * ways:
-        shares = f'{count - ways - 1},{ways},1'
-        remedies.append(f'--split={shares}, which leaves nothing to test on')
-    remedy = f', or give {" or ".join(remedies)}' if remedies else ''
-    raise ValueError(
-        f'{folder} has {count} classes, but --num_classes={ways} takes {3 * ways}: {ways} each for '
-        f'training, validation and test; add classes{remedy}'
-    )

@@ -103,16 +103,6 @@ def file_item(path: Path, inner: PurePosixPath) -> Item:
     return Item(inner, str(path), str(path), functools.partial(path.open, 'rb'))
 
 
-def folder_items(folder: Path, pattern: str) -> list[Item]:
-    """The files below a folder that match a glob pattern."""
-    items = []
-    for path in sorted(folder.glob(pattern)):
-        inner = PurePosixPath(path.relative_to(folder).as_posix())
-        if not hidden(inner) and path.is_file():
-            items.append(file_item(path, inner))
-    return items
-
-
 def all_items(folder: Path, depth: int) -> list[Item]:
     """The files of a folder and of those so many levels below it, links followed, in order."""
     items = []
@@ -150,13 +140,14 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 @contextlib.contextmanager
-def decoding(item: Item) -> Iterator[None]:
-    """Turns what Pillow raises on the image, and it is nearly everything, into a PreparationError.
+def decoded(item: Item, data: bytes, *formats: str) -> Iterator[Image.Image]:
+    """The image in the data of an item, of one of the formats, not yet loaded.
 
-    Its sentence names the image.
+    What Pillow raises on it, here and in the block, and that is nearly everything, becomes a
+    PreparationError that names the image.
     """
     try:
-        yield
+        yield Image.open(io.BytesIO(data), formats=formats)
     except PreparationError:
         raise
     except Exception as error:
@@ -296,11 +287,13 @@ def as_path(flag: str) -> Path:
     return Path(os.path.expanduser(flag))  # shells leave --source=~/data as it is
 
 
-def run(prepare: Callable[[], str]) -> None:
-    """Runs a command and prints its report.
+def run(arguments: list[str], prepare: Callable[[], str]) -> None:
+    """Runs a command, of which absl left these arguments, and prints its report.
 
     Errors end it with one sentence and status 1, signals after cleaning up.
     """
+    if len(arguments) > 1:
+        raise SystemExit(f'Unexpected argument {arguments[1]!r}; see --help.')
 
     def stop(number, _):
         for ignored in (signal.SIGINT, signal.SIGTERM):

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from data_generator import ClassImages, listed
-from fewshot.data.image_cache import _tell
+from fewshot.data.image_cache import tell
 
 Counts = Mapping[str, int]  # {class: how many images}
 
@@ -15,12 +15,10 @@ def as_in_run(
     known: Mapping[str, Counts] | None,
 ) -> dict[str, ClassImages]:
     """The classes of prepared data that a run knows; see classes_of_run, whose errors it raises."""
-    first = next(iter(folders.values()))
+    folder = next(iter(folders.values())).folder
     found = {split: classes.sizes() for split, classes in folders.items()}
-    chosen = classes_of_run(found, splits, known, first.folder) if known else None
-    if chosen is None:
-        return dict(folders)
-    return {split: folders[split].named(names) for split, names in chosen.items()}
+    chosen = classes_of_run(found, splits, known, folder) if known else None
+    return {split: folders[split].named(names) for split, names in (chosen or found).items()}
 
 
 def classes_of_run(
@@ -41,7 +39,7 @@ def classes_of_run(
     wrong = [text for split in splits for text in differences(split, found[split], known)]
     if wrong and 'train' not in splits and all(used.isdisjoint(found[s]) for s in splits):
         if used and all(split in known for split in splits):
-            _tell(f'The run knows no class of {folder}: they are new to it.')
+            tell(f'The run knows no class of {folder}: they are new to it.')
         return None
     if wrong:
         raise ValueError(
@@ -54,7 +52,7 @@ def classes_of_run(
         chosen[split] = {name: found[split][name] for name in known[split] if name in found[split]}
     added = [*dict.fromkeys(name for s in chosen for name in found[s] if name not in used)]
     if added:
-        _tell(f'Classes in {folder} that the run does not know are left out: {listed(added)}.')
+        tell(f'Classes in {folder} that the run does not know are left out: {listed(added)}.')
     return chosen
 
 

@@ -2,12 +2,13 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from data_generator import SPLITS, Batch, DataGenerator, _asked
-from fewshot.data.batches import named_batch
+from data_generator import SPLITS, Batch, DataGenerator, checked_request
+from fewshot.checks import finite_numbers
+from fewshot.data.batches import fitting_batch
 
 
 class BadTasks(ValueError):
@@ -17,12 +18,11 @@ class BadTasks(ValueError):
 class UserTasks(DataGenerator):
     """Tasks of one's own: any object with batch(split, iteration, num_tasks).
 
-    It returns a utils.Batch, or a dict of its four names, for each of the splits 'train', 'val' and
-    'test', the same whenever it is called with the same arguments. Labels of a classifier are
-    one-hot in every batch; other labels are those of a regression, unless the object's attribute
+    It returns a data_generator.Batch, or a dict of its four names, for each of the splits 'train',
+    'val' and 'test', the same whenever it is called with the same arguments. Labels of a classifier
+    are one-hot in every batch; others are those of a regression, unless the object's attribute
     `objective` says 'accuracy' or 'loss'. Optional too: example_shape, for networks that want more
-    than [D], and all attributes of DataGenerator that say how tasks are trained on, evaluated and
-    shown.
+    than [D], and those of DataGenerator's attributes that OPTIONAL names.
 
     tasks: the object. name: of it, for messages. splits: those that are checked now; another one is
     checked when it is first asked for. num_tasks: how many are asked for in a check.
@@ -41,31 +41,42 @@ class UserTasks(DataGenerator):
                 f'{name} must be an object with batch(split, iteration, num_tasks), but it is a '
                 f'{type(tasks).__name__}'
             )
-        self.source, self.name, self.objective = tasks, name, None
+        self.source, self.name = tasks, name
+        self.objective = asked = getattr(tasks, 'objective', None)
+        if asked not in (None, 'accuracy', 'loss'):
+            raise BadTasks(f"{name}: objective must be 'accuracy' or 'loss', but it is {asked!r}")
         self.shapes = {}  # {split: {array: [examples, size]}}
         self.newest = {}  # {split: ((iteration, num_tasks), batch)}
         self.busy = threading.Lock()  # training draws ahead in a thread of its own
         batches = [self.batch(split, 0, num_tasks) for split in splits]
         inputs, labels = batches[0].inputa, [b for batch in batches for b in batch[1::2]]
         super().__init__(inputs.shape[2], labels[0].shape[2], num_draws=0, seed=0)
-        self.objective = label_objective(tasks, labels, name)
+        self.objective = asked or ('accuracy' if all(map(is_one_hot, labels)) else 'loss')
         self.tasks_at_once = 100 if inputs[0].size <= 2**12 else 4
-        for attribute in SHOWN:
+        for attribute in OPTIONAL:
             if hasattr(tasks, attribute):
                 setattr(self, attribute, getattr(tasks, attribute))
         shots = labels[0].shape[1] / self.dim_output if self.objective == 'accuracy' else None
-        self.example_shape = self._example_shape()
         self.model_settings = {
-            'example_shape': self.example_shape,
+            'example_shape': self._example_shape(),
             'dim_output': self.dim_output,
             'objective': self.objective,
             'shots': shots,
         }
 
+    def _example_shape(self) -> list[int]:
+        shape = [*map(int, getattr(self.source, 'example_shape', None) or [self.dim_input])]
+        if math.prod(shape) != self.dim_input:
+            raise BadTasks(
+                f'{self.name}: example_shape is {shape}, but inputa has {self.dim_input} values '
+                'per example'
+            )
+        return shape
+
     def batch(
         self, split: str, iteration: int, num_tasks: int, tasks: slice = slice(None)
     ) -> Batch:
-        asked = _asked(split, iteration, num_tasks)
+        asked = checked_request(split, iteration, num_tasks)
         with self.busy:
             held = self.newest.get(split)
             if not held or held[0] != asked:  # else another slice of the same tasks
@@ -89,118 +100,52 @@ class UserTasks(DataGenerator):
         return own(batch, evaluate) if own else None
 
     def _drawn(self, split: str, iteration: int, num_tasks: int) -> Batch:
-        """The user's batch, checked."""
-        arguments = (split, iteration, num_tasks)
-        where = f'{self.name}: batch{arguments}'
-        batch = user_batch(self.source.batch(*arguments), num_tasks, where)
+        """The user's batch, checked; the first of a split is drawn twice."""
+        where = f'{self.name}: batch{(split, iteration, num_tasks)}'
+        batch = user_batch(self.source.batch(split, iteration, num_tasks), num_tasks, where)
         if self.objective == 'accuracy':
             check_one_hot(batch, where, getattr(self.source, 'objective', None))
-        shapes = {name: array.shape[1:] for name, array in zip(Batch._fields, batch)}
-        if split not in self.shapes:
-            self._check_split(batch, shapes, arguments)
-        for name, shape in self.shapes[split].items():
-            if shapes[name] != shape:
-                raise BadTasks(
-                    f'{where}: {name} is {[num_tasks, *shapes[name]]}, but it was '
-                    f'{[num_tasks, *shape]} before, and must stay so'
-                )
-        return batch
-
-    def _check_split(self, batch: Batch, shapes: dict, arguments: tuple):
-        """The first batch of a split."""
-        where = f'{self.name}: batch{arguments}'
+        shapes = {name: [*array.shape[1:]] for name, array in zip(Batch._fields, batch)}
         for other, known in self.shapes.items():
-            for name in ('inputa', 'labela'):
-                if known[name][-1] != shapes[name][-1]:
+            for name, shape in shapes.items():  # in the same split both sizes, else the last
+                if known[name] != shape if other == split else known[name][1] != shape[1]:
                     raise BadTasks(
-                        f'{where}: {name} must be [tasks, examples, {known[name][-1]}] as in the '
-                        f'split {other}, but it is {[arguments[-1], *shapes[name]]}'
+                        f'{where}: {name} is {[num_tasks, *shape]}, but it was '
+                        f'{[num_tasks, *known[name]]} in the split {other}, and must stay so'
                     )
-        again = user_batch(self.source.batch(*arguments), arguments[-1], where)
-        for name, one, other in zip(Batch._fields, batch, again):
-            if not np.array_equal(one, other):
-                raise BadTasks(
-                    f'{where}: {name} was another one the second time, but it must be a function '
-                    'of these arguments; draw random numbers from '
-                    'np.random.default_rng([seed, iteration])'
-                )
-        self.shapes[arguments[0]] = shapes
-
-    def _example_shape(self) -> list[int]:
-        shape = [*map(int, getattr(self.source, 'example_shape', None) or [self.dim_input])]
-        if math.prod(shape) != self.dim_input:
-            raise BadTasks(
-                f'{self.name}: example_shape is {shape}, but inputa has {self.dim_input} values '
-                'per example'
-            )
-        return shape
+        if split not in self.shapes:
+            again = user_batch(self.source.batch(split, iteration, num_tasks), num_tasks, where)
+            check_same(batch, again, where)
+            self.shapes[split] = shapes
+        return batch
 
 
 # The attributes that `UserTasks` takes from the user's object.
-SHOWN = (
-    'validates',
-    'iterations_at_once',
-    'print_factor',
-    'updates_shown',
-    'tasks_at_once',
-    'picture_name',
-)
+OPTIONAL = ('validates', 'iterations_at_once', 'print_factor', 'updates_shown')
+OPTIONAL += ('tasks_at_once', 'picture_name')
 
 
 def user_batch(values, num_tasks: int, where: str) -> Batch:
     """The four arrays of a user's meta-batch as float32, copied. Raises BadTasks."""
     try:
-        values = named_batch(values, f'{where} must return')
+        batch = fitting_batch(values, tasks=num_tasks)
+        arrays = [finite_numbers(n, array, np.float32) for n, array in zip(Batch._fields, batch)]
     except ValueError as error:
-        raise BadTasks(str(error)) from None
-    arrays = [
-        user_array(value, num_tasks, f'{where}: {name}')
-        for name, value in zip(Batch._fields, values)
-    ]
-    batch = Batch(*arrays)
-    for name, other, axis in PAIRS:
-        one, two = getattr(batch, name), getattr(batch, other)
-        size = one.shape[axis]
-        if two.shape[axis] != size:
-            wanted = f'[{num_tasks}, examples, {size}]'
-            if axis == 1:
-                wanted = f'[{num_tasks}, {size}, size]'
+        raise BadTasks(f'{where}: {error}') from error
+    for name, array in zip(Batch._fields, arrays):
+        if not array.size:
+            raise BadTasks(f'{where}: {name} must not be empty, but it is {[*array.shape]}')
+    return Batch(*map(np.array, arrays))
+
+
+def check_same(batch: Batch, again: Batch, where: str):
+    """Raises BadTasks if what was drawn twice differs."""
+    for name, one, other in zip(Batch._fields, batch, again):
+        if not np.array_equal(one, other):
             raise BadTasks(
-                f'{where}: {other} must be {wanted}, as {name} is {[*one.shape]}, but it is '
-                f'{[*two.shape]}'
+                f'{where}: {name} was another one the second time, but it must be a function of '
+                'these arguments; draw random numbers from np.random.default_rng([seed, iteration])'
             )
-    return batch
-
-
-# Which arrays of a batch have the same size along which axis.
-PAIRS = (
-    ('inputa', 'labela', 1),
-    ('inputb', 'labelb', 1),
-    ('inputa', 'inputb', 2),
-    ('labela', 'labelb', 2),
-)
-
-
-def user_array(value, num_tasks: int, where: str) -> np.ndarray:
-    """[tasks, examples, size] float32, copied. Raises BadTasks."""
-    wanted = f'[{num_tasks}, examples, size]'
-    if np.ma.is_masked(value):
-        raise BadTasks(f'{where} must be {wanted} without a mask, which would be lost: fill it')
-    kind = 'one-hot or values' if 'label' in where.rpartition(' ')[2] else 'flattened examples'
-    try:
-        array = np.asarray(value)
-    except ValueError as error:  # rows of different lengths
-        raise BadTasks(f'{where} must be an array {wanted}, but it is none ({error})') from error
-    if array.dtype.kind not in 'fiub':
-        raise BadTasks(f'{where} must be numbers, {wanted}, but it is of type {array.dtype}')
-    if array.ndim != 3 or array.shape[0] != num_tasks or not array.size:
-        raise BadTasks(f'{where} must be {wanted}, {kind}, but it is {[*array.shape]}')
-    with np.errstate(over='ignore'):
-        array = np.array(array, np.float32)
-    if not np.isfinite(array).all():
-        count = int((~np.isfinite(array)).sum())
-        raise BadTasks(f'{where} must be finite, {wanted}, but {count} values are NaN or infinite')
-    return array
 
 
 def is_one_hot(labels: np.ndarray) -> bool:
@@ -215,26 +160,7 @@ def check_one_hot(batch: Batch, where: str, asked: str | None):
     for name in ('labela', 'labelb'):
         if not is_one_hot(label := getattr(batch, name)):
             raise BadTasks(
-                f'{where}: {name} must be one-hot, since {reason}, but its values are from '
-                f"{label.min():g} to {label.max():g}; for a regression set objective = 'loss'"
+                f'{where}: {name} must be one-hot, since {reason}, but it is {[*label.shape]} with '
+                f'values from {label.min():g} to {label.max():g}; for a regression set objective = '
+                "'loss'"
             )
-
-
-def label_objective(tasks, labels: Sequence[np.ndarray], name: str) -> str:
-    """'accuracy' if all labels are one-hot, else 'loss', unless the object says which.
-
-    labels: [T, examples, out] each. Raises BadTasks.
-    """
-    asked = getattr(tasks, 'objective', None)
-    one_hot = all(map(is_one_hot, labels))
-    if asked is None:
-        return 'accuracy' if one_hot else 'loss'
-    if asked not in ('accuracy', 'loss'):
-        raise BadTasks(f"{name}: objective must be 'accuracy' or 'loss', but it is {asked!r}")
-    if asked == 'accuracy' and not one_hot:
-        raise BadTasks(
-            f'{name}: objective is accuracy, so labela and labelb must be one-hot, [tasks, '
-            f'examples, classes], but labela is {[*labels[0].shape]} with values from '
-            f'{labels[0].min():g} to {labels[0].max():g}'
-        )
-    return asked

@@ -1,7 +1,6 @@
 """The devices that compute a meta-batch together, and settings that suit them."""
 
 import ctypes
-import json
 import os
 import platform
 import sys
@@ -12,10 +11,8 @@ from fewshot.start import has_nvidia_gpu
 
 import numpy as np
 import tensorflow as tf
-from absl import flags
 
 from data_generator import Batch
-from fewshot.checks import first_line
 
 ASKING_INTERVAL = 5  # iterations between the workers' questions whether one of them is to stop
 
@@ -175,60 +172,6 @@ class Replicas:
 
     def _first(self, values) -> tf.Tensor:
         return self.strategy.experimental_local_results(values)[0]
-
-
-def make_replicas(f: flags.FlagValues) -> Replicas:
-    """The devices of --strategy; to be called before TensorFlow's first operation.
-
-    Raises ValueError.
-    """
-    if f.strategy == 'mirrored':
-        kind = 'GPU' if tf.config.list_logical_devices('GPU') else 'CPU'
-        names = [device.name for device in tf.config.list_logical_devices(kind)]
-        return Replicas(tf.distribute.MirroredStrategy(names))
-    if f.strategy == 'none':
-        return Replicas()
-    if not os.environ.get('TF_CONFIG'):
-        raise ValueError(
-            '--strategy=multi_worker needs TF_CONFIG, which tells each worker the addresses of '
-            'all; `python scripts/launch_workers.py N -- FLAGS` starts N workers on this machine'
-        )
-    wrong = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, tf.errors.OpError)
-    try:
-        return Replicas(tf.distribute.MultiWorkerMirroredStrategy())
-    except wrong as error:
-        given, reason = os.environ['TF_CONFIG'], first_line(error)
-        raise ValueError(f'TF_CONFIG={given} gives no cluster ({reason})') from error
-
-
-def worker_index(f: flags.FlagValues) -> int:
-    """Of this process among the workers of --strategy=multi_worker; 0 is the chief."""
-    if f.strategy != 'multi_worker':
-        return 0
-    try:
-        return int(json.loads(os.environ['TF_CONFIG'])['task']['index'])
-    except (KeyError, ValueError, TypeError):
-        return 0  # a TF_CONFIG that cannot be read is refused later
-
-
-def tune(f: flags.FlagValues):
-    """Settings of TensorFlow that suit a run; to be called before anything of it.
-
-    GPUs as `utils.set_up_gpus` says; the rest by measurement. One arena of memory for large images:
-    a step on miniImagenet took a fifth less than with several, a small one took longer. A thread
-    for each operation where tasks are tiny: handing work over takes longer than the work. XLA's
-    older generator of loops for Omniglot and for the networks here: it compiles a quarter faster
-    and into less, and a step on miniImagenet takes a tenth less; Keras models on large images were
-    not tried. XLA ends the process at options it does not know, so only in the version tried.
-    """
-    keep_freed_memory(arenas=1 if f.datasource in ('miniimagenet', 'folder') else 4)
-    set_up_gpus(f.tf32)
-    if f.datasource == 'sinusoid':
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-    plain_network = f.datasource in ('miniimagenet', 'folder') and not f.network
-    if (f.datasource == 'omniglot' or plain_network) and tf.__version__.startswith('2.21.'):
-        others = os.environ.get('XLA_FLAGS', '')
-        os.environ['XLA_FLAGS'] = f'--xla_cpu_use_fusion_emitters=false {others}'
 
 
 def machine() -> str:

@@ -14,14 +14,16 @@ from fewshot.data.batches import as_tensors, checked_batch
 from fewshot.engine.chunks import chunks, in_a_loop, pairwise_sum
 from fewshot.engine.devices import Replicas
 from fewshot.engine.pieces import graph, piece
+from fewshot.engine.shared import Shared
 from fewshot.engine.tracing import constant_zeros
 from fewshot.networks.checks import check_loss, check_network, check_numbers, warn_of_probabilities
+from fewshot.networks.fused import fuse
 from fewshot.networks.inner_loops import part_of, step_norms, takes_shared, update_rule
 from fewshot.networks.keras_network import KerasNetwork
 from fewshot.networks.outer_losses import Phase, phased, phases, step_weights
 from fewshot.runs.checkpoints import check_parameters, read_checkpoint, read_objects
 from maml import MAML, TASK_AXIS, Leading, Results, Tensors, UpdateRule
-from special_grads import Shared, per_task
+from special_grads import per_task
 
 
 class FastMAML(MAML):
@@ -76,7 +78,7 @@ class FastMAML(MAML):
         check_network(network, dtype)
         check_loss(loss, network, dtype)
         warn_of_probabilities(loss, network, dtype)
-        part = part_of(network, adapt)
+        part = part_of(fuse(network), adapt)
         rule = update_rule(learn_lr, part, update_lr, num_updates)
         own = step_norms(network, adapt) if norm_steps else []
         numbers = update_lr, num_updates, meta_lr, stop_grad, clip, seed
@@ -94,6 +96,16 @@ class FastMAML(MAML):
         self.pretrain_checkpoint = tf.train.Checkpoint(
             **self.groups, pretrain_optimizer=self.pretrain_optimizer
         )
+
+    @property
+    def groups(self) -> dict[str, dict[str, tf.Variable]]:
+        """What the outer loop learns, as checkpoints have it."""
+        rates = {'rates': self.rates} if self.rates else {}
+        return {'weights': self.weights, 'norms': self.norms} | rates
+
+    def is_finite(self) -> bool:
+        """Whether all parameters are numbers."""
+        return all(np.isfinite(parameter.numpy()).all() for parameter in self.parameters)
 
     # Pieces.
 
@@ -174,7 +186,7 @@ class FastMAML(MAML):
 
     def training_batch(self, batch: Batch) -> Batch:
         """As `checked_batch`; a Learner asks later of which type the inputs were."""
-        batch = as_tensors(batch)
+        batch = as_tensors(batch, self.network)
         checked, kind = checked_batch(batch, self.network, self.dtype), batch.inputa.dtype
         self.trained_on |= {'float' if kind.is_floating else kind.name}
         return checked
@@ -232,7 +244,7 @@ class FastMAML(MAML):
     def evaluate(self, batch: Batch, num_updates: int, transductive: bool = True) -> Results:
         """As MAML's. Raises ValueError for a wrong shape or type, or fewer than one update."""
         num_updates = whole_number('num_updates', num_updates, lowest=1)
-        return self._evaluate(as_tensors(batch), num_updates, transductive)
+        return self._evaluate(as_tensors(batch, self.network), num_updates, transductive)
 
     @graph
     def _evaluate(self, batch: Batch, num_updates: int, transductive: bool) -> Results:

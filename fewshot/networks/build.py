@@ -7,16 +7,18 @@ from collections.abc import Sequence
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from fewshot.engine.devices import Replicas
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.keras_network import KerasNetwork
 from fewshot.runs.user_code import user_code, user_function
-from maml import Convolutional, FullyConnected, UpdateRule, cross_entropy, mean_squared_error
-from special_grads import Normalization
-
-IMAGE_SHAPES = {'omniglot': (28, 1), 'miniimagenet': (84, 3)}  # height = width, channels
+from fewshot.sources import IMAGE_SOURCES, SOURCES, source_of
+from maml import (
+    Convolutional,
+    FullyConnected,
+    Normalization,
+    cross_entropy,
+    mean_squared_error,
+)
 
 
 @contextlib.contextmanager
@@ -36,7 +38,7 @@ def example_shape(settings: dict) -> tuple[int, ...]:
     if settings.get('example_shape'):
         return tuple(settings['example_shape'])
     given = settings.get('image_size', 84), settings.get('channels', 3)
-    size, channels = IMAGE_SHAPES.get(settings['datasource'], given)
+    size, channels = source_of(settings['datasource']).image_shape or given
     return size, size, channels
 
 
@@ -46,7 +48,7 @@ def user_network(spec: str, settings: dict, audit: bool | None = True):
     It is called with the shape of an example and the number of classes or outputs, and returns a
     keras.Model, or any other network. Its random initial values are a function of the run's seed.
     audit: as of KerasNetwork, for one that is trained. Raises UserCodeError, and ValueError for
-    other sizes and what `utils.user_function` and `KerasNetwork` refuse.
+    other sizes and what `user_function` and `KerasNetwork` refuse.
     """
     shape = example_shape(settings)
     outputs = settings.get('dim_output') or settings.get('num_classes', 5)
@@ -83,20 +85,20 @@ def make_network(
     """The paper's network for a data source, miniImagenet's for folders, the sinusoid's for others.
 
     Arguments as the flags of the same names; norm may be a Normalization of one's own.
-    example_shape, dim_output: of the user's own tasks, see data_generator.UserTasks.
+    example_shape, dim_output: of the user's own tasks, see UserTasks.
     """
     if datasource == 'sinusoid':
         return FullyConnected(3 if baseline == 'oracle' else 1, (40, 40), 1, norm)
     if example_shape:
         return FullyConnected(int(np.prod(example_shape)), (40, 40), dim_output, norm)
-    if datasource not in (*IMAGE_SHAPES, 'folder'):
-        known = ', '.join(IMAGE_SHAPES)
-        raise ValueError(f'there is no datasource {datasource!r}, but sinusoid, {known} and folder')
-    size, channels = IMAGE_SHAPES.get(datasource, (image_size, channels))
+    if datasource not in IMAGE_SOURCES:
+        known = ', '.join(SOURCES)
+        raise ValueError(f'there is no datasource {datasource!r}, but {known}')
+    source = SOURCES[datasource]
+    size, channels = source.image_shape or (image_size, channels)
     if not conv:
         return FullyConnected(size * size * channels, (256, 128, 64, 64), num_classes, norm)
-    flatten = datasource != 'omniglot'
-    return Convolutional(size, channels, num_filters, num_classes, norm, max_pool, flatten)
+    return Convolutional(size, channels, num_filters, num_classes, norm, max_pool, source.flatten)
 
 
 def make_model(
@@ -105,20 +107,9 @@ def make_model(
     update_lr: float = 1e-3,
     num_updates: int = 1,
     meta_lr: float = 1e-3,
-    stop_grad: bool = False,
-    seed: int = 0,
-    dtype=tf.float32,
-    compiled: bool = True,
-    replicas: Replicas | None = None,
     network='',
     objective: str | None = None,
     shots: float | None = None,
-    adapt: str = 'all',
-    learn_lr: str | UpdateRule = 'none',
-    loss_steps: str = 'last',
-    loss_steps_iterations: int = 0,
-    first_order_iterations: int = 0,
-    norm_steps: bool = False,
     meta_lr_decay: str = 'none',
     meta_lr_end: float = 0.0,
     metatrain_iterations: int = 15000,
@@ -126,28 +117,27 @@ def make_model(
 ) -> FastMAML:
     """A model with the paper's network, loss and clipping.
 
-    Arguments as the flags and as of FastMAML, `settings` as for `make_network`. network: another
-    one, or a keras.Model. objective, shots: of the user's own tasks, 'loss' or 'accuracy', and the
-    K that the loss of a classifier is divided by. meta_lr_decay: 'cosine' lets the outer step size
+    Arguments as the flags; `settings` as of `make_network` and of FastMAML. network: another one,
+    or a keras.Model. objective, shots: of the user's own tasks, 'loss' or 'accuracy', and the K
+    that the loss of a classifier is divided by. meta_lr_decay: 'cosine' lets the outer step size
     fall to meta_lr_end over metatrain_iterations.
     """
     is_regression = objective == 'loss' or objective is None and datasource == 'sinusoid'
     loss = mean_squared_error if is_regression else cross_entropy(shots or update_batch_size)
-    clip = 10.0 if datasource in ('miniimagenet', 'folder') else None
-    made = make_network(datasource, **settings) if isinstance(network, str) else network
+    of_network = {name: settings.pop(name) for name in NETWORK_SETTINGS & settings.keys()}
+    made = make_network(datasource, **of_network) if isinstance(network, str) else network
     if meta_lr_decay == 'cosine':
         share = meta_lr_end / meta_lr if meta_lr else 0.0
         meta_lr = keras.optimizers.schedules.CosineDecay(meta_lr, metatrain_iterations, share)
-    inner, outer = (update_lr, num_updates), (meta_lr, stop_grad, clip)
-    annealed = (loss_steps, loss_steps_iterations, first_order_iterations)
-    more = (seed, dtype, adapt, learn_lr, *annealed, norm_steps)
-    return FastMAML(made, loss, *inner, *outer, *more, compiled=compiled, replicas=replicas)
+    clip = source_of(datasource).clip
+    return FastMAML(made, loss, update_lr, num_updates, meta_lr, clip=clip, **settings)
 
 
-# The settings of a run that `make_model` takes, in the arguments' order.
-MODEL_SETTINGS = tuple(
-    name
-    for function in (make_model, make_network)
-    for name in inspect.signature(function).parameters
-    if name not in ('dtype', 'compiled', 'replicas', 'network', 'settings')
-)
+def arguments_of(function, *without: str) -> set[str]:
+    return {*inspect.signature(function).parameters} - {*without}
+
+
+NETWORK_SETTINGS = arguments_of(make_network, 'datasource')
+# The settings of a run that `make_model` takes.
+MODEL_SETTINGS = NETWORK_SETTINGS | arguments_of(make_model, 'network', 'settings')
+MODEL_SETTINGS |= arguments_of(FastMAML, 'network', 'loss', 'clip', 'dtype', 'compiled', 'replicas')

@@ -4,9 +4,10 @@ import numpy as np
 import tensorflow as tf
 
 from fewshot.checks import check_choice
+from fewshot.engine.shared import Shared
 from fewshot.networks.keras_network import KerasNetwork
 from maml import Arrays, Leading, Tensors, UpdateRule, row_of
-from special_grads import Shared, sizes
+from special_grads import sizes
 
 
 class LearnedRates(UpdateRule):

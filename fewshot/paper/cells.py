@@ -1,11 +1,15 @@
-"""The entries of the papers' tables, with the flags that reproduce them."""
+"""The entries of the papers' tables, with the flags that reproduce them.
 
+    python -m fewshot.paper.cells CELL [ITERATIONS [GIVEN]]
+
+prints the flags of main.py that train a cell, one a line, see `command`; scripts/lib/experiment.sh
+takes them from here.
+"""
+
+import ast
 import re
+import sys
 from typing import NamedTuple
-
-from absl import flags
-
-from fewshot.runs.flags import FLAGS, trained_settings
 
 
 class Cell(NamedTuple):
@@ -17,8 +21,19 @@ class Cell(NamedTuple):
     kind: str  # title within the group
     paper: str  # what it says
     updates: int  # the paper's number of updates in evaluation
-    settings: dict  # flags of main.py, as in the script
+    flags: str  # of main.py, with places that `command` fills
     published: tuple = ()  # (figure, whose) where it is not in MAML's paper; the first is `paper`
+
+    @property
+    def settings(self) -> dict:
+        """The flags and their values, but for the place of the data and iterations."""
+        found = dict(flag[2:].split('=') for flag in command(self))
+        others = ('data_dir', 'pretrain_iterations', 'metatrain_iterations')
+        return {name: value_of(text) for name, text in found.items() if name not in others}
+
+    @property
+    def is_sinusoid(self) -> bool:
+        return self.group == 'Sinusoid'
 
     @property
     def numbers(self) -> list[float]:
@@ -31,184 +46,167 @@ class Cell(NamedTuple):
     @property
     def figures(self) -> dict[int, str]:
         """{updates: what the paper says}."""
-        if self.settings['datasource'] == 'sinusoid':
+        if self.is_sinusoid:
             return dict(zip((1, 5, 10), self.paper.split(' / '))) if self.paper else {}
         return {self.updates: self.paper.replace('±', '+-')}
 
     @property
     def test_shots(self) -> int:
         """K in the paper's evaluation; its sinusoid was trained with another."""
-        is_sinusoid = self.settings['datasource'] == 'sinusoid'
-        return 5 if is_sinusoid else self.settings['update_batch_size']
+        return 5 if self.is_sinusoid else self.settings['update_batch_size']
 
 
-def omniglot(ways: int, shots: int, paper: str, conv: bool = True) -> Cell:
-    few = ways == 5
-    settings = dict(
-        datasource='omniglot',
-        num_classes=ways,
-        update_batch_size=shots,
-        update_lr=0.4 if few else 0.1,
-        num_updates=1 if few else 5,
-        meta_batch_size=32 if few else 16,
-        conv=conv,
-        num_filters=64,
-        max_pool=False,
-        stop_grad=False,
-    )
-    more = '' if conv else ', no convolutions'
-    return Cell(
-        f'omniglot_{ways}way_{shots}shot' + ('' if conv else '_no_conv'),
-        f'Omniglot, {ways}-way {shots}-shot{more}',
-        f'Omniglot, {ways}-way{more}',
-        f'{shots}-shot',
-        paper,
-        3 if few else 5,
-        settings,
-    )
+def value_of(text: str):
+    """A flag's value: the number, truth value or None that the text is, or else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
-def miniimagenet(shots: int, paper: str, first_order: bool = False) -> Cell:
-    settings = dict(
-        datasource='miniimagenet',
-        num_classes=5,
-        update_batch_size=shots,
-        update_lr=0.01,
-        num_updates=5,
-        meta_batch_size=4 if shots == 1 else 2,
-        conv=True,
-        num_filters=32,
-        max_pool=True,
-        stop_grad=first_order,
-    )
-    kind = f'{shots}-shot' + ', first order' * first_order
-    return Cell(
-        f'miniimagenet_5way_{shots}shot' + '_first_order' * first_order,
-        f'miniImagenet, 5-way {kind}',
+# The flags ----------------------------------------------------------------------------------------
+
+
+META = '--metatrain_iterations={iterations}'
+JOINT = '--pretrain_iterations={given} --metatrain_iterations=0'
+# As far as MAML++'s program tells: the losses after all updates count in a tenth of training. Its
+# paper has first order at the beginning, here a third of training.
+PLUS_PLUS = (
+    '--learn_lr=layer_step --loss_steps=all --loss_steps_iterations={tenth} '
+    '--first_order_iterations={third} --meta_lr_decay=cosine --meta_lr_end=0.00001'
+)
+SINUSOID = '--datasource=sinusoid --norm=None --update_batch_size=10'
+# {what a cell's name begins with: its title, the updates in evaluation, the flags}
+TASKS = {
+    'omniglot_5way': (
+        'Omniglot, 5-way',
+        3,
+        '--datasource=omniglot --num_classes=5 --update_batch_size={shots} --update_lr=0.4 '
+        '--num_updates=1 --meta_batch_size=32',
+    ),
+    'omniglot_20way': (
+        'Omniglot, 20-way',
+        5,
+        '--datasource=omniglot --num_classes=20 --update_batch_size={shots} --update_lr=0.1 '
+        '--num_updates=5 --meta_batch_size=16',
+    ),
+    'miniimagenet_5way': (
         'miniImagenet, 5-way',
-        kind,
-        paper,
         10,
-        settings,
-    )
-
-
-def cifar_fs(shots: int, *published: tuple[str, str]) -> Cell:
-    settings = dict(
-        datasource='folder',
-        image_size=32,
-        num_classes=5,
-        update_batch_size=shots,
-        num_query=15,
-        update_lr=0.01,
-        num_updates=5,
-        meta_batch_size=4,
-        conv=True,
-        num_filters=32,
-        max_pool=True,
-        stop_grad=False,
-    )
-    return Cell(
-        f'cifar_fs_5way_{shots}shot',
-        f'CIFAR-FS, 5-way {shots}-shot',
+        '--datasource=miniimagenet --num_classes=5 --update_batch_size={shots} --update_lr=0.01 '
+        '--num_updates=5 --meta_batch_size={tasks} --num_filters=32 --max_pool=True',
+    ),
+    # With miniImagenet's settings, as R2D2's paper and Devos et al. have it.
+    'cifar_fs_5way': (
         'CIFAR-FS, 5-way',
-        f'{shots}-shot',
-        published[0][0],
         10,
-        settings,
-        published,
-    )
+        '--datasource=folder --data_dir=cifar_fs --image_size=32 --num_classes=5 '
+        '--update_batch_size={shots} --num_query=15 --update_lr=0.01 --num_updates=5 '
+        '--meta_batch_size=4 --num_filters=32 --max_pool=True',
+    ),
+}
+# {what it ends with: the end of its title, more flags}
+VARIANTS = {
+    '': ('', ''),
+    '_no_conv': (', no convolutions', '--conv=False'),
+    '_first_order': (', first order', '--stop_grad=True'),
+    '_anil': (', ANIL', '--adapt=head'),
+    '_maml_plus_plus': (', MAML++', f'{PLUS_PLUS} --norm_steps=True'),
+}
 
 
-def omniglot_variant(name: str, kind: str, *published: tuple[str, str], **settings) -> Cell:
-    """Omniglot, 20-way 1-shot, by an inner loop that grew from MAML's."""
-    cell = omniglot(20, 1, published[0][0])
-    return cell._replace(
-        name=f'{cell.name}_{name}',
-        title=f'{cell.title}, {kind}',
-        kind=f'{cell.kind}, {kind}',
-        settings=cell.settings | settings,
-        published=published,
-    )
+def command(cell: Cell, iterations: str = '', given: str = '') -> list[str]:
+    """The flags that train a cell for so many iterations; '': as many as the paper.
+
+    given: iterations that follow in the command, and count; joint training and schedules go by
+    them. Raises ValueError if those of a schedule are none.
+    """
+    iterations = iterations or ('70000' if cell.is_sinusoid else '60000')
+    given = given or iterations
+    parts = {}
+    if '{third}' in cell.flags:
+        if not given.isdecimal():
+            raise ValueError(f'--metatrain_iterations must be a whole number, but it is {given}')
+        parts = dict(tenth=int(given) // 10, third=int(given) // 3)
+    return cell.flags.format(iterations=iterations, given=given, **parts).split()
 
 
-def sinusoid(
-    name: str, title: str, paper: str, baseline: str | None = None, update_lr: float = 0.01
-) -> Cell:
-    settings = dict(
-        datasource='sinusoid',
-        update_batch_size=10,
-        update_lr=update_lr,
-        num_updates=1,
-        meta_batch_size=25,
-        norm='None',
-        baseline=baseline,
-        stop_grad=False,
-    )
-    return Cell(name, title, 'Sinusoid', title, paper, 10, settings)
+# The tables ---------------------------------------------------------------------------------------
 
 
+def images(name: str, paper: str, *others: str) -> Cell:
+    """The cell of a name such as omniglot_20way_1shot_anil.
+
+    others: of another paper's table whose figure it is, then more figures, each with whose.
+    """
+    published = tuple(zip((paper, *others[1::2]), others[::2]))
+    tasks, shots, ending = re.fullmatch(r'(\w+way)_(\d)shot(\w*)', name).groups()
+    group, updates, flags = TASKS[tasks]
+    more, own = VARIANTS[ending]
+    flags = flags.replace('{shots}', shots).replace('{tasks}', '4' if shots == '1' else '2')
+    flags, title, kind = f'{flags} {own} {META}', f'{group} {shots}-shot{more}', f'{shots}-shot'
+    if ending == '_no_conv':
+        return Cell(name, title, group + more, kind, paper, updates, flags)
+    return Cell(name, title, group, kind + more, paper, updates, flags, published)
+
+
+def sinusoid(name: str, title: str, paper: str, flags: str) -> Cell:
+    return Cell(name, title, 'Sinusoid', title, paper, 10, f'{SINUSOID} {flags}')
+
+
+DEVOS = 'Devos et al. 2019'
 CELLS = [
-    omniglot(5, 1, '89.7 ± 1.1', conv=False),
-    omniglot(5, 5, '97.5 ± 0.6', conv=False),
-    omniglot(5, 1, '98.7 ± 0.4'),
-    omniglot(5, 5, '99.9 ± 0.1'),
-    omniglot(20, 1, '95.8 ± 0.3'),
-    omniglot(20, 5, '98.9 ± 0.2'),
-    miniimagenet(1, '48.07 ± 1.75', first_order=True),
-    miniimagenet(1, '48.70 ± 1.84'),
-    miniimagenet(5, '63.15 ± 0.91', first_order=True),
-    miniimagenet(5, '63.11 ± 0.92'),
+    images('omniglot_5way_1shot_no_conv', '89.7 ± 1.1'),
+    images('omniglot_5way_5shot_no_conv', '97.5 ± 0.6'),
+    images('omniglot_5way_1shot', '98.7 ± 0.4'),
+    images('omniglot_5way_5shot', '99.9 ± 0.1'),
+    images('omniglot_20way_1shot', '95.8 ± 0.3'),
+    images('omniglot_20way_5shot', '98.9 ± 0.2'),
+    images('miniimagenet_5way_1shot_first_order', '48.07 ± 1.75'),
+    images('miniimagenet_5way_1shot', '48.70 ± 1.84'),
+    images('miniimagenet_5way_5shot_first_order', '63.15 ± 0.91'),
+    images('miniimagenet_5way_5shot', '63.11 ± 0.92'),
 ]
-# Entries of tables in other papers.
+# Entries of tables in other papers: their figures, and whose they are.
 OTHER_CELLS = [
-    cifar_fs(1, ('58.9 ± 1.9', 'Bertinetto et al. 2019'), ('56.8 ± 1.9', 'Devos et al. 2019')),
-    cifar_fs(5, ('71.5 ± 1.0', 'Bertinetto et al. 2019'), ('70.8 ± 0.9', 'Devos et al. 2019')),
-    omniglot_variant('anil', 'ANIL', ('96.2 ± 0.5', 'Raghu et al. 2020'), adapt='head'),
-    omniglot_variant(
-        'maml_plus_plus',
-        'MAML++',
-        ('97.65 ± 0.05', 'Antoniou et al. 2019'),
-        ('96.65 ± 0.06', 'the same program, run by another'),
-        learn_lr='layer_step',
-        loss_steps='all',
-        loss_steps_iterations=6000,
-        first_order_iterations=20000,
-        norm_steps=True,
-        meta_lr_decay='cosine',
-        meta_lr_end=0.00001,
+    images('cifar_fs_5way_1shot', '58.9 ± 1.9', 'Bertinetto et al. 2019', '56.8 ± 1.9', DEVOS),
+    images('cifar_fs_5way_5shot', '71.5 ± 1.0', 'Bertinetto et al. 2019', '70.8 ± 0.9', DEVOS),
+    images('omniglot_20way_1shot_anil', '96.2 ± 0.5', 'Raghu et al. 2020'),
+    images(
+        'omniglot_20way_1shot_maml_plus_plus',
+        '97.65 ± 0.05',
+        'Antoniou et al. 2019',
+        '96.65 ± 0.06',
+        'the same program, run by another',
     ),
 ]
 MAML_ERRORS = '.67 / .38 / .35'
 SINUSOIDS = [
-    sinusoid('sinusoid', 'MAML', MAML_ERRORS),
-    sinusoid('sinusoid_published_command', 'MAML, α = 0.001', MAML_ERRORS, update_lr=0.001),
-    sinusoid('sinusoid_pretrain', 'pre-trained on all tasks', '2.41 / 2.23 / 2.19'),
-    sinusoid('sinusoid_oracle', 'oracle', '', 'oracle'),
+    sinusoid('sinusoid', 'MAML', MAML_ERRORS, f'--update_lr=0.01 {META}'),
+    sinusoid(
+        'sinusoid_published_command', 'MAML, α = 0.001', MAML_ERRORS, f'--update_lr=0.001 {META}'
+    ),
+    sinusoid(
+        'sinusoid_pretrain',
+        'pre-trained on all tasks',
+        '2.41 / 2.23 / 2.19',
+        f'--update_lr=0.01 {JOINT}',
+    ),
+    sinusoid('sinusoid_oracle', 'oracle', '', f'--update_lr=0.01 --baseline=oracle {JOINT}'),
 ]
 
 
-def same(value, wanted) -> bool:
-    """Whether two values of a flag are the same; --baseline=None is the text 'None'."""
-    return value == wanted or str(value) == str(wanted) == 'None'
+def main(name: str, *iterations: str):
+    """Prints a cell's flags, or those of MAML++ alone under the name maml_plus_plus."""
+    cells = {cell.name: cell for cell in CELLS + OTHER_CELLS + SINUSOIDS}
+    cells['maml_plus_plus'] = CELLS[0]._replace(flags=PLUS_PLUS)
+    try:
+        if name not in cells:
+            raise ValueError(f'there is no cell {name}: give one of {", ".join(cells)}')
+        print(*command(cells[name], *iterations), sep='\n')
+    except ValueError as error:
+        sys.exit(f'cells.py: {error}')
 
 
-def paper_figures(state: dict, f: flags.FlagValues) -> dict[int, str]:
-    """{updates: what the paper's tables have after as many}, for an evaluation of one of its cells.
-
-    state: of the checkpoint, with the flags that it was trained with. Empty for other evaluations.
-    """
-    trained = trained_settings(f) | state.get('flags', {})
-    if f.test_query != -1 or not f.transductive or f.update_lr != trained['update_lr']:
-        return {}
-    telling = [flag for flag in FLAGS if flag.makes_model or flag.in_name]
-    others = ('seed', 'metatrain_iterations')
-    joint = trained['metatrain_iterations'] == 0
-    for cell in CELLS + SINUSOIDS:
-        wanted = {flag.name: flag.default for flag in telling if flag.name not in others}
-        wanted |= cell.settings
-        differing = [name for name in wanted if not same(trained.get(name), wanted[name])]
-        pretrained = cell.name == 'sinusoid_pretrain'
-        if not differing and joint == pretrained and f.update_batch_size == cell.test_shots:
-            return cell.figures
-    return {}
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 from fewshot.paper.cells import CELLS, OTHER_CELLS, SINUSOIDS, Cell
 from fewshot.paper.runs import DIVERGED, Run, Table, pooled
-from fewshot.paper.sinusoid_fits import CURVES, fits
+from fewshot.paper.sinusoid_fits import CURVES, draw_fit, fits
 from fewshot.runs.summaries import read_scalars
 from fewshot.use.learner import Learner
 
@@ -165,11 +165,7 @@ def draw_fits(row: np.ndarray, cell: Cell, run: Run):
     is_oracle = run.flags['baseline'] == 'oracle'
     model, shots = Learner.load(run.folder).model, run.flags['update_batch_size']
     for axes, fit in zip(row, fits(model, shots, is_oracle)):
-        axes.plot(fit.x, fit.truth, color='tab:red', label='truth')
-        for updates, prediction in fit.predictions.items():
-            if updates == 0 or cell.name != 'sinusoid_oracle':
-                axes.plot(fit.x, prediction, **CURVES[updates])
-        axes.plot(*fit.support.T, '^', color='tab:purple', label='support', zorder=3)
+        draw_fit(axes, fit, [0] if cell.name == 'sinusoid_oracle' else CURVES)
         axes.set_title(cell.title + run.variant)
         axes.grid(alpha=0.3)
     row[0].set_ylabel('y')

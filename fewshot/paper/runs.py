@@ -1,9 +1,5 @@
-"""The runs of the cells of the tables, `main.CELLS` and its like.
+"""The runs of the tables' cells, as the scripts in scripts/paper leave them."""
 
-They are as scripts/paper/omniglot_5way_1shot.sh and its like leave them.
-"""
-
-import json
 import pickle
 import re
 import sys
@@ -15,23 +11,26 @@ import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
 import numpy as np
 import tensorflow as tf
+from absl import flags as absl_flags
 
 from fewshot.checks import first_line
 from fewshot.data import unpickling
-from fewshot.paper.cells import SINUSOIDS, Cell, same
+from fewshot.data.cifar100 import SPLITS
+from fewshot.paper.cells import CELLS, SINUSOIDS, Cell
 from fewshot.runs.checkpoints import DamagedCheckpoint, checkpoints, read_run_state
-from fewshot.runs.flags import INNER_LOOPS
+from fewshot.runs.flags import FLAGS, trained_settings
 from fewshot.runs.results import confidence, read_evaluation
 from fewshot.runs.summaries import event_files, read_events
-
-SPLITS = Path(__file__).resolve().parents[1] / 'data/cifar100_splits.json'
-CIFAR_FS = json.loads(SPLITS.read_text())['cifar_fs']  # {split: classes}
 
 # Mean squared error of a sinusoid: its largest amplitude is 5, so predicting 0 has 25 at most.
 DIVERGED = 100.0
 
 # Flags that make a run another cell's, or none's; other settings make it another run of the cell.
 TELLING = {'datasource', 'num_classes', 'update_batch_size', 'conv', 'stop_grad', 'baseline'}
+
+# Of the flags that say how a run is trained; its seed and length make it no other run.
+DEFAULTS = {flag.name: flag.default for flag in FLAGS if flag.makes_model or flag.in_name}
+del DEFAULTS['seed'], DEFAULTS['metatrain_iterations']
 
 
 class Table(NamedTuple):
@@ -98,6 +97,47 @@ def read_table(path: Path) -> Table:
         ) from None
 
 
+def usual_evaluation(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Means and halves of intervals, over updates, of the usual evaluation; None if there is none.
+
+    It is that on test tasks as in training; the names of others tell what is not.
+    """
+    tables = sorted(folder.glob('test_ubs?*_stepsize*.csv'))
+    usual = [path for path in tables if path.stem.count('_') == 2]
+    return read_evaluation(usual[0])[::2] if usual else None
+
+
+def same(value, wanted) -> bool:
+    """Whether two values of a flag are the same; --norm=None is the text 'None'."""
+    return value == wanted or str(value) == str(wanted) == 'None'
+
+
+def differing(trained: dict, cell: Cell) -> dict[str, tuple]:
+    """{flag: (its value, the cell's)} of the flags of a run that are not the cell's."""
+    wanted = DEFAULTS | cell.settings
+    return {
+        name: (trained[name], wanted[name])
+        for name in wanted
+        if name in trained and not same(trained[name], wanted[name])
+    }
+
+
+def paper_figures(state: dict, f: absl_flags.FlagValues) -> dict[int, str]:
+    """{updates: what the paper's tables have after as many}, for an evaluation of one of its cells.
+
+    state: of the checkpoint, with the flags that it was trained with. Empty for other evaluations.
+    """
+    trained = trained_settings(f) | state.get('flags', {})
+    if f.test_query != -1 or not f.transductive or f.update_lr != trained['update_lr']:
+        return {}
+    joint = trained['metatrain_iterations'] == 0
+    for cell in CELLS + SINUSOIDS:
+        as_trained = joint == (cell.name == 'sinusoid_pretrain') and not differing(trained, cell)
+        if as_trained and f.update_batch_size == cell.test_shots:
+            return cell.figures
+    return {}
+
+
 def deviations(folder: Path, flags: dict, cell: Cell) -> dict[str, tuple]:
     """{flag: (value, the cell's)} where a run has other settings.
 
@@ -105,11 +145,7 @@ def deviations(folder: Path, flags: dict, cell: Cell) -> dict[str, tuple]:
     """
     if not flags:
         raise ValueError(f'{folder} does not tell the flags it was trained with')
-    found = {
-        name: (flags[name], wanted)
-        for name, wanted in (INNER_LOOPS | cell.settings).items()
-        if name in flags and not same(flags[name], wanted)
-    }
+    found = differing(flags, cell)
     joint = flags.get('metatrain_iterations') == 0 and flags.get('baseline') != 'oracle'
     no_run = f'{folder} is no run of {cell.name}: it was'
     if joint != (cell.name == 'sinusoid_pretrain'):
@@ -127,7 +163,7 @@ def deviations(folder: Path, flags: dict, cell: Cell) -> dict[str, tuple]:
 
 def check_classes(folder: Path, classes: dict | None, cell: Cell):
     """Raises ValueError if a run with --datasource=folder was trained on other classes."""
-    wanted = CIFAR_FS if cell.settings['datasource'] == 'folder' else {}
+    wanted = SPLITS['cifar_fs'] if cell.settings['datasource'] == 'folder' else {}
     for split, labels in wanted.items():
         if split in (classes or {}) and {*classes[split]} != {*labels}:
             raise ValueError(

@@ -1,8 +1,21 @@
 """A sinusoid model's fits to new tasks, and how pictures show them."""
 
+import io
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+
+matplotlib.use('Agg')  # pictures in files, on machines without a display too
+import matplotlib.pyplot as plt
+
+from data_generator import Batch, SinusoidGenerator
+from fewshot.networks.build import make_model
+from fewshot.runs.checkpoints import checkpoints, first_whole
+from fewshot.runs.results import read_evaluation
 
 CURVES = {  # number of updates: how it is drawn
     0: dict(label='before the first update', linestyle=':', color='tab:gray'),
@@ -27,9 +40,6 @@ def fits(
 
     Its predictions are at `resolution` points all over [-5, 5].
     """
-    # Here, so that what fails before needs no TensorFlow, which takes seconds to start.
-    from data_generator import Batch, SinusoidGenerator
-
     batch = SinusoidGenerator(shots, 0, oracle=True, seed=seed).batch('test', 0, tasks)
     dim = 3 if oracle else 1  # inputs: (x, A, φ) or x
     a, phi = batch.inputa[:, :1, 1], batch.inputa[:, :1, 2]  # [T, 1]
@@ -48,3 +58,100 @@ def fits(
         curves = {updates: y[i] for updates, y in predictions.items()}
         found.append(Fit(x, truth[i], points[i], curves))
     return found
+
+
+def draw_fit(axes, fit: Fit, updates: Iterable[int] = CURVES):
+    """updates: the numbers of updates after which predictions are shown."""
+    axes.plot(fit.x, fit.truth, color='tab:red', label='truth')
+    for count in updates:
+        axes.plot(fit.x, fit.predictions[count], **CURVES[count])
+    axes.plot(*fit.support.T, '^', color='tab:purple', label='support', zorder=3)
+
+
+# One run, by its folder ---------------------------------------------------------------------------
+
+
+RUN = re.compile(
+    r'cls_\d+\.mbs_\d+\.ubs_(\d+)\.numstep(\d+)\.updatelr([-+.\de]+?)(?:hidden\d+)?(?:maxpool)?'
+    r'(stopgrad)?(oracle)?(batchnorm|layernorm|nonorm)(?:\.\d+)?'
+)
+NORMS = {'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}
+
+
+def load_model(run_folder: Path, warn: Callable):
+    """(the model with the newest weights, K, whether it is the oracle), as the folder's name says.
+
+    Older runs have no flags in their checkpoints. warn: is told of damaged checkpoints.
+    Raises ValueError if the name is not that of a sinusoid run, or no checkpoint fits it.
+    """
+    name = RUN.fullmatch(run_folder.resolve().name)
+    if not name:
+        raise ValueError(
+            f'{run_folder} is not named like a run '
+            '(cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm); '
+            'give the folder that main.py made in --logdir'
+        )
+    shots, num_updates, update_lr, stop_grad, baseline, norm = name.groups()
+    model = make_model(
+        'sinusoid',
+        norm=NORMS[norm],
+        update_batch_size=int(shots),
+        num_updates=int(num_updates),
+        update_lr=float(update_lr),
+        stop_grad=bool(stop_grad),
+        baseline=baseline,
+        compiled=False,  # a few steps, once
+    )
+    found = checkpoints(run_folder)
+    if not found:
+        raise ValueError(f'{run_folder} holds no checkpoint; train it first')
+    _, path, _ = first_whole(dict(reversed(found.items())), warn)
+    model.restore(path)
+    return model, int(shots), bool(baseline)
+
+
+def read_errors(run_folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{label: means and halves of the intervals, over updates 0, 1, ...} of all evaluations.
+
+    Raises ValueError if there is none, or a file is not what main.py writes.
+    """
+    found = {}
+    for path in sorted(run_folder.glob('test_ubs*_stepsize*.csv')):
+        shots, told = re.fullmatch(r'test_ubs(.+)_stepsize(.+)\.csv', path.name).groups()
+        label = f'{shots}-shot, α = {told.replace("_", ", ")}'  # what was not as usual follows
+        found[label] = read_evaluation(path)[::2]
+    if not found:
+        raise ValueError(
+            f'{run_folder} holds no test_ubs*_stepsize*.csv; evaluate the run first, with the '
+            'flags it was trained with and --train=False --test_set=True'
+        )
+    return found
+
+
+def draw_run(all_fits: list[Fit], errors: dict[str, tuple], kind: str) -> bytes:
+    """The picture of fits, and of errors as `read_errors` has them.
+
+    kind: its format, such as 'png'. Raises ValueError if there is no such format.
+    """
+    size = (5 * len(all_fits) + 5, 4.2)
+    figure, panels = plt.subplots(1, len(all_fits) + 1, figsize=size, layout='constrained')
+    for axes, fit in zip(panels, all_fits):
+        draw_fit(axes, fit)
+        axes.set(xlabel='x', ylabel='y', title=f'A new task, {len(fit.support)} support points')
+    panels[0].legend(fontsize='small')
+    for label, (means, halves) in errors.items():
+        look = dict(marker='o', markersize=4, capsize=3, label=label)
+        panels[-1].errorbar(range(len(means)), means, yerr=halves, **look)
+    panels[-1].set(
+        xlabel='updates (0: support set before the first, then query set)',
+        ylabel='mean squared error',
+        xticks=range(max(len(means) for means, _ in errors.values())),
+        ylim=(0, None),
+        title='Mean over test tasks, 95 % intervals',
+    )
+    panels[-1].grid(alpha=0.3)
+    panels[-1].legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=kind)
+    plt.close(figure)
+    return picture.getvalue()

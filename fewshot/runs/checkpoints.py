@@ -4,13 +4,9 @@ FOLDER/model{iteration}.index and .data-..., or FOLDER/best{iteration} of the be
 is there whole or not at all.
 """
 
-import glob
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +38,6 @@ def other_runs(folder: str | Path) -> str:
     """Where there are runs, if a folder is none: the end of a clause, empty if nowhere near."""
     folder = Path(folder)
     text = '' if folder.is_dir() else ', since there is no such folder'
-    if not folder.parent.is_dir():
-        text += f', nor {folder.parent}'
     for place in (folder, folder.parent, folder.parent.parent):
         found = [*place.glob('*/*.index'), *place.glob('*/*/*.index')]
         runs = sorted({str(path.parent.relative_to(place)) for path in found})
@@ -67,15 +61,14 @@ def write_checkpoint(
     """Writes FOLDER/{kind}{iteration} whole, then removes all but the newest ten (best: one).
 
     state: what else belongs to the run, kept as JSON. The original's own checkpoints stay. Returns
-    the path. Raises OSError if it cannot be written.
+    the path. Raises OSError if it cannot be written, and ValueError as `check_plain_path`.
     """
     # tf.train.CheckpointManager would put a hyphen into the name, which the original does not have.
-    path = str(Path(folder) / f'{kind}{iteration}')
+    path = check_plain_path(Path(folder) / f'{kind}{iteration}')
     run = tf.Variable(json.dumps({**(state or {}), 'iteration': iteration}))
     try:
-        with for_tensorflow(path) as prefix:
-            # The index comes last, so a checkpoint that has one is complete.
-            tf.train.Checkpoint(checkpoint, run=run).write(prefix)
+        # The index comes last, so a checkpoint that has one is complete.
+        tf.train.Checkpoint(checkpoint, run=run).write(path)
     except tf.errors.OpError as error:
         remove_leftovers(folder)
         raise OSError(f'{path} cannot be written ({first_line(error)})') from error
@@ -86,27 +79,19 @@ def write_checkpoint(
     return path
 
 
-def taken_as_written(path: str) -> bool:
-    """Whether TensorFlow takes a path for what it is.
-
-    One that it reads it takes for a pattern, with [ and the like, and it wants all in UTF-8.
-    """
-    return not re.search(r'[\[\]{}*?\\\udc80-\udcff]', path)
+def is_plain_path(path: str | Path) -> bool:
+    """Whether TensorFlow takes a path as it is; it takes others for patterns, or wants UTF-8."""
+    return not re.search(r'[\[\]{}*?\\\udc80-\udcff]', Path(path).as_posix())
 
 
-@contextmanager
-def for_tensorflow(path: str) -> Iterator[str]:
-    """A path of the same checkpoint that TensorFlow takes as it is written, while entered.
-
-    If need be one through a link to the folder.
-    """
-    if taken_as_written(path):
-        yield path
-        return
-    folder, name = os.path.split(os.path.abspath(path))
-    with tempfile.TemporaryDirectory() as beside:
-        os.symlink(folder, link := os.path.join(beside, 'run'))
-        yield os.path.join(link, name)
+def check_plain_path(path: str | Path) -> str:
+    """The path. Raises ValueError if it is not plain."""
+    if not is_plain_path(path):
+        raise ValueError(
+            f'{path}: TensorFlow cannot write or read checkpoints at such a path: rename the '
+            'folder or give another, with a name in UTF-8 and without [ ] { } * ? \\'
+        )
+    return str(path)
 
 
 def remove_checkpoint(path: str):
@@ -130,19 +115,20 @@ def remove_leftovers(folder: str | Path):
 
 
 def is_own(path: str) -> bool:
-    """Whether a checkpoint is this program's and whole."""
+    """Whether a checkpoint is this program's; one that cannot be read is not."""
     try:
-        return OBJECT_GRAPH in stored_values(path)
+        return OBJECT_GRAPH in stored_values(path, OBJECT_GRAPH)
     except DamagedCheckpoint:
         return False
 
 
-def read_run_state(path: str) -> dict:
+def read_run_state(path: str, whole: bool = False) -> dict:
     """The `state` that a checkpoint was written with, and its 'iteration'; empty if it has none.
 
-    Raises DamagedCheckpoint, also if the file is that of another iteration by another name.
+    whole: whether all else in it is to be undamaged too. Raises DamagedCheckpoint, also if the file
+    is that of another iteration by another name, and ValueError as `check_plain_path`.
     """
-    stored = stored_values(path)
+    stored = stored_values(path, *([] if whole else [RUN_STATE]))
     if RUN_STATE not in stored:
         return {}
     state = json.loads(stored[RUN_STATE])
@@ -154,22 +140,20 @@ def read_run_state(path: str) -> dict:
     return state
 
 
-def stored_values(path: str) -> dict[str, np.ndarray]:
-    """All that is in a checkpoint, by TensorFlow's keys, its checksums compared.
+def stored_values(path: str, *keys: str) -> dict[str, np.ndarray]:
+    """What is in a checkpoint, by TensorFlow's keys, its checksums compared.
 
-    Raises DamagedCheckpoint, and OSError if this process may not read it, which is no damage.
+    keys: those that are asked for, if they are there; all if none is named. Raises
+    DamagedCheckpoint, OSError if this process may not read it, which is no damage, and ValueError
+    as `check_plain_path`.
     """
-    for file in Path(path).parent.glob(f'{glob.escape(Path(path).name)}.*'):
+    path = check_plain_path(path)
+    for file in Path(path).parent.glob(f'{Path(path).name}.*'):
         open(file, 'rb').close()
-    with for_tensorflow(path) as prefix:
-        return all_values(prefix, path)
-
-
-def all_values(prefix: str, path: str) -> dict[str, np.ndarray]:
-    """The part of `stored_values` that TensorFlow does; prefix: of `for_tensorflow`."""
     try:
-        reader = tf.train.load_checkpoint(prefix)
-        return {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+        reader = tf.train.load_checkpoint(path)
+        found = reader.get_variable_to_shape_map()
+        return {key: reader.get_tensor(key) for key in found if not keys or key in keys}
     except Exception as error:  # OpError, ValueError, IndexError ...: it depends on the damage
         raise DamagedCheckpoint(
             f'{path} cannot be read as a checkpoint, it is damaged ({first_line(error)})'
@@ -184,7 +168,7 @@ def first_whole(candidates: dict[int, str], tell: Callable[[str], None]) -> tupl
     """
     for number, (iteration, path) in enumerate(candidates.items(), start=1):
         try:
-            return iteration, path, read_run_state(path)
+            return iteration, path, read_run_state(path, whole=True)
         except DamagedCheckpoint as error:
             if number == len(candidates):
                 raise
@@ -195,9 +179,9 @@ def first_whole(candidates: dict[int, str], tell: Callable[[str], None]) -> tupl
 def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
     """A checkpoint's parameters by name, and the names of the optimizers whose state it holds.
 
-    That is one of OPTIMIZERS; both in older ones, none in those published without. names: of the
-    network's parameters, in the order in which it creates them. Raises DamagedCheckpoint, and
-    ValueError if it has parameters that are not in `names`.
+    That is one of OPTIMIZERS, both in some of logs/results, none in those published without. names:
+    of the network's parameters, in the order in which it creates them. Raises DamagedCheckpoint,
+    and ValueError if it has parameters that are not in `names`.
     """
     stored = stored_values(path)
     if OBJECT_GRAPH in stored:
@@ -216,8 +200,7 @@ def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray],
 
 def read_objects(path: str, objects: dict):
     """Gives objects of TensorFlow and Keras the state that a checkpoint has by these names."""
-    with for_tensorflow(path) as prefix:
-        status = tf.train.Checkpoint(**objects).read(prefix)
+    status = tf.train.Checkpoint(**objects).read(path)
     # There is more in a checkpoint than this: the run's own state.
     status.assert_existing_objects_matched().expect_partial()
 
@@ -235,31 +218,6 @@ def original_parameters(stored: dict[str, np.ndarray], names: list[str]) -> dict
         if unnamed in values:
             values[name] = values.pop(unnamed)
     return values
-
-
-@contextmanager
-def lock(folder: str | Path) -> Iterator[None]:
-    """Keeps other processes from training in a folder while entered.
-
-    It holds no longer than this process lives, and does nothing where the system has no locks.
-    Raises BlockingIOError if another process holds it.
-    """
-    descriptor = None
-    try:
-        import fcntl  # not on Windows
-
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except (ImportError, OSError):  # some network file systems have no locks either
-        pass
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def check_parameters(path: str, values: Arrays, variables: dict[str, tf.Variable]):

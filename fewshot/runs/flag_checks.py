@@ -6,7 +6,7 @@ import sys
 from absl import flags
 
 from fewshot.runs.flags import FLAGS, iterations
-from fewshot.runs.user_code import is_spec
+from fewshot.sources import source_of
 
 
 def check_flags(f: flags.FlagValues):
@@ -19,10 +19,10 @@ def check_flags(f: flags.FlagValues):
     check_inner_loop(f)
     if f.train:
         check_training(f)
-    if f.overwrite and (f.resume and f.test_iter == -1 or not f.train):
+    if f.overwrite and (f.resume or not f.train):
         raise ValueError(
             '--overwrite removes an earlier run of the same name, so it needs --resume=False and '
-            '--train=True; or what came after --test_iter=N, if training is to continue there'
+            '--train=True'
         )
 
 
@@ -33,17 +33,17 @@ def check_tasks(f: flags.FlagValues):
             '--baseline=oracle knows amplitude and phase, so it needs --datasource=sinusoid, not '
             f'{f.datasource}'
         )
-    if f.num_query != -1 and (f.datasource == 'sinusoid' or is_spec(f.datasource)):
+    if f.num_query != -1 and not source_of(f.datasource).has_images:
         raise ValueError(
             f'--num_query={f.num_query} is for images, so it needs --datasource=omniglot, '
             f'miniimagenet or folder, not {f.datasource}'
         )
-    if f.metatrain_iterations == 0 and f.datasource == 'miniimagenet' and f.update_batch_size != 1:
+    if source_of(f.datasource).queries and f.metatrain_iterations == 0 and f.update_batch_size != 1:
         raise ValueError(
             'a plain network on miniimagenet (--metatrain_iterations=0) takes one image per class, '
             f'so it needs --update_batch_size=1, not {f.update_batch_size}'
         )
-    if f.num_classes == 1 and f.datasource in ('omniglot', 'miniimagenet', 'folder'):
+    if f.num_classes == 1 and source_of(f.datasource).has_images:
         raise ValueError('--num_classes=1: between images of one class there is nothing to learn')
     if f.network:
         check_network(f)

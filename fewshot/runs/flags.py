@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,39 +10,37 @@ from absl import flags
 
 from fewshot.data.image_files import FITS
 from fewshot.networks.inner_loops import LEARNED_RATES
+from fewshot.runs.checkpoints import check_plain_path
 from fewshot.runs.user_code import is_spec
-
-SOURCES = ('sinusoid', 'omniglot', 'miniimagenet', 'folder')
-
-
-class CheckpointParser(flags.ArgumentParser):
-    """An iteration, -1 or 'best'."""
-
-    def parse(self, argument):
-        if argument == 'best':
-            return argument
-        try:
-            iteration = int(argument)
-        except ValueError:
-            iteration = -2
-        if iteration < -1:
-            raise ValueError(f'it must be an iteration, -1 or best, but it is {argument}')
-        return iteration
-
-    def flag_type(self) -> str:
-        return 'iteration, -1 or best'
+from fewshot.sources import SOURCES
 
 
-class SourceParser(flags.ArgumentParser):
-    """One of SOURCES, or FILE.py:FUNCTION."""
+class Parser(flags.ArgumentParser):
+    """convert: from the argument to the value, None if it is not `text`, what there is."""
+
+    def __init__(self, convert: Callable, text: str):
+        self.convert, self.text = convert, text
 
     def parse(self, argument):
-        if argument in SOURCES or is_spec(argument):
-            return argument
-        raise ValueError(f'it must be one of {self.flag_type()}, but it is {argument}')
+        value = self.convert(argument)
+        if value is None:
+            raise ValueError(f'it must be {self.text}, but it is {argument}')
+        return value
 
     def flag_type(self) -> str:
-        return f'{", ".join(SOURCES)}, or FILE.py:FUNCTION'
+        return self.text
+
+
+def checkpoint_named(argument: str | int) -> str | int | None:
+    """An iteration, -1 or 'best'; None if it is none of them."""
+    if argument == 'best':
+        return argument
+    with suppress(ValueError):
+        return int(argument) if int(argument) >= -1 else None
+
+
+def source_named(argument: str) -> str | None:
+    return argument if argument in SOURCES or is_spec(argument) else None
 
 
 class Rule(NamedTuple):
@@ -99,7 +98,8 @@ TEST_QUERY = Rule(lambda value: value == -1 or value >= 1, 'at least 1, or -1 fo
 # fmt: off
 FLAGS = (
     # The tasks
-    Flag('datasource', SourceParser(), 'sinusoid', NEVER,
+    Flag('datasource', Parser(source_named, f'{", ".join(SOURCES)}, or FILE.py:FUNCTION'),
+         'sinusoid', NEVER,
          'where tasks come from: sinusoid, omniglot, miniimagenet, folder, or FILE.py:FUNCTION, '
          'which returns tasks of your own', makes_model=True),
     Flag('data_dir', str, 'data', ANYTIME,
@@ -108,8 +108,7 @@ FLAGS = (
          'shares of the classes that train, val and test get (folder only)', SPLIT),
     Flag('image_size', int, 84, NEVER,
          'height and width that images are resized to (folder only)', POSITIVE, makes_model=True),
-    Flag('channels', int, 3, NEVER,
-         '3: colour, 1: grey (folder only)', CHANNELS, makes_model=True),
+    Flag('channels', int, 3, NEVER, '3: colour, 1: grey (folder only)', CHANNELS, makes_model=True),
     Flag('fit', FITS, None, EVALUATION,
          'what becomes of images that are not square: crop them, pad with white, or squash '
          '(folder only; default: as the run has it, a new one crops)'),
@@ -119,7 +118,7 @@ FLAGS = (
          "where decoded images are kept (default: beside the data or, if that cannot be written, "
          "in the user's cache folder)"),
     Flag('seed', int, 0, EVALUATION,
-         'of the initial weights and the training tasks', lowest=0, makes_model=True),
+         'random seed of initial weights and training tasks', lowest=0, makes_model=True),
     Flag('strategy', ('none', 'mirrored', 'multi_worker'), 'none', ANYTIME,
          'devices that share the tasks: mirrored: all of this machine; multi_worker: of several '
          'processes, by TF_CONFIG'),
@@ -158,8 +157,7 @@ FLAGS = (
     Flag('max_pool', bool, False, NEVER,
          'max-pooling instead of strided convolutions', makes_model=True,
          in_name=lambda value: 'maxpool' if value else ''),
-    Flag('stop_grad', bool, False, EVALUATION,
-         'first-order approximation', makes_model=True,
+    Flag('stop_grad', bool, False, EVALUATION, 'first-order approximation', makes_model=True,
          in_name=lambda value: 'stopgrad' if value else ''),
     Flag('baseline', ('oracle', 'None'), None, NEVER,
          'oracle: amplitude and phase are inputs (sinusoid only)', makes_model=True,
@@ -204,14 +202,13 @@ FLAGS = (
     Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders', FOLDER),
     Flag('resume', bool, True, ANYTIME, 'continue from the newest checkpoint of the same run'),
     Flag('overwrite', bool, False, ANYTIME,
-         'with --resume=False: remove the earlier run of the same name; with --test_iter=N: what '
-         'came after iteration N'),
+         'with --resume=False: remove the earlier run of the same name'),
     Flag('validation_tasks', int, 100, EVALUATION,
          'tasks of a validation during training (images only)', lowest=2),
     Flag('train', bool, True, ANYTIME, 'train, else evaluate'),
     Flag('run', str, '', ANYTIME,
          'folder of the run to evaluate, which knows its flags; others that are given count'),
-    Flag('test_iter', CheckpointParser(), -1, ANYTIME,
+    Flag('test_iter', Parser(checkpoint_named, 'an iteration, -1 or best'), -1, ANYTIME,
          'iteration of the checkpoint to load; -1: the newest; best: that of the best validation'),
     Flag('test_set', bool, False, ANYTIME,
          'evaluate on the test classes, else on the validation classes'),
@@ -229,13 +226,12 @@ FLAGS = (
 # fmt: on
 
 
-# Flags that older runs do not have, with what these did.
+# What runs of 1.0.0 did, among them seven cells of logs/results, which do not have these flags.
 INNER_LOOPS = {
-    name: next(flag.default for flag in FLAGS if flag.name == name)
-    for name in (
-        *('adapt', 'learn_lr', 'loss_steps', 'loss_steps_iterations', 'first_order_iterations'),
-        *('norm_steps', 'meta_lr_decay', 'meta_lr_end'),
-    )
+    flag.name: flag.default
+    for flag in FLAGS
+    if flag.name in ('adapt', 'learn_lr', 'norm_steps', 'first_order_iterations')
+    or flag.name.startswith(('loss_steps', 'meta_lr_'))
 }
 
 
@@ -280,7 +276,9 @@ def run_name(f: flags.FlagValues) -> str:
 
 
 def run_folder(f: flags.FlagValues) -> Path:
-    return Path(os.path.expanduser(f.run or os.path.join(f.logdir, run_name(f))))
+    """Of --run or after the name. Raises ValueError if no checkpoints can be there."""
+    folder = f.run or os.path.join(f.logdir, run_name(f))
+    return Path(check_plain_path(os.path.expanduser(folder)))
 
 
 def iterations(f: flags.FlagValues) -> tuple[int, int]:

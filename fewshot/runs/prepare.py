@@ -9,18 +9,19 @@ import numpy as np
 from absl import flags
 
 from data_generator import DataGenerator
-from fewshot.engine.devices import Replicas, make_replicas
+from fewshot.engine.devices import Replicas
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.build import make_model, user_network
 from fewshot.runs.checkpoints import DamagedCheckpoint, checkpoints, read_run_state
 from fewshot.runs.flag_checks import check_flags
 from fewshot.runs.flags import iterations, model_settings, run_folder, settings
-from fewshot.runs.run_folder import best_is_there, open_folder, restore_run
+from fewshot.runs.machine import make_replicas
+from fewshot.runs.run_folder import open_folder, restore_run
 from fewshot.runs.summaries import Log
 from fewshot.runs.tasks import data_of_run, make_generators
 from fewshot.runs.trainer import Schedule, Trainer
 from fewshot.runs.user_code import is_spec
-from special_grads import Normalization
+from maml import Normalization
 
 
 class Options(NamedTuple):
@@ -96,8 +97,6 @@ def prepare(f: flags.FlagValues, held: ExitStack, options: Options = USUAL) -> P
     generators = own or make_generators(f, data_of_run(replicas, iteration, state))
     if replicas.is_chief:
         open_folder(folder, f, start, held)
-        if f.overwrite and not best_is_there(folder, state):
-            state = {**state, 'best': None}
     if f.train and start > 0:
         print(f'Continuing at iteration {start} of {total}.')
     return Prepared(model, generators, folder, start, state)

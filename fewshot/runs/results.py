@@ -25,36 +25,18 @@ def read_evaluation(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Each is [1 + updates]. Raises ValueError if the file is none.
     """
     try:
-        header, rows = read_table(path)
+        with open(path, newline='') as file:
+            header, *rows = csv.reader(file)
         size = sum(name.startswith('update') for name in header)  # split and iteration may follow
         means, deviations, intervals = np.array([row[:size] for row in rows], float)
         if header[:size] != [f'update{i}' for i in range(size)] or size == 0:
             raise ValueError
-    except ValueError:
+    except (ValueError, csv.Error):
         raise ValueError(
             f'{path} is not the table main.py writes (a header, then means, standard deviations '
             'and confidence intervals); evaluate the run again with --train=False'
         ) from None
     return means, deviations, intervals
-
-
-def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a csv file. Raises ValueError if it has none."""
-    with open(path, newline='') as file:
-        try:
-            header, *rows = csv.reader(file)
-        except csv.Error as error:
-            raise ValueError(f'{path} is no csv file ({error})') from error
-    return header, rows
-
-
-def evaluated_iteration(path: Path) -> int:
-    """Of the checkpoint that a test_*.csv tells of; -1 if it does not say, as older ones."""
-    try:
-        header, rows = read_table(path)
-        return int(rows[0][header.index('iteration')])
-    except (ValueError, IndexError):
-        return -1
 
 
 def write_whole(path: Path, content: bytes):

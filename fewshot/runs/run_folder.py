@@ -1,6 +1,7 @@
 """The folder of a run: which checkpoint continues it, and who may write there."""
 
 import os
+import shlex
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -14,14 +15,11 @@ from fewshot.runs.checkpoints import (
     DamagedCheckpoint,
     checkpoints,
     first_whole,
-    lock,
     other_runs,
-    read_run_state,
     remove_checkpoint,
     remove_leftovers,
 )
 from fewshot.runs.flags import ANYTIME, EVALUATION, FLAGS, INNER_LOOPS, NEVER, run_folder
-from fewshot.runs.results import evaluated_iteration
 from fewshot.runs.summaries import event_files, forget_summaries
 from fewshot.runs.trainer import Schedule
 from fewshot.runs.user_code import is_spec
@@ -63,7 +61,7 @@ def take_run(f: flags.FlagValues):
     These are the ones that could not change in training, and where the data are, if they are there.
     Raises ValueError for a folder that is no run, and for flags that --run contradicts.
     """
-    if not f.run:
+    if not f.run or f.train:  # which `check_flags` refuses together
         return
     naming = ('logdir', 'train_update_batch_size', 'train_update_lr')
     if given := [f'--{name}' for name in naming if f[name].present]:
@@ -96,23 +94,19 @@ def stored_flags(folder: Path, f: flags.FlagValues) -> dict:
             f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but it has '
             f'no checkpoint{other_runs(folder)}'
         )
-    reason = ValueError(
-        f'--run={f.run} does not tell the flags it was trained with: give them, and --logdir'
-    )
-    for path in find_checkpoints(folder, f).values():
-        try:
-            if stored := read_run_state(path).get('flags'):
-                return stored
-        except DamagedCheckpoint as error:
-            reason = error
-    raise reason
+    _, _, state = first_whole(find_checkpoints(folder, f), lambda _: None)  # `load` tells of others
+    if not state.get('flags'):
+        raise ValueError(
+            f'--run={f.run} does not tell the flags it was trained with: give them, and --logdir'
+        )
+    return state['flags']
 
 
 def load(model: FastMAML, candidates: dict[int, str], f: flags.FlagValues) -> tuple[int, dict]:
     """Loads the first checkpoint that is whole; says which are not.
 
-    Returns its iteration and state (-1 and {} if none). Raises ValueError if all are damaged or
-    the flags contradict those that it was written with.
+    Returns its iteration and state (-1 and {} if none). Raises ValueError if all are damaged, the
+    flags contradict those that it was written with, or it is another network's.
     """
     if not candidates:
         return -1, {}
@@ -121,7 +115,15 @@ def load(model: FastMAML, candidates: dict[int, str], f: flags.FlagValues) -> tu
     except DamagedCheckpoint as error:
         raise ValueError(f'{error}; remove it, or name another with --test_iter') from error
     check_contradictions(path, iteration, state.get('flags', {}), f)
-    restore(model, path, f)
+    try:
+        complete = model.restore(path)
+    except ValueError as error:
+        raise ValueError(
+            f'{error}; give the flags of the run that wrote it, or another --logdir'
+        ) from error
+    print(f'Restoring model weights from {path}')
+    if f.train and not complete:
+        print('The checkpoint holds the weights only, so Adam starts afresh.')
     return iteration, state
 
 
@@ -135,18 +137,20 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
     stored: the flags that the checkpoint holds; one that is younger than it, it does not hold.
     """
     fixed = (EVALUATION, NEVER) if f.train else (NEVER,)
-    stored = {'fit': 'squash'} | INNER_LOOPS | stored  # what runs did that are older than the flags
-    names = [flag.name for flag in FLAGS if flag.may_change in fixed and flag.name in stored]
-    names += [name for name in held_by_learning(stored, f.train) if name not in names]
-    names = [name for name in names if name != 'fit' or f.fit]  # else it is the run's
+    stored = {'fit': 'squash'} | INNER_LOOPS | stored  # runs of 1.0.0 have no such flags
+    held = held_by_learning(stored, f.train)
+    names = [flag.name for flag in FLAGS if flag.may_change in fixed or flag.name in held]
     pretrained = min(stored.get('pretrain_iterations', 0), f.pretrain_iterations)
-    if 'pretrain_iterations' in names and (f.baseline == 'oracle' or iteration < pretrained):
+    sources = {stored.get('datasource'), f.datasource}
+    free = {
+        'fit': not f.fit,  # then it is the run's
         # So far it has trained jointly, and so it would have with the other number.
-        names.remove('pretrain_iterations')
+        'pretrain_iterations': f.baseline == 'oracle' or iteration < pretrained,
+        # To evaluate the model of one on the other is no mistake.
+        'datasource': not f.train and sources <= {'miniimagenet', 'folder'},
+    }
+    names = [name for name in names if name in stored and not free.get(name)]
     wrong = [name for name in names if stored[name] != f[name].value]
-    alike = {'miniimagenet', 'folder'}  # to evaluate the model of one on the other is no mistake
-    if not f.train and {stored.get('datasource'), f.datasource} <= alike:
-        wrong = [name for name in wrong if name != 'datasource']
     if wrong:
         listed = ', '.join(f'--{name}={stored[name]} (now {f[name].value})' for name in wrong)
         remedy = 'give the same flags, or another --logdir'
@@ -167,19 +171,6 @@ def held_by_learning(stored: dict, train: bool) -> list[str]:
     return held
 
 
-def restore(model: FastMAML, path: str, f: flags.FlagValues):
-    """Loads a checkpoint that is whole. Raises ValueError if it is another network's."""
-    try:
-        complete = model.restore(path)
-    except ValueError as error:
-        raise ValueError(
-            f'{error}; give the flags of the run that wrote it, or another --logdir'
-        ) from error
-    print(f'Restoring model weights from {path}')
-    if f.train and not complete:
-        print('The checkpoint holds the weights only, so Adam starts afresh.')
-
-
 def restore_run(
     model: FastMAML, folder: Path, f: flags.FlagValues, held: ExitStack
 ) -> tuple[int, dict]:
@@ -195,7 +186,7 @@ def restore_run(
             f'{folder} holds a run: leave --resume=False away to continue it, add --overwrite to '
             'remove it, or give another --logdir'
         )
-    if f.train and f.test_iter != -1 and not f.overwrite:
+    if f.train and f.test_iter != -1:
         check_nothing_later(folder, f.test_iter)
     return load(model, candidates, f)
 
@@ -204,29 +195,42 @@ def check_nothing_later(folder: Path, iteration: int):
     """Raises ValueError if a run has gone on after an iteration: it has one history."""
     last = max(checkpoints(folder))
     if last > iteration:
+        names = [f'model{iteration}']
+        names += [f'best{i}' for i in checkpoints(folder, 'best') if i <= iteration]
+        copied = ' '.join(f'{shlex.quote(str(folder))}/{name}.*' for name in names)
+        branch = f'OTHER/{folder.name}'
         raise ValueError(
-            f'{folder} goes on after --test_iter={iteration} until iteration {last}: add '
-            '--overwrite to remove what came later, leave --test_iter away to continue at the end, '
-            'or give another --logdir'
+            f'{folder} goes on after --test_iter={iteration} until iteration {last}: leave '
+            f'--test_iter away to continue at the end, or branch off by `mkdir -p {branch}; cp -r '
+            f'{copied} {branch}` and --logdir=OTHER'
         )
 
 
 def lock_folder(folder: Path, held: ExitStack):
-    """Raises ValueError if another process trains there."""
+    """Keeps other processes from training in a folder, until `held` is left.
+
+    It holds no longer than this process lives, and does nothing where the system has no locks.
+    Raises ValueError if another process trains there.
+    """
     try:
-        held.enter_context(lock(folder))
+        import fcntl  # not on Windows
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(
             f'{folder} is in use by another process that trains there: wait for it, or give '
             'another --logdir'
         ) from None
+    except (ImportError, OSError):  # some network file systems have no locks either
+        pass
 
 
 def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
     """Makes the run's folder, sees that it can be written, and clears what is not to stay.
 
-    With --overwrite that is the earlier run, or what came after the iteration that it continues
-    from; else what a process that died has left of later
+    With --overwrite that is the earlier run, else what a process that died has left of later
     iterations. Raises OSError and ValueError.
     """
     try:
@@ -236,9 +240,7 @@ def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
                 lock_folder(folder, held)
         tempfile.TemporaryFile(dir=folder).close()
         if f.train:
-            if f.overwrite and f.resume:
-                remove_later(folder, start)
-            elif f.overwrite:
+            if f.overwrite:
                 remove_run(folder)
             remove_leftovers(folder)
             forget_summaries(folder, start)
@@ -257,30 +259,3 @@ def remove_run(folder: Path):
     for path in [*event_files(folder), *tables]:
         path.unlink()
     print(f'Removed the earlier run in {folder}: {count} checkpoints, summaries and results.')
-
-
-def best_is_there(folder: Path, state: dict) -> bool:
-    """Whether the checkpoint of the best validation so far is still there, or there was none."""
-    best = state.get('best')
-    return not best or best['iteration'] in checkpoints(folder, 'best')
-
-
-def remove_later(folder: Path, start: int):
-    """Removes what a run has written of iteration `start` and later, and says so.
-
-    The newest goes first: what is left, if the process dies, is an earlier state of the run. Its
-    summaries are left to `forget_summaries`.
-    """
-    found = {kind: checkpoints(folder, kind) for kind in ('best', 'model')}
-    later = {kind: [i for i in found[kind] if i >= start] for kind in found}
-    for kind, iterations_ in later.items():
-        for i in reversed(iterations_):
-            remove_checkpoint(found[kind][i])
-    for path in folder.glob('test_ubs*_stepsize*.csv'):
-        if evaluated_iteration(path) >= start:
-            path.unlink()
-            path.with_suffix('.pkl').unlink(missing_ok=True)
-    print(
-        f'Removed what came after iteration {start - 1} in {folder}: {len(later["model"])} '
-        'checkpoints, and their summaries and results.'
-    )

@@ -1,7 +1,6 @@
 """What a run prints and shows in TensorBoard, and its summaries' files."""
 
 import datetime
-import os
 import sys
 import time
 from contextlib import suppress
@@ -13,17 +12,17 @@ from google.protobuf.message import DecodeError
 
 from fewshot.checks import first_line
 from fewshot.runs.flags import ANYTIME, FLAGS
-from fewshot.runs.trainer import Observer
 from maml import Results
 
 
-class Log(Observer):
+class Log:
     """Summaries for TensorBoard, the original's printed lines, and a line of progress.
 
     objective: of the source, 'loss' or 'accuracy'. pretrain, end: iterations of joint training, and
     of both. update: the number of inner updates whose outcome is printed, None if there are no
     query sets to tell of it. interval: iterations between printed lines. start: the first
-    iteration; state: what `state` gave before it. folder: of the summaries, if there are to be any.
+    iteration; state: what `state` gave before it. folder: of the summaries, if there are to be any;
+    writer: what writes them, else None.
     """
 
     def __init__(
@@ -45,8 +44,7 @@ class Log(Observer):
         self.best = ((state or {}).get('best') or {}).get(objective, np.nan)  # of the validations
         self.folder = folder
         self.clock = self.shown = time.perf_counter()
-        self.writer = tf.summary.create_file_writer(os.fsencode(folder)) if folder else None
-        self.shows_pictures = self.writer is not None
+        self.writer = tf.summary.create_file_writer(str(folder)) if folder else None
 
     def state(self) -> dict:
         return {'printing': [[*map(float, values)] for values in (self.before, self.after)]}
@@ -57,12 +55,14 @@ class Log(Observer):
         TensorBoard's HPARAMS tab gets those of a run that goes on too: they may be others.
         """
         if self.writer:
-            write_session(self.writer, values, str(self.folder), self.end)
-        if self.writer and self.start == 0:
-            rows = ['flag | value', '--- | ---']
-            rows += [f'`--{name}` | {value}' for name, value in values.items()]
+            # TensorBoard refuses the bytes of a path, such as --data_dir, that is not UTF-8.
+            shown = {name: as_utf8(value) for name, value in values.items()}
             with self.writer.as_default():
-                tf.summary.text('flags', in_utf8('\n'.join(rows)), step=self.start)
+                write_session(shown, str(self.folder), self.end)
+                if self.start == 0:
+                    rows = [f'`--{name}` | {value}' for name, value in shown.items()]
+                    text = '\n'.join(['flag | value', '--- | ---', *rows])
+                    tf.summary.text('flags', text, step=0)
         updates = '1 update' if self.update == 1 else f'{self.update} updates'
         after = f', and on the query sets after {updates}' if self.update else ''
         self.line(
@@ -170,12 +170,14 @@ class Log(Observer):
                 self.writer.close()
 
 
-def in_utf8(text: str) -> str:
-    """The same text, but for the bytes of a path that is not UTF-8, which TensorBoard refuses."""
-    return text.encode(errors='backslashreplace').decode()
+def as_utf8(value) -> bool | int | float | str:
+    """The value of a flag: numbers as they are, else a text without bytes that are not UTF-8."""
+    if isinstance(value, bool | int | float):
+        return value
+    return str(value).encode(errors='backslashreplace').decode()
 
 
-def write_session(writer: tf.summary.SummaryWriter, values: dict, run: str, end: int):
+def write_session(values: dict, run: str, end: int):
     """The flags that tell a run from others, for TensorBoard's HPARAMS tab.
 
     values: of all flags. run: its folder. end: the iteration it is to end with; the flags are
@@ -185,12 +187,8 @@ def write_session(writer: tf.summary.SummaryWriter, values: dict, run: str, end:
 
     telling = [flag.name for flag in FLAGS if flag.may_change != ANYTIME]
     shown = {name: values[name] for name in (*telling, 'metatrain_iterations')}
-    for name, value in shown.items():
-        if value is None or isinstance(value, str):
-            shown[name] = in_utf8(str(value))
-    session = summary_v2.hparams_pb(shown, trial_id=in_utf8(run))
-    with writer.as_default():
-        tf.summary.experimental.write_raw_pb(session.SerializeToString(), step=end)
+    session = summary_v2.hparams_pb(shown, trial_id=run)
+    tf.summary.experimental.write_raw_pb(session.SerializeToString(), step=end)
 
 
 def event_files(folder: str | Path) -> list[Path]:
@@ -200,32 +198,29 @@ def event_files(folder: str | Path) -> list[Path]:
 
 
 def forget_summaries(folder: str | Path, start: int):
-    """Removes the summaries of iteration `start` and later.
+    """Removes the summaries of iteration `start` and later, which are exact after a crash too.
 
-    A run that continues there will write them again. What cannot be read, the end of a file whose
-    writer died, goes with them.
+    A process that died had gone on after its last checkpoint, and the run writes these again. What
+    cannot be read, the end of a file whose writer died, goes with them.
     """
     for path in event_files(folder):
-        events, kept = read_events(path), 0
-        beside = path.with_name(path.name.replace('events.', 'part.'))
-        with tf.io.TFRecordWriter(os.fsencode(beside)) as writer:
-            for record in events:
-                event = tf.compat.v1.Event.FromString(record)
-                if event.HasField('file_version') or event.step < start:
-                    writer.write(record)
-                    kept += not event.HasField('file_version')
-        if kept:
-            beside.replace(path)
-        else:
-            beside.unlink()
+        records = read_events(path)  # the first one, of step 0, tells the version of the file
+        kept = [r for r in records if tf.compat.v1.Event.FromString(r).step < start]
+        if len(kept) < 2:
             path.unlink()
+            continue
+        beside = path.with_name(path.name.replace('events.', 'part.'))
+        with tf.io.TFRecordWriter(str(beside)) as writer:
+            for record in kept:
+                writer.write(record)
+        beside.replace(path)
 
 
 def read_events(path: Path) -> list[bytes]:
     """The serialised events of a file, up to the first that is damaged or none."""
     records = []
     try:
-        for record in tf.data.TFRecordDataset(os.fsencode(path)):
+        for record in tf.data.TFRecordDataset(str(path)):
             tf.compat.v1.Event.FromString(record.numpy())
             records.append(record.numpy())
     except (tf.errors.DataLossError, tf.errors.OutOfRangeError, DecodeError):

@@ -9,21 +9,17 @@ from absl import flags
 from data_generator import (
     EVALUATION_SEED,
     DataGenerator,
-    ImageGenerator,
-    OmniglotGenerator,
     SinusoidGenerator,
     TaskSize,
 )
 from fewshot.data.image_files import folder_layout
-from fewshot.data.image_folders import load_miniimagenet, load_omniglot
 from fewshot.data.own_images import OwnImages
 from fewshot.data.run_classes import as_in_run
 from fewshot.data.user_tasks import UserTasks
 from fewshot.engine.devices import Replicas
 from fewshot.runs.flags import split_proportions
 from fewshot.runs.user_code import is_spec, user_code, user_function
-
-MINIIMAGENET_QUERY_IMAGES = 15  # per class in training; K in evaluation, and in both for Omniglot
+from fewshot.sources import source_of
 
 
 def make_generators(f: flags.FlagValues, run: dict | None = None) -> dict[str, DataGenerator]:
@@ -42,8 +38,7 @@ def make_generators(f: flags.FlagValues, run: dict | None = None) -> dict[str, D
         own = user_function(f.datasource)()
         with user_code(f.datasource, all_of_it=False):
             return dict.fromkeys(splits, UserTasks(own, f.datasource, splits, f.meta_batch_size))
-    make = OmniglotGenerator if f.datasource == 'omniglot' else ImageGenerator
-    run = run or {}
+    make, run = source_of(f.datasource).generator, run or {}
     folders, counts, fit = load_images(f, [*splits], run)
     counts |= (f.train and run.get('classes')) or {}  # of splits that are not there any more too
     generators, given = {}, (folders, f.num_classes, shots, query_images(f))
@@ -56,18 +51,14 @@ def make_generators(f: flags.FlagValues, run: dict | None = None) -> dict[str, D
 def load_images(f: flags.FlagValues, splits: list[str], run: dict) -> tuple[dict, dict, str | None]:
     """The classes of each split; and what a run is to know of its data, see `data_of_run`."""
     data_dir, cache_dir = os.path.expanduser(f.data_dir), f.cache_dir or None
-    known = run.get('classes')
-    if f.datasource == 'folder':
+    source, known = source_of(f.datasource), run.get('classes')
+    if source.load is None:
         fit = f.fit or run.get('fit', 'crop')
         own = OwnImages(data_dir, folder_layout(f.image_size, f.channels, fit), splits)
         size = TaskSize(f.num_classes, f.update_batch_size, query_images(f))
         own.choose(split_proportions(f.split), size, f.skip_small_classes, known)
         return own.load(cache_dir), own.counts, fit
-    if f.datasource == 'omniglot':
-        folders = load_omniglot(data_dir, cache_dir)
-    else:
-        folders = load_miniimagenet(data_dir, splits, cache_dir)
-    folders = as_in_run(folders, splits, known)
+    folders = as_in_run(source.load(data_dir, splits, cache_dir), splits, known)
     counts = {split: classes.sizes() for split, classes in folders.items()}
     return folders, counts, f.fit
 
@@ -92,8 +83,7 @@ def query_images(f: flags.FlagValues) -> int:
     asked = f.num_query if f.train else f.test_query
     if asked != -1:
         return asked
-    if f.datasource == 'miniimagenet' and f.metatrain_iterations == 0:
+    queries = source_of(f.datasource).queries
+    if queries and f.metatrain_iterations == 0:  # a plain network, which takes one image per class
         return 0
-    if f.datasource == 'miniimagenet' and f.train:
-        return MINIIMAGENET_QUERY_IMAGES
-    return f.update_batch_size
+    return queries if queries and f.train else f.update_batch_size

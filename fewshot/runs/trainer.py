@@ -48,48 +48,15 @@ class Diverged(Exception):
     """The loss, or a weight, is no longer a number; the text is one sentence for the user."""
 
 
-class Observer:
-    """What a Trainer tells of its run: nothing happens here. main.Log prints and writes summaries.
-
-    Attribute: shows_pictures, whether pictures are to be made at all.
-    """
-
-    shows_pictures = False
-
-    def training(self, results: Results, iteration: int):
-        """What adaptation does to the meta-batch of an iteration, before its outer step."""
-
-    def step_sizes(self, rates: dict[str, np.ndarray], iteration: int):
-        """The step sizes of the inner loop that are learned, before the step of an iteration."""
-
-    def validation(self, results: Results, interval: float, iteration: int):
-        """What it does to the validation tasks; interval: half of the objective's 95 % interval."""
-
-    def picture(self, name: str, picture: np.ndarray, iteration: int):
-        """A picture of a task, [height, width, 3] uint8."""
-
-    def steps(self, first: int, last: int, loss: float):
-        """The iterations first...last-1 are done, the last one with this loss."""
-
-    def line(self, text: str):
-        """Something else to tell."""
-
-    def flush(self):
-        """A checkpoint follows: what was told so far is to be on the disk. Raises OSError."""
-
-    def state(self) -> dict:
-        """What the checkpoint is to keep of this, as JSON."""
-        return {}
-
-
 class Trainer:
     """The training loop: outer steps, and between them summaries, validations and checkpoints.
 
     model: a FastMAML. sources: {'train': ...} and, if that one validates, {'val': ...}; each a
     data_generator.DataGenerator or what has its attributes and methods. tasks: T. schedule: a
-    Schedule. folder: of the checkpoints; it exists. log: an Observer. start: the first iteration,
-    and state: of the checkpoint before it, if training continues. settings: what checkpoints keep
-    of how the model was made. validation_tasks: how many a validation takes.
+    Schedule. folder: of the checkpoints; it exists. log: a summaries.Log, or None to tell nothing.
+    start: the first iteration, and state: of the checkpoint before it, if training continues.
+    settings: what checkpoints keep of how the model was made. validation_tasks: how many a
+    validation takes.
     Raises ValueError if the model's replicas cannot have equally many tasks.
     """
 
@@ -100,14 +67,14 @@ class Trainer:
         tasks: int,
         schedule: Schedule,
         folder: str | Path,
-        log: Observer | None = None,
+        log=None,
         start: int = 0,
         state: dict | None = None,
         settings: dict | None = None,
         validation_tasks: int = 100,
     ):
         self.model, self.sources, self.tasks, self.schedule = model, sources, tasks, schedule
-        self.folder, self.log, self.start = Path(folder), log or Observer(), start
+        self.folder, self.log, self.start = Path(folder), log, start
         self.settings, self.validation_tasks = settings or {}, validation_tasks
         self.source, self.replicas = sources['train'], model.replicas
         self.slice = self.replicas.slice_of(tasks)  # of the tasks, which this process draws
@@ -126,7 +93,7 @@ class Trainer:
         for origin, batches in watch(self.batches()):
             begin = max(origin, self.start)
             for first, last in self.schedule.stretches(begin, min(origin + block, end)):
-                if first % self.schedule.summary == 0:
+                if self.log and first % self.schedule.summary == 0:
                     self.summarize(Batch(*(values.numpy() for values in batches)), origin, first)
                 self.steps(batches, origin, first, last)
                 if last < end and self.replicas.any(stopped(), last):
@@ -166,7 +133,7 @@ class Trainer:
         if self.model.rates:
             rates = {name: rate.numpy() for name, rate in self.model.rates.items()}
             self.log.step_sizes(self.model.rule.shown(rates), iteration)
-        if iteration % self.schedule.picture == 0 and self.log.shows_pictures:
+        if iteration % self.schedule.picture == 0 and self.log.writer:
             picture = picture_of(self.source, batch, self.outputs)
             if picture is not None:
                 self.log.picture(self.source.picture_name, picture, iteration)
@@ -186,7 +153,8 @@ class Trainer:
     def after(self, first: int, last: int, loss: float):
         """What is due after the iterations first...last-1."""
         schedule = self.schedule
-        self.log.steps(first, last, loss)
+        if self.log:
+            self.log.steps(first, last, loss)
         if first % schedule.validation == 0 and first != 0 and self.source.validates:
             self.validate(first)
         if first % schedule.save == 0 and first != 0 or last == schedule.end:
@@ -197,19 +165,20 @@ class Trainer:
         results, objective = self.validation_results(), self.source.objective
         values = results.of(objective)[1][self.model.num_updates - 1]  # [tasks]
         mean, interval = float(np.mean(values)), float(confidence(values))
-        self.log.validation(results, interval, iteration)
         best = self.best or {objective: np.nan}
-        if is_better(mean, best[objective], objective):
-            self.best = {'iteration': iteration, objective: mean, 'interval': interval}
-            self.save(iteration, 'best')
-            verdict = 'the best so far'
-        elif np.isfinite(best[objective]):
+        verdict = 'none was finite so far'
+        if np.isfinite(best[objective]):
             verdict = f'the best was {best[objective]:.4f} at iteration {best["iteration"]}'
-        else:
-            verdict = 'none was finite so far'
-        shown = f'{mean:.4f} +- {interval:.4f}, {verdict}.'
-        what = f'{objective.capitalize()} on {self.validation_tasks} validation tasks'
-        self.log.line(f'{what}: {shown}')
+        better = is_better(mean, best[objective], objective)
+        if better:
+            verdict = 'the best so far'
+            self.best = {'iteration': iteration, objective: mean, 'interval': interval}
+        if self.log:
+            self.log.validation(results, interval, iteration)
+            what = f'{objective.capitalize()} on {self.validation_tasks} validation tasks'
+            self.log.line(f'{what}: {mean:.4f} +- {interval:.4f}, {verdict}.')
+        if better:
+            self.save(iteration, 'best')
 
     def validation_results(self) -> Results:
         """Of as many tasks as a meta-batch has at a time, for which the evaluation is compiled."""
@@ -232,12 +201,14 @@ class Trainer:
             self.stop(f'a weight is not a number after iteration {iteration}')
         if not self.replicas.is_chief:
             return
-        self.log.flush()
         pretraining = iteration < self.schedule.pretrain
         checkpoint = self.model.pretrain_checkpoint if pretraining else self.model.checkpoint
         state = {'flags': self.settings, 'best': self.best, 'machine': machine()}
         state |= {'classes': self.source.classes} if self.source.classes else {}
-        write_checkpoint(checkpoint, self.folder, iteration, state | self.log.state(), kind)
+        if self.log:
+            self.log.flush()  # what was told so far is on the disk before the checkpoint
+            state |= self.log.state()
+        write_checkpoint(checkpoint, self.folder, iteration, state, kind)
         if kind == 'model':
             self.saved = iteration
 

@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fewshot.data.image_files import ImageLayout, image_files
-from fewshot.use.demo_task import GRID, MAX_BYTES, PEN, UPDATES, Question, Slot, Task, picture
+from fewshot.use.demo_task import GRID, MAX_BYTES, PEN, UPDATES, Slot, Task, picture
 from fewshot.use.learner import Learner
 
 
@@ -285,7 +285,6 @@ class Page:
 
     def __init__(self, learner: Learner, name: str):
         self.task, self.stale, self.busy = Task(learner), False, False
-        self.counts = {len(self.task.classes)}  # of examples, see warm_up
         self.texts = DRAWINGS if self.task.layout.mode == 'L' else PHOTOS
         self.labels = [f'Class {c + 1}' for c in range(len(self.task.classes))]
         ui.colors(primary='#4269d0')
@@ -376,18 +375,11 @@ class Page:
             while self.stale:
                 self.stale = False
                 question = self.task.question()
-                self.tell_of_wait(question)
                 answer = await run.io_bound(self.task.answer, question) if question else None
                 self.answers.set(answer)
                 self.hint.text = self.task.lacking or READY
         finally:
             self.busy = False
-
-    def tell_of_wait(self, question: Question | None):
-        """TensorFlow takes seconds for a number of examples that it has not had before."""
-        if question and len(question.x) not in self.counts:
-            self.counts.add(len(question.x))
-            self.hint.text = f'A moment: the first answer from {len(question.x)} examples …'
 
 
 def example_files(layout: ImageLayout, ways: int) -> list[tuple[list[Path], Path]]:

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_generator import Batch, whole_number
-from fewshot.data.batches import arrays_of, named_batch
+from fewshot.data.batches import fitting_batch, named_batch
 from fewshot.engine.fast import FastMAML
 from fewshot.use.learner import Learner, checked_finite
 from fewshot.use.saved_models import set_optimizer
@@ -109,7 +109,7 @@ class MetaModel(keras.Model):
 
     def train_step(self, data) -> dict[str, tf.Tensor]:
         """One outer step. The metrics are of the weights before it."""
-        batch = self._batch(data)
+        batch = Batch(*data)
         if self.watches:
             self.measured.update(self.maml.evaluate(batch, self.updates))
         loss = self.maml.metatrain_step(batch)
@@ -120,12 +120,12 @@ class MetaModel(keras.Model):
 
     def test_step(self, data) -> dict[str, tf.Tensor]:
         """The metrics of a meta-batch."""
-        batch = self._batch(data)
+        batch = Batch(*data)
         self.measured.update(self.maml.evaluate(batch, self.updates, self.transductive))
         return self.measured.results()
 
     def predict_step(self, data) -> tf.Tensor:
-        maml, batch = self.maml, self._batch(data)
+        maml, batch = self.maml, Batch(*data)
         output = maml.evaluate(batch, maml.num_updates, self.transductive).outputsb[-1]
         return tf.nn.softmax(output) if self.learner.is_classifier else output
 
@@ -133,9 +133,6 @@ class MetaModel(keras.Model):
     def metrics(self) -> list[keras.metrics.Metric]:
         """Means over the tasks of an epoch."""
         return [*self.measured.means.values()]
-
-    def _batch(self, data) -> Batch:
-        return Batch(*data)
 
     # One task, from arrays.
 
@@ -218,46 +215,42 @@ def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
     the name of the argument that says so. Raises ValueError for tuples without names, if sizes are
     not known, or tasks never end and nothing says how many are wanted.
     """
-    if isinstance(tasks, Batch | Mapping):
-        tasks = dataset_of_batches([tasks])
-    elif not isinstance(tasks, tf.data.Dataset):
-        tasks = dataset_of_batches(tasks)
+    if not isinstance(tasks, tf.data.Dataset):
+        tasks = dataset_of_batches([tasks] if isinstance(tasks, Batch | Mapping) else tasks)
     remedy = 'dataset.map(lambda a, b, c, d: Batch(inputa=a, labela=b, inputb=c, labelb=d))'
     spec = named_batch(tasks.element_spec, 'what a dataset of tasks holds must be', remedy)
+    if any(None in part.shape for part in fitting_batch(spec)):
+        raise ValueError(
+            'the sizes of tasks must be fixed (batch(T, drop_remainder=True) fixes their number), '
+            f'but they are {spec}'
+        )
     if isinstance(tasks.element_spec, Mapping):
         tasks = tasks.map(lambda arrays: Batch(**arrays))
-    if not all(part.shape.rank == 3 and None not in part.shape for part in spec):
-        raise ValueError(
-            'tasks must be four arrays, [tasks, examples, size] each with numbers that are fixed '
-            f'(batch(T, drop_remainder=True) fixes that of tasks), but they are {spec}'
-        )
     if steps is None and tasks.cardinality() == tf.data.INFINITE_CARDINALITY:
         raise ValueError(f'these tasks never end: say by {steps_name} how many meta-batches')
     return tasks
 
 
 def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
-    """Of a list of Batches, or of a generator, once.
+    """A dataset of a list of Batches, or of a generator, once.
 
-    Raises ValueError if there is none, and for no names, no numbers and different sizes.
+    Raises ValueError if there is none, as fitting_batch does, and if sizes differ.
     """
-    if isinstance(batches, Sequence):
-        batches = [*map(arrays_of, batches)]
+    fixed = isinstance(batches, Sequence)
+    if fixed:
+        batches = [*map(fitting_batch, batches)]
+        sizes = {tuple(tuple(values.shape) for values in batch) for batch in batches}
+        if len(sizes) > 1:
+            raise ValueError(f'all Batches must have the same sizes, but there are {sizes}')
     try:
         iterator = iter(batches)
-        first = arrays_of(next(iterator))
+        first = fitting_batch(next(iterator))
     except (TypeError, StopIteration):
         raise ValueError(
             'tasks must be a tf.data.Dataset, as source.dataset(split, num_tasks) is, a Batch, or '
             f'a list or generator of Batches, but this is {type(batches).__name__}'
         ) from None
-    if isinstance(batches, Sequence):
-        sizes = {tuple(np.shape(values) for values in batch) for batch in batches}
-        if len(sizes) > 1:
-            raise ValueError(f'all Batches must have the same sizes, but there are {sizes}')
-    rest = itertools.chain([first], iterator) if iterator is batches else batches
+    rest = batches if fixed else itertools.chain([first], iterator)
     spec = Batch(*(tf.TensorSpec(values.shape, values.dtype) for values in first))
-    dataset = tf.data.Dataset.from_generator(lambda: map(arrays_of, rest), output_signature=spec)
-    if isinstance(batches, Sequence):
-        dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(batches)))
-    return dataset
+    made = tf.data.Dataset.from_generator(lambda: map(fitting_batch, rest), output_signature=spec)
+    return made.apply(tf.data.experimental.assert_cardinality(len(batches))) if fixed else made

@@ -1,114 +1,19 @@
 """Class Learner: arrays in, arrays out."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from data_generator import whole_number
 from fewshot.checks import finite_numbers, folder_path, real_number, real_numbers
 from fewshot.engine.fast import FastMAML
-from fewshot.networks.build import MODEL_SETTINGS, make_model
-from fewshot.networks.checks import check_loss, has_sizes
-from fewshot.networks.inner_loops import LEARNED_RATES
-from fewshot.networks.keras_network import KerasNetwork
+from fewshot.networks.checks import has_sizes
 from fewshot.runs.checkpoints import checkpoints, read_run_state, write_checkpoint
-from fewshot.use.any_size import AnySize
-from fewshot.use.saved_models import (
-    check_network_is_given,
-    find_checkpoint,
-    of_images,
-    set_optimizer,
-    settings_of,
-    stored_object,
-)
+from fewshot.use.programs import Programs
+from fewshot.use.saved_models import find_checkpoint, load_model, of_images, settings_of
 from maml import MAML, Arrays, Tensors, UpdateRule
-
-
-class ArraysOfTasks:
-    """The arrays that a Learner takes, checked and made tensors.
-
-    Subclasses have model, is_classifier and takes_images.
-    """
-
-    def _labels(self, y: np.ndarray) -> tuple[tf.Tensor, bool]:
-        """Labels [T, examples, out] of what `adapt` takes, and whether they are of one task."""
-        y, out = real_numbers('labels', y), self.model.network.dim_output
-        rank = 1 if self.is_classifier else 2  # of one task's
-        if y.ndim not in (rank, rank + 1) or not y.size:
-            wanted = '[examples]' if self.is_classifier else f'[examples, {out}]'
-            raise ValueError(
-                f'labels must be {wanted}, or that with an axis of tasks before, but they are '
-                f'{list(y.shape)}'
-            )
-        if self.is_classifier:
-            label = one_hot(y, out)
-        elif y.shape[-1] != out:
-            raise ValueError(
-                f'labels must have {out} values per example, but they are {list(y.shape)}'
-            )
-        else:
-            label = y
-        single, dtype = y.ndim == rank, self.model.dtype.as_numpy_dtype
-        label = finite_numbers('labels', label, dtype)
-        return tf.constant(label[np.newaxis] if single else label), single
-
-    def _examples(self, x, name: str, single: bool, axes: Sequence[int | None] = (None, None)):
-        """Inputs [T, examples, D] of what `adapt` takes; axes: (T, examples), where known."""
-        x, size = real_numbers(name, x), self.model.network.dim_input
-        x = x[np.newaxis] if single else x
-        fits = x.ndim >= 3 and x.size and int(np.prod(x.shape[2:])) == size
-        if not fits or any(axis not in (None, given) for axis, given in zip(axes, x.shape)):
-            shape = getattr(self.model.network, 'image_shape', [size])
-            names = [given or name for given, name in zip(axes, ('T', 'examples'))]
-            wanted = [*names[single:], *shape]
-            raise ValueError(f'{name} must be {wanted}, but it is {list(x.shape[single:])}')
-        x = pixel_values(name, x) if self.takes_images else x
-        check_bytes(name, x, self.model.trained_on)
-        x = finite_numbers(name, x, self.model.dtype.as_numpy_dtype)
-        return tf.constant(x.reshape(*x.shape[:2], size))
-
-    def _is_single(self, weights: Arrays) -> bool:
-        """Whether weights are of one task, without an axis for it.
-
-        Raises ValueError if they are not of this network.
-        """
-        own = self.model.weights
-        text = f'weights must be what adapt() returns, with {", ".join(own)}, but they '
-        if not isinstance(weights, Mapping):
-            raise ValueError(f'{text}are of type {type(weights).__name__}')
-        text += 'have '
-        if {*own} != {*weights}:
-            raise ValueError(text + ', '.join(map(str, weights)))
-        arrays = {name: real_numbers(f'the weight {name}', weights[name]) for name in own}
-        axes = {arrays[name].ndim - theta.shape.rank for name, theta in own.items()}
-        if axes not in ({0}, {1}):
-            names = ', '.join(weights)
-            raise ValueError(
-                f'{text}{names} of other shapes than one task or one axis of tasks gives'
-            )
-        return axes == {0}
-
-    def _given(self, weights: Arrays, tasks: int, single: bool) -> Tensors:
-        """Weights [T, ...] from what `adapt` returns."""
-        if self._is_single(weights) != single:
-            have, need = ('several tasks', 'one') if single else ('one task', 'several')
-            raise ValueError(f'weights are of {have}, examples of {need}')
-        given = {}
-        for name, theta in self.model.weights.items():
-            value = np.asarray(weights[name])
-            value = value[np.newaxis] if single else value
-            if value.shape != (tasks, *theta.shape):
-                raise ValueError(
-                    f'the weight {name} is {list(value.shape[single:])}, but {tasks} tasks of '
-                    f'{theta.shape.as_list()} are needed'
-                )
-            dtype = self.model.dtype.as_numpy_dtype
-            given[name] = tf.constant(finite_numbers(f'the weight {name}', value, dtype))
-        return given
-
 
 PIXEL_TOLERANCE = 1e-5  # by which pixels may be beyond 0 and 1, from rounding
 
@@ -128,15 +33,6 @@ def pixel_values(name: str, images: np.ndarray) -> np.ndarray:
     return images
 
 
-def check_bytes(name: str, x: np.ndarray, trained_on: Collection[str]):
-    """Raises ValueError, with the name, for uint8 if training was on floats: another scale."""
-    if x.dtype == np.uint8 and 'float' in trained_on and 'uint8' not in trained_on:
-        raise ValueError(
-            f'{name} is uint8, but the model was trained on floats; give numbers as in training, '
-            'for example divided by 255'
-        )
-
-
 def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
     """[...] -> [..., classes]. Raises ValueError for what are no classes' numbers."""
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
@@ -154,7 +50,45 @@ def checked_finite(arrays: Arrays, what: str) -> Arrays:
     return arrays
 
 
-class Learner(ArraysOfTasks):
+# A task's arrays come with or without an axis of tasks. `axis` below is (T,), or () without it.
+
+
+def finite_tensor(model: MAML, name: str, array: np.ndarray) -> tf.Tensor:
+    """A tensor of the model's type. Raises ValueError, with the name, if it is not finite there."""
+    return tf.constant(finite_numbers(name, array, model.dtype.as_numpy_dtype))
+
+
+def axis_of(model: MAML, weights: Arrays) -> tuple:
+    """The axis of tasks of what `adapt` returns. Raises ValueError for anything else."""
+    own = model.weights
+    if not isinstance(weights, Mapping) or weights.keys() != own.keys():
+        kind = type(weights).__name__
+        found = ', '.join(map(str, weights)) if isinstance(weights, Mapping) else f'a {kind}'
+        raise ValueError(
+            f'weights must be what adapt() returns, with {", ".join(own)}, but they are {found}'
+        )
+    name, theta = next(iter(own.items()))
+    shape = real_numbers(f'the weight {name}', weights[name]).shape
+    return shape[: max(len(shape) - theta.shape.rank, 0)]
+
+
+def weights_of_tasks(model: MAML, weights: Arrays, axis: tuple) -> Tensors:
+    """Weights [T, ...] from what `adapt` returns. Raises ValueError if the shapes differ."""
+    axis_of(model, weights)
+    given = {}
+    for name, theta in model.weights.items():
+        value = real_numbers(f'the weight {name}', weights[name])
+        if len(axis) > 1 or value.shape != (*axis, *theta.shape):
+            raise ValueError(
+                f'the weight {name} must be {[*axis, *theta.shape]}, of one task or with one '
+                f'axis of tasks, as the others and the examples, but it is {[*value.shape]}'
+            )
+        value = finite_tensor(model, f'the weight {name}', value)
+        given[name] = value if axis else value[tf.newaxis]
+    return given
+
+
+class Learner:
     """A model that learns tasks of one's own from NumPy arrays.
 
     Of one task, x is [examples, ...], y [examples] and weights [...]; of several, with an axis of
@@ -176,13 +110,14 @@ class Learner(ArraysOfTasks):
         self.model, self.settings, self.checkpoint = model, settings or {}, None
         self.is_classifier = hasattr(model.loss, 'shots')
         self.takes_images = self.is_classifier and of_images(self.settings)
-        self.programs = AnySize(model)
+        self.programs = Programs(model)
 
     @classmethod
     def load(
         cls,
         run_folder: str | Path,
         checkpoint: int | str = -1,
+        *,
         compiled: bool = False,
         network=None,
         loss: Callable | None = None,
@@ -191,40 +126,14 @@ class Learner(ArraysOfTasks):
         """The model of a training run, or of `save`.
 
         checkpoint: an iteration, -1 for the newest, or 'best' for that of the best validation.
-        compiled: see FastMAML; it takes seconds for each new number of tasks or examples, and pays
-        for many tasks. network, loss, learn_lr: the run's, if they are not those of this program; a
-        network may be a keras.Model. Raises ValueError if there is no such checkpoint, or it is
-        damaged or does not tell its flags, or network, loss or learn_lr is missing.
+        compiled: as of FastMAML, for who trains or evaluates `model`; a Learner does not need it.
+        network, loss, learn_lr: the run's, if they are not those of this program; a network may be
+        a keras.Model. Raises ValueError if there is no such checkpoint, or it is damaged or does
+        not tell its flags, or network, loss or learn_lr is missing.
         """
         path = find_checkpoint(run_folder, checkpoint)
         settings = read_run_state(path).get('flags')
-        if not settings:
-            raise ValueError(
-                f'{path} does not tell the flags it was trained with; if it is the TensorFlow 1 '
-                "original's, scripts/model/import_tf1_checkpoint.py makes one that does"
-            )
-        check_network_is_given(path, settings, network)
-        if isinstance(network, keras.Model):
-            network = KerasNetwork(network, audit=None)  # as when it was trained
-        if settings.get('loss') and loss is None:
-            raise ValueError(f'{path} was trained with a loss of its own: give it as loss=')
-        made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
-        if settings.get('learn_lr', 'none') not in ('none', *LEARNED_RATES) and learn_lr is None:
-            raise ValueError(f'{path} was trained with a rule of its own: give it as learn_lr=')
-        made |= {} if learn_lr is None else {'learn_lr': learn_lr}
-        made['dtype'] = tf.as_dtype(settings.get('dtype', 'float32'))
-        if isinstance(made.get('meta_lr'), dict):  # saved before `optimizer` was
-            made['meta_lr'] = stored_object(made['meta_lr'], path)
-        model = make_model(**made, compiled=compiled, network='' if network is None else network)
-        if 'optimizer' in settings:
-            set_optimizer(model, stored_object(settings['optimizer'], path))
-        if loss is not None:
-            check_loss(loss, model.network, model.dtype)
-            model.loss = loss
-        model.clip = settings.get('clip', model.clip)  # of models that were made in Python
-        images = ['float'] if of_images(settings) else []
-        model.trained_on = frozenset(settings.get('trained_on', images))
-        model.restore(path)
+        model = load_model(path, settings, network, loss, learn_lr, compiled)
         learner = cls(model, settings)
         learner.checkpoint = path
         return learner
@@ -267,22 +176,19 @@ class Learner(ArraysOfTasks):
         steps = whole_number('steps', model.num_updates if steps is None else steps)
         done, as_learned = whole_number('done', done), lr is None and bool(model.rates)
         lr = real_number('lr', model.update_lr if lr is None else lr)
-        label, single = self._labels(support_y)  # [T, examples, out]
+        label, axis = self._labels(support_y)
         tasks, examples = label.shape[:2]
-        x = self._examples(support_x, 'support_x', single, (tasks, examples))
-        if weights is None:
-            start = model.initial_weights(tasks)
-        else:
-            start = self._given(weights, tasks, single)
-        scale = self.example_scale(examples)
-        if as_learned:
-            adapted = self.programs.adapt_as_learned(x, label, start, scale, steps, done)
-        else:
-            adapted = self.programs.adapt(x, label, start, lr * scale, steps, done)
+        x = self._examples('support_x', support_x, axis, examples)
+        start = model.initial_weights(tasks)
+        if weights is not None:
+            start = weights_of_tasks(model, weights, axis)
+        factor, run = self.example_scale(examples), self.programs
+        call = run.adapt_as_learned if as_learned else run.adapt
+        adapted = call(x, label, start, factor if as_learned else lr * factor, done, done + steps)
         arrays = {name: value.numpy() for name, value in adapted.items()}
         sizes = 'learned step sizes' if as_learned else f'lr={lr:g}'
         checked_finite(arrays, f'after {steps} step{"s" * (steps != 1)} with {sizes} the weights')
-        return {name: value[0] for name, value in arrays.items()} if single else arrays
+        return arrays if axis else {name: value[0] for name, value in arrays.items()}
 
     def predict(
         self,
@@ -300,16 +206,20 @@ class Learner(ArraysOfTasks):
         that do not fit, and for weights that give no finite answers.
         """
         done = whole_number('done', self.model.num_updates if done is None else done)
-        single = self._is_single(weights)
-        x, leading = self._examples(query_x, 'query_x', single), None
-        if support_x is not None:
-            support = self._examples(support_x, 'support_x', single, (x.shape[0], None))
-            x, leading = tf.concat([support, x], axis=1), support.shape[1]
-        given = self._given(weights, x.shape[0], single)
-        output = self.programs.output(x, given, leading, done)
+        axis = axis_of(self.model, weights)
+        given, x = (
+            weights_of_tasks(self.model, weights, axis),
+            self._examples('query_x', query_x, axis),
+        )
+        if support_x is None:
+            output = self.programs.output(x, given, done)
+        else:
+            support = self._examples('support_x', support_x, axis)
+            both = tf.concat([support, x], axis=1)
+            output = self.programs.output_after(both, given, done, support.shape[1])
         output = (tf.nn.softmax(output) if self.is_classifier else output).numpy()
         checked_finite({'output': output}, 'the answers')
-        return output[0] if single else output
+        return output if axis else output[0]
 
     def task_loss(
         self, x: np.ndarray, y: np.ndarray, weights: Arrays, done: int | None = None
@@ -319,14 +229,14 @@ class Learner(ArraysOfTasks):
         Arguments and errors as of `adapt` and `predict`.
         """
         done = whole_number('done', self.model.num_updates if done is None else done)
-        label, single = self._labels(y)
-        inputs = self._examples(x, 'x', single, label.shape[:2])
-        given = self._given(weights, label.shape[0], single)
+        label, axis = self._labels(y)
+        inputs = self._examples('x', x, axis, label.shape[1])
+        given = weights_of_tasks(self.model, weights, axis)
         loss = self.programs.losses(inputs, label, given, done).numpy()
         checked_finite({'loss': loss}, 'the losses')
         if self.is_classifier:  # a sum over examples, divided by training's K
             loss *= self.model.loss.shots / label.shape[1]
-        return loss[0] if single else loss
+        return loss if axis else loss[0]
 
     def example_scale(self, examples: float | tf.Tensor) -> float | tf.Tensor:
         """What α is to be multiplied by for a support set of so many examples.
@@ -337,3 +247,39 @@ class Learner(ArraysOfTasks):
         if not self.is_classifier:
             return 1
         return self.model.loss.shots * self.model.network.dim_output / examples
+
+    # Arguments, checked and made tensors; axis: see above.
+
+    def _labels(self, y) -> tuple[tf.Tensor, tuple]:
+        """Labels [T, examples, out], and their axis of tasks."""
+        y, out = real_numbers('labels', y), self.model.network.dim_output
+        own = [] if self.is_classifier else [out]  # the shape of an example's label
+        axis = y.shape[: -1 - len(own)]
+        first = len(axis)
+        if not y.size or first > 1 or y.ndim == 0 or [*y.shape[first + 1 :]] != own:
+            wanted = ', '.join(['examples', *map(str, own)])
+            raise ValueError(
+                f'labels must be [{wanted}], or that with an axis of tasks before, but they are '
+                f'{[*y.shape]}'
+            )
+        label = finite_tensor(self.model, 'labels', one_hot(y, out) if self.is_classifier else y)
+        return (label if axis else label[tf.newaxis]), axis
+
+    def _examples(self, name: str, x, axis: tuple, examples: int | None = None) -> tf.Tensor:
+        """Inputs [T, examples, D]; examples: how many there must be, if that is known."""
+        x, size, first = real_numbers(name, x), self.model.network.dim_input, len(axis)
+        count, values = x.shape[first : first + 1], x.shape[first + 1 :]  # of examples; of each
+        fits = x.size and x.shape[:first] == axis and values and np.prod(values) == size
+        if not fits or examples not in (None, *count):
+            shape = getattr(self.model.network, 'image_shape', [size])
+            wanted = ', '.join(map(str, [*axis, examples or 'examples', *shape]))
+            raise ValueError(f'{name} must be [{wanted}], but it is {[*x.shape]}')
+        trained_on = self.model.trained_on
+        if self.takes_images:
+            x = pixel_values(name, x)
+        elif x.dtype == np.uint8 and 'float' in trained_on and 'uint8' not in trained_on:
+            raise ValueError(
+                f'{name} is uint8, but the model was trained on floats; give numbers as in '
+                'training, for example divided by 255'
+            )
+        return finite_tensor(self.model, name, x.reshape(*(axis or (1,)), -1, size))

@@ -1,4 +1,4 @@
-"""Trained models, as scripts/model/ loads them."""
+"""Trained models, as the scripts load them, and what those scripts have in common."""
 
 import argparse
 import contextlib
@@ -6,41 +6,100 @@ import sys
 import warnings
 from pathlib import Path
 
+import tensorflow as tf
+
 from fewshot.engine.devices import set_up_gpus
 from fewshot.networks.build import user_network
 from fewshot.runs.checkpoints import read_run_state
+from fewshot.runs.user_code import UserCodeError
 from fewshot.use.learner import Learner
 from fewshot.use.saved_models import find_checkpoint
 
+# Arguments ----------------------------------------------------------------------------------------
 
-def add_arguments(parser: argparse.ArgumentParser):
-    """Those that tell which model of a run is meant."""
-    parser.add_argument(
-        '--checkpoint',
-        choices=['last', 'best'],
-        default='last',
-        help='best: that of the best validation',
+
+def parser_of(description: str, checkpoint: bool = True) -> argparse.ArgumentParser:
+    """A parser of RUN_FOLDER, --network and, if asked, --checkpoint: which model is meant."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument('run_folder', type=Path, metavar='RUN_FOLDER')
     parser.add_argument(
         '--network',
         default='',
         metavar='FILE.py:FUNCTION',
         help='if the run was trained with --network: what makes its network',
     )
+    if checkpoint:
+        parser.add_argument(
+            '--checkpoint',
+            choices=['last', 'best'],
+            default='last',
+            help='best: that of the best validation',
+        )
+    return parser
+
+
+def add_adaptation(parser: argparse.ArgumentParser):
+    """Adds the arguments that tell how the model adapts and answers."""
+    parser.add_argument('--steps', type=int, help='gradient steps; default: as in training')
+    parser.add_argument('--lr', type=float, help='step size; default: as in training')
+    parser.add_argument(
+        '--transductive',
+        action='store_true',
+        help='normalise by the statistics of the images to classify, together, as the paper does; '
+        'default: by those of the labelled images, so that an answer depends on its image alone',
+    )
+
+
+def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, float | None]:
+    """The number and the size of gradient steps; None: as learned.
+
+    Raises ValueError if they make no sense.
+    """
+    steps = learner.model.num_updates if values.steps is None else values.steps
+    default = None if learner.model.rates else learner.model.update_lr
+    lr = default if values.lr is None else values.lr
+    if not 0 <= steps <= 1000 or lr is not None and not 0 <= lr < float('inf'):
+        raise ValueError(
+            f'--steps must be from 0 to 1000 and --lr at least 0, but they are {steps} and {lr}'
+        )
+    return steps, lr
+
+
+# Models -------------------------------------------------------------------------------------------
 
 
 def load(run_folder: Path, checkpoint: int | str = -1, network: str = '') -> Learner:
     """As Learner.load, on GPUs as main.py uses them.
 
-    network: FILE.py:FUNCTION, if the run was trained with one. Raises ValueError and UserCodeError.
+    checkpoint: 'last' is -1. network: FILE.py:FUNCTION, if the run was trained with one. Raises
+    ValueError and UserCodeError.
     """
     set_up_gpus()
-    with said():
-        return _load(run_folder, checkpoint, network)
+    checkpoint = -1 if checkpoint == 'last' else checkpoint
+    with warnings_printed():
+        if not network:
+            return Learner.load(run_folder, checkpoint)
+        settings = read_run_state(find_checkpoint(run_folder, checkpoint)).get('flags', {})
+        if not settings.get('network'):
+            raise ValueError(f'{run_folder} was trained without --network, so it takes none')
+        made = user_network(network, settings, audit=None)
+        return Learner.load(run_folder, checkpoint, network=made)
+
+
+def load_of_images(values: argparse.Namespace) -> Learner:
+    """The model that the arguments name. Raises also ValueError if its run had no images."""
+    learner = load(values.run_folder, values.checkpoint, values.network)
+    if not learner.takes_images:
+        raise ValueError(
+            f'{values.run_folder} is a run on {learner.settings["datasource"]}, which has no images'
+        )
+    return learner
 
 
 @contextlib.contextmanager
-def said():
+def warnings_printed():
     """Prints warnings as a script's other sentences, each once, when it is left."""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter('always', UserWarning)
@@ -51,10 +110,10 @@ def said():
                 print(f'{Path(sys.argv[0]).name}: {text}', file=sys.stderr)
 
 
-def _load(run_folder: Path, checkpoint: int | str, network: str) -> Learner:
-    if not network:
-        return Learner.load(run_folder, checkpoint)
-    settings = read_run_state(find_checkpoint(run_folder, checkpoint)).get('flags', {})
-    if not settings.get('network'):
-        raise ValueError(f'{run_folder} was trained without --network, so it takes none')
-    return Learner.load(run_folder, checkpoint, network=user_network(network, settings, audit=None))
+@contextlib.contextmanager
+def refusals(script: str):
+    """Ends the program with one sentence, that of the error, instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, UserCodeError, tf.errors.OpError) as error:
+        sys.exit(f'{Path(script).name}: {error}')

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import keras
@@ -12,15 +12,18 @@ import tensorflow as tf
 from data_generator import whole_number
 from fewshot.checks import folder_path
 from fewshot.engine.fast import FastMAML
-from fewshot.networks.build import IMAGE_SHAPES
-from fewshot.networks.inner_loops import Partly
+from fewshot.networks.build import MODEL_SETTINGS, make_model
+from fewshot.networks.checks import check_loss
+from fewshot.networks.inner_loops import LEARNED_RATES, Partly
+from fewshot.networks.keras_network import KerasNetwork
 from fewshot.runs.checkpoints import DamagedCheckpoint, checkpoints, first_whole, other_runs
-from maml import mean_squared_error
+from fewshot.sources import IMAGE_SOURCES
+from maml import UpdateRule, mean_squared_error
 
 
 def of_images(settings: dict) -> bool:
     """Whether main.py trained on images, which it reads as values from 0 to 1."""
-    return settings.get('datasource') in (*IMAGE_SHAPES, 'folder')
+    return settings.get('datasource') in IMAGE_SOURCES
 
 
 def settings_of(model: FastMAML) -> dict:
@@ -57,11 +60,11 @@ def described(optimizer: keras.Optimizer) -> dict:
         return {}
 
 
-def stored_object(description: dict, path: str):
-    """The optimizer or schedule that is described. Raises ValueError for an unknown class."""
+def stored_optimizer(description: dict, path: str) -> keras.Optimizer:
+    """The optimizer that is described. Raises ValueError for an unknown class."""
     with contextlib.suppress(TypeError, ValueError):
         if description and is_known_to_keras(description):
-            return keras.saving.deserialize_keras_object(description)
+            return keras.optimizers.deserialize(description)
     raise ValueError(
         f'{path} was trained with an outer optimizer or a schedule of meta_lr that Keras does not '
         'know: give its class a get_config method, and decorate it with '
@@ -69,20 +72,18 @@ def stored_object(description: dict, path: str):
     )
 
 
-def is_known_to_keras(description) -> bool:
-    """Whether all classes in a description are Keras's or registered: a file that somebody else
-    wrote should not have a module imported.
+def is_known_to_keras(part) -> bool:
+    """Whether all classes in a description are Keras's or registered.
+
+    Older versions of Keras import any module that a file names, whoever wrote it.
     """
-    if isinstance(description, (list, tuple)):
-        return all(map(is_known_to_keras, description))
-    if not isinstance(description, Mapping):
-        return True
-    if 'class_name' in description:
-        home = (description.get('module') or '').split('.')[0]
-        registered = keras.saving.get_registered_object(description.get('registered_name') or '')
-        if home != 'keras' and registered is None:
-            return False
-    return all(map(is_known_to_keras, description.values()))
+    if isinstance(part, Mapping):
+        home, name = (part.get('module') or '').split('.')[0], part.get('registered_name') or ''
+        if 'class_name' in part and home != 'keras':
+            if keras.saving.get_registered_object(name) is None:
+                return False
+        part = [*part.values()]
+    return not isinstance(part, list | tuple) or all(map(is_known_to_keras, part))
 
 
 def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
@@ -121,10 +122,46 @@ def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
         raise DamagedCheckpoint(f'{error}; {remedy}') from error
 
 
-def check_network_is_given(path: str, settings: dict, network):
-    """Raises ValueError if a run had a network of the user's, which a checkpoint does not hold.
+def load_model(
+    path: str,
+    settings: dict | None,
+    network=None,
+    loss: Callable | None = None,
+    learn_lr: UpdateRule | None = None,
+    compiled: bool = False,
+) -> FastMAML:
+    """The model of a checkpoint; settings: the flags of its run.
 
-    The file is not run unasked: a checkpoint may come from anywhere.
+    Other arguments and errors as of `Learner.load`.
+    """
+    if not settings:
+        raise ValueError(
+            f'{path} does not tell the flags it was trained with; if it is the TensorFlow 1 '
+            "original's, scripts/model/import_tf1_checkpoint.py makes one that does"
+        )
+    check_given(path, settings, network, loss, learn_lr)
+    if isinstance(network, keras.Model):
+        network = KerasNetwork(network, audit=None)  # as when it was trained
+    made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
+    made |= {} if learn_lr is None else {'learn_lr': learn_lr}
+    made['dtype'] = tf.as_dtype(settings.get('dtype', 'float32'))
+    model = make_model(**made, compiled=compiled, network='' if network is None else network)
+    if 'optimizer' in settings:
+        set_optimizer(model, stored_optimizer(settings['optimizer'], path))
+    if loss is not None:
+        check_loss(loss, model.network, model.dtype)
+        model.loss = loss
+    model.clip = settings.get('clip', model.clip)  # of models that were made in Python
+    images = ['float'] if of_images(settings) else []
+    model.trained_on = frozenset(settings.get('trained_on', images))
+    model.restore(path)
+    return model
+
+
+def check_given(path: str, settings: dict, network, loss, learn_lr):
+    """Raises ValueError if a run had something of the user's, which a checkpoint does not hold.
+
+    The file of a network is not run unasked: a checkpoint may come from anywhere.
     """
     if isinstance(network, str):
         raise ValueError(f'network must be a keras.Model or another network, not {network!r:.60}')
@@ -134,6 +171,10 @@ def check_network_is_given(path: str, settings: dict, network):
             f'{path} was trained with --network={spec}, which it does not hold and which is not '
             'run unasked: give it again, by --network or from Python as network='
         )
+    if settings.get('loss') and loss is None:
+        raise ValueError(f'{path} was trained with a loss of its own: give it as loss=')
+    if settings.get('learn_lr', 'none') not in ('none', *LEARNED_RATES) and learn_lr is None:
+        raise ValueError(f'{path} was trained with a rule of its own: give it as learn_lr=')
 
 
 def set_optimizer(model: FastMAML, optimizer: keras.optimizers.Optimizer):

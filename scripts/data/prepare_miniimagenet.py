@@ -134,15 +134,13 @@ def prepare(source: Path, target: Path, allow_missing: bool = False) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise SystemExit(f'Unexpected argument {argv[1]!r}; see --help.')
     values = flags.FLAGS
     target = preparation.as_path(values.target)
     if values.source:
         source = preparation.as_path(values.source)
-        preparation.run(lambda: prepare(source, target, values.allow_missing))
+        preparation.run(argv, lambda: prepare(source, target, values.allow_missing))
     else:
-        preparation.run(lambda: download(target))
+        preparation.run(argv, lambda: download(target))
 
 
 if __name__ == '__main__':

@@ -60,6 +60,12 @@ def download(url: str, md5: Mapping[str, str], folder: Path) -> list[Item]:
     return items
 
 
+def images_in(folder: Path) -> list[Item]:
+    """The files ALPHABET/CHARACTER/NAME.png of a folder; none if there is no such folder."""
+    items = preparation.all_items(folder, depth=2)
+    return [item for item in items if len(item.path.parts) == 3 and item.path.suffix == '.png']
+
+
 def find(source: Path) -> list[Item]:
     """The images of a folder: of archives, the two folders they unpack to, or alphabets in it."""
     if not source.is_dir():
@@ -69,8 +75,8 @@ def find(source: Path) -> list[Item]:
         if (source / name).is_file():
             items += archive_items(source / name, str(source / name))
         else:
-            items += preparation.folder_items(source / Path(name).stem, '*/*/*.png')
-    items = items or preparation.folder_items(source, '*/*/*.png')
+            items += images_in(source / Path(name).stem)
+    items = items or images_in(source)
     if not items:
         archives = ' and '.join(MD5)
         raise PreparationError(
@@ -109,8 +115,7 @@ def merge(items: list[Item]) -> dict[str, Item]:
 def resize(item: Item) -> bytes:
     """The image as a 28x28 PNG of 1 bit; PreparationError if it is not one of 105x105."""
     file = io.BytesIO()
-    with preparation.decoding(item):
-        image = Image.open(io.BytesIO(item.read()), formats=('PNG',))
+    with preparation.decoded(item, item.read(), 'PNG') as image:
         if image.size != SIZE:
             size = f'{image.width}x{image.height}'
             raise PreparationError(f'{item.where} is {size}; the official images are 105x105.')
@@ -154,11 +159,9 @@ def prepare(
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise SystemExit(f'Unexpected argument {argv[1]!r}; see --help.')
     values = flags.FLAGS
     source = preparation.as_path(values.source) if values.source else None
-    preparation.run(lambda: prepare(source, preparation.as_path(values.target), values.url))
+    preparation.run(argv, lambda: prepare(source, preparation.as_path(values.target), values.url))
 
 
 if __name__ == '__main__':

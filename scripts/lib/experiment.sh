@@ -40,38 +40,50 @@ drop() {
 
 data_dir=$(option data_dir data)
 
+# prepare CELL: makes the data of a cell, unless it is there.
 prepare() {
+    local script folder source
     case $1 in
-    omniglot)
-        [ -d "$data_dir/omniglot_resized" ] ||
-            python scripts/data/prepare_omniglot.py --target="$data_dir/omniglot_resized" \
-                ${OMNIGLOT:+--source="$OMNIGLOT"};;
-    miniImagenet)
-        [ -d "$data_dir/miniImagenet" ] ||
-            python scripts/data/prepare_miniimagenet.py --target="$data_dir/miniImagenet" \
-                ${MINIIMAGENET:+--source="$MINIIMAGENET"};;
-    cifar_fs)
-        [ -d "$data_dir/cifar_fs" ] ||
-            python scripts/data/prepare_cifar_fs.py --target="$data_dir/cifar_fs" \
-                ${CIFAR100:+--source="$CIFAR100"};;
+    omniglot*) script=omniglot folder=omniglot_resized source=${OMNIGLOT:-};;
+    miniimagenet*) script=miniimagenet folder=miniImagenet source=${MINIIMAGENET:-};;
+    cifar_fs*) script=cifar_fs folder=cifar_fs source=${CIFAR100:-};;
+    *) return;;
     esac
+    [ -d "$data_dir/$folder" ] ||
+        python scripts/data/prepare_$script.py --target="$data_dir/$folder" \
+            ${source:+--source="$source"}
 }
 
-# maml_plus_plus ITERATIONS: sets plus_plus to its flags, as far as its program tells: a tenth of
-# training until the last loss alone counts. Its paper has first order at the beginning, here a third
-# of training.
-maml_plus_plus() {
-    plus_plus=(--learn_lr=layer_step --loss_steps=all --loss_steps_iterations=$(($1 / 10))
-        --first_order_iterations=$(($1 / 3)) --meta_lr_decay=cosine --meta_lr_end=0.00001)
+# flags_of CELL ITERATIONS END: sets table to the cell's flags in fewshot/paper/cells.py. Of the
+# arguments it takes what these flags have instead: the folder of the data, joint iterations.
+flags_of() {
+    local printed flag
+    printed=$(python -m fewshot.paper.cells "$@")
+    table=()
+    while IFS= read -r flag; do
+        case $flag in
+        --data_dir=*) flag=--data_dir=$data_dir/${flag#*=}; drop data_dir;;
+        --pretrain_iterations=*) drop metatrain_iterations;;
+        esac
+        table+=("$flag")
+    done <<<"$printed"
 }
 
-# train CELL FLAGS: to the end, from where it was.
-train() {
-    logdir=$(option logdir "logs/$1/seed$(option seed 0)")
+# cell NAME [K ...]: trains a cell to the end, from where it was, then evaluates it; a sinusoid's
+# with each K.
+cell() {
+    local name=$1 shots
     shift
-    flags=("$@" ${given[@]+"${given[@]}"} --logdir="$logdir")
+    prepare "$name"
+    flags_of "$name" '' "$(option metatrain_iterations '')"
+    logdir=$(option logdir "logs/$name/seed$(option seed 0)")
+    flags=("${table[@]}" ${given[@]+"${given[@]}"} --logdir="$logdir")
     echo "== python main.py ${flags[*]}" >&2
     python main.py "${flags[@]}"
+    [ $# -gt 0 ] || evaluate
+    for shots in "$@"; do
+        evaluate --update_batch_size="$shots" --train_update_batch_size=10
+    done
 }
 
 # Whether a best checkpoint was kept. The folder's name is no pattern, whatever is in it.

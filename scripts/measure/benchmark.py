@@ -10,8 +10,8 @@ hundred iterations; the third the evaluation of 600 tasks, with the weights that
 from. Nothing is kept.
 
 A case file holds arrays: `flags`, main.py's flags as JSON text; `input/inputa`, `input/labela`,
-`input/inputb` and `input/labelb`, shaped as in utils.Batch (`input/inputa_uint8`: pixels of 0...255
-instead); and the initial parameters, `init/conv1` and so on. tests/reference has some.
+`input/inputb` and `input/labelb`, shaped as in data_generator.Batch (`input/inputa_uint8`: pixels
+of 0...255 instead); and the initial parameters, `init/conv1` and so on. tests/reference has some.
 """
 
 # ruff: noqa: E402 (the clock starts before TensorFlow is imported)
@@ -39,10 +39,10 @@ import tensorflow as tf
 from absl import app, flags
 
 from data_generator import Batch
-from fewshot.engine import devices
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.build import make_model
 from fewshot.runs import flags as run_flags
+from fewshot.runs import machine
 from fewshot.runs.flag_checks import check_flags
 from fewshot.runs.flags import model_settings, settings
 from fewshot.runs.prepare import USUAL, build_model, make_trainer, prepare
@@ -50,7 +50,6 @@ from fewshot.runs.tasks import make_generators
 from fewshot.runs.terminal import print_anything
 from fewshot.runs.trainer import Diverged, evaluate_tasks
 from fewshot.runs.user_code import UserCodeError
-from maml import FullyConnected
 
 
 def since_start() -> float:
@@ -122,53 +121,40 @@ def case_flags(path: str, values: dict) -> flags.FlagValues:
     return f
 
 
-def case_array(path: str, values: dict, name: str) -> np.ndarray:
-    """One of the arrays of a case's meta-batch. Raises ValueError if it is missing."""
-    key = f'input/{name}'
+def case_array(path: str, values: dict, key: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    """An array of a case; in its shape None is any size.
+
+    Raises ValueError if the array is missing or of another shape.
+    """
     if f'{key}_uint8' in values:
-        return values[f'{key}_uint8'].astype(np.float32) / np.float32(255)
-    if key in values:
-        return values[key]
-    raise ValueError(f'{path} has no array "{key}"')
-
-
-def case_batch(path: str, values: dict, model: FastMAML, f: flags.FlagValues) -> Batch:
-    """The meta-batch of a case. Raises ValueError for what is missing or of another shape."""
-    if isinstance(model.network, FullyConnected):
-        dim_input = model.network.parameters['w1'][1][0]
+        array = values[f'{key}_uint8'].astype(np.float32) / np.float32(255)
+    elif key in values:
+        array = values[key]
     else:
-        dim_input = int(np.prod(model.network.image_shape))
-    dim_output = 1 if f.datasource == 'sinusoid' else f.num_classes
-    arrays = {}
-    for name in Batch._fields:
-        array = case_array(path, values, name)
-        size = dim_input if name.startswith('input') else dim_output
-        examples = arrays[f'input{name[-1]}'].shape[1] if name.startswith('label') else None
-        fits = array.ndim == 3 and array.shape[::2] == (f.meta_batch_size, size)
-        if not fits or examples not in (None, array.shape[1]):
-            raise ValueError(
-                f'{path}: "input/{name}" is {list(array.shape)}, but its flags ask for '
-                f'[{f.meta_batch_size}, {examples or "?"}, {size}]'
-            )
-        arrays[name] = array
-    return Batch(*(tf.constant(arrays[name], model.dtype) for name in Batch._fields))
+        raise ValueError(f'{path} has no array "{key}", which its flags ask for')
+    fits = array.ndim == len(shape)
+    if not fits or any(size not in (None, found) for size, found in zip(shape, array.shape)):
+        wanted = ', '.join('?' if size is None else str(size) for size in shape)
+        raise ValueError(f'{path}: "{key}" is {[*array.shape]}, but its flags ask for [{wanted}]')
+    return array
+
+
+def case_batch(path: str, values: dict, model: FastMAML, tasks: int) -> Batch:
+    """The meta-batch of a case. Raises ValueError for what is missing or of another shape."""
+    network, arrays = model.network, {}
+    for part in 'ab':
+        sizes = tasks, None, network.dim_input
+        x = case_array(path, values, f'input/input{part}', sizes)
+        sizes = tasks, x.shape[1], network.dim_output
+        y = case_array(path, values, f'input/label{part}', sizes)
+        arrays |= {f'input{part}': x, f'label{part}': y}
+    return Batch(**{name: tf.constant(array, model.dtype) for name, array in arrays.items()})
 
 
 def initialize(path: str, values: dict, model: FastMAML):
-    """Gives a model the initial parameters of a case.
-
-    Raises ValueError for what is missing or of another shape.
-    """
+    """Gives a model the initial parameters of a case. Raises ValueError as `case_array`."""
     for name, variable in (model.weights | model.norms).items():
-        key = f'init/{name}'
-        if key not in values:
-            raise ValueError(f'{path} has no array "{key}", which its flags ask for')
-        if values[key].shape != tuple(variable.shape):
-            raise ValueError(
-                f'{path}: "{key}" is {list(values[key].shape)}, '
-                f'but its flags ask for {variable.shape.as_list()}'
-            )
-        variable.assign(values[key])
+        variable.assign(case_array(path, values, f'init/{name}', tuple(variable.shape)))
 
 
 def layer_operations(shape: tuple, size: int, max_pool: bool) -> tuple[int, int]:
@@ -214,7 +200,7 @@ def time_case(path: str, steps: int, tune: Callable) -> dict:
     tune(f)
     model = make_model(**model_settings(f))
     initialize(path, values, model)
-    batch = case_batch(path, values, model, f)
+    batch = case_batch(path, values, model, f.meta_batch_size)
     times, losses = [], []
     for _ in range(3 + steps):
         start = time.perf_counter()
@@ -366,7 +352,7 @@ def benchmark(
 
 def program(arguments: list[str]):
     """benchmark.py as a process of its own."""
-    benchmark(arguments, tune=devices.tune)
+    benchmark(arguments, tune=machine.tune)
 
 
 if __name__ == '__main__':

@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
+
 import numpy as np
 import tensorflow as tf
 from absl import flags
@@ -30,7 +32,7 @@ from fewshot.runs.results import confidence
 from fewshot.runs.tasks import make_generators
 from fewshot.runs.terminal import print_anything
 from fewshot.use.learner import Learner
-from fewshot.use.loading import load
+from fewshot.use.loading import load, refusals
 from fewshot.use.saved_models import find_checkpoint
 from maml import accuracy
 
@@ -70,11 +72,13 @@ def outcomes(learner: Learner, batch: Batch, halved: bool) -> np.ndarray:
     weights = model.initial_weights(tasks)
     for update in range(1 + UPDATES):
         alpha = scale * model.update_lr / (2 if halved and update > 1 else 1)
-        weights = run.adapt(batch.inputa, batch.labela, weights, alpha, steps=min(update, 1))
+        if update:
+            inner = batch.inputa, batch.labela, weights, alpha
+            weights = run.adapt(*inner, update - 1, update)
         if learner.is_classifier:
-            found.append(accuracy(run.output(batch.inputb, weights), batch.labelb))
+            found.append(accuracy(run.output(batch.inputb, weights, update), batch.labelb))
         else:
-            found.append(run.losses(batch.inputb, batch.labelb, weights))
+            found.append(run.losses(batch.inputb, batch.labelb, weights, update))
     return np.where(np.isfinite(found), found, np.inf)
 
 
@@ -140,15 +144,13 @@ def main(arguments: list[str]):
     parser.add_argument('--tasks', type=int, default=600)
     parser.add_argument('--data_dir', default='data')
     options = parser.parse_args(arguments)
-    try:
+    with refusals(__file__):
         for name in ('shots', 'tasks'):
             if vars(options)[name] is not None:
                 whole_number(f'--{name}', vars(options)[name], lowest=1)
         models = [load(run) for run in options.runs]
         classes = read_run_state(find_checkpoint(options.runs[0])).get('classes')
         table(models, options.shots, options.tasks, options.data_dir, classes)
-    except (ValueError, OSError) as error:
-        sys.exit(f'step_sizes.py: {error}')
 
 
 if __name__ == '__main__':

@@ -34,9 +34,10 @@ from fewshot.checks import first_line
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.audit import DIRECTIONS, TOLERANCE, Compared, differentiate, moved
 from fewshot.networks.keras_layers import takes_training
+from fewshot.networks.keras_network import KerasNetwork
 from fewshot.runs.terminal import print_anything
 from fewshot.runs.user_code import UserCodeError, user_code, user_function
-from maml import KerasNetwork, cross_entropy, mean_squared_error
+from maml import cross_entropy, mean_squared_error
 
 THIS, KERAS, FIRST_ORDER = 'this project', 'plain Keras', 'first order'
 HEADING = (THIS, KERAS, 'difference', FIRST_ORDER)

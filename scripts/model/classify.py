@@ -17,13 +17,20 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
+
 import numpy as np
 
 from fewshot.data.image_files import ImageLayout, image_files, read_image, run_layout
 from fewshot.runs.terminal import print_anything
-from fewshot.runs.user_code import UserCodeError
 from fewshot.use.learner import Learner
-from fewshot.use.loading import add_arguments, load
+from fewshot.use.loading import (
+    add_adaptation,
+    chosen_steps,
+    load_of_images,
+    parser_of,
+    refusals,
+)
 
 
 class Support(NamedTuple):
@@ -105,33 +112,17 @@ def answer(file: str, labels: list[str], probabilities: np.ndarray) -> dict:
     }
 
 
-def chosen_steps(values: argparse.Namespace, learner: Learner) -> int:
-    """The number of gradient steps. Raises ValueError if it, or the step size, makes no sense."""
-    steps = learner.model.num_updates if values.steps is None else values.steps
-    lr_fits = values.lr is None or 0 <= values.lr < float('inf')
-    if not 0 <= steps <= 1000 or not lr_fits:
-        raise ValueError(
-            '--steps must be from 0 to 1000 and --lr at least 0, but they are '
-            f'{values.steps} and {values.lr}'
-        )
-    return steps
-
-
 def classify(values: argparse.Namespace) -> dict:
     """What is printed as JSON: the labels, the losses of adaptation, the answers for the images.
 
     Raises ValueError.
     """
-    learner = load(values.run_folder, values.checkpoint, values.network)
-    if not learner.takes_images:
-        raise ValueError(
-            f'{values.run_folder} is a run on {learner.settings["datasource"]}, which has no images'
-        )
+    learner = load_of_images(values)
     layout = run_layout(learner.settings)
     support = read_support(values.support_dir, layout, learner.model.network.dim_output)
     files, x = read_queries(values.image, layout)
-    steps = chosen_steps(values, learner)
-    weights, losses = adapt(learner, support, steps, values.lr)
+    steps, lr = chosen_steps(values, learner)
+    weights, losses = adapt(learner, support, steps, lr)
     outputs = learner.predict(x, weights, None if values.transductive else support.x, steps)
     probabilities = outputs[:, : len(support.labels)]  # [queries, labels]
     total = probabilities.sum(1, keepdims=True)  # outputs without a label do not count
@@ -142,34 +133,15 @@ def classify(values: argparse.Namespace) -> dict:
     return {'labels': support.labels, 'losses': losses, 'images': images}
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('run_folder', type=Path, metavar='RUN_FOLDER')
+def main(arguments: list[str] | None = None):
+    parser = parser_of(__doc__)
     parser.add_argument('support_dir', type=Path, metavar='SUPPORT_DIR')
     parser.add_argument('image', type=Path, nargs='+', metavar='IMAGE')
-    parser.add_argument('--steps', type=int, help='gradient steps; default: as in training')
-    parser.add_argument('--lr', type=float, help='step size; default: as in training')
-    parser.add_argument(
-        '--transductive',
-        action='store_true',
-        help='normalise by the statistics of the images to classify, together, as the paper does; '
-        'default: by those of the labelled images, so that an answer depends on its image alone',
-    )
-    add_arguments(parser)
+    add_adaptation(parser)
     parser.add_argument('--json', action='store_true', help='print everything as JSON')
     values = parser.parse_args(arguments)
-    values.checkpoint = {'last': -1}.get(values.checkpoint, values.checkpoint)
-    return values
-
-
-def main(arguments: list[str] | None = None):
-    values = parse(arguments)
-    try:
+    with refusals(__file__):
         found = classify(values)
-    except (ValueError, OSError, UserCodeError) as error:
-        sys.exit(f'classify.py: {error}')
     if values.json:
         print(json.dumps(found, indent=1, allow_nan=False))
         return

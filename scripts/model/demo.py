@@ -9,7 +9,6 @@ square. The probabilities after 0 to 10 updates follow while you draw. The page 
 alone, at 127.0.0.1, and needs no internet. It needs `pip install -e '.[demo]'`.
 """
 
-import argparse
 import importlib.util
 import socket
 import sys
@@ -17,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
+
 from fewshot.runs.terminal import print_anything
-from fewshot.runs.user_code import UserCodeError
-from fewshot.use.learner import Learner
-from fewshot.use.loading import add_arguments, load
+from fewshot.use.loading import load_of_images, parser_of, refusals
 
 HOST = '127.0.0.1'  # the machine itself, and nobody else
 
@@ -45,37 +44,15 @@ def free_port(port: int) -> int:
         return server.getsockname()[1]
 
 
-def image_learner(values: argparse.Namespace) -> Learner:
-    """Raises ValueError and UserCodeError if there is no run of images."""
-    learner = load(values.run_folder, values.checkpoint, values.network)
-    if not learner.takes_images:
-        raise ValueError(
-            f'{values.run_folder} is a run on {learner.settings["datasource"]}, which has no images'
-        )
-    return learner
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('run_folder', type=Path, metavar='RUN_FOLDER')
+def main(arguments: list[str] | None = None):
+    parser = parser_of(__doc__)
     parser.add_argument('--port', type=int, default=8765, help='default 8765; 0: any free one')
     parser.add_argument('--no_browser', action='store_true', help='print the address only')
-    add_arguments(parser)
     values = parser.parse_args(arguments)
-    values.checkpoint = {'last': -1}.get(values.checkpoint, values.checkpoint)
-    return values
-
-
-def main(arguments: list[str] | None = None):
-    values = parse(arguments)
-    try:
+    with refusals(__file__):
         check_extra()
         port = free_port(values.port)
-        learner = image_learner(values)
-    except (ValueError, OSError, UserCodeError) as error:
-        sys.exit(f'demo.py: {error}')
+        learner = load_of_images(values)
     from fewshot.use import demo_page  # imports NiceGUI, which is an extra
 
     demo_page.serve(learner, values.run_folder.name, HOST, port, not values.no_browser)

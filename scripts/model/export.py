@@ -29,12 +29,11 @@ import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 import tensorflow as tf
 
 from fewshot.networks.build import example_shape
-from fewshot.runs.checkpoints import taken_as_written
+from fewshot.runs.checkpoints import is_plain_path
 from fewshot.runs.terminal import print_anything
-from fewshot.runs.user_code import UserCodeError
+from fewshot.use import programs
 from fewshot.use.learner import PIXEL_TOLERANCE, Learner
-from fewshot.use.loading import add_arguments, load
-from maml import Common
+from fewshot.use.loading import add_adaptation, chosen_steps, load, parser_of, refusals
 
 
 def serve(function: Callable, *arguments: tf.TensorSpec) -> Callable:
@@ -123,15 +122,10 @@ class Serving(NamedTuple):
     def adapted(self, support_images: tf.Tensor, support_labels: tf.Tensor) -> dict[str, tf.Tensor]:
         model = self.learner.model
         label = tf.one_hot(support_labels, model.network.dim_output)  # [T, examples, N]
-        common = Common(model.norms, model.rates)
-        x = model.prepare(self.flat(support_images), *model.preparing(common))
-        weights = model.initial_weights(tf.shape(support_images)[0])
+        x, weights = self.flat(support_images), model.initial_weights(tf.shape(label)[0])
         scale = self.learner.example_scale(tf.cast(tf.shape(label)[1], tf.float32))
-        for step in range(self.steps):
-            norms, rates = model.at(common, step)
-            given = rates if self.lr is None else self.lr
-            lr = tf.nest.map_structure(lambda rate: rate * scale, given)
-            weights = model.update(weights, norms, x, label, lr)
+        lr = scale if self.lr is None else self.lr * scale
+        weights = programs.adapt(model, x, label, weights, lr, 0, self.steps, self.lr is None)
         what = 'adaptation diverged, export with a smaller --lr: the weights'
         return {name: finite(f'{what} {name}', value) for name, value in weights.items()}
 
@@ -147,26 +141,9 @@ class Serving(NamedTuple):
         if not self.transductive:
             x = tf.concat([self.flat(support_images), x], axis=1)
             leading = tf.shape(support_images)[1]
-        common = Common(model.norms, model.rates)
-        x = model.prepare(x, *model.preparing(common, leading))
-        output = model.output(weights, model.at(common, max(self.steps - 1, 0))[0], x, leading)
+        output = programs.output(model, x, weights, self.steps, leading)
         what = 'adaptation diverged, export with a smaller --lr: the answers'
         return {'probabilities': finite(what, tf.nn.softmax(output))}
-
-
-def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, float | None]:
-    """The number and the size of gradient steps; None: as learned.
-
-    Raises ValueError if they make no sense.
-    """
-    steps = learner.model.num_updates if values.steps is None else values.steps
-    default = None if learner.model.rates else learner.model.update_lr
-    lr = default if values.lr is None else values.lr
-    if not 0 <= steps <= 1000 or lr is not None and not 0 <= lr < float('inf'):
-        raise ValueError(
-            f'--steps must be from 0 to 1000 and --lr at least 0, but they are {steps} and {lr}'
-        )
-    return steps, lr
 
 
 def save(module: tf.Module, out: Path) -> None:
@@ -181,13 +158,12 @@ def save(module: tf.Module, out: Path) -> None:
 
 def export(values: argparse.Namespace) -> str:
     """Writes the SavedModel and returns a report. Raises ValueError and OSError."""
-    which = {'last': -1}.get(values.checkpoint, values.checkpoint)
-    learner = load(values.run_folder, which, values.network)
+    learner = load(values.run_folder, values.checkpoint, values.network)
     if not learner.is_classifier:
         source = learner.settings['datasource']
         raise ValueError(f'{values.run_folder} is a run on {source}; only classifiers are exported')
     steps, lr = chosen_steps(values, learner)
-    if not taken_as_written(str(values.out)):
+    if not is_plain_path(values.out):
         raise ValueError(
             f'{values.out}: TensorFlow takes such a path for a pattern, and could not load the '
             'SavedModel from there: give an OUT without brackets, *, ? and \\'
@@ -206,30 +182,13 @@ def export(values: argparse.Namespace) -> str:
     )
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('run_folder', type=Path, metavar='RUN_FOLDER')
-    parser.add_argument('out', type=Path, metavar='OUT')
-    parser.add_argument('--steps', type=int, help='gradient steps; default: as in training')
-    parser.add_argument('--lr', type=float, help='step size; default: as in training')
-    parser.add_argument(
-        '--transductive',
-        action='store_true',
-        help='normalise by the statistics of the queries of a task, together, as the paper does; '
-        'default: by those of its support set, so that an answer depends on its image alone',
-    )
-    add_arguments(parser)
-    return parser.parse_args(arguments)
-
-
 def main(arguments: list[str] | None = None):
-    values = parse(arguments)
-    try:
+    parser = parser_of(__doc__)
+    parser.add_argument('out', type=Path, metavar='OUT')
+    add_adaptation(parser)
+    values = parser.parse_args(arguments)
+    with refusals(__file__):
         print(export(values))
-    except (ValueError, OSError, UserCodeError, tf.errors.OpError) as error:
-        sys.exit(f'export.py: {error}')
 
 
 if __name__ == '__main__':

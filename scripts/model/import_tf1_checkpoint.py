@@ -20,6 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
+
 from fewshot.data.preparation import as_path
 from fewshot.networks.build import make_model
 from fewshot.runs.checkpoints import (
@@ -30,6 +32,7 @@ from fewshot.runs.checkpoints import (
     write_checkpoint,
 )
 from fewshot.runs.terminal import print_anything
+from fewshot.use.loading import refusals
 
 NAME = re.compile(
     r'cls_(?P<num_classes>\d+)\.mbs_(?P<meta_batch_size>\d+)\.ubs_(?P<update_batch_size>\d+)'
@@ -206,10 +209,8 @@ def main(arguments: list[str] | None = None):
         '--target', type=as_path, metavar='RUN_FOLDER', help='the folder to write to, LOGDIR/NAME'
     )
     values = parser.parse_args(arguments)
-    try:
+    with refusals(__file__):
         print(convert(values.source, values.target))
-    except (ValueError, OSError) as error:
-        sys.exit(f'import_tf1_checkpoint.py: {error}')
 
 
 if __name__ == '__main__':

@@ -9,7 +9,6 @@ main.py evaluates it, and Learner.load, scripts/model/classify.py and scripts/mo
 it, as the run itself; training that continues from it starts with a fresh Adam.
 """
 
-import argparse
 import os
 import shlex
 import shutil
@@ -27,8 +26,7 @@ from fewshot.runs.checkpoints import checkpoints, read_run_state, write_checkpoi
 from fewshot.runs.flags import define_flags
 from fewshot.runs.summaries import event_files, read_events
 from fewshot.runs.terminal import print_anything
-from fewshot.runs.user_code import UserCodeError
-from fewshot.use.loading import load
+from fewshot.use.loading import load, parser_of, refusals
 
 SUMMARIES, PICTURES = 500, 20000  # the iterations between those that are kept
 
@@ -106,22 +104,11 @@ def publish(run_folder: Path, target: Path, network: str = '') -> Path:
 
 
 def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('run_folder', type=Path, metavar='RUN_FOLDER')
+    parser = parser_of(__doc__, checkpoint=False)
     parser.add_argument('target', type=Path, metavar='TARGET')
-    parser.add_argument(
-        '--network',
-        default='',
-        metavar='FILE.py:FUNCTION',
-        help='if the run was trained with --network: what makes its network',
-    )
     values = parser.parse_args(arguments)
-    try:
+    with refusals(__file__):
         print(publish(values.run_folder, values.target, values.network))
-    except (ValueError, OSError, UserCodeError) as error:
-        sys.exit(f'publish.py: {error}')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,4 @@
 #!/usr/bin/env bash
 # miniImagenet, 5-way 1-shot: table 1, appendix A.1.
 . "$(dirname "${BASH_SOURCE[0]}")/../lib/experiment.sh"
-prepare miniImagenet
-train miniimagenet_5way_1shot --datasource=miniimagenet --num_classes=5 \
-    --update_batch_size=1 --update_lr=0.01 --num_updates=5 \
-    --meta_batch_size=4 --num_filters=32 --max_pool=True --metatrain_iterations=60000
-evaluate
+cell miniimagenet_5way_1shot

@@ -1,8 +1,4 @@
 #!/usr/bin/env bash
 # Omniglot, 5-way 5-shot, without convolutions: table 1, appendix A.1.
 . "$(dirname "${BASH_SOURCE[0]}")/../lib/experiment.sh"
-prepare omniglot
-train omniglot_5way_5shot_no_conv --datasource=omniglot --num_classes=5 \
-    --update_batch_size=5 --update_lr=0.4 --num_updates=1 \
-    --meta_batch_size=32 --conv=False --metatrain_iterations=60000
-evaluate
+cell omniglot_5way_5shot_no_conv

@@ -19,84 +19,22 @@ derivative of batch normalisation's derivative:
     first_order  all second derivatives left out, as --stop_grad
 """
 
-import json
 import re
 import runpy
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
-import numpy as np
-import tensorflow as tf
 from absl import app
 
-from data_generator import Batch
-from fewshot.engine.devices import tune
-from fewshot.engine.fast import FastMAML
-from fewshot.networks.build import make_model
+from fewshot.paper.ablation import NORMALISATIONS, check, plot
 from fewshot.runs.flags import define_flags
+from fewshot.runs.machine import tune
 from fewshot.runs.prepare import Options
-from fewshot.runs.results import read_evaluation
-from fewshot.runs.summaries import read_scalars
 from fewshot.runs.terminal import print_anything
-from special_grads import BATCH_NORM_EPSILON, Normalization
-
-AXES = [1, 2, 3]  # examples, height, width
-
-
-@tf.custom_gradient
-def held(x: tf.Tensor, beta: tf.Tensor):
-    """Batch normalisation whose derivative counts as a constant when it is differentiated.
-
-    x: [T, examples, H, W, C].
-    """
-    count = x.shape[1] * x.shape[2] * x.shape[3]
-    mean = tf.reduce_mean(x, AXES, keepdims=True)
-    variance = tf.reduce_mean(tf.square(x - mean), AXES, keepdims=True)
-    scale = tf.math.rsqrt(variance + BATCH_NORM_EPSILON)
-    standard = (x - mean) * scale
-
-    def derivative(gradient):
-        along = tf.reduce_sum(gradient * standard, AXES, keepdims=True) / count
-        mean_gradient = tf.reduce_mean(gradient, AXES, keepdims=True)
-        of_x = scale * (gradient - mean_gradient - standard * along)
-        return tf.stop_gradient(of_x), tf.stop_gradient(tf.reduce_sum(gradient, [0, *AXES]))
-
-    return standard + beta, derivative
-
-
-def moments(x: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
-    """Batch normalisation by tf.nn.moments."""
-    mean, variance = tf.nn.moments(x, AXES, keepdims=True)
-    return (x - mean) * tf.math.rsqrt(variance + BATCH_NORM_EPSILON) + beta
-
-
-class Variant(Normalization):
-    """Batch normalisation by one of the functions above."""
-
-    removes_mean = True
-
-    def __init__(self, function):
-        self.function = function
-
-    def parameters(self, channels: int) -> dict:
-        return {'beta': ('zeros', (channels,))}
-
-    def normalize(self, x: tf.Tensor, parameters: dict, leading: int | None = None) -> tf.Tensor:
-        return self.function(x, parameters['beta'])
-
-
-NORMALISATIONS = {
-    'exact': None,
-    'held': Variant(held),
-    'moments': Variant(moments),
-    'first_order': None,
-}
 
 
 def train(variant: str, arguments: list[str]):
@@ -111,147 +49,16 @@ def train(variant: str, arguments: list[str]):
     app.run(lambda rest: program(rest, options), line)
 
 
-def case_model(case: Mapping[str, np.ndarray], variant: str) -> FastMAML:
-    """A variant's model with the initial parameters of a case."""
-    flags = json.loads(str(case['flags']))
-    model = make_model(
-        flags['datasource'],
-        int(flags['update_batch_size']),
-        float(flags['update_lr']),
-        int(flags['num_updates']),
-        stop_grad=variant == 'first_order',
-        dtype=tf.float64,
-        compiled=False,
-        num_classes=int(flags['num_classes']),
-        num_filters=int(flags.get('num_filters', 64)),
-        norm=NORMALISATIONS[variant] or 'batch_norm',
-    )
-    for name, variable in (model.weights | model.norms).items():
-        variable.assign(case[f'init/{name}'])
-    return model
-
-
-def check(path: str):
-    """Prints derivatives of the query loss, exactly and by each variant.
-
-    They are those along one direction in each of two kernels.
-    """
-    case = np.load(path)
-    batch = Batch(*(tf.constant(case[f'input/{name}'], tf.float64) for name in Batch._fields))
-    random, directions = np.random.RandomState(0), {}
-    for name in ('conv1', 'conv2', 'conv4'):  # drawn one after another
-        directions[name] = random.randn(*case[f'init/{name}'].shape)
-    for variant in NORMALISATIONS:
-        model = case_model(case, variant)
-        gradients = dict(zip(model.weights | model.norms, model.meta_gradient(batch)[1]))
-        along = {}
-        for name, direction in directions.items():
-            product = tf.reduce_sum(gradients[name] * direction)
-            along[name] = float(product / np.linalg.norm(direction))
-        print(f'{variant:12} conv1 {along["conv1"]:8.4f}  conv4 {along["conv4"]:8.4f}')
-
-
-# The picture and the table ------------------------------------------------------------------------
-
-
-class Result(NamedTuple):
-    """What a variant came to; accuracies in percent, after as many updates as in training."""
-
-    validations: np.ndarray  # [n, 3]: iteration, accuracy, half of its 95 % interval
-    # On the test classes, of the last checkpoint: accuracy, half of its 95 % interval.
-    test: tuple[float, float] | None
-    updates: int
-
-
-def read_result(folder: Path) -> Result | None:
-    """The results in the one run of a variant's folder; None if there is no validation in it."""
-    run = next(iter(sorted(folder.glob('cls_*'))), None)
-    if not run:
-        return None
-    summaries, tag = read_scalars(run), 'metaval_Post-update_accuracy'
-    updates = int(re.search(r'numstep([0-9]+)', run.name)[1])
-    values = []
-    for step, value in summaries.get(f'{tag}__step_{updates}', {}).items():
-        values.append([step, 100 * value, 100 * summaries[f'{tag}_interval'][step]])
-    tables = sorted(run.glob('test_ubs?_stepsize*.csv'))
-    usual = (path for path in tables if path.stem.count('_') == 2)  # the others tell what is not
-    test = next(usual, None)
-    if test:
-        means, _, intervals = read_evaluation(test)
-        test = 100 * means[updates], 100 * intervals[updates]
-    return Result(np.array(sorted(values)), test, updates) if values else None
-
-
-def draw(axes, cell: str, variant: str, result: Result | None) -> str:
-    """A variant's curve with its band; returns its row of the table."""
-    title = re.sub(r'omniglot_(\d+)way_(\d+)shot', r'Omniglot, \1-way \2-shot', cell)
-    if not result:
-        return f'| {title} | {variant} | not run | | |'
-    steps, accuracies, halves = result.validations.T
-    name = variant.replace('_', ' ')
-    (line,) = axes.plot(steps, accuracies, marker='o', markersize=3, label=name)
-    band = dict(color=line.get_color(), alpha=0.12, linewidth=0)
-    axes.fill_between(steps, accuracies - halves, accuracies + halves, **band)
-    axes.set(
-        title=f'{title}, after {result.updates} update{"s" * (result.updates > 1)}',
-        xlabel='iteration',
-        ylabel='validation accuracy [%]',
-    )
-    validation = f'{accuracies[-1]:.1f} ± {halves[-1]:.1f}'
-    test = '{:.1f} ± {:.1f}'.format(*result.test) if result.test else 'not evaluated'
-    return f'| {title} | {variant} | {steps[-1]:.0f} | {validation} | {test} |'
-
-
-def cells_in(folder: Path) -> list[str]:
-    """The names of the cells that have a variant's folder, short names first."""
-    names = {path.parent.name for path in folder.glob('*/*') if path.name in NORMALISATIONS}
-    return sorted(names, key=lambda name: (len(name), name))
-
-
-def plot(folder: Path):
-    """Accuracy of all variants over iterations, and the table of their ends.
-
-    The picture has a panel for each cell of FOLDER.
-    """
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    cells = cells_in(folder)
-    if not cells:
-        sys.exit(
-            f'second_order_ablation.py: {folder} holds no CELL/VARIANT: give the folder that '
-            'scripts/paper/second_order_ablation.sh wrote'
-        )
-    size = (4.2 * len(cells) + 0.4, 3.6)
-    figure, panels = plt.subplots(1, len(cells), figsize=size, layout='constrained', squeeze=False)
-    rows = [
-        '| | meta-gradient | iterations | last validation, % | test classes, 600 tasks, % |',
-        '|---|---|---|---|---|',
-    ]
-    curves = {}  # {label: line}, each once
-    for axes, cell in zip(panels[0], cells):
-        for variant in NORMALISATIONS:
-            rows.append(draw(axes, cell, variant, read_result(folder / cell / variant)))
-        axes.grid(alpha=0.3)
-        lines, names = axes.get_legend_handles_labels()
-        curves |= zip(names, lines)
-    if curves:
-        above = dict(loc='outside upper center', ncols=len(curves), frameon=False)
-        figure.legend(curves.values(), curves.keys(), **above)
-    figure.savefig(folder / 'ablation.png', dpi=150)
-    (folder / 'ablation.md').write_text('\n'.join(rows) + '\n', encoding='utf-8')
-    print(folder / 'ablation.md')
-
-
 def program(arguments: list[str]):
     if len(arguments) >= 1 and arguments[0] in NORMALISATIONS:
         train(arguments[0], arguments[1:])
     elif len(arguments) == 2 and arguments[0] == 'check' and Path(arguments[1]).is_file():
         check(arguments[1])
     elif len(arguments) == 2 and arguments[0] == 'plot' and Path(arguments[1]).is_dir():
-        plot(Path(arguments[1]))
+        try:
+            print(plot(Path(arguments[1])))
+        except ValueError as error:
+            sys.exit(f'second_order_ablation.py: {error}')
     else:
         sys.exit(
             f'second_order_ablation.py: give one of {", ".join(NORMALISATIONS)} and flags of '

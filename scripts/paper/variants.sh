@@ -20,6 +20,17 @@ evaluated() {
     return 1
 }
 
+# common_of ITERATIONS: sets common to the flags of the set's cell, and plus_plus to MAML++'s, for so
+# many iterations where the arguments say nothing.
+common_of() {
+    local iterations
+    iterations=$(option metatrain_iterations "$1")
+    flags_of "$set" "$iterations"
+    common=("${table[@]}")
+    flags_of maml_plus_plus "$iterations"
+    plus_plus=("${table[@]}")
+}
+
 # variant NAME FLAGS: of the set, with each seed.
 variant() {
     local name=$1 seed logdir
@@ -38,27 +49,21 @@ variant() {
 # with it sinusoids are not learned. So it gets two here.
 sinusoid() {
     seeds='0 1 2'
-    iterations=$(option metatrain_iterations 70000)
-    common=(--datasource=sinusoid --norm=None --update_batch_size=10 --update_lr=0.01
-        --metatrain_iterations="$iterations")
+    common_of 70000
     variant maml
     variant meta-sgd --learn_lr=weight
-    maml_plus_plus "$iterations"
     variant maml++ "${plus_plus[@]}" --num_updates=2
 }
 
 # One iteration more than a multiple of 500, so that the last one is validated.
 omniglot_20way_1shot() {
-    prepare omniglot
     seeds=0
-    iterations=$(option metatrain_iterations 1501)
-    common=(--datasource=omniglot --num_classes=20 --update_batch_size=1 --update_lr=0.1
-        --num_updates=5 --meta_batch_size=16 --metatrain_iterations="$iterations")
+    prepare omniglot
+    common_of 1501
     variant maml
     variant first_order --stop_grad=True
     variant anil --adapt=head
     variant meta-sgd --learn_lr=weight
-    maml_plus_plus "$iterations"
     variant maml++ "${plus_plus[@]}" --norm_steps=True
 }
 

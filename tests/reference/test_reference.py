@@ -20,7 +20,7 @@ from data_generator import Batch
 from fewshot.networks.build import make_model
 from fewshot.runs.flags import define_flags, model_settings
 
-FOLDER = Path(os.environ.get('MAML_REFERENCE_DIR', Path(__file__).parent / 'reference'))
+FOLDER = Path(os.environ.get('MAML_REFERENCE_DIR', Path(__file__).parent))
 CASES = sorted(path.stem for path in FOLDER.glob('*.npz'))
 # XLA takes half a minute for each of the others.
 FAST_COMPILED = ('sinusoid', 'omniglot_5way_1shot')

@@ -11,10 +11,11 @@ from command_line import ROOT
 
 from data_generator import Batch, ClassImages, ImageGenerator, SinusoidGenerator
 from fewshot.engine.fast import FastMAML
+from fewshot.networks.keras_network import KerasNetwork
 from fewshot.runs.summaries import read_scalars
 from fewshot.use.fit import MetaModel
 from fewshot.use.learner import Learner
-from maml import FullyConnected, KerasNetwork, cross_entropy, mean_squared_error
+from maml import FullyConnected, cross_entropy, mean_squared_error
 
 layers = keras.layers
 NOTEBOOK = ROOT / 'scripts' / 'examples' / 'tutorial.ipynb'
@@ -121,6 +122,7 @@ SOURCES = {
 QUICK = 'DataGenerator'  # the others say the same of the callbacks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'kind',
     [pytest.param(kind, marks=[] if kind == QUICK else pytest.mark.slow) for kind in SOURCES],
@@ -278,6 +280,7 @@ def test_names_count_not_the_order(form):
     assert np.mean(model.maml.evaluate(turned, 2).losses2[1]) == expected
 
 
+@pytest.mark.slow
 def test_what_fit_was_given_is_what_a_task_may_be():
     """Bytes go into the network as they are; of a model that was trained on floats, refused."""
     floats = pictures().batch('train', 0, TASKS)
@@ -368,6 +371,7 @@ def test_weights_are_those_of_maml():
     assert re.search('theta.*54', ''.join(printed)) and 'Total params: 62' in ''.join(printed)
 
 
+@pytest.mark.slow
 def test_saved_weights_go_on_as_if_nothing_had_happened(tmp_path):
     """Adam's state comes with them."""
     path = tmp_path / 'model.weights.h5'
@@ -409,6 +413,16 @@ def masked(batch: Batch) -> Batch:
     return batch._replace(inputa=np.ma.masked_less(batch.inputa, 0.1))
 
 
+def shorter(name: str) -> Batch:
+    batch = pictures().batch('train', 0, TASKS)
+    return batch._replace(**{name: getattr(batch, name)[:, :-1]})
+
+
+def narrower(name: str) -> tf.data.Dataset:
+    batch = pictures().batch('train', 0, TASKS)
+    return tf.data.Dataset.from_tensors(batch._replace(**{name: getattr(batch, name)[..., :-1]}))
+
+
 REFUSED = {
     'without end': (lambda: pictures().dataset('train', TASKS), 'steps_per_epoch'),
     'unknown sizes': (unknown_sizes, 'drop_remainder'),
@@ -422,6 +436,8 @@ REFUSED = {
     'a tuple': (lambda: [tuple(pictures().batch('train', 0, TASKS))], 'type tuple: write Batch('),
     'arrays': (lambda: tuple(pictures().batch('train', 0, TASKS)), 'type ndarray: write Batch('),
     'masks': (lambda: masked(pictures().batch('train', 0, TASKS)), 'inputa must be real numbers'),
+    'labels too few': (lambda: shorter('labela'), 'inputa has 2 examples per task, but labela has'),
+    'queries too small': (lambda: narrower('inputb'), 'inputa has 9 values per example, but'),
     'a source': (pictures, 'dataset(split, num_tasks)'),
     'nothing': (lambda: iter([]), 'list or generator'),
     'of another network': (lambda: [sinusoids().batch('train', 0, TASKS)], 'network takes'),

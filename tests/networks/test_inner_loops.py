@@ -33,6 +33,7 @@ from test_use import QUERY, SUPPORT
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.build import make_model
 from fewshot.networks.inner_loops import HeadOnly, Partly
+from fewshot.networks.keras_network import KerasNetwork
 from fewshot.networks.outer_losses import Phase, phases, step_weights
 from fewshot.runs import trainer
 from fewshot.runs.checkpoints import read_run_state, write_checkpoint
@@ -43,7 +44,6 @@ from fewshot.use.learner import Learner
 from maml import (
     Convolutional,
     FullyConnected,
-    KerasNetwork,
     UpdateRule,
     cross_entropy,
     mean_squared_error,
@@ -240,6 +240,7 @@ def test_phases():
 # Phases of the outer loop -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_phases_are_those_of_models_that_stay_in_them():
     """First order and all losses until the second step, then neither; nothing is traced again."""
     batch = random_batch(shallow(), shots=1, queries=1)
@@ -263,6 +264,7 @@ def test_phases_are_those_of_models_that_stay_in_them():
     assert gradient.experimental_get_tracing_count() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_phases_in_one_program(compiled):
     """Many steps that are one program equal single ones."""
@@ -550,6 +552,7 @@ def often(monkeypatch):
     settle(monkeypatch, intervals=dict(save=1, summary=4, validation=4), printing=4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('eager', 'often')
 @pytest.mark.parametrize('variant', [pytest.param('anil', marks=pytest.mark.slow), 'plus_plus'])
 def test_from_training_to_export(tmp_path, data, monkeypatch, variant):
@@ -585,6 +588,7 @@ def classified(folder: Path, beside: Path, *more: str) -> dict:
     return json.loads(succeeded(in_process(classify.main, arguments)).out)
 
 
+@pytest.mark.slow
 def test_network_of_ones_own(tmp_path, eager, data):
     """A Keras model's head, with a step size for the layer."""
     network = f'--network={ROOT}/tests/networks.py:plain'

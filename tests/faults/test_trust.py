@@ -3,6 +3,7 @@
 The fast tests call main.py in this process; the slow ones start it, kill it, and look.
 """
 
+import contextlib
 import os
 import pty
 import random
@@ -38,12 +39,14 @@ from tensorboard.plugins.hparams.metadata import (
 )
 from test_checkpoints import assert_same, contents
 
-from fewshot.runs.checkpoints import checkpoints, lock, read_run_state
+from fewshot.runs.checkpoints import checkpoints, read_run_state
 from fewshot.runs.flags import run_name
+from fewshot.runs.prepare import Options, prepare
+from fewshot.runs.run_folder import lock_folder
 from fewshot.runs.summaries import event_files, forget_summaries, read_events, read_scalars
 from fewshot.runs.tasks import make_generators
 from fewshot.runs.terminal import Signals
-from fewshot.runs.trainer import Trainer, is_better
+from fewshot.runs.trainer import Schedule, Trainer, is_better
 from fewshot.use.learner import Learner
 
 SINUSOID = ['--norm=None', '--update_batch_size=5', '--meta_batch_size=4']
@@ -125,6 +128,7 @@ def assert_same_run(one: Path, other: Path, last: int):
 # Continuing ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'number',
     [
@@ -222,6 +226,26 @@ def test_leftovers_of_a_process_that_died(tmp_path, eager):
     assert not names & set(left) and set(kept) <= names
 
 
+def test_a_trainer_that_tells_nothing(tmp_path, eager, data):
+    """It trains, validates and saves as one with a log."""
+    train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=4', '--log=False']
+    f = parsed(*train, f'--logdir={tmp_path}/silent')
+    with contextlib.ExitStack() as held:
+        model, sources, silent, *_ = prepare(f, held, Options(compiled=False))
+    schedule = Schedule(0, 4, summary=1, validation=2, save=2)
+    trainer = Trainer(model, sources, 2, schedule, silent, validation_tasks=2)
+    assert trainer.run() == 4
+    intervals = {'summary': 1, 'validation': 2, 'save': 2}
+    with pytest.MonkeyPatch.context() as patch:
+        settle(patch, intervals=intervals)
+        succeeded(run(*train, f'--logdir={tmp_path}/told'))
+    told = folder_of(tmp_path / 'told', *train)
+    for kind in ('model', 'best'):
+        assert [*checkpoints(silent, kind)] == [*checkpoints(told, kind)] != []
+        for name in checkpoints(silent, kind):
+            assert_same(contents(silent / f'{kind}{name}'), contents(told / f'{kind}{name}'))
+
+
 # Refusals -----------------------------------------------------------------------------------------
 
 
@@ -278,7 +302,8 @@ def test_two_processes_on_one_folder(tmp_path, eager):
     succeeded(run(*train, '--metatrain_iterations=2'))
     folder = folder_of(tmp_path, *train)
     before = listing(tmp_path)
-    with lock(folder):
+    with contextlib.ExitStack() as held:
+        lock_folder(folder, held)
         for more in ([], ['--resume=False', '--overwrite']):
             outcome = run(*train, '--metatrain_iterations=4', *more)
             assert_refused(outcome, f'{folder} is in use by another process')
@@ -369,6 +394,7 @@ def test_loss_that_is_no_number(tmp_path, eager, data, often, source):
         assert 'there is no checkpoint yet' in outcome.err
 
 
+@pytest.mark.slow
 def test_best_checkpoint(tmp_path, eager, data, often):
     """That of the best validation, the earliest of equals; --test_iter=best evaluates it.
 
@@ -426,6 +452,7 @@ class Tasks:
 """
 
 
+@pytest.mark.slow
 def test_best_is_a_number(tmp_path, eager, often):
     """A validation that diverges is never the best, and the next that does not replaces none."""
     (tmp_path / 'tasks.py').write_text(WILD_TASKS)
@@ -513,6 +540,7 @@ def evaluated(*arguments: str) -> tuple[Outcome, str]:
     return outcome, outcome.out.partition('confidence intervals\n')[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'seeds',
     [range(30), pytest.param(range(30, 140), marks=pytest.mark.slow)],

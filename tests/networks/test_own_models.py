@@ -27,12 +27,13 @@ from test_use import QUERY, SUPPORT, served, tasks_to_serve
 from fewshot.data.user_tasks import BadTasks, UserTasks
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.build import example_shape, make_model, user_network
+from fewshot.networks.keras_network import KerasNetwork
 from fewshot.runs import trainer
 from fewshot.runs.checkpoints import checkpoints, read_run_state, write_checkpoint
 from fewshot.runs.flags import run_name
 from fewshot.runs.user_code import user_function
 from fewshot.use.learner import Learner
-from maml import FullyConnected, KerasNetwork, cross_entropy, mean_squared_error
+from maml import FullyConnected, cross_entropy, mean_squared_error
 from scripts.examples import curves, networks
 from scripts.model import classify, export, publish
 
@@ -59,7 +60,7 @@ def half_frozen(image_shape, num_classes):
     return model
 
 def wrapped(image_shape, num_classes):
-    from maml import KerasNetwork
+    from fewshot.networks.keras_network import KerasNetwork
     model = small(image_shape, num_classes)
     return KerasNetwork(model, adapt=[model.layers[-1].name])
 
@@ -133,6 +134,7 @@ def trained_twice(logdir: Path, monkeypatch, flags: list[str], stop: int) -> tup
     return tuple(logdir / name / run_name(parsed(*flags)) for name in ('once', 'twice'))
 
 
+@pytest.mark.slow
 def test_network_stops_and_continues_exactly(folder, tmp_path, eager, often, monkeypatch):
     """Weights, Adam, best checkpoint and summaries, pictures among them; then an evaluation."""
     flags = [*flags_of(folder), '--metatrain_iterations=17']
@@ -181,6 +183,7 @@ def run_folder(folder, tmp_path_factory) -> Path:
     return next(logdir.iterdir())
 
 
+@pytest.mark.slow
 def test_scripts_take_the_network(folder, run_folder, tmp_path):
     """classify.py, export.py and publish.py; without --network they refuse and run nothing."""
     (tmp_path / 'support').mkdir()
@@ -365,6 +368,7 @@ def test_errors_in_users_files_are_shown_as_theirs(folder, tmp_path, spec, words
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_checkpoints_from_before_the_flag(folder, tmp_path, eager, monkeypatch):
     """They are evaluated, loaded and continued."""
     flags = [*flags_of(folder)[:-1], '--conv=False', '--log=False', f'--logdir={tmp_path}']
@@ -444,7 +448,7 @@ def test_probabilities_are_no_logits():
 CURVES = f'--datasource={ROOT}/scripts/examples/curves.py:tasks'
 TASKS = """
 import numpy as np
-from utils import Batch
+from data_generator import Batch
 
 class Tasks:
     example_shape = (4, 4, 1)
@@ -608,7 +612,7 @@ def test_labels_tell_the_objective():
     assert UserTasks(Arrays(one_hot)).objective == 'accuracy'
     assert UserTasks(Arrays(one_hot, objective='loss')).objective == 'loss'
     assert UserTasks(Arrays(one_hot)).model_settings['shots'] == pytest.approx(5 / 3)
-    with pytest.raises(BadTasks, match='labela and labelb must be one-hot'):
+    with pytest.raises(BadTasks, match='labela must be one-hot.* since objective is accuracy'):
         UserTasks(Arrays(objective='accuracy'))
     with pytest.raises(BadTasks, match="'accuracy' or 'loss', but it is 'mse'"):
         UserTasks(Arrays(objective='mse'))
@@ -651,43 +655,44 @@ def with_value(value: float):
 @pytest.mark.parametrize(
     'change, words',
     [
-        (changed('inputa', lambda a: a[..., None]), r'inputa must be \[4, examples, size\]'),
-        (changed('inputb', lambda a: a[0]), r'inputb must be \[4, examples, size\].*is \[7, 2\]'),
+        (changed('inputa', lambda a: a[..., None]), r'inputa must be \[tasks, examples, size\]'),
+        (changed('inputb', lambda a: a[0]), r'inputb must be .* 4 tasks asked for.* is \[7, 2\]'),
+        (changed('labela', lambda a: a[..., 0]), r'labela must be .* it is \[4, 5\]'),
+        (changed('labelb', lambda a: a[:3]), r'labelb must be .* 4 tasks .* it is \[3, 7, 3\]'),
+        (lambda batch, split: {k: a[:3] for k, a in batch.items()}, 'inputa must be .* 4 tasks'),
+        (changed('labela', lambda a: a[:, :4]), 'inputa has 5 examples per task, but labela has 4'),
+        (changed('inputb', lambda a: a[:, :6]), 'inputb has 6 examples per task, but labelb has 7'),
+        (changed('inputb', lambda a: a[..., :1]), 'inputa has 2 values .* but inputb has 1'),
+        (changed('labelb', lambda a: a[..., :1]), 'labela has 3 values .* but labelb has 1'),
         (
-            changed('labela', lambda a: a[..., 0]),
-            r'labela must be .* one-hot or values, .*\[4, 5\]',
+            lambda batch, split: batch | {n: batch[n][:, :0] for n in ('inputa', 'labela')},
+            r'inputa must not be empty, but it is \[4, 0, 2\]',
         ),
-        (changed('labelb', lambda a: a[:3]), r'labelb must be \[4, .* it is \[3, 7, 3\]'),
-        (changed('labela', lambda a: a[:, :4]), r'labela must be \[4, 5, size\], as inputa'),
-        (changed('inputb', lambda a: a[:, :6]), r'labelb must be \[4, 6, size\], as inputb'),
-        (changed('inputb', lambda a: a[..., :1]), r'inputb must be \[4, examples, 2\], as inputa'),
-        (changed('labelb', lambda a: a[..., :1]), r'labelb must be \[4, examples, 3\], as labela'),
-        (changed('inputa', lambda a: a[:, :0]), r'inputa must be .* it is \[4, 0, 2\]'),
-        (changed('inputa', with_value(np.nan)), 'inputa must be finite.* 1 values are NaN'),
+        (changed('inputa', with_value(np.nan)), 'inputa must be finite.* 1 are NaN'),
         (changed('labelb', with_value(np.inf)), 'labelb must be finite'),
         (changed('labelb', with_value(1e300)), 'labelb must be finite'),
-        (changed('inputa', lambda a: a.astype(str)), 'inputa must be numbers.* type <U'),
-        (changed('inputa', lambda a: a.astype(complex)), 'inputa must be numbers.* complex'),
+        (changed('inputa', lambda a: a.astype(str)), 'inputa must be .* numbers.* type <U'),
+        (changed('inputa', lambda a: a.astype(complex)), 'inputa must be .* numbers.* complex'),
         (changed('inputa', lambda a: [[1], [1, 2]]), 'inputa must be an array'),
-        (changed('labela', lambda a: None), 'labela must be numbers.* object'),
+        (changed('labela', lambda a: None), 'labela must be .* numbers, but it is None'),
         (lambda batch, split: tuple(batch.values()), 'a dict of four arrays.* type tuple: write'),
-        (lambda batch, split: None, 'must return a utils.Batch.* NoneType: write Batch[(]inputa='),
+        (lambda batch, split: None, 'must be a data_generator.Batch.* NoneType: write Batch[(]in'),
         (lambda batch, split: batch | {'c': 0}, 'but the names are inputa, .*, labelb, c: write'),
         (
             changed('inputb', lambda a: np.ma.masked_less(a, 0.1)),
-            r'inputb must be \[4, examples, size\] without a mask',
+            'inputb must be real numbers, but some are masked',
         ),
         (changed('labela', lambda a: a + np.random.random()), 'labela was another one the second'),
         (
             lambda batch, split: {
                 name: array[..., : 2 if split == 'val' else 3] for name, array in batch.items()
             },
-            r"batch\('val', 0, 4\): labela must be \[tasks, examples, 3\] as in the split train",
+            r"batch\('val', 0, 4\): labela is \[4, 5, 2\], but .* \[4, 5, 3\] in the split train",
         ),
     ],
 )
 def test_tasks_refused(change, words):
-    """The sentence names the call, the array and the shape that is wanted."""
+    """The sentence names the call, the array and what is wrong with it."""
     with pytest.raises(BadTasks, match=words) as refused:
         UserTasks(Arrays(change), 'own.py:tasks')
     assert str(refused.value).startswith('own.py:tasks: batch(') and '\n' not in str(refused.value)

@@ -11,8 +11,9 @@ from test_reference import FOLDER, Case, check_metatrain, check_outcomes
 
 from data_generator import Batch
 from fewshot.engine.fast import FastMAML
+from fewshot.networks.keras_network import KerasNetwork
 from fewshot.use.learner import Learner
-from maml import KerasNetwork, cross_entropy
+from maml import cross_entropy
 
 layers = keras.layers
 SHARED = ORIGINAL.parent / 'reference'  # has cases that are too large for tests/reference

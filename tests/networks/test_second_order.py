@@ -8,14 +8,14 @@ from pathlib import Path
 import keras
 import pytest
 import tensorflow as tf
-from command_line import Outcome, assert_refused, command, in_process
+from command_line import ROOT, Outcome, assert_refused, command, in_process
 
 import maml
 from fewshot.networks import keras_network
 from fewshot.runs.user_code import UserCodeError, user_function
 from scripts.model import check_second_order
 
-NETWORKS = Path(__file__).with_name('networks.py')
+NETWORKS = ROOT / 'tests/networks.py'
 NUMBER = r'-?\d+\.\d+(?:e[-+]\d+)?'
 
 
@@ -69,6 +69,7 @@ def test_first_order_differs():
         assert this == plain == difference != first_order
 
 
+@pytest.mark.slow
 def test_plain_keras_is_wrong_with_batch_normalization():
     outcome = audit('batch_norm')
     assert outcome.status == 0, outcome.err
@@ -80,6 +81,7 @@ def test_plain_keras_is_wrong_with_batch_normalization():
     assert '0/conv2d/kernel' in found['']
 
 
+@pytest.mark.slow
 def test_status_if_this_project_is_wrong(monkeypatch):
     """As it would be without its correction."""
     assert audit('group_norm').status == 0
@@ -97,6 +99,7 @@ def test_model_that_stops_gradients():
     assert re.match(r'this project \d+\.\d+ % off', verdicts(outcome)['conv2d/kernel'])
 
 
+@pytest.mark.slow
 def test_differences_that_do_not_agree(monkeypatch):
     """Nobody is called wrong then, and the audit has not succeeded."""
     monkeypatch.setattr(check_second_order, 'DIRECTIONS', 1)

@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +23,19 @@ from command_line import (
     make_omniglot,
     parsed,
     run,
-    running_eagerly,
     settle,
     succeeded,
 )
 
-import main
+from fewshot.networks.build import make_model
 from fewshot.runs import flags as flags_module
-from fewshot.runs.checkpoints import checkpoints, read_checkpoint, write_checkpoint
-from fewshot.runs.flags import model_settings, run_name
+from fewshot.runs.checkpoints import checkpoints, is_plain_path, read_checkpoint, write_checkpoint
+from fewshot.runs.flags import model_settings, run_name, settings
 from fewshot.runs.results import read_evaluation
-from fewshot.runs.summaries import read_scalars
+from fewshot.runs.summaries import event_files, read_events, read_scalars
 from fewshot.use.learner import Learner
 from scripts.data import prepare_miniimagenet, prepare_omniglot
-from scripts.model import import_tf1_checkpoint, publish
+from scripts.model import import_tf1_checkpoint
 
 SINUSOID = ['--meta_batch_size=4', '--log=False']
 OMNIGLOT = [
@@ -107,27 +107,30 @@ def test_resumed_run_is_exact(tmp_path, eager, omniglot, flags, iterations):
 
 
 def test_continuing_from_an_earlier_checkpoint(tmp_path, eager):
-    """--test_iter=N names the checkpoint; what came later is removed when told to, else refused."""
+    """--test_iter=N is refused where a run has gone on; a copy, made as it is told, goes on."""
     train = ['--meta_batch_size=4', f'--logdir={tmp_path}']
     for iterations in (2, 4):
         succeeded(run(*train, f'--metatrain_iterations={iterations}'))
     folder = folder_of(tmp_path, *train)
-    for iteration in (1, 3):
-        succeeded(run(*train, '--train=False', f'--test_iter={iteration}'))
-    write_checkpoint(tf.train.Checkpoint(), folder, 3, kind='best')
+    for best in (1, 3):  # more than a run keeps
+        (folder / f'best{best}.index').touch()
     last, curves, before = contents(folder / 'model3'), read_scalars(folder), listing(tmp_path)
     earlier = [*train, '--metatrain_iterations=4', '--test_iter=1']
-    words = ['--test_iter=1 until iteration 3', '--overwrite', 'leave --test_iter away']
-    assert_refused(run(*earlier), *words)
+    words = ['--test_iter=1 until iteration 3', 'leave --test_iter away', 'cp -r', '--logdir=OTHER']
+    outcome = run(*earlier)
+    assert_refused(outcome, *words)
+    assert_refused(run(*earlier, '--overwrite'), '--overwrite', '--resume=False')
     assert_refused(run(*earlier, '--resume=False'), '--test_iter=1', '--resume=False', 'one of')
     assert listing(tmp_path) == before
-    outcome = succeeded(run(*earlier, '--overwrite'))
-    assert 'Continuing at iteration 2 of 4' in outcome.out
-    assert f'Removed what came after iteration 1 in {folder}: 1 checkpoints' in outcome.out
-    assert_same(last, contents(folder / 'model3'))
-    assert read_scalars(folder) == curves and not checkpoints(folder, 'best')
-    table = 'test_ubs5_stepsize0.001_val_iteration1'
-    assert {path.name for path in folder.glob('test_*')} == {f'{table}.csv', f'{table}.pkl'}
+    line = re.search('`(.*)`', outcome.err)[1].replace('OTHER', f'{tmp_path}/other')
+    subprocess.run(line, shell=True, check=True)
+    copy = folder_of(tmp_path / 'other', *train)
+    assert [*checkpoints(copy)] == [1] == [*checkpoints(copy, 'best')]
+    flags = ['--meta_batch_size=4', f'--logdir={tmp_path}/other', '--metatrain_iterations=4']
+    assert 'Continuing at iteration 2 of 4' in succeeded(run(*flags)).out
+    assert_same(last, contents(copy / 'model3'))
+    assert read_scalars(folder) == curves
+    succeeded(run(*train, '--metatrain_iterations=6', '--test_iter=3'))  # the newest
 
 
 @pytest.mark.parametrize(
@@ -135,10 +138,9 @@ def test_continuing_from_an_earlier_checkpoint(tmp_path, eager):
     [
         pytest.param([], '', marks=pytest.mark.slow),
         pytest.param(['--test_iter=1'], ' without --test_iter=1', marks=pytest.mark.slow),
-        (['--test_iter=1', '--overwrite'], ' without --overwrite=True and --test_iter=1'),
         (['--resume=False', '--overwrite'], ' without --resume=False and --overwrite=True'),
     ],
-    ids=['as usual', 'earlier', 'earlier again', 'afresh'],
+    ids=['as usual', 'by its iteration', 'afresh'],
 )
 def test_the_command_that_continues(tmp_path, eager, monkeypatch, begun, without):
     """It is what the line says that tells of it: --overwrite would begin there once more."""
@@ -191,34 +193,54 @@ def test_ten_are_kept(tmp_path, eager, monkeypatch):
 # Names of folders ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory) -> Path:
-    """The folder of four iterations on sinusoids."""
-    logdir = tmp_path_factory.mktemp('plain')
-    with pytest.MonkeyPatch.context() as patch, running_eagerly(patch):
-        succeeded(run('--meta_batch_size=4', f'--logdir={logdir}', '--metatrain_iterations=4'))
-    return next(logdir.iterdir())
+@pytest.mark.parametrize('name', [b'caf\xe9', b'[', b']', b'*', b'?', b'{', b'}', b'\\'])
+def test_paths_that_tensorflow_does_not_take_as_they_are(name):
+    assert not is_plain_path(os.fsdecode(b'logs/' + name + b'/run'))
+    assert is_plain_path('~/My runs (2), caf\xe9/$x;#!@+=&%')
 
 
-@pytest.mark.parametrize(
-    'name',
-    [b'caf\xe9 [x]', pytest.param(b'*?{b}\\c', marks=pytest.mark.slow)],
-    ids=['brackets, not UTF-8', 'others'],
-)
-def test_folders_of_any_name(tmp_path, eager, uninterrupted, name):
-    """TensorFlow takes some for patterns, and wants UTF-8; runs continue and are read there too."""
-    logdir = tmp_path / os.fsdecode(name)
-    flags = ['--meta_batch_size=4', f'--logdir={logdir}']
-    for iterations in (2, 4):
-        outcome = succeeded(run(*flags, f'--metatrain_iterations={iterations}'))
-    assert 'Continuing at iteration 2 of 4' in outcome.out
-    folder = folder_of(logdir, *flags)
-    assert read_scalars(folder) == read_scalars(uninterrupted) != {}
-    shutil.copytree(folder, tmp_path / 'run')
-    assert_same(contents(tmp_path / 'run/model3'), contents(uninterrupted / 'model3'))
-    kept = publish.publish(folder, logdir / 'kept')
-    assert_same(*(values_of(Learner.load(place).model) for place in (folder, kept)))
-    succeeded(run(*flags, '--train=False', '--test_iter=3'))
+@pytest.mark.parametrize('name', [b'caf\xe9', b'[x]'], ids=['not UTF-8', 'brackets'])
+def test_folders_where_no_checkpoints_can_be(tmp_path, eager, name):
+    """Runs and Learners are refused there, in one sentence, and nothing is written."""
+    logdir, sentence = tmp_path / os.fsdecode(name), 'TensorFlow cannot write or read checkpoints'
+    write_run(tmp_path / 'usual', *SINUSOID)
+    copied = next((tmp_path / 'usual').iterdir())
+    kept = Learner.load(write_run(tmp_path / 'with_flags', *SINUSOID, with_flags=True))
+    shutil.copytree(copied, logdir / copied.name)
+    before = listing(tmp_path)
+    for flags in (
+        [f'--logdir={logdir}'],
+        [f'--logdir={logdir}', '--train=False'],
+        [f'--logdir={logdir}', '--resume=False', '--overwrite'],
+        ['--train=False', f'--run={logdir / copied.name}'],
+    ):
+        assert_refused(run(*SINUSOID, '--metatrain_iterations=2', *flags), sentence)
+    for refused in (lambda: Learner.load(logdir / copied.name), lambda: kept.save(logdir)):
+        with pytest.raises(ValueError, match=sentence):
+            refused()
+    assert listing(tmp_path) == before
+
+
+def test_data_in_a_folder_of_any_name(tmp_path, eager):
+    """Its name is among the flags, which TensorBoard takes in UTF-8 only."""
+    data = tmp_path / os.fsdecode(b'caf\xe9 [x]*')
+    flags = [*OMNIGLOT[:-1], f'--data_dir={make_omniglot(data)}', f'--logdir={tmp_path}/logs']
+    for iterations in (1, 2):
+        succeeded(run(*flags, f'--metatrain_iterations={iterations}'))
+    folder = folder_of(tmp_path / 'logs', *flags)
+    assert '/caf\\udce9 [x]*' in flags_text(folder)
+    assert {*read_scalars(folder)['metatrain_Pre-update_loss']} == {0}
+    succeeded(run('--train=False', f'--run={folder}'))
+
+
+def flags_text(folder: Path) -> str:
+    """The table of flags among a run's summaries."""
+    for path in event_files(folder):
+        for event in map(tf.compat.v1.Event.FromString, read_events(path)):
+            for value in event.summary.value:
+                if value.tag == 'flags':
+                    return value.tensor.string_val[0].decode()
+    raise AssertionError('no flags')
 
 
 @pytest.mark.parametrize('flag', ['--logdir', '--data_dir'])
@@ -232,13 +254,14 @@ def test_addresses_are_no_folders(tmp_path, monkeypatch, flag):
 # Refusals -----------------------------------------------------------------------------------------
 
 
-def write_run(logdir: Path, *flags: str, iterations=(0,)) -> Path:
+def write_run(logdir: Path, *flags: str, iterations=(0,), with_flags: bool = False) -> Path:
     """The folder of a run with checkpoints of initial weights: quicker than training them."""
     folder = folder_of(logdir, *flags)
     folder.mkdir(parents=True)
-    model = main.make_model(**model_settings(parsed(*flags)))
+    model = make_model(**model_settings(parsed(*flags)))
+    state = {'flags': settings(parsed(*flags))} if with_flags else {}
     for i in iterations:
-        write_checkpoint(model.checkpoint, folder, i)
+        write_checkpoint(model.checkpoint, folder, i, state)
     return folder
 
 
@@ -317,8 +340,7 @@ def test_the_checkpoint_before_a_damaged_one(tmp_path, eager):
     """It can be evaluated, and trained from again."""
     train = [*SINUSOID, f'--logdir={tmp_path}']
     flip(write_run(tmp_path, *train, iterations=(0, 1)) / 'model1.data-00000-of-00001')
-    again = ['--metatrain_iterations=3', '--test_iter=0', '--overwrite']
-    for more in (['--train=False', '--test_iter=0'], again):
+    for more in (['--train=False', '--test_iter=0'], ['--metatrain_iterations=3']):
         assert 'model0' in succeeded(run(*train, *more)).lines[0]
     assert 'model2' in succeeded(run(*train, '--train=False')).lines[0]
 
@@ -405,7 +427,7 @@ networks = pytest.mark.parametrize('build, flags', NETWORKS.values(), ids=NETWOR
 def test_original_checkpoint_by_value(tmp_path, build, flags):
     original = Original()
     path = original.write(tmp_path, 700, build)
-    model = main.make_model(**model_settings(parsed(*flags)))
+    model = make_model(**model_settings(parsed(*flags)))
     assert not model.restore(str(path))  # no state of Adam's in it
     assert_same(values_of(model), original.values)
 
@@ -611,7 +633,7 @@ def published_run(tmp_path) -> Path:
 @published
 def test_published_model_by_value(published_run):
     assert published_run.name == 'cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm'
-    model = main.make_model(**model_settings(parsed(*FLAGS)))
+    model = make_model(**model_settings(parsed(*FLAGS)))
     assert not model.restore(str(published_run / 'model59000'))
     reader = tf.train.load_checkpoint(str(PUBLISHED))
     keys = {name: f'model/{name}' for name in model.weights | model.norms}
@@ -650,7 +672,7 @@ def test_accuracy_of_the_published_model(published_run, validation_classes, monk
 def test_published_model_converted(published_run, tmp_path):
     target = tmp_path / 'converted' / published_run.name
     succeeded(convert(published_run, f'--target={target}'))
-    models = [main.make_model(**model_settings(parsed(*FLAGS))) for _ in range(2)]
+    models = [make_model(**model_settings(parsed(*FLAGS))) for _ in range(2)]
     paths = [str(folder / 'model59000') for folder in (published_run, target)]
     assert [model.restore(path) for model, path in zip(models, paths)] == [False, True]
     assert_same(*(values_of(model) for model in models))
