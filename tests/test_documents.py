@@ -291,7 +291,7 @@ def is_known(span: str) -> bool:
     if not NAME.fullmatch(span):
         return True
     if span.startswith('fewshot.'):
-        return has(fewshot, span.split('.')[1:])
+        return has(fewshot, span.removesuffix('()').split('.')[1:])
     first, *rest = span.removesuffix('()').split('.')
     places = [place for place in (*MODULES, builtins) if hasattr(place, first)]
     owners = [getattr(place, first) for place in places]
@@ -313,7 +313,7 @@ def has(owner, names: list[str]) -> bool:
 def is_file(name: str) -> bool:
     """By its path from the checkout's top folder or a document's, or by its name alone."""
     folders = ['', '.github', '.github/workflows', 'logs', 'scripts', 'tests']
-    folders += [str(path.parent) for path in ROOT.glob('scripts/*/*')]
+    folders += [str(path.parent) for path in ROOT.glob('*/*/*.py')]
     return any((ROOT / folder / name).exists() for folder in folders)
 
 

@@ -1,8 +1,10 @@
 """TensorFlow and Keras as a program starts with them."""
 
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 
 from fewshot.start import has_nvidia_gpu
 
@@ -79,9 +81,7 @@ QUIET = [
 
 
 @pytest.mark.parametrize('onednn', ['', pytest.param('1', marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    'line', [QUIET[0], *(pytest.param(x, marks=pytest.mark.slow) for x in QUIET[1:])]
-)
+@pytest.mark.parametrize('line', QUIET)
 def test_a_start_is_quiet(line, onednn):
     """Up to TensorFlow's first operation; oneDNN is on by itself where there is AVX-512."""
     code = f'{line}; import tensorflow as tf; print(tf.reduce_sum(tf.ones(3)).numpy())'
@@ -140,3 +140,47 @@ def test_settings_of_the_environment(tmp_path, name):
         weights.append(Learner.load(folder).model.weights)
     for key, value in weights[0].items():
         np.testing.assert_array_equal(value, weights[1][key])
+
+
+TRAINING = """
+import importlib.util
+import fewshot, maml
+from data_generator import SinusoidGenerator
+from fewshot import FastMAML, KerasNetwork, Learner, MetaModel, make_model
+network = maml.FullyConnected(1, (40, 40), 1)
+model = FastMAML(network, maml.mean_squared_error, update_lr=0.01)
+tasks = SinusoidGenerator(num_support=5, num_query=5)
+losses = [float(model.metatrain_step(tasks.batch('train', i, 4))) for i in range(3)]
+test = tasks.batch('test', 0, 1)
+Learner(model).adapt(test.inputa, test.labela)
+print(fewshot.__file__, maml.__file__, losses == losses)
+import fewshot.data.cifar100
+"""
+
+
+@pytest.mark.slow
+def test_the_wheel_works_alone(tmp_path):
+    """Installed elsewhere, in a folder with a utils.py and a main.py of the user's."""
+    source, installed, here = (tmp_path / name for name in ('source', 'installed', 'here'))
+    names = ['setup.py', 'maml.py', 'data_generator.py', 'special_grads.py', 'main.py', 'utils.py']
+    source.mkdir()
+    for name in names:
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / 'fewshot', source / 'fewshot')
+    pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
+    subprocess.run(
+        [*pip, 'wheel', '.', '--no-deps', f'--wheel-dir={tmp_path}'], cwd=source, check=True
+    )
+    (wheel,) = tmp_path.glob('*.whl')
+    files = zipfile.ZipFile(wheel).namelist()
+    assert not {'main.py', 'utils.py'} & {*files}
+    assert {'maml.py', 'fewshot/use/demo_pad.js', 'fewshot/data/cifar100_splits.json'} <= {*files}
+    subprocess.run([*pip, 'install', '--no-deps', f'--target={installed}', wheel], check=True)
+    here.mkdir()
+    for name in ('utils', 'main'):
+        (here / f'{name}.py').write_text('raise ImportError("this one is the user\'s own")\n')
+    more = {'env': os.environ | {'PYTHONPATH': str(installed)}, 'cwd': here}
+    line = [sys.executable, '-B', '-c', TRAINING]
+    done = subprocess.run(line, **more, capture_output=True, text=True, timeout=600)
+    own = installed / 'fewshot/__init__.py', installed / 'maml.py', True
+    assert done.stdout.split() == [*map(str, own)], done.stderr

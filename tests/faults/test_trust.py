@@ -579,10 +579,10 @@ def test_damaged_caches_at_random(tmp_path, eager, data, seeds=range(60)):
         return make_generators(parsed(*train))['train'].batch('train', 0, 4)
 
     expected = draw()
-    cache = source / 'omniglot_resized.cache'
     for seed in seeds:
         dice = random.Random(seed)
-        spoil(cache, [path.name for path in cache.iterdir()], dice)
+        (source / 'other').write_bytes(b'another file')
+        spoil(source, ['omniglot_resized.cache.npy', 'other'], dice)
         for one, other in zip(draw(), expected):
             np.testing.assert_array_equal(one, other)
 

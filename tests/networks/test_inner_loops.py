@@ -229,12 +229,12 @@ def test_weights_of_losses():
 
 def test_phases():
     """Of both annealings, in either order; one if there is none."""
-    assert phases(0, 0) == [Phase(0)]
-    assert phases(0, float('inf')) == [Phase(0, False, True)]
-    assert phases(3, 0) == [Phase(0, True), Phase(3)]
-    assert phases(3, 5) == [Phase(0, True, True), Phase(3, False, True), Phase(5)]
-    assert phases(5, 3) == [Phase(0, True, True), Phase(3, True), Phase(5)]
-    assert phases(4, 4) == [Phase(0, True, True), Phase(4)]
+    assert phases('last', 0, 0) == [Phase(0)]
+    assert phases('all', 0, 0) == [Phase(0, False, True)]
+    assert phases('last', 0, 3) == [Phase(0, True), Phase(3)]
+    assert phases('all', 5, 3) == [Phase(0, True, True), Phase(3, False, True), Phase(5)]
+    assert phases('all', 3, 5) == [Phase(0, True, True), Phase(3, True), Phase(5)]
+    assert phases('all', 4, 4) == [Phase(0, True, True), Phase(4)]
 
 
 # Phases of the outer loop -------------------------------------------------------------------------

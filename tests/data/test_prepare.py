@@ -24,7 +24,7 @@ from fewshot.data import preparation
 from fewshot.data.preparation import PreparationError
 from scripts.data import prepare_miniimagenet, prepare_omniglot
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get('MAML_TEST_DATA', ROOT.parent / 'shared' / 'data'))
 COUNTS = prepare_omniglot.Counts(alphabets=3, characters=4, images=2)
 BACKGROUND = ('Greek/character01', 'Greek/character02', 'Latin/character01')

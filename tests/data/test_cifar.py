@@ -25,7 +25,7 @@ from fewshot.data.preparation import PreparationError
 from scripts.data import prepare_cifar_fs
 from scripts.data.prepare_cifar_fs import SPLITS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {'train': ['train', 'apple'], 'val': ['bee'], 'test': ['cup']}
 NAMES = ['apple', 'bee', 'cup', 'train']  # in the order of their numbers
 IMAGES = 3  # of a class: two of the part train, one of test

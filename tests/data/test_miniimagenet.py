@@ -26,7 +26,7 @@ from fewshot.data.preparation import PreparationError
 from scripts.data import prepare_miniimagenet
 from scripts.data.prepare_miniimagenet import PICKLES, prepare
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SPLITS = {'train': 3, 'val': 2, 'test': 2}  # classes of each
 PLACES = (1, 3, 4)  # of a class's images among those of its synset
 
