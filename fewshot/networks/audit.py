@@ -5,6 +5,7 @@ are constants to the second derivative, without an error.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,7 +15,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework.ops import gradient_registry
 
+from data_generator import Batch
 from fewshot.networks.keras_layers import attributes
+from maml import MAML, mean_squared_error
 
 # Steps of differences. Larger ones cross kinks of ReLU and max-pooling, of which deep networks have
 # many: MobileNetV2 needs 1e-9.
@@ -55,15 +58,20 @@ def rounds(graph: tf.Graph) -> bool:
         if any(x.dtype == tf.float64 for x in operation.inputs):
             if any(y.dtype.is_floating and y.dtype != tf.float64 for y in operation.outputs):
                 return True
-    double = tf.float64.as_datatype_enum
-    bodies = [function.node_def for function in graph.as_graph_def().library.function]
-    casts = [node for body in bodies for node in body if node.op == 'Cast']
-    return any(
-        node.attr['SrcT'].type == double
-        and node.attr['DstT'].type != double
-        and tf.as_dtype(node.attr['DstT'].type).is_floating
-        for node in casts
+    return any(node.op == 'Cast' and narrows(node) for node in nodes(graph))
+
+
+def narrows(cast) -> bool:
+    to = tf.as_dtype(cast.attr['DstT'].type)
+    return cast.attr['SrcT'].type == tf.float64.as_datatype_enum and (
+        to.is_floating and to != tf.float64
     )
+
+
+def nodes(graph: tf.Graph) -> list:
+    """Of a graph, and of the functions that it calls."""
+    made = graph.as_graph_def()
+    return [*made.node, *(node for body in made.library.function for node in body.node_def)]
 
 
 def moved(value: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -88,63 +96,6 @@ def probe_inputs(model: keras.Model, shape: Sequence[int], seed: int) -> Iterato
         if isinstance(layer, keras.layers.Masking):
             x[..., ::2, -1, :] = layer.mask_value  # the last time step of every other example
     yield x
-
-
-# The outer loss, and its derivatives --------------------------------------------------------------
-
-
-class Tasks(NamedTuple):
-    """Random regressions, [T, examples, ...] each, and the step size of the inner update."""
-
-    inputa: tf.Tensor
-    labela: tf.Tensor
-    inputb: tf.Tensor
-    labelb: tf.Tensor
-    lr: float
-
-
-def squared_error(output: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
-    """[T, examples, out] each -> [T]."""
-    return tf.reduce_mean(tf.square(output - label), axis=[1, 2])
-
-
-def weights_and_norms(network, values: Sequence[tf.Tensor], tasks: int) -> tuple[dict, dict]:
-    """θ for each task, {name: [T, ...]}, and what tasks have in common, {name: [...]}.
-
-    values: of the network's parameters and norm_parameters, in this order.
-    """
-    count = len(network.parameters)
-    theta = {
-        name: tf.broadcast_to(value, [tasks, *value.shape])
-        for name, value in zip(network.parameters, values)
-    }
-    return theta, dict(zip(network.norm_parameters, values[count:]))
-
-
-def inner_gradient(network, theta: dict, norms: dict, tasks: Tasks) -> dict:
-    """∇_θ of the support losses, {name: [T, ...]}."""
-    with tf.GradientTape() as tape:
-        tape.watch(theta)
-        output = network(network.prepare(tasks.inputa), theta, norms)
-        losses = squared_error(output, tasks.labela)
-    return tape.gradient(losses, theta, unconnected_gradients='zero')
-
-
-def outer_loss(network, values: Sequence[tf.Tensor], tasks: Tasks) -> tf.Tensor:
-    """The sum over tasks of the query loss after an inner update, a scalar; lines 4 to 10."""
-    theta, norms = weights_and_norms(network, values, tasks.inputa.shape[0])
-    gradients = inner_gradient(network, theta, norms, tasks)
-    theta = {name: theta[name] - tasks.lr * gradients[name] for name in theta}
-    output = network(network.prepare(tasks.inputb), theta, norms)
-    return tf.reduce_sum(squared_error(output, tasks.labelb))
-
-
-def meta_gradient(network, values: Sequence[tf.Tensor], tasks: Tasks) -> list[tf.Tensor]:
-    """∇ of `outer_loss` for the values."""
-    with tf.GradientTape() as tape:
-        tape.watch(values)
-        loss = outer_loss(network, values, tasks)
-    return tape.gradient(loss, values, unconnected_gradients='zero')
 
 
 # Differences --------------------------------------------------------------------------------------
@@ -210,6 +161,38 @@ class Compared(NamedTuple):
         return agree and (self.precision == 'float64' or self.is_right or bool(self.blind))
 
 
+def compare(
+    loss: Callable, variables: Sequence, gradient: Sequence, direction: Sequence, *how
+) -> Compared:
+    """The gradient of a loss along a direction, and what differences have, as `how` says.
+
+    loss: without arguments, of the values of the variables, which keep theirs. gradient and
+    direction: an array for each variable. how: the floor and the precision of `differentiate`.
+    """
+    values = [variable.numpy() for variable in variables]
+
+    def loss_at(step: float) -> float:
+        for variable, value, d in zip(variables, values, direction):
+            variable.assign(value + step * d)
+        return float(loss())
+
+    derivative = sum(float(np.sum(np.multiply(g, d))) for g, d in zip(gradient, direction))
+    found = differentiate(lambda step: (loss_at(step) - loss_at(-step)) / 2, *how)
+    for variable, value in zip(variables, values):
+        variable.assign(value)
+    return Compared(derivative, *found, *how)
+
+
+# The audit of a network ---------------------------------------------------------------------------
+
+
+class Audited(MAML):
+    """MAML without accuracy, whose argmax `blind_operations` would name."""
+
+    def outcome(self, weights, norms, x, y, leading=None) -> tuple:
+        return self.loss(self.output(weights, norms, x, leading), y), None, None
+
+
 def audit(network, inputs: Callable) -> Compared:
     """The meta-gradient of a network along a random direction of all that the outer loop learns.
 
@@ -217,54 +200,50 @@ def audit(network, inputs: Callable) -> Compared:
     [T, examples, D].
     """
     random, start, dtype = np.random.default_rng(1), time.monotonic(), network.precision
-    made = [value for value, _ in [*network.parameters.values(), *network.norm_parameters.values()]]
-    values = [tf.constant(moved(value, random), dtype) for value in made]
-    tasks = random_tasks(network, values, inputs, random)
-    gradient = meta_gradient(network, values, tasks)
-    norm = float(tf.linalg.global_norm(gradient))
+    model = Audited(network, mean_squared_error, update_lr=1.0, dtype=dtype)
+    for variable in model.parameters:
+        variable.assign(moved(variable.numpy(), random))
+    batch = random_tasks(network, inputs, random)
+    model.update_lr = step_size(model, batch)
+    _, *gradient = model.gradient_of_sum(batch)
+    sizes = [rms(variable.numpy()) for variable in model.parameters]
+    floor = 1e-3 * float(tf.linalg.global_norm(gradient)) * max(sizes) + 1e-12
     for _ in range(DIRECTIONS):
-        direction = [tf.constant(random.standard_normal(v.shape) * rms(v), dtype) for v in values]
-
-        def difference(step: float, direction=direction) -> float:
-            moves = [[v + s * d for v, d in zip(values, direction)] for s in (step, -step)]
-            after, before = (outer_loss(network, move, tasks) for move in moves)
-            return float(after - before) / 2
-
-        derivative = sum(float(tf.reduce_sum(g * d)) for g, d in zip(gradient, direction))
-        floor = 1e-3 * norm * max(map(rms, values)) + 1e-12
-        found = differentiate(difference, floor, dtype)
-        compared = Compared(derivative, *found, floor, dtype)
+        direction = [random.standard_normal(g.shape) * s for g, s in zip(gradient, sizes)]
+        outer_loss = functools.partial(model.outer_loss, batch)
+        compared = compare(outer_loss, model.parameters, gradient, direction, floor, dtype)
         if not compared.is_right:
-            compared = compared._replace(blind=blind_operations(network, values, tasks))
+            compared = compared._replace(blind=blind_operations(outer_loss))
         if compared.is_decided or time.monotonic() > start + PATIENCE:
             break
     return compared
 
 
-def rms(value: tf.Tensor) -> float:
-    return float(tf.sqrt(tf.reduce_mean(tf.square(value)))) if tf.size(value) else 0.0
+def rms(value: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(value)))) if np.size(value) else 0.0
 
 
-def random_tasks(network, values: list, inputs: Callable, random: np.random.Generator) -> Tasks:
-    """Regression to random numbers, by an inner update that changes weights by a share, STRIDE."""
+def random_tasks(network, inputs: Callable, random: np.random.Generator) -> Batch:
+    """Regression to random numbers."""
     x, z = inputs(2), inputs(3)
     shape = (*x.shape[:2], network.dim_output)
     y, label = (tf.constant(random.standard_normal(shape), x.dtype) for _ in range(2))
-    tasks = Tasks(x, y, z, label, lr=1.0)
-    theta, norms = weights_and_norms(network, values, x.shape[0])
-    gradients = inner_gradient(network, theta, norms, tasks)
-    length = float(tf.linalg.global_norm([*gradients.values()]))
-    lr = STRIDE * float(tf.linalg.global_norm([*theta.values()])) / length if length else 1.0
-    return tasks._replace(lr=lr)
+    return Batch(inputa=x, labela=y, inputb=z, labelb=label)
 
 
-def blind_operations(network, values: Sequence[tf.Tensor], tasks: Tasks) -> list[str]:
-    """The operations of the outer loss whose derivatives TensorFlow takes for zero."""
-    program = tf.function(lambda values: outer_loss(network, values, tasks), autograph=False)
-    graph = program.get_concrete_function([*values]).graph.as_graph_def()
-    bodies = [graph.node, *(function.node_def for function in graph.library.function)]
+def step_size(model: MAML, batch: Batch) -> float:
+    """Of an inner update that changes weights by a share, STRIDE."""
+    gradients = zip(model.named_parameters, model.pretrain_gradient(batch)[1])
+    length = tf.linalg.global_norm([g for name, g in gradients if name in model.weights])
+    size = tf.linalg.global_norm([*model.weights.values()])
+    return STRIDE * float(size / length) if length > 0 else 1.0
+
+
+def blind_operations(loss: Callable) -> list[str]:
+    """The operations of a loss without arguments whose derivatives TensorFlow takes for zero."""
+    graph = tf.function(loss, autograph=False).get_concrete_function().graph
     floats, found = (tf.float32.as_datatype_enum, tf.float64.as_datatype_enum), {}
-    for node in (node for body in bodies for node in body):
+    for node in nodes(graph):
         with contextlib.suppress(LookupError):
             if node.attr['T'].type in floats and gradient_registry.lookup(node.op) is None:
                 found[node.op] = node.name

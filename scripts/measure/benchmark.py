@@ -16,6 +16,7 @@ of 0...255 instead); and the initial parameters, `init/conv1` and so on. tests/r
 
 # ruff: noqa: E402 (the clock starts before TensorFlow is imported)
 
+import functools
 import io
 import json
 import os
@@ -80,12 +81,9 @@ def rss_mb() -> float:
 
 
 def versions() -> dict[str, str]:
-    return {
-        'python': sys.version.split()[0],
-        'tensorflow': tf.__version__,
-        'keras': keras.__version__,
-        'numpy': np.__version__,
-    }
+    """Of Python and of the libraries."""
+    modules = {module.__name__: module.__version__ for module in (tf, keras, np)}
+    return {'python': sys.version.split()[0], **modules}
 
 
 # A meta-training step -----------------------------------------------------------------------------
@@ -132,8 +130,8 @@ def case_array(path: str, values: dict, key: str, shape: tuple[int | None, ...])
         array = values[key]
     else:
         raise ValueError(f'{path} has no array "{key}", which its flags ask for')
-    fits = array.ndim == len(shape)
-    if not fits or any(size not in (None, found) for size, found in zip(shape, array.shape)):
+    full = tuple(found if size is None else size for size, found in zip(shape, array.shape))
+    if array.shape != full or array.ndim != len(shape):
         wanted = ', '.join('?' if size is None else str(size) for size in shape)
         raise ValueError(f'{path}: "{key}" is {[*array.shape]}, but its flags ask for [{wanted}]')
     return array
@@ -144,30 +142,10 @@ def case_batch(path: str, values: dict, model: FastMAML, tasks: int) -> Batch:
     network, arrays = model.network, {}
     for part in 'ab':
         sizes = tasks, None, network.dim_input
-        x = case_array(path, values, f'input/input{part}', sizes)
+        arrays[f'input{part}'] = x = case_array(path, values, f'input/input{part}', sizes)
         sizes = tasks, x.shape[1], network.dim_output
-        y = case_array(path, values, f'input/label{part}', sizes)
-        arrays |= {f'input{part}': x, f'label{part}': y}
+        arrays[f'label{part}'] = case_array(path, values, f'input/label{part}', sizes)
     return Batch(**{name: tf.constant(array, model.dtype) for name, array in arrays.items()})
-
-
-def initialize(path: str, values: dict, model: FastMAML):
-    """Gives a model the initial parameters of a case. Raises ValueError as `case_array`."""
-    for name, variable in (model.weights | model.norms).items():
-        variable.assign(case_array(path, values, f'init/{name}', tuple(variable.shape)))
-
-
-def layer_operations(shape: tuple, size: int, max_pool: bool) -> tuple[int, int]:
-    """(operations of a layer's forward pass per example, the size of its output).
-
-    shape: of its weights; size: height and width of its input. A fully connected layer has none,
-    and gives back what it is given.
-    """
-    if len(shape) == 2:
-        return 2 * shape[0] * shape[1], size
-    halved = -(-size // 2)  # by the stride, rounded up
-    convolved, left = (size, size // 2) if max_pool else (halved, halved)
-    return 2 * int(np.prod(shape)) * convolved**2, left
 
 
 def operations(model: FastMAML, batch: Batch) -> int:
@@ -183,7 +161,11 @@ def operations(model: FastMAML, batch: Batch) -> int:
     weights = [shape for name, (_, shape) in network.parameters.items() if name[0] != 'b']
     tasks, support, query = *batch.inputa.shape[:2], batch.inputb.shape[1]
     for i, shape in enumerate(weights):
-        forward, size = layer_operations(shape, size, max_pool)
+        forward = 2 * int(np.prod(shape))
+        if len(shape) > 2:  # a convolution, once for each place
+            halved = -(-size // 2)  # by the stride, rounded up
+            convolved, size = (size, size // 2) if max_pool else (halved, halved)
+            forward *= convolved**2
         inner, derivative, outer = (2, 2, 2) if i == 0 else (3, 6, 3)
         per_update = inner + (0 if model.stop_grad else derivative)
         total += forward * (support * model.num_updates * per_update + query * outer)
@@ -199,7 +181,8 @@ def time_case(path: str, steps: int, tune: Callable) -> dict:
     f = case_flags(path, values)
     tune(f)
     model = make_model(**model_settings(f))
-    initialize(path, values, model)
+    for name, variable in (model.weights | model.norms).items():
+        variable.assign(case_array(path, values, f'init/{name}', tuple(variable.shape)))
     batch = case_batch(path, values, model, f.meta_batch_size)
     times, losses = [], []
     for _ in range(3 + steps):
@@ -226,22 +209,22 @@ class Stopwatch:
     """Times a training run from outside: when steps end, and how long the loop waits for data."""
 
     def __init__(self, model: FastMAML, seconds: float):
-        self.seconds, self.first_step, self.first_end, self.end = seconds, None, None, None
-        self.steps, self.waited, self.run_steps = 0, 0.0, model.steps
+        self.seconds, self.run_steps, self.figures = seconds, model.steps, {}
+        self.first_end = self.end = None  # of the first call of `steps`, and of the last
+        self.iterations, self.waited = 0, 0.0  # after the first
         self.early_rss = None  # MB, once a hundred iterations are done
         model.steps = self.step
 
-    def step(
-        self, batches: Batch, first: int, last: int, pretrain: bool = False
-    ) -> tuple[int, float]:
+    def step(self, batches: Batch, first: int, last: int, *more, **named) -> tuple[int, float]:
         """FastMAML.steps, watched."""
-        outcome = self.run_steps(batches, first, last, pretrain)
+        outcome = self.run_steps(batches, first, last, *more, **named)
         self.end = time.perf_counter()
         if self.first_end is None:
-            self.first_end, self.first_step, self.waited = self.end, since_start(), 0.0
+            self.first_end, self.waited = self.end, 0.0
+            self.figures['first_step_s'] = round(since_start(), 2)
         else:
-            self.steps += last - first
-        if self.early_rss is None and self.steps >= 100:
+            self.iterations += last - first
+        if self.early_rss is None and self.iterations >= 100:
             self.early_rss = rss_mb()
         return outcome
 
@@ -249,28 +232,26 @@ class Stopwatch:
         """The training data, watched, until the time is over."""
         while self.first_end is None or time.perf_counter() - self.first_end < self.seconds:
             start = time.perf_counter()
-            try:
-                item = next(batches)
-            except StopIteration:
+            item = next(batches, None)
+            if item is None:
                 return
             self.waited += time.perf_counter() - start
             yield item
 
     def report(self) -> dict:
-        elapsed = self.end - self.first_end
-        if not self.steps:
+        if not self.iterations:
             raise ValueError(
                 'there was time for one step only; give more --seconds or --metatrain_iterations'
             )
-        figures = {
-            'first_step_s': round(self.first_step, 2),
-            'iterations': self.steps,
-            'iterations_per_s': round(self.steps / elapsed, 3),
+        elapsed = self.end - self.first_end
+        self.figures |= {
+            'iterations': self.iterations,
+            'iterations_per_s': round(self.iterations / elapsed, 3),
             'input_share': round(self.waited / elapsed, 5),
         }
         if self.early_rss:
-            figures['rss_growth_mb'] = round(rss_mb() - self.early_rss, 1)
-        return figures
+            self.figures['rss_growth_mb'] = round(rss_mb() - self.early_rss, 1)
+        return self.figures
 
 
 def time_training(f: flags.FlagValues, seconds: float) -> dict:
@@ -311,12 +292,11 @@ def time_evaluation(f: flags.FlagValues) -> dict:
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
     run_flags.define_flags(values)
-    here = dict(flag_values=values)
     of_steps = 'steps to time, after the first three (for a case file)'
-    flags.DEFINE_integer('steps', 20, of_steps, lower_bound=1, **here)
+    flags.DEFINE_integer('steps', 20, of_steps, lower_bound=1, flag_values=values)
     of_seconds = 'time to train, after the first step'
-    flags.DEFINE_float('seconds', 30.0, of_seconds, lower_bound=0.0, **here)
-    flags.DEFINE_boolean('evaluate', False, 'time the evaluation of 600 tasks', **here)
+    flags.DEFINE_float('seconds', 30.0, of_seconds, lower_bound=0.0, flag_values=values)
+    flags.DEFINE_boolean('evaluate', False, 'time the evaluation of 600 tasks', flag_values=values)
 
 
 def check_arguments(arguments: list[str], f: flags.FlagValues):
@@ -324,12 +304,6 @@ def check_arguments(arguments: list[str], f: flags.FlagValues):
     asked = (len(arguments) == 2) + f.evaluate + f['train'].present
     if asked != 1 or len(arguments) > 2 or not (f.train or f.evaluate):
         raise ValueError('give either a case file, or --train, or --evaluate with flags of main.py')
-
-
-def given_flags(f: flags.FlagValues) -> dict:
-    """The flags of main.py that say what is measured."""
-    names = [name for name in settings(f) if name not in ('train', 'data_dir')]
-    return {name: f[name].value for name in names if f[name].present}
 
 
 def benchmark(
@@ -342,7 +316,8 @@ def benchmark(
             figures = time_case(arguments[1], f.steps, tune)
         else:
             tune(f)
-            figures = {'flags': given_flags(f)}
+            names = [name for name in settings(f) if name not in ('train', 'data_dir')]
+            figures = {'flags': {name: f[name].value for name in names if f[name].present}}
             figures |= time_evaluation(f) if f.evaluate else time_training(f, f.seconds)
             figures['peak_rss_mb'] = peak_rss_mb()
     except (ValueError, OSError, UserCodeError, Diverged) as error:
@@ -350,12 +325,7 @@ def benchmark(
     print(json.dumps({**figures, 'versions': versions()}))
 
 
-def program(arguments: list[str]):
-    """benchmark.py as a process of its own."""
-    benchmark(arguments, tune=machine.tune)
-
-
 if __name__ == '__main__':
     print_anything()
     define_flags()
-    app.run(program)
+    app.run(functools.partial(benchmark, tune=machine.tune))

@@ -26,11 +26,9 @@ import matplotlib.pyplot as plt
 def variant(values: dict[str, np.ndarray], tasks: int, updates: int) -> dict[str, np.ndarray]:
     """The case with as many tasks, its own again and again, and inner updates."""
     flags = json.loads(str(values['flags'])) | {'meta_batch_size': tasks, 'num_updates': updates}
-    changed = {'flags': np.array(json.dumps(flags))}
-    for name, array in values.items():
-        if name.startswith('input/'):
-            changed[name] = np.resize(array, (tasks, *array.shape[1:]))
-    return values | changed
+    inputs = {name: array for name, array in values.items() if name.startswith('input/')}
+    resized = {name: np.resize(x, (tasks, *x.shape[1:])) for name, x in inputs.items()}
+    return values | resized | {'flags': np.array(json.dumps(flags))}
 
 
 def measure(values: dict[str, np.ndarray], tasks: int, updates: int, steps: int) -> dict:
@@ -68,28 +66,15 @@ def draw_panel(panel, points: list[tuple], label: str, title: str):
 def draw(path: Path, results: list[dict], tasks: int, updates: int):
     """Two panels: over tasks with `updates` updates each, over inner updates with `tasks` tasks."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), constrained_layout=True)
-    over_tasks, over_updates = [], []
-    for result in results:
-        times = (result['median_ms'], result['min_ms'])
-        if result['updates'] == updates:
-            over_tasks.append((result['tasks'], *times))
-        if result['tasks'] == tasks:
-            over_updates.append((result['updates'], *times))
+
+    def points(over: str, fixed: str, value: int) -> list[tuple]:
+        own = [result for result in results if result[fixed] == value]
+        return [(result[over], result['median_ms'], result['min_ms']) for result in own]
+
     title = f'{updates} inner update' + 's' * (updates > 1)
-    draw_panel(left, over_tasks, 'tasks in the meta-batch', title)
-    draw_panel(right, over_updates, 'inner updates', f'{tasks} tasks')
+    draw_panel(left, points('tasks', 'updates', updates), 'tasks in the meta-batch', title)
+    draw_panel(right, points('updates', 'tasks', tasks), 'inner updates', f'{tasks} tasks')
     figure.savefig(path, dpi=150)
-
-
-def measure_all(values: dict, pairs: list[tuple], steps: int, path: Path) -> list[dict]:
-    """The benchmark's results for all (tasks, updates). They go to the file as they come."""
-    results = []
-    with open(path, 'w') as file:
-        for tasks, updates in pairs:
-            results.append(measure(values, tasks, updates, steps))
-            print(json.dumps(results[-1]), file=file, flush=True)
-            print(f'{tasks} tasks, {updates} updates: {results[-1]["median_ms"]} ms', flush=True)
-    return results
 
 
 def main(arguments: list[str]):
@@ -110,7 +95,13 @@ def main(arguments: list[str]):
         a.folder.mkdir(parents=True, exist_ok=True)
         pairs = [(t, updates) for t in a.tasks]
         pairs += [(tasks, u) for u in a.updates if u != updates or tasks not in a.tasks]
-        results = measure_all(values, pairs, a.steps, a.folder / 'cost.jsonl')
+        results = []
+        with open(a.folder / 'cost.jsonl', 'w') as file:
+            for pair in pairs:
+                results.append(measure(values, *pair, a.steps))
+                print(json.dumps(results[-1]), file=file, flush=True)
+                median = results[-1]['median_ms']
+                print(f'{pair[0]} tasks, {pair[1]} updates: {median} ms', flush=True)
         draw(a.folder / 'cost.png', results, tasks, updates)
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f'plot_cost.py: {a.case}: {error}')

@@ -19,7 +19,6 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -31,17 +30,14 @@ import tensorflow as tf
 
 from data_generator import Batch
 from fewshot.checks import first_line
-from fewshot.engine.fast import FastMAML
-from fewshot.networks.audit import DIRECTIONS, TOLERANCE, Compared, differentiate, moved
-from fewshot.networks.keras_layers import takes_training
+from fewshot.networks.audit import Compared
 from fewshot.networks.keras_network import KerasNetwork
 from fewshot.runs.terminal import print_anything
 from fewshot.runs.user_code import UserCodeError, user_code, user_function
+from fewshot.use.second_order import Row, Setting, audit_variables
 from maml import cross_entropy, mean_squared_error
 
-THIS, KERAS, FIRST_ORDER = 'this project', 'plain Keras', 'first order'
-HEADING = (THIS, KERAS, 'difference', FIRST_ORDER)
-RIGHT, UNDECIDED = 'right', 'undecided'
+HEADING = ('this project', 'plain Keras', 'difference', 'first order')
 
 
 @contextlib.contextmanager
@@ -55,9 +51,6 @@ def in_float64() -> Iterator[None]:
     finally:
         keras.config.set_floatx(floatx)
         keras.config.set_dtype_policy(policy)
-
-
-# What is audited ----------------------------------------------------------------------------------
 
 
 def make_network(options: argparse.Namespace) -> KerasNetwork:
@@ -74,13 +67,11 @@ def make_network(options: argparse.Namespace) -> KerasNetwork:
     with user_code(spec, all_of_it=False):  # calls the model
         network = KerasNetwork(model, input_shape=shape, audit=None)
     if network.image_shape != shape:
-        raise ValueError(
-            f'the model takes inputs of {network.image_shape}, but --input_shape is {shape}'
-        )
+        found = f'takes inputs of {network.image_shape}'
+        raise ValueError(f'the model {found}, but --input_shape is {shape}')
     if network.dim_output != options.classes:
-        raise ValueError(
-            f'the model has {network.dim_output} outputs, but --classes is {options.classes}'
-        )
+        found = f'has {network.dim_output} outputs'
+        raise ValueError(f'the model {found}, but --classes is {options.classes}')
     return network
 
 
@@ -98,151 +89,12 @@ def random_batch(options: argparse.Namespace) -> Batch:
     return Batch(*map(tf.constant, parts))
 
 
-class Setting(NamedTuple):
-    """A network, tasks, and how it adapts to them."""
-
-    network: KerasNetwork
-    values: list[np.ndarray]  # of the trainable variables
-    batch: Batch
-    loss: Callable
-    updates: int
-    lr: float
-
-    def maml(self, stop_grad: bool = False) -> FastMAML:
-        numbers, named = (self.lr, self.updates), {'dtype': tf.float64, 'compiled': False}
-        model = FastMAML(self.network, self.loss, *numbers, stop_grad=stop_grad, **named)
-        for variable, value in zip(model.parameters, self.values):
-            variable.assign(value)
-        return model
-
-
 def make_setting(options: argparse.Namespace) -> Setting:
     """Raises as `make_network`."""
-    network, random = make_network(options), np.random.default_rng([options.seed, 1])
-    values = [moved(value, random) for value, _ in network.parameters.values()]
+    network, batch = make_network(options), random_batch(options)
     loss = cross_entropy(options.examples / options.classes)
     loss = mean_squared_error if options.classes == 1 else loss
-    return Setting(network, values, random_batch(options), loss, options.updates, options.lr)
-
-
-# Derivatives --------------------------------------------------------------------------------------
-
-
-def plain_keras(setting: Setting) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """The outer loss and its gradient as one would write them with Keras, without this project."""
-    model = setting.network.model
-    fixed = [variable.value for variable in model.non_trainable_variables]
-    named = {'training': True} if takes_training(model) else {}
-
-    def loss(theta, x, y):  # of one task: [examples, D] and [examples, classes]
-        images = tf.reshape(x, [-1, *setting.network.image_shape])
-        output, _ = model.stateless_call(theta, fixed, images, **named)
-        return setting.loss(tf.reshape(output, [1, *y.shape]), y[tf.newaxis])[0]
-
-    @tf.function(autograph=False)
-    def loss_and_gradient(theta):
-        total = 0.0
-        with tf.GradientTape() as outer:
-            outer.watch(theta)
-            for inputa, labela, inputb, labelb in zip(*map(tf.unstack, setting.batch)):
-                adapted = theta
-                for _ in range(setting.updates):
-                    with tf.GradientTape() as inner:
-                        inner.watch(adapted)
-                        support = loss(adapted, inputa, labela)
-                    gradients = inner.gradient(support, adapted, unconnected_gradients='zero')
-                    adapted = [value - setting.lr * g for value, g in zip(adapted, gradients)]
-                total += loss(adapted, inputb, labelb)
-            total /= setting.batch.inputa.shape[0]
-        return total, outer.gradient(total, theta, unconnected_gradients='zero')
-
-    return loss_and_gradient([tf.constant(value) for value in setting.values])
-
-
-class Differences:
-    """Central differences of the outer loss, which need none of its derivatives."""
-
-    def __init__(self, setting: Setting):
-        self.setting, self.model = setting, setting.maml()
-
-    def outer_loss(self) -> float:
-        results = self.model.evaluate(self.setting.batch, self.setting.updates)
-        return float(np.mean(results.losses2[-1]))
-
-    def along(self, i: int, direction: np.ndarray, floor: float) -> tuple[float, float]:
-        """The derivative for variable i, and its uncertainty; see `differentiate`."""
-        precision = self.setting.network.precision
-        return differentiate(lambda step: self.difference(i, step * direction), floor, precision)
-
-    def difference(self, i: int, change: np.ndarray) -> float:
-        variable, value = self.model.parameters[i], self.setting.values[i]
-        variable.assign(value + change)
-        after = self.outer_loss()
-        variable.assign(value - change)
-        before = self.outer_loss()
-        variable.assign(value)
-        return (after - before) / 2
-
-
-class Row(NamedTuple):
-    """Of one variable."""
-
-    name: str
-    compared: dict[str, Compared]  # by each method, with the same differences
-
-    @property
-    def difference(self) -> float:
-        return self.compared[THIS].difference
-
-    @property
-    def is_decided(self) -> bool:
-        return self.compared[THIS].is_decided
-
-    def is_right(self, method: str) -> bool:
-        return self.compared[method].is_right
-
-    @property
-    def verdict(self) -> str:
-        if not self.is_decided:
-            return UNDECIDED
-        return ', '.join(filter(None, map(self.fault, (THIS, KERAS)))) or RIGHT
-
-    def fault(self, method: str) -> str:
-        """Empty if there is none."""
-        of = self.compared[method]
-        if of.is_right:
-            return ''
-        if abs(of.difference) < of.scale:
-            return f'{method} not zero'
-        return f'{method} {100 * of.error:.2f} % off'
-
-
-def audit(setting: Setting, seed: int) -> Iterator[Row]:
-    """The variables, one by one. Raises ValueError if there is no finite loss to differentiate."""
-    loss, exact = setting.maml().meta_gradient(setting.batch)
-    keras_loss, plain = plain_keras(setting)
-    if not np.isfinite(loss):
-        raise ValueError(f'the outer loss is {float(loss)}: try a smaller --lr, or fewer --updates')
-    if abs(loss - keras_loss) > TOLERANCE * abs(keras_loss):
-        raise ValueError(
-            f'the outer loss is {float(loss):.6g} by this project, and {float(keras_loss):.6g} by '
-            'Keras alone: examples or tasks depend on each other in a way that is not supported'
-        )
-    _, first_order = setting.maml(stop_grad=True).meta_gradient(setting.batch)
-    gradients = {THIS: exact, KERAS: plain, FIRST_ORDER: first_order}
-    norms = np.array([float(tf.norm(gradient)) for gradient in [*exact, *first_order]])
-    floor = max(1e-3 * norms[np.isfinite(norms)].max(initial=0), 1e-12)
-    differences = Differences(setting)
-    for i, name in enumerate(setting.network.parameters):
-        random = np.random.default_rng([seed, 2, i])
-        for _ in range(DIRECTIONS):
-            direction = random.standard_normal(setting.values[i].shape)
-            found = *differences.along(i, direction, floor), floor, setting.network.precision
-            along = {method: float(np.sum(g[i] * direction)) for method, g in gradients.items()}
-            row = Row(name, {method: Compared(along[method], *found) for method in along})
-            if row.is_decided:
-                break
-        yield row
+    return Setting(network, batch, loss, options.updates, options.lr, options.seed)
 
 
 # What is printed ----------------------------------------------------------------------------------
@@ -259,15 +111,30 @@ def number(value: float) -> str:
     return f'{value:.5f}' if plain else f'{value:.3e}'
 
 
-def listed(rows: list[Row]) -> str:
-    names, more = [row.name for row in rows[:3]], len(rows) - 3
-    return ', '.join(names) + (f' and {more} more' if more > 0 else '')
+def verdict(row: Row) -> str:
+    if not row.here.is_decided:
+        return 'undecided'
+    faults = [fault('this project', row.here), fault('plain Keras', row.keras)]
+    return ', '.join(filter(None, faults)) or 'right'
+
+
+def fault(method: str, compared: Compared) -> str:
+    """Empty if there is none."""
+    if compared.is_right:
+        return ''
+    if abs(compared.difference) < compared.scale:
+        return f'{method} not zero'
+    return f'{method} {100 * compared.error:.2f} % off'
+
+
+def listed(names: list[str]) -> str:
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
 def conclusion(rows: list[Row]) -> str:
-    decided = [row for row in rows if row.is_decided]
-    wrong = [row for row in decided if not row.is_right(THIS)]
-    keras_wrong = [row for row in decided if not row.is_right(KERAS)]
+    decided = [row for row in rows if row.here.is_decided]
+    wrong = [row.name for row in decided if not row.here.is_right]
+    keras_wrong = [row.name for row in decided if not row.keras.is_right]
     if wrong:
         said = (
             f'This project is wrong for {listed(wrong)}: do not meta-train this model, unless it '
@@ -276,9 +143,9 @@ def conclusion(rows: list[Row]) -> str:
     elif not decided:
         said = 'Nothing could be decided.'
     else:
-        besides = f'; plain Keras is wrong for {listed(keras_wrong)}' if keras_wrong else ''
-        besides = besides or ', and so is plain Keras'
-        said = f'This project is right for {len(decided)} of {len(rows)} variables{besides}.'
+        plain = f'; plain Keras is wrong for {listed(keras_wrong)}'
+        plain = plain if keras_wrong else ', and so is plain Keras'
+        said = f'This project is right for {len(decided)} of {len(rows)} variables{plain}.'
     if len(decided) < len(rows):
         said += (
             f' For {len(rows) - len(decided)} the differences do not agree with each other, as '
@@ -292,51 +159,47 @@ def report(options: argparse.Namespace) -> bool:
 
     Raises ValueError and UserCodeError.
     """
-    setting = make_setting(options)
+    setting, rows = make_setting(options), []
     width = max(len(name) for name in setting.network.parameters)
-    rows = []
-    for row in audit(setting, options.seed):
+    for row in audit_variables(setting):
         if not rows:
             print(line('variable', width, HEADING, 'verdict'))
         rows.append(row)
-        along = {method: row.compared[method].derivative for method in row.compared}
-        cells = [along[THIS], along[KERAS], row.difference, along[FIRST_ORDER]]
-        print(line(row.name, width, cells, row.verdict), flush=True)
+        here, plain = row.here, row.keras
+        cells = [here.derivative, plain.derivative, here.difference, row.first_order]
+        print(line(row.name, width, cells, verdict(row)), flush=True)
     print(conclusion(rows))
-    decided = [row for row in rows if row.is_decided]
-    return bool(decided) and all(row.is_right(THIS) for row in decided)
+    decided = [row.here for row in rows if row.here.is_decided]
+    return bool(decided) and all(here.is_right for here in decided)
 
 
 # The command line ---------------------------------------------------------------------------------
 
 
-def count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} must be a whole number, at least 1')
-    return int(text)
+def positive(convert: Callable, wanted: str) -> Callable:
+    """From a text to a finite number above 0, or several. The error of others says `wanted`."""
+
+    def parsed(text: str):
+        with contextlib.suppress(ValueError):
+            value = convert(text)
+            if 0 < np.min(value) and np.max(value) < np.inf:
+                return value
+        raise argparse.ArgumentTypeError(f'{text!r} must be {wanted}')
+
+    return parsed
 
 
-def shape(text: str) -> tuple[int, ...]:
-    sizes = text.split(',')
-    if not all(size.isdigit() and int(size) for size in sizes):
-        raise argparse.ArgumentTypeError(f'{text!r} must be whole numbers, such as 28,28,1')
-    return tuple(map(int, sizes))
-
-
-def step_size(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float('inf'):
-        raise argparse.ArgumentTypeError(f'{text!r} must be a number above 0')
-    return value
+def sizes(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(',')))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    shape = positive(sizes, 'whole numbers, such as 28,28,1')
+    count = positive(int, 'a whole number, at least 1')
+    step_size = positive(float, 'a number above 0')
     parser.add_argument('function', metavar='FILE.py:FUNCTION')
     parser.add_argument('--input_shape', type=shape, default=(28, 28, 1), help='of an example')
     parser.add_argument('--classes', type=count, default=5, help='outputs; 1: regression')

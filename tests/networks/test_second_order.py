@@ -13,6 +13,7 @@ from command_line import ROOT, Outcome, assert_refused, command, in_process
 import maml
 from fewshot.networks import keras_network
 from fewshot.runs.user_code import UserCodeError, user_function
+from fewshot.use import second_order
 from scripts.model import check_second_order
 
 NETWORKS = ROOT / 'tests/networks.py'
@@ -102,7 +103,7 @@ def test_model_that_stops_gradients():
 @pytest.mark.slow
 def test_differences_that_do_not_agree(monkeypatch):
     """Nobody is called wrong then, and the audit has not succeeded."""
-    monkeypatch.setattr(check_second_order, 'DIRECTIONS', 1)
+    monkeypatch.setattr(second_order, 'DIRECTIONS', 1)
     outcome = audit('jumps')
     found = verdicts(outcome)
     assert 'kinks' in found.pop('') and {*found.values()} == {'undecided'}
