@@ -717,6 +717,7 @@ def test_full_disk_leaves_nothing_behind(omniglot, capsys):
     assert load(omniglot, capsys)[0] == found
 
 
+@pytest.mark.slow
 def test_processes_that_start_together(omniglot, capsys):
     code = f"""if True:
         from fewshot.data.image_folders import load_omniglot

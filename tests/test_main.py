@@ -694,6 +694,7 @@ def once(tmp_path, data) -> list[str]:
     return [*OMNIGLOT, *folders, '--log=False', '--metatrain_iterations=1']
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_sinusoid(tmp_path):
     train = [*SINUSOID, '--metatrain_iterations=20', f'--logdir={tmp_path}', '--log=False']
     succeeded(run(*train))

@@ -272,6 +272,7 @@ FLAGS = ['--datasource=folder', '--image_size=8', '--channels=1', '--num_filters
 FLAGS += ['--num_classes=2', '--update_batch_size=1', '--meta_batch_size=1']
 
 
+@pytest.mark.slow
 def test_a_run_and_what_follows(tmp_path, eager, monkeypatch):
     """Trained, the commands that it names pasted; classes added; older checkpoints go on."""
     monkeypatch.chdir(tmp_path)

@@ -226,6 +226,7 @@ def test_leftovers_of_a_process_that_died(tmp_path, eager):
     assert not names & set(left) and set(kept) <= names
 
 
+@pytest.mark.slow
 def test_a_trainer_that_tells_nothing(tmp_path, eager, data):
     """It trains, validates and saves as one with a log."""
     train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=4', '--log=False']

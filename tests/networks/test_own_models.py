@@ -229,6 +229,7 @@ def test_exported_network(folder, run_folder, tmp_path):
         np.testing.assert_allclose(found[f'p{shots}'], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_load_needs_the_network_and_runs_no_file(folder, run_folder, tmp_path, monkeypatch):
     """Given as a Keras model, a KerasNetwork, or anything with the attributes of a network."""
     function = user_function(f'{folder}/networks.py:small')
@@ -389,6 +390,7 @@ def test_checkpoints_from_before_the_flag(folder, tmp_path, eager, monkeypatch):
     assert read_run_state(f'{run_folder}/model1')['flags']['network'] == ''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('source', ['omniglot', 'miniimagenet'])
 def test_examples_are_the_papers_networks(source):
     """Same outputs as the project's own with the same weights."""

@@ -254,6 +254,7 @@ def spoilt_checkpoint(folder: Path):
 NO_TABLES = 'are not the tables that main.py writes'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'damage, words',
     [
@@ -307,6 +308,7 @@ def test_report_quotes_notes(logs):
     assert 'Omniglot, 5-way 1-shot: not this year.' in lines
 
 
+@pytest.mark.slow
 def test_picture_of_a_sinusoid_run(trained, tmp_path):
     """By the name of its folder; in the format of the output's ending."""
     folder = str(next(trained.glob('sinusoid/seed0/cls_*')))
@@ -433,6 +435,7 @@ def test_report_tells_validation_classes(tmp_path, eager, monkeypatch):
     assert len(drawn) == 1  # for learning
 
 
+@pytest.mark.slow
 def test_report_of_damaged_summaries(logs):
     """What can be read of them is used."""
     for i, path in enumerate(sorted(logs.glob('sinusoid/seed*/cls_*/events*'))):

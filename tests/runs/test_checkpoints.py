@@ -174,6 +174,7 @@ def test_names_that_are_no_checkpoints(tmp_path):
     assert checkpoints(tmp_path) == {5: f'{tmp_path}/model5'}
 
 
+@pytest.mark.slow
 def test_ten_are_kept(tmp_path, eager, monkeypatch):
     """One every so often and one at the end, not at 0; the newest ten of all runs stay."""
     settle(monkeypatch, intervals={'save': 2})
@@ -221,6 +222,7 @@ def test_folders_where_no_checkpoints_can_be(tmp_path, eager, name):
     assert listing(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_data_in_a_folder_of_any_name(tmp_path, eager):
     """Its name is among the flags, which TensorBoard takes in UTF-8 only."""
     data = tmp_path / os.fsdecode(b'caf\xe9 [x]*')

@@ -492,6 +492,7 @@ def test_save_and_load_go_on_exactly(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'lost', ['clip', 'loss_steps loss_steps_iterations', 'first_order_iterations', 'trained_on']
 )
