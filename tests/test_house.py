@@ -109,16 +109,18 @@ def test_a_circle_is_found(texts):
 
 def test_imported_names_exist(texts):
     """Also within functions, which no import of the module runs."""
-    modules = {name.removesuffix('.py').replace('/', '.'): name for name in texts}
-    for file, text in texts.items():
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.module in modules:
-                tree = ast.parse(texts[modules[node.module]])
-                there = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-                for n in tree.body:
-                    there |= {a.asname or a.name for a in getattr(n, 'names', [])}
-                    there |= {getattr(n, 'name', '')}
-                missing = {alias.name for alias in node.names} - there
+    trees = {name: ast.parse(text) for name, text in texts.items()}
+    there = {}  # {module: the names in it}
+    for name, tree in trees.items():
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        for node in tree.body:
+            names |= {alias.asname or alias.name for alias in getattr(node, 'names', [])}
+            names |= {getattr(node, 'name', '')}
+        there[name.removesuffix('.py').replace('/', '.')] = names
+    for file, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module in there:
+                missing = {alias.name for alias in node.names} - there[node.module]
                 assert not missing, f'{file}: {node.module} has no {missing}'
 
 

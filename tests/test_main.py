@@ -584,6 +584,7 @@ def test_pictures(tmp_path, data, eager, monkeypatch):
         assert shown == [(0, name, 'images'), (2, name, 'images')]
 
 
+@pytest.mark.slow
 def test_updates_shown_of_miniimagenet(tmp_path, data):
     """One update, but at least those of --num_updates."""
     for updates in (1, 2):
@@ -649,6 +650,7 @@ def test_runs_are_compared_by_flags_and_accuracies(tmp_path, data, intervals):
         assert metrics['best_validation_accuracy']['value'] == max(validated.values())
 
 
+@pytest.mark.slow
 def test_runs_are_compared_by_errors(tmp_path, intervals):
     """Sinusoids are not validated: training tasks are new ones, too. The mean since the line."""
     intervals(summary=1, line=1)

@@ -524,6 +524,7 @@ def test_groups_of_examples_are_normalised_exactly(float64):
     np.testing.assert_allclose(network(network.prepare(x), weights, {})[0], expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_moments_of_others_stay_theirs():
     before = tf.nn.moments
     network = KerasNetwork(MODELS['BatchNormalization']())

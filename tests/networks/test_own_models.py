@@ -282,6 +282,7 @@ def test_initial_values_are_a_function_of_the_seed(folder):
     assert np.abs(first - other).max() > 0.01
 
 
+@pytest.mark.slow
 def test_frozen_layers_have_the_values_of_training(folder, tmp_path, eager):
     """Whatever --seed an evaluation is given: they are in no checkpoint."""
     flags = [*flags_of(folder, 'half_frozen'), '--log=False', f'--logdir={tmp_path}']
@@ -333,6 +334,7 @@ def test_networks_refused(folder, tmp_path, eager, spec, words):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_networks_that_contradict(folder, tmp_path, eager, monkeypatch):
     """Sinusoids take none; another file's function of the same name is another network."""
     assert_refused(run(f'--network={folder}/networks.py:small'), '--network', 'not sinusoid')
