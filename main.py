@@ -61,9 +61,10 @@ def test(run: Prepared, f: flags.FlagValues, options: Options = USUAL):
             done = len(row) * len(rows)
             print(f'{done} of {f.test_tasks} tasks', end='\033[K\r', flush=True)
     values = np.concatenate(rows)[: f.test_tasks]  # [tasks, 1 + updates]
-    statistics = print_results(run, f, values if source.has_queries else values[:, :1])
+    values = values if source.has_queries else values[:, :1]
+    statistics = print_results(run, f, values)
     if run.model.replicas.is_chief:
-        write_results(run, f, values if source.has_queries else values[:, :1], statistics)
+        write_results(run, f, values, statistics)
 
 
 def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS, options: Options = USUAL):

@@ -292,7 +292,7 @@ class Convolutional(Network):
         return dense(features, weights['w5'], weights['b5'])
 
     def block(self, i: int, x, kernel, bias, norms: Tensors, leading: Leading) -> tf.Tensor:
-        """What `plain_block` says, for all tasks at once, and fast.
+        """The paper's block, section 5.2: convolution, normalisation, ReLU and pooling, if asked.
 
         Pooling commutes with the ReLU and comes first. A bias that the normalisation takes away
         again would change nothing but the rounding, so it is not added.
@@ -310,8 +310,8 @@ class Convolutional(Network):
 class UpdateRule:
     """What an inner update makes of weights and gradients: gradient descent with one α.
 
-    MAML takes one of your own as `learn_lr`. Attribute: parameters, {name: (kind of initial value,
-    shape)}, see `initial_value`, that the outer loop learns: none here.
+    FastMAML takes one of your own as `learn_lr`. Attribute: parameters, {name: (kind of initial
+    value, shape)}, see `initial_value`, that the outer loop learns: none here.
     """
 
     parameters = {}

@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from fewshot.paper.runs import paper_figures
+from fewshot.runs.flags import trained_settings
 from fewshot.runs.prepare import Prepared
 from fewshot.runs.results import write_together
 from fewshot.runs.user_code import is_spec
@@ -48,7 +49,7 @@ def print_results(run: Prepared, f: flags.FlagValues, values: np.ndarray) -> tup
     print((mean, stddev, interval))
     objective = 'accuracy' if source.objective == 'accuracy' else 'squared error'
     what = f'{objective} on {len(values)} {SPLITS[split]} tasks'
-    paper = {} if other_data(run, f) else paper_figures(run.state, f)
+    paper = {} if other_data(run, f) else figures_of_paper(run.state, f)
     print(*result_table(what, mean, interval, paper), sep='\n')
     if caution := source.caution(split):
         print(caution)
@@ -69,6 +70,16 @@ def write_results(run: Prepared, f: flags.FlagValues, values: np.ndarray, statis
     csv.writer(text).writerows([header + ['split', 'iteration'], *rows])
     written = {'pkl': pickle.dumps(content), 'csv': text.getvalue().encode()}
     write_together({path.with_name(f'{path.name}.{end}'): of for end, of in written.items()})
+
+
+def figures_of_paper(state: dict, f: flags.FlagValues) -> dict[int, str]:
+    """{updates: what the paper's tables have}, if the evaluation is as that of one of its cells.
+
+    state: of the checkpoint, with the flags that it was trained with.
+    """
+    trained = trained_settings(f) | state.get('flags', {})
+    as_usual = f.test_query == -1 and f.transductive and f.update_lr == trained['update_lr']
+    return paper_figures(trained, f.update_batch_size) if as_usual else {}
 
 
 def other_data(run: Prepared, f: flags.FlagValues) -> str:

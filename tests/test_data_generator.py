@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -715,6 +716,15 @@ def test_full_disk_leaves_nothing_behind(omniglot, capsys):
     assert printed.count('cannot be kept') == 1
     assert os.listdir(omniglot) == ['omniglot_resized']
     assert load(omniglot, capsys)[0] == found
+
+
+def test_files_of_killed_processes_are_removed(omniglot, capsys):
+    """The second may still be at work."""
+    for name, age in (f'{CACHE}.1.tmp', 4000), (f'{CACHE}.2.tmp', 10):
+        (omniglot / name).write_text('half')
+        os.utime(omniglot / name, (time.time() - age,) * 2)
+    load(omniglot, capsys)
+    assert sorted(os.listdir(omniglot)) == ['omniglot_resized', CACHE, f'{CACHE}.2.tmp']
 
 
 @pytest.mark.slow

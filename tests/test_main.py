@@ -36,7 +36,6 @@ from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG
 from werkzeug.test import Client
 
 from fewshot.networks.build import MODEL_SETTINGS
-from fewshot.paper.runs import paper_figures
 from fewshot.runs import flags as flags_module
 from fewshot.runs import trainer
 from fewshot.runs.checkpoints import checkpoints
@@ -45,6 +44,7 @@ from fewshot.runs.prepare import prepare
 from fewshot.runs.results import write_together, write_whole
 from fewshot.runs.summaries import Log
 from fewshot.runs.tasks import make_generators
+from utils import figures_of_paper
 
 NUMBER = r'(-?\d+\.\d+(?:e[-+]\d+)?|nan)'
 
@@ -839,7 +839,7 @@ def test_figures_of_the_paper(trained, evaluated, figures):
     stored = settings(parsed(*trained.split()))
     f = parsed(*trained.split(), *evaluated.split(), '--train=False')
     for state in ({'flags': stored}, {}):
-        assert paper_figures(state, f) == figures
+        assert figures_of_paper(state, f) == figures
 
 
 @pytest.mark.slow

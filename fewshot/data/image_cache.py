@@ -4,10 +4,12 @@ The file is a NumPy array, [total, height, width, channels] uint8, that `np.load
 stand the fingerprint of the data and a checksum of the pixels. It may be deleted at any time.
 """
 
+import glob
 import hashlib
 import os
 import secrets
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +137,7 @@ def _write_cache(cache: Path, key: str, shape: tuple, chunks: Iterator[np.ndarra
     unfinished = cache.with_name(f'{cache.name}.{secrets.token_hex(4)}.tmp')
     header, checksum = {'descr': '|u1', 'fortran_order': False, 'shape': shape}, 0
     cache.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(cache)
     try:
         with open(unfinished, 'xb') as file:
             np.lib.format.write_array_header_1_0(file, header)
@@ -150,6 +153,13 @@ def _write_cache(cache: Path, key: str, shape: tuple, chunks: Iterator[np.ndarra
     if images is None:
         raise OSError('another process changed it')
     return images
+
+
+def _remove_leftovers(cache: Path):
+    """Removes the files of processes that were killed; a live one writes all the time."""
+    for leftover in cache.parent.glob(f'{glob.escape(cache.name)}.*.tmp'):
+        if time.time() - leftover.stat().st_mtime > 3600:
+            leftover.unlink()
 
 
 def _decode_all(files: list[os.DirEntry], decode: Callable) -> Iterator[np.ndarray]:

@@ -254,9 +254,19 @@ def deal_classes(
         if count < 3 * ways:
             raise ValueError(
                 f'{folder} has {count} classes, but --num_classes={ways} takes {3 * ways}: {ways} '
-                f'each for training, validation and test; add classes, or give --num_classes='
-                f'{count // 3}'
+                f'each for training, validation and test; add classes{remedies(count, ways)}'
             )
         val = max(ways, min(val, count - 2 * ways))
         dealt = deal_out(count, val, max(ways, min(test, count - ways - val)))
     return {split: [names[i] for i in chosen] for split, chosen in dealt.items()}
+
+
+def remedies(count: int, ways: int) -> str:
+    """What would do for so few classes: the end of a sentence."""
+    found, fewer = [], count // 3
+    if fewer > 1:  # one class alone is nothing to learn
+        found.append(f'--num_classes={fewer}')
+    if count > 2 * ways:
+        shares = f'{count - ways - 1},{ways},1'
+        found.append(f'--split={shares}, which leaves nothing to test on')
+    return f', or give {" or ".join(found)}' if found else ''

@@ -11,7 +11,7 @@ import numpy as np
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.keras_network import KerasNetwork
 from fewshot.runs.user_code import user_code, user_function
-from fewshot.sources import IMAGE_SOURCES, SOURCES, source_of
+from fewshot.sources import SOURCES, source_of
 from maml import (
     Convolutional,
     FullyConnected,
@@ -87,14 +87,15 @@ def make_network(
     Arguments as the flags of the same names; norm may be a Normalization of one's own.
     example_shape, dim_output: of the user's own tasks, see UserTasks.
     """
-    if datasource == 'sinusoid':
-        return FullyConnected(3 if baseline == 'oracle' else 1, (40, 40), 1, norm)
+    source = source_of(datasource)
+    if source.sizes:
+        dim_input, dim_output = source.sizes(baseline)
+        return FullyConnected(dim_input, (40, 40), dim_output, norm)
     if example_shape:
         return FullyConnected(int(np.prod(example_shape)), (40, 40), dim_output, norm)
-    if datasource not in IMAGE_SOURCES:
+    if not source.has_images:
         known = ', '.join(SOURCES)
         raise ValueError(f'there is no datasource {datasource!r}, but {known}')
-    source = SOURCES[datasource]
     size, channels = source.image_shape or (image_size, channels)
     if not conv:
         return FullyConnected(size * size * channels, (256, 128, 64, 64), num_classes, norm)
@@ -122,7 +123,7 @@ def make_model(
     that the loss of a classifier is divided by. meta_lr_decay: 'cosine' lets the outer step size
     fall to meta_lr_end over metatrain_iterations.
     """
-    is_regression = objective == 'loss' or objective is None and datasource == 'sinusoid'
+    is_regression = (objective or source_of(datasource).generator.objective) == 'loss'
     loss = mean_squared_error if is_regression else cross_entropy(shots or update_batch_size)
     of_network = {name: settings.pop(name) for name in NETWORK_SETTINGS & settings.keys()}
     made = make_network(datasource, **of_network) if isinstance(network, str) else network

@@ -30,6 +30,7 @@ class FusedConvolutional(Convolutional):
 
     def __init__(self, network: Convolutional):
         vars(self).update(vars(network))
+        self.plain = network
 
     def prepare(self, inputs: tf.Tensor, leading: int | tf.Tensor | None = None):
         """Patches of the images [T, examples, H*W*C]: [T, examples, H', W', 9*C + 1]."""

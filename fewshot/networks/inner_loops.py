@@ -167,7 +167,7 @@ def step_norms(network, adapt: str) -> list[str]:
 
 
 def takes_shared(network) -> bool:
-    """Whether weights may be special_grads.Shared: the class that defines __call__ says so."""
+    """Whether weights may be engine.shared.Shared: the class that defines __call__ says so."""
     network = network.network if isinstance(network, Partly) else network
     return said_with_call(network, 'takes_shared') or False
 

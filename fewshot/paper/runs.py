@@ -11,14 +11,13 @@ import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
 import numpy as np
 import tensorflow as tf
-from absl import flags as absl_flags
 
 from fewshot.checks import first_line
 from fewshot.data import unpickling
 from fewshot.data.cifar100 import SPLITS
 from fewshot.paper.cells import CELLS, SINUSOIDS, Cell
 from fewshot.runs.checkpoints import DamagedCheckpoint, checkpoints, read_run_state
-from fewshot.runs.flags import FLAGS, trained_settings
+from fewshot.runs.flags import FLAGS
 from fewshot.runs.results import confidence, read_evaluation
 from fewshot.runs.summaries import event_files, read_events
 
@@ -122,18 +121,15 @@ def differing(trained: dict, cell: Cell) -> dict[str, tuple]:
     }
 
 
-def paper_figures(state: dict, f: absl_flags.FlagValues) -> dict[int, str]:
+def paper_figures(trained: dict, shots: int) -> dict[int, str]:
     """{updates: what the paper's tables have after as many}, for an evaluation of one of its cells.
 
-    state: of the checkpoint, with the flags that it was trained with. Empty for other evaluations.
+    trained: the flags of the run. shots: of the evaluation. Empty for other runs.
     """
-    trained = trained_settings(f) | state.get('flags', {})
-    if f.test_query != -1 or not f.transductive or f.update_lr != trained['update_lr']:
-        return {}
     joint = trained['metatrain_iterations'] == 0
     for cell in CELLS + SINUSOIDS:
         as_trained = joint == (cell.name == 'sinusoid_pretrain') and not differing(trained, cell)
-        if as_trained and f.update_batch_size == cell.test_shots:
+        if as_trained and shots == cell.test_shots:
             return cell.figures
     return {}
 

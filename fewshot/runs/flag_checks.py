@@ -47,7 +47,7 @@ def check_tasks(f: flags.FlagValues):
         raise ValueError('--num_classes=1: between images of one class there is nothing to learn')
     if f.network:
         check_network(f)
-    elif f.max_pool and (f.datasource == 'sinusoid' or not f.conv):
+    elif f.max_pool and (source_of(f.datasource).sizes or not f.conv):
         print(
             '--max_pool is part of the name of the run, but does nothing without convolutions.',
             file=sys.stderr,
@@ -88,10 +88,10 @@ def check_inner_loop(f: flags.FlagValues):
 
 def check_network(f: flags.FlagValues):
     """The part of `check_flags` on --network."""
-    if f.datasource == 'sinusoid':
+    if source_of(f.datasource).sizes:
         raise ValueError(
             f'--network={f.network} needs images or tasks of your own: --datasource=omniglot, '
-            'miniimagenet, folder or FILE.py:FUNCTION, not sinusoid'
+            f'miniimagenet, folder or FILE.py:FUNCTION, not {f.datasource}'
         )
     names = ('num_filters', 'conv', 'max_pool', 'norm')
     changed = [f'--{name}' for name in names if f[name].value != f[name].default]

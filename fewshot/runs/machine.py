@@ -58,9 +58,8 @@ def tune(f: flags.FlagValues):
     source = source_of(f.datasource)
     keep_freed_memory(source.arenas)
     set_up_gpus(f.tf32)
-    if f.datasource == 'sinusoid':
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-    tried = source.has_images and (f.datasource == 'omniglot' or not f.network)
-    if tried and tf.__version__.startswith('2.21.'):
+    if source.threads:
+        tf.config.threading.set_intra_op_parallelism_threads(source.threads)
+    if bool(f.network) in source.fusion_tried and tf.__version__.startswith('2.21.'):
         others = os.environ.get('XLA_FLAGS', '')
         os.environ['XLA_FLAGS'] = f'--xla_cpu_use_fusion_emitters=false {others}'

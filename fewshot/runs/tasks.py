@@ -6,12 +6,7 @@ import os
 import numpy as np
 from absl import flags
 
-from data_generator import (
-    EVALUATION_SEED,
-    DataGenerator,
-    SinusoidGenerator,
-    TaskSize,
-)
+from data_generator import EVALUATION_SEED, DataGenerator, TaskSize
 from fewshot.data.image_files import folder_layout
 from fewshot.data.own_images import OwnImages
 from fewshot.data.run_classes import as_in_run
@@ -30,21 +25,20 @@ def make_generators(f: flags.FlagValues, run: dict | None = None) -> dict[str, D
     splits = {'test' if f.test_set else 'val': EVALUATION_SEED}
     if f.train:
         splits = {'train': f.seed, 'val': EVALUATION_SEED}
-    shots = f.update_batch_size
-    if f.datasource == 'sinusoid':
-        make, given = SinusoidGenerator, (shots, shots, f.baseline == 'oracle')
-        return {split: make(*given, seed=seed) for split, seed in splits.items()}
+    shots, source = f.update_batch_size, source_of(f.datasource)
+    if source.make:
+        return {split: source.make(shots, f.baseline, seed) for split, seed in splits.items()}
     if is_spec(f.datasource):
         own = user_function(f.datasource)()
         with user_code(f.datasource, all_of_it=False):
             return dict.fromkeys(splits, UserTasks(own, f.datasource, splits, f.meta_batch_size))
-    make, run = source_of(f.datasource).generator, run or {}
+    run = run or {}
     folders, counts, fit = load_images(f, [*splits], run)
     counts |= (f.train and run.get('classes')) or {}  # of splits that are not there any more too
     generators, given = {}, (folders, f.num_classes, shots, query_images(f))
     for split, seed in splits.items():
-        generators[split] = source = make(*given, seed=seed, splits=[split])
-        source.classes, source.settled_flags = counts, {'fit': fit}
+        generators[split] = made = source.generator(*given, seed=seed, splits=[split])
+        made.classes, made.settled_flags = counts, {'fit': fit}
     return generators
 
 

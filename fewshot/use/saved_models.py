@@ -31,6 +31,7 @@ def settings_of(model: FastMAML) -> dict:
     shots, plain = getattr(model.loss, 'shots', None), model.loss is mean_squared_error
     rule, network = model.learn_lr, model.network
     network = network.network if isinstance(network, Partly) else network
+    network = getattr(network, 'plain', network)  # as it was given
     return {
         'datasource': 'own',
         'network': type(network).__name__,

@@ -27,7 +27,7 @@ from fewshot.data.image_files import folder_layout, read_image, run_layout
 from fewshot.data.image_folders import load_omniglot
 from fewshot.data.own_images import OwnImages, deal_classes, load_folder
 from fewshot.runs.checkpoints import checkpoints, read_run_state, write_checkpoint
-from fewshot.runs.flags import run_name
+from fewshot.runs.flags import run_name, split_proportions
 from fewshot.runs.tasks import make_generators
 from fewshot.use.learner import Learner
 
@@ -112,15 +112,27 @@ def test_few_classes_are_shared_out():
                     dealt = deal_classes(names, shares, ways, ('train', 'val'), 'x')
                 except ValueError as error:
                     assert count < 3 * ways and f'has {count} classes' in str(error)
-                    fewer = int(re.search(r'give --num_classes=(\d+)$', str(error))[1])
-                    dealt = deal_classes(names, shares, fewer, ('train', 'val'), 'x')
-                    assert fewer < ways and min(map(len, dealt.values())) >= fewer
+                    check_remedies(names, ways, shares, str(error).partition('; ')[2])
                     continue
                 assert sorted(sum(dealt.values(), [])) == names
                 if min(sizes[:2]) >= ways:
                     assert dealt == before
                 else:
                     assert min(map(len, dealt.values())) >= ways
+
+
+def check_remedies(names: list[str], ways: int, shares: tuple, message: str):
+    fewer = re.search(r'--num_classes=(\d+)', message)
+    assert bool(fewer) == (len(names) >= 6)
+    if fewer:
+        dealt = deal_classes(names, shares, int(fewer[1]), ('train', 'val'), 'x')
+        assert 1 < int(fewer[1]) < ways and min(map(len, dealt.values())) >= int(fewer[1])
+    split = re.search(r'--split=([\d,]+),', message)
+    assert bool(split) == (len(names) > 2 * ways)
+    if split:
+        dealt = deal_classes(names, split_proportions(split[1]), ways, ('train', 'val'), 'x')
+        assert [len(classes) for classes in dealt.values()] == [*map(int, split[1].split(','))]
+        assert min(len(dealt[s]) for s in ('train', 'val')) >= ways
 
 
 def test_a_deal_as_it_always_was():

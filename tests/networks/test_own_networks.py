@@ -11,7 +11,7 @@ from data_generator import Batch, SinusoidGenerator
 from fewshot.engine.fast import FastMAML
 from fewshot.use.learner import Learner
 from fewshot.use.saved_models import set_optimizer, settings_of
-from maml import FullyConnected, mean_squared_error
+from maml import Convolutional, FullyConnected, cross_entropy, mean_squared_error
 from special_grads import dense
 
 TASKS = SinusoidGenerator(num_support=4, num_query=4)
@@ -258,6 +258,13 @@ def test_save_and_load_with_another_outer_optimizer(tmp_path, optimizer):
         one.model.metatrain_step(TASKS.batch('train', 1, 5))
     for name, value in learner.model.weights.items():
         np.testing.assert_array_equal(loaded.model.weights[name], value)
+
+
+def test_the_network_is_called_by_its_own_name():
+    """Also where a faster one of the same computes."""
+    model = FastMAML(Convolutional(16, 1, 2, 2), cross_entropy(1), 0.1, compiled=False)
+    assert settings_of(model)['network'] == 'Convolutional'
+    assert settings_of(model_of(Two()))['network'] == 'Two'
 
 
 def test_load_imports_no_module_that_a_checkpoint_names(tmp_path):
