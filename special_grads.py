@@ -13,11 +13,6 @@ be unknown when a function is traced; sizes of images and layers may not.
 import numpy as np
 import tensorflow as tf
 
-try:
-    from tensorflow.python.ops import control_flow_state
-except ImportError:
-    control_flow_state = None  # see `constant_zeros`
-
 BATCH_NORM_EPSILON = 1e-3  # of tf.contrib.layers.batch_norm, which the original used
 LAYER_NORM_EPSILON = 1e-12  # of tf.contrib.layers.layer_norm
 FEW_ROWS = 16  # up to so many, sums of products of numbers beat products of matrices on CPUs

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from maml import FullyConnected, accuracy, cross_entropy, initial_value, mean_squared_error
+from fewshot.networks.paper_networks import FullyConnected
+from maml import accuracy, cross_entropy, initial_value, mean_squared_error
 from special_grads import batch_norm, layer_norm
 
 LOG = np.log

@@ -176,6 +176,7 @@ def test_flags_and_defaults():
         'num_query',
         'fit',
         'skip_small_classes',
+        'one_program',
         *INNER_LOOPS,
     }
 

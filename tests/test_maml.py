@@ -16,18 +16,12 @@ import tensorflow as tf
 
 from data_generator import Batch
 from fewshot.engine.chunks import CHUNK_SIZE, in_a_loop
-from fewshot.engine.fast import FastMAML, with_gradient
+from fewshot.engine.fast import FastMAML
+from fewshot.engine.programs import with_gradient
 from fewshot.networks.build import make_model, make_network
 from fewshot.networks.fused import FusedConvolutional, fuse
-from maml import (
-    BatchNorm,
-    Convolutional,
-    FullyConnected,
-    LayerNorm,
-    Results,
-    cross_entropy,
-    mean_squared_error,
-)
+from fewshot.networks.paper_networks import BatchNorm, Convolutional, FullyConnected, LayerNorm
+from maml import Results, cross_entropy, mean_squared_error, repeated
 from special_grads import BATCH_NORM_EPSILON
 
 FOLDER = Path(os.environ.get('MAML_REFERENCE_DIR', Path(__file__).parent / 'reference'))
@@ -137,10 +131,10 @@ def assert_close(one: dict, other: dict, rtol: float = 1e-9, atol: float = 1e-12
 
 def adapted(model: FastMAML, batch: Batch, updates: int) -> dict[str, tf.Tensor]:
     """Weights of each task, {name: [T, ...]}, after inner updates on its support set."""
-    weights = model.initial_weights(batch.inputa.shape[0])
+    weights = repeated(model.weights, batch.inputa.shape[0])
     support = model.network.prepare(batch.inputa)
     for _ in range(updates):
-        weights = model.update(weights, model.norms, support, batch.labela)
+        weights = model.maml.update(weights, model.norms, None, support, batch.labela)
     return weights
 
 
@@ -437,8 +431,8 @@ def test_network_is_that_of_tensorflows_layers(settings):
     other = copy_of(model, TaskByTask(network), num_updates=1)
     gradients, expected = named_gradient(model, batch), named_gradient(other, batch)
     assert_close(gradients, expected, rtol=1e-7, atol=1e-11)
-    output = network(network.prepare(batch.inputa), model.initial_weights(2), model.norms)
-    expected = other.network(batch.inputa, other.initial_weights(2), other.norms)
+    output = network(network.prepare(batch.inputa), repeated(model.weights, 2), model.norms)
+    expected = other.network(batch.inputa, repeated(other.weights, 2), other.norms)
     np.testing.assert_allclose(output, expected, rtol=1e-9, atol=1e-11)
 
 
@@ -507,7 +501,7 @@ def test_fully_connected_network_by_its_formula(norm):
     """Affine, normalisation, ReLU, three times; then affine."""
     network = fully_connected(norm)
     model, batch = exact_model(network), random_batch(network)
-    x, weights, norms = batch.inputa, model.initial_weights(2), model.norms
+    x, weights, norms = batch.inputa, repeated(model.weights, 2), model.norms
 
     def affine(x, i):
         return x @ weights[f'w{i}'] + weights[f'b{i}'][:, None]

@@ -1,6 +1,7 @@
-"""Class FastMAML: the algorithm of maml.MAML, compiled, in chunks, on several devices."""
+"""Class FastMAML: a MAML, compiled, in chunks, on several devices."""
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable
 
@@ -11,26 +12,29 @@ import tensorflow as tf
 from data_generator import Batch, whole_number
 from fewshot.checks import float_type
 from fewshot.data.batches import as_tensors, checked_batch
-from fewshot.engine.chunks import chunks, in_a_loop, pairwise_sum
+from fewshot.engine.chunks import in_a_loop, pairwise_sum
 from fewshot.engine.devices import Replicas
-from fewshot.engine.pieces import graph, piece
-from fewshot.engine.shared import Shared
+from fewshot.engine.programs import Programs, make_programs
 from fewshot.engine.tracing import constant_zeros
 from fewshot.networks.checks import check_loss, check_network, check_numbers, warn_of_probabilities
 from fewshot.networks.fused import fuse
-from fewshot.networks.inner_loops import part_of, step_norms, takes_shared, update_rule
+from fewshot.networks.inner_loops import named_inner_loop, part_of, step_norms
 from fewshot.networks.keras_network import KerasNetwork
-from fewshot.networks.outer_losses import Phase, phased, phases, step_weights
+from fewshot.networks.outer_losses import OuterLossSchedule
 from fewshot.runs.checkpoints import check_parameters, read_checkpoint, read_objects
-from maml import MAML, TASK_AXIS, Leading, Results, Tensors, UpdateRule
-from special_grads import per_task
+from maml import MAML, TASK_AXIS, InnerLoop, Results
 
 
-class FastMAML(MAML):
-    """The algorithm of MAML, run fast.
+def of_maml(*names: str):
+    """Properties that are the MAML's, to be read."""
+    return (property(operator.attrgetter(f'maml.{name}')) for name in names)
 
-    Its parts are programs of their own (`piece`, `graph`); a meta-batch runs in chunks that fit the
-    caches; tasks share θ until their first update; and several devices may have parts of the tasks.
+
+class FastMAML:
+    """A MAML that runs fast: its attribute `maml`.
+
+    The gradient of a chunk of tasks, or each of its parts, is a program; chunks fit the caches, and
+    run side by side; several devices may have parts of the tasks.
 
     Args:
         network: FullyConnected, Convolutional, a Keras model, or what has Network's attributes.
@@ -40,17 +44,26 @@ class FastMAML(MAML):
         clip: bound on each element of the meta-gradient, or None.
         seed: of the initial weights. dtype: of everything.
         adapt: what the inner loop changes: 'all', the 'head' (last layer), or the 'body'.
-        learn_lr: step sizes that the outer loop learns, see LearnedRates, or an UpdateRule.
-        loss_steps: whether the 'last' of the losses after each update counts, or 'all', see
-            `step_weights`, for loss_steps_iterations outer steps; 0: always.
-        first_order_iterations: outer steps that are of first order, before the others.
+        learn_lr: the step sizes that the outer loop learns, 'none', or see LearnedRates.
+        inner_loop: an InnerLoop of your own, instead.
+        loss_steps, loss_steps_iterations, first_order_iterations: see OuterLossSchedule.
         norm_steps: normalisation parameters for each update, instead of the same for all.
-        compiled: the pieces are compiled by XLA, else plain TensorFlow.
+        compiled: programs are compiled by XLA, else plain TensorFlow.
+        one_program: the gradient of a chunk is one program, as it always is with one update: with
+            more, steps are faster and compiling takes twice as long.
         replicas: the devices that have parts of a meta-batch.
 
-    Attribute: trained_on, the types of the inputs it was trained on, 'float', 'uint8' and so on.
-    Raises ValueError for numbers out of range, and for a network or loss that does not fit.
+    Attributes: those of MAML, to be read; trained_on, the types of the inputs it was trained on,
+    'float', 'uint8' and so on. Raises ValueError for numbers out of range, and for a network or
+    loss that does not fit.
     """
+
+    network, loss, dtype = of_maml('network', 'loss', 'dtype')
+    update_lr, num_updates = of_maml('update_lr', 'num_updates')
+    stop_grad, clip = of_maml('stop_grad', 'clip')
+    weights, norms, rates = of_maml('weights', 'norms', 'rates')
+    parameters, named_parameters = of_maml('parameters', 'named_parameters')
+    metatrain_optimizer = next(of_maml('metatrain_optimizer'))
 
     def __init__(
         self,
@@ -64,12 +77,14 @@ class FastMAML(MAML):
         seed: int = 0,
         dtype=tf.float32,
         adapt: str = 'all',
-        learn_lr: str | UpdateRule = 'none',
+        learn_lr: str = 'none',
+        inner_loop: InnerLoop | None = None,
         loss_steps: str = 'last',
         loss_steps_iterations: int = 0,
         first_order_iterations: int = 0,
         norm_steps: bool = False,
         compiled: bool = True,
+        one_program: bool = False,
         replicas: Replicas | None = None,
     ):
         check_numbers(update_lr, num_updates, meta_lr, clip, seed)
@@ -79,17 +94,40 @@ class FastMAML(MAML):
         check_loss(loss, network, dtype)
         warn_of_probabilities(loss, network, dtype)
         part = part_of(fuse(network), adapt)
-        rule = update_rule(learn_lr, part, update_lr, num_updates)
+        inner_loop = inner_loop or named_inner_loop(learn_lr, part, update_lr, num_updates)
         own = step_norms(network, adapt) if norm_steps else []
         numbers = update_lr, num_updates, meta_lr, stop_grad, clip, seed
-        super().__init__(part, loss, *numbers, dtype, rule, own)
+        self.maml = MAML(part, loss, *numbers, dtype, inner_loop, own)
+        schedule = loss_steps, loss_steps_iterations, first_order_iterations
+        self.schedule = OuterLossSchedule(*schedule)
+        self.pretrain_optimizer = keras.optimizers.Adam(meta_lr, epsilon=1e-8)
+        self.pretrain_optimizer.build(self.parameters)
         self.adapt, self.learn_lr, self.norm_steps = adapt, learn_lr, norm_steps
         self.trained_on = frozenset()  # types of training inputs, as far as known
-        self.phases = phases(loss_steps, loss_steps_iterations, first_order_iterations)
-        self.loss_steps, self.loss_steps_iterations = loss_steps, loss_steps_iterations
-        self.first_order_iterations = first_order_iterations
-        self.compiled = compiled and can_compile(self.network)
+        self.compiled = compiled and can_compile(network)
+        self.one_program = bool(one_program)
         self.replicas = replicas or Replicas()
+        self.make_programs()
+
+    def set_programs(self, one_program: bool):
+        """Decides whether the gradient of a chunk is one program, see the class."""
+        if one_program != self.one_program:
+            self.one_program = one_program
+            self.make_programs()
+
+    def make_programs(self):
+        """Makes the programs, and the checkpoints, of `maml` as it is now."""
+        graph = functools.partial(tf.function, autograph=False)
+        program = functools.partial(graph, jit_compile=self.compiled)
+        phases, whole = self.schedule.phases(self.maml), self.one_program or self.num_updates <= 1
+        self.programs = make_programs(phases, whole, program)
+        # Within a program nothing is one of its own: XLA takes minutes for derivatives of those.
+        self.inlined = make_programs(phases, True, lambda function: function)
+        self.metatrain_step = graph(lambda batch: self._metatrain_step(self.programs, batch))
+        self.pretrain_step = graph(lambda batch: self._pretrain_step(self.programs, batch))
+        self._traced_means = graph(lambda batch: self._means(self.programs, batch))
+        self._evaluate, self._evaluate_replicas = graph(self._results), graph(self._table)
+        self._steps = program(self._loop)
         self.checkpoint = tf.train.Checkpoint(
             **self.groups, metatrain_optimizer=self.metatrain_optimizer
         )
@@ -107,82 +145,32 @@ class FastMAML(MAML):
         """Whether all parameters are numbers."""
         return all(np.isfinite(parameter.numpy()).all() for parameter in self.parameters)
 
-    # Pieces.
-
-    @piece
-    def prepare(self, *inputs):
-        return super().prepare(*inputs)
-
-    @piece
-    def update(self, *arguments, **named):
-        return super().update(*arguments, **named)
-
-    @piece
-    def output(self, *arguments):
-        return super().output(*arguments)
-
-    @piece
-    def outcome(self, weights, norms, x, y, leading: Leading = None):
-        return super().outcome(weights, norms, x, y, leading)
-
-    @piece
-    def apply(self, optimizer, gradients):
-        super().apply(optimizer, gradients)
-
-    # Weights that tasks share.
-
-    def shared_weights(self, tasks: int | tf.Tensor) -> dict[str, Shared]:
-        """θ, which the tasks have in common until the first update."""
-        shared = {}
-        for name, theta in self.weights.items():
-            zeros = tf.zeros([tasks, *theta.shape], self.dtype)
-            shared[name] = Shared(tf.convert_to_tensor(theta), zeros)
-        return shared
-
-    def initial_weights(self, tasks: int | tf.Tensor) -> Tensors:
-        return {name: per_task(theta) for name, theta in self.shared_weights(tasks).items()}
-
-    def start(self, tasks: int) -> dict:
-        """Shared where that is faster.
-
-        An update of shared weights is a program of its own, which takes longer to compile than it
-        saves if more follow.
-        """
-        shared = self.num_updates == 1 and takes_shared(self.network)
-        return self.shared_weights(tasks) if shared else self.initial_weights(tasks)
-
-    # Chunks of tasks, and parts of the devices.
+    # Outer steps.
 
     def meta_gradient(self, batch: Batch) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """As MAML's; batch: from `replicas.place`. Raises ValueError for a wrong shape or type."""
         # Called at once, TensorFlow would look for the derivative of the last program's gradient.
-        traced = self._traced_gradient if tf.executing_eagerly() else self._mean_gradient
-        loss, *gradients = traced(batch)
+        eagerly = tf.executing_eagerly()
+        loss, *gradients = (
+            self._traced_means(batch) if eagerly else self._means(self.programs, batch)
+        )
         return loss, gradients
 
-    @graph
-    def _traced_gradient(self, batch: Batch) -> list[tf.Tensor]:
-        return self._mean_gradient(batch)
+    def _means(self, programs: Programs, batch: Batch) -> list[tf.Tensor]:
+        """The outer loss and the meta-gradient: means over the tasks of all replicas."""
+        return self.replicas.mean(functools.partial(self._means_of_part, programs), batch)
 
-    def _mean_gradient(self, batch: Batch) -> list[tf.Tensor]:
-        return self.replicas.mean(self._meta_gradient, batch)
-
-    @phased
-    def _meta_gradient(self, batch: Batch, phase: Phase) -> list[tf.Tensor]:
+    def _means_of_part(self, programs: Programs, batch: Batch) -> list[tf.Tensor]:
         """A sum over tasks can be taken chunk by chunk: they run side by side, in little memory."""
-        options = phase.first_order, phase.all_losses
-        batch = self.training_batch(batch)
+        batch, values = self.training_batch(batch), self.maml.values()
         tasks = batch.inputa.shape[0]
-        # Of one update XLA makes the faster program if it sees all; more would take it too long.
-        if self.num_updates <= 1:
-            whole = functools.partial(self._whole_gradient, options=options)
-            parts = [whole(chunk) for chunk in chunks(batch, self.network)]
-        else:
-            types = [self.dtype] * (1 + len(self.parameters))
-            parts = in_a_loop(
-                lambda chunk: self.gradient_of_sum(chunk, *options), batch, types, self.network
-            )
-        return [pairwise_sum(terms) / tasks for terms in zip(*parts)]
+
+        def means(sums: Callable) -> list[tf.Tensor]:
+            with constant_zeros():
+                return [pairwise_sum(terms) / tasks for terms in zip(*sums(values, batch))]
+
+        calls = [functools.partial(means, sums) for sums in programs.sums]
+        return self.schedule.choose(calls, self.metatrain_optimizer.iterations)
 
     def training_batch(self, batch: Batch) -> Batch:
         """As `checked_batch`; a Learner asks later of which type the inputs were."""
@@ -191,90 +179,23 @@ class FastMAML(MAML):
         self.trained_on |= {'float' if kind.is_floating else kind.name}
         return Batch(*(tf.cast(values, self.dtype) for values in batch))
 
-    def gradient_of_sum(self, batch: Batch, *options: bool) -> list[tf.Tensor]:
-        with constant_zeros():
-            return super().gradient_of_sum(batch, *options)
+    def _metatrain_step(self, programs: Programs, batch: Batch) -> tf.Tensor:
+        """As MAML's."""
+        loss, *gradients = self._means(programs, batch)
+        programs.descend(self.maml.clipped(gradients), self.metatrain_optimizer)
+        return loss
 
-    def total(self, losses: list[tf.Tensor]) -> tf.Tensor:
-        """As MAML's; those after all updates are weighed, see `step_weights`."""
-        if len(losses) == 1:
-            return losses[0]
-        done, count = self.metatrain_optimizer.iterations, len(losses)
-        weights = step_weights(count, done, self.loss_steps_iterations, self.dtype)
-        return tf.add_n([w * loss for w, loss in zip(weights, losses)])
+    def _pretrain_step(self, programs: Programs, batch: Batch) -> tf.Tensor:
+        """One step of Adam on the mean support loss before any update. Returns that loss."""
 
-    def last_loss(self, theta, norms, alpha, *others) -> tf.Tensor:
-        """As MAML's. Where updates come before, it is one program, with its gradient."""
-        if self.num_updates <= 1 or getattr(self.network, 'prepares_features', False):
-            return super().last_loss(theta, norms, alpha, *others)
-        values = (theta, norms) if alpha is None else (theta, norms, alpha)
-        return with_gradient(lambda values: self._last_loss(values, *others), values)
-
-    @piece
-    def _last_loss(self, values: tuple, *others) -> tuple[tf.Tensor, tuple]:
-        values = tf.nest.map_structure(tf.identity, values)  # layers may have a step size in common
-        with tf.GradientTape() as tape:
-            tape.watch(values)
-            loss = MAML.last_loss(self, *(*values, None)[:3], *others)
-        return loss, tape.gradient(loss, values, unconnected_gradients='zero')
-
-    @piece
-    def _whole_gradient(self, chunk: Batch, options: tuple[bool, bool]) -> list[tf.Tensor]:
-        return self.gradient_of_sum(chunk, *options)
-
-    def pretrain_gradient(self, batch: Batch) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """As MAML's; batch: from `replicas.place`. Raises ValueError for a wrong shape or type."""
-
-        def of_part(part):
+        def of_part(part: Batch) -> list[tf.Tensor]:
             part = self.training_batch(part)
             with constant_zeros():
-                return tf.nest.flatten(MAML.pretrain_gradient(self, part))
+                return self.maml.pretrain_gradient(part, programs.parts)
 
         loss, *gradients = self.replicas.mean(of_part, batch)
-        return loss, gradients
-
-    @graph
-    def metatrain_step(self, batch: Batch) -> tf.Tensor:
-        return super().metatrain_step(batch)
-
-    @graph
-    def pretrain_step(self, batch: Batch) -> tf.Tensor:
-        return super().pretrain_step(batch)
-
-    def evaluate(self, batch: Batch, num_updates: int, transductive: bool = True) -> Results:
-        """As MAML's. Raises ValueError for a wrong shape or type, or fewer than one update."""
-        num_updates = whole_number('num_updates', num_updates, lowest=1)
-        return self._evaluate(as_tensors(batch, self.network), num_updates, transductive)
-
-    @graph
-    def _evaluate(self, batch: Batch, num_updates: int, transductive: bool) -> Results:
-        batch = checked_batch(batch, self.network, self.dtype)
-        types = Results(*[self.dtype] * len(Results._fields))
-        evaluate = functools.partial(
-            MAML.evaluate, self, num_updates=num_updates, transductive=transductive
-        )
-        parts = in_a_loop(evaluate, batch, types, self.network)
-        return Results(*map(tf.concat, zip(*parts), TASK_AXIS))
-
-    def evaluate_together(self, batch: Batch, num_updates: int, transductive: bool = True):
-        """Of this process's tasks to the results of all; without outputs if there are replicas."""
-        if not self.replicas.strategy:
-            return self.evaluate(batch, num_updates, transductive)
-        table = self._evaluate_replicas(self.replicas.place(batch), num_updates, transductive)
-        parts = tf.split(table, [1, num_updates, 1, num_updates])  # of [2 + 2J, T]
-        loss1, losses2, accuracy1, accuracies2 = parts
-        none = tf.zeros([table.shape[1], 0, 0], self.dtype)
-        outputs = none, tf.stack([none] * num_updates)
-        return Results(loss1[0], losses2, accuracy1[0], accuracies2, *outputs)
-
-    @graph
-    def _evaluate_replicas(self, batch: Batch, num_updates: int, transductive: bool) -> tf.Tensor:
-        def table(part):
-            results = self._evaluate(part, num_updates, transductive)
-            before = results.loss1[tf.newaxis], results.accuracy1[tf.newaxis]
-            return tf.concat([before[0], results.losses2, before[1], results.accuracies2], axis=0)
-
-        return self.replicas.gather(table, batch)
+        programs.descend(gradients, self.pretrain_optimizer)
+        return loss
 
     def steps(
         self, batches: Batch, first: int, last: int, pretrain: bool = False
@@ -289,17 +210,18 @@ class FastMAML(MAML):
         if self.replicas.strategy:
             return self._placed_steps(step, batches, first, last)
         if batches.inputa.shape[0] > 1:
-            end, loss = self._steps(step, batches, tf.constant(first), tf.constant(last))
+            end, loss = self._steps(pretrain, batches, tf.constant(first), tf.constant(last))
             return int(end), float(loss)
         return first + 1, float(step(Batch(*(values[0] for values in batches))))
 
-    @piece
-    def _steps(self, step: Callable, batches: Batch, first: tf.Tensor, last: tf.Tensor) -> tuple:
+    def _loop(self, pretrain: bool, batches: Batch, first: tf.Tensor, last: tf.Tensor) -> tuple:
+        step = self._pretrain_step if pretrain else self._metatrain_step
+
         def unfinished(i, loss):
             return (i < last) & tf.math.is_finite(loss)
 
         def body(i, _):
-            return i + 1, step(Batch(*(values[i] for values in batches)))
+            return i + 1, step(self.inlined, Batch(*(values[i] for values in batches)))
 
         return tf.while_loop(unfinished, body, [first, tf.zeros([], self.dtype)])
 
@@ -311,6 +233,48 @@ class FastMAML(MAML):
             if not np.isfinite(loss):
                 break
         return i + 1, loss
+
+    # Evaluation.
+
+    def evaluate(self, batch: Batch, num_updates: int, transductive: bool = True) -> Results:
+        """As MAML's. Raises ValueError for a wrong shape or type, or fewer than one update."""
+        num_updates = whole_number('num_updates', num_updates, lowest=1)
+        return self._evaluate(as_tensors(batch, self.network), num_updates, transductive)
+
+    def _results(self, batch: Batch, num_updates: int, transductive: bool) -> Results:
+        batch = checked_batch(batch, self.network, self.dtype)
+        types = Results(*[self.dtype] * len(Results._fields))
+        settings = {'num_updates': num_updates, 'transductive': transductive}
+        evaluate = functools.partial(self.maml.evaluate, **settings, parts=self.programs.parts)
+        parts = in_a_loop(evaluate, batch, types, self.network)
+        return Results(*map(tf.concat, zip(*parts), TASK_AXIS))
+
+    def evaluate_together(self, batch: Batch, num_updates: int, transductive: bool = True):
+        """Of this process's tasks to the results of all; without outputs if there are replicas."""
+        if not self.replicas.strategy:
+            return self.evaluate(batch, num_updates, transductive)
+        table = self._evaluate_replicas(self.replicas.place(batch), num_updates, transductive)
+        parts = tf.split(table, [1, num_updates, 1, num_updates])  # of [2 + 2J, T]
+        loss1, losses2, accuracy1, accuracies2 = parts
+        none = tf.zeros([table.shape[1], 0, 0], self.dtype)
+        outputs = none, tf.stack([none] * num_updates)
+        return Results(loss1[0], losses2, accuracy1[0], accuracies2, *outputs)
+
+    def _table(self, batch: Batch, num_updates: int, transductive: bool) -> tf.Tensor:
+        def rows(part):
+            results = self._evaluate(part, num_updates, transductive)
+            before = results.loss1[tf.newaxis], results.accuracy1[tf.newaxis]
+            return tf.concat([before[0], results.losses2, before[1], results.accuracies2], axis=0)
+
+        return self.replicas.gather(rows, batch)
+
+    # The state of training.
+
+    def set_optimizer(self, optimizer: keras.optimizers.Optimizer):
+        """Takes another outer optimizer, and forgets the state of the present one."""
+        optimizer.build(self.parameters)
+        self.maml.metatrain_optimizer = optimizer
+        self.make_programs()
 
     def agree(self):
         """Gives the model of every process the variables of the first one's."""
@@ -335,25 +299,6 @@ class FastMAML(MAML):
         if state:
             read_objects(path, state)
         return bool(state)
-
-
-def with_gradient(program: Callable, values) -> tf.Tensor:
-    """The scalar of a program that returns (scalar, its gradient for `values`).
-
-    values: nested tensors. Derivatives of the gradient go through the program's operations.
-    """
-
-    @tf.custom_gradient
-    def scalar(*flat):
-        found, gradient = program(tf.nest.pack_sequence_as(values, flat))
-
-        def scaled(upstream, variables=()):  # which are read, as those of a frozen layer
-            terms = [None if g is None else upstream * g for g in tf.nest.flatten(gradient)]
-            return (terms, [None] * len(variables)) if variables else terms
-
-        return found, scaled
-
-    return scalar(*tf.nest.flatten(values))
 
 
 def can_compile(network) -> bool:

@@ -1,10 +1,12 @@
 """Weights that tasks share until the first inner update: one product of matrices for all."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import tensorflow as tf
 
-from special_grads import product, product_outer, product_transposed, sizes, spread
+from maml import MAML, Parts, Tensors
+from special_grads import per_task, product, product_outer, product_transposed, sizes, spread
 
 
 class Shared(NamedTuple):
@@ -55,3 +57,36 @@ def product_shared(rows: tf.Tensor, matrix: tf.Tensor, perturbation: tf.Tensor):
         )
 
     return tf.reshape(product(together, shared), [tasks, n, out]), derivative
+
+
+def share(theta: Tensors, tasks: int | tf.Tensor) -> dict[str, Shared]:
+    """θ, {name: [...]}, as weights of so many tasks."""
+    zeros = {name: tf.zeros([tasks, *value.shape], value.dtype) for name, value in theta.items()}
+    return {name: Shared(tf.convert_to_tensor(theta[name]), zeros[name]) for name in theta}
+
+
+def own(theta: Mapping[str, Shared]) -> Tensors:
+    """Weights that tasks shared as weights of their own: {name: [T, ...]}."""
+    return {name: per_task(weight) for name, weight in theta.items()}
+
+
+def start_apart(theta: Tensors, tasks: int | tf.Tensor) -> Tensors:
+    """θ, once for every task, as maml.repeated; the derivative is a faster sum over tasks."""
+    return own(share(theta, tasks))
+
+
+def shared_parts(maml: MAML) -> Parts:
+    """The parts of a MAML whose tasks share θ until their first update, which is the only one."""
+
+    def update(theta: dict[str, Shared], norms: Tensors, alpha, x, y: tf.Tensor) -> Tensors:
+        perturbations = {name: weight.perturbation for name, weight in theta.items()}
+        with tf.GradientTape() as inner:
+            inner.watch(perturbations)
+            losses = maml.loss(maml.network(x, theta, norms), y)  # [T]
+        gradients = inner.gradient(losses, perturbations, unconnected_gradients='zero')
+        return maml.inner_step(own(theta), gradients, alpha)
+
+    def last_loss(theta, norms: Tensors, alpha, support: tuple, query: tuple) -> tf.Tensor:
+        return maml.query_loss(update(theta, norms, alpha, *support), norms, *query)
+
+    return maml.parts._replace(start=share, update=update, last_loss=last_loss)

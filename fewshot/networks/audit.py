@@ -186,13 +186,6 @@ def compare(
 # The audit of a network ---------------------------------------------------------------------------
 
 
-class Audited(MAML):
-    """MAML without accuracy, whose argmax `blind_operations` would name."""
-
-    def outcome(self, weights, norms, x, y, leading=None) -> tuple:
-        return self.loss(self.output(weights, norms, x, leading), y), None, None
-
-
 def audit(network, inputs: Callable) -> Compared:
     """The meta-gradient of a network along a random direction of all that the outer loop learns.
 
@@ -200,7 +193,7 @@ def audit(network, inputs: Callable) -> Compared:
     [T, examples, D].
     """
     random, start, dtype = np.random.default_rng(1), time.monotonic(), network.precision
-    model = Audited(network, mean_squared_error, update_lr=1.0, dtype=dtype)
+    model = MAML(network, mean_squared_error, update_lr=1.0, dtype=dtype)
     for variable in model.parameters:
         variable.assign(moved(variable.numpy(), random))
     batch = random_tasks(network, inputs, random)
@@ -233,7 +226,7 @@ def random_tasks(network, inputs: Callable, random: np.random.Generator) -> Batc
 
 def step_size(model: MAML, batch: Batch) -> float:
     """Of an inner update that changes weights by a share, STRIDE."""
-    gradients = zip(model.named_parameters, model.pretrain_gradient(batch)[1])
+    gradients = zip(model.named_parameters, model.pretrain_gradient(batch)[1:])
     length = tf.linalg.global_norm([g for name, g in gradients if name in model.weights])
     size = tf.linalg.global_norm([*model.weights.values()])
     return STRIDE * float(size / length) if length > 0 else 1.0

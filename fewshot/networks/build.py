@@ -10,15 +10,10 @@ import numpy as np
 
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.keras_network import KerasNetwork
+from fewshot.networks.paper_networks import Convolutional, FullyConnected, Normalization
 from fewshot.runs.user_code import user_code, user_function
 from fewshot.sources import SOURCES, source_of
-from maml import (
-    Convolutional,
-    FullyConnected,
-    Normalization,
-    cross_entropy,
-    mean_squared_error,
-)
+from maml import cross_entropy, mean_squared_error
 
 
 @contextlib.contextmanager
@@ -141,4 +136,14 @@ def arguments_of(function, *without: str) -> set[str]:
 NETWORK_SETTINGS = arguments_of(make_network, 'datasource')
 # The settings of a run that `make_model` takes.
 MODEL_SETTINGS = NETWORK_SETTINGS | arguments_of(make_model, 'network', 'settings')
-MODEL_SETTINGS |= arguments_of(FastMAML, 'network', 'loss', 'clip', 'dtype', 'compiled', 'replicas')
+NOT_SETTINGS = (
+    'network',
+    'loss',
+    'clip',
+    'dtype',
+    'compiled',
+    'one_program',
+    'replicas',
+    'inner_loop',
+)
+MODEL_SETTINGS |= arguments_of(FastMAML, *NOT_SETTINGS)

@@ -10,7 +10,8 @@ import tensorflow as tf
 from data_generator import whole_number
 from fewshot.checks import first_line, real_number
 from fewshot.networks.keras_network import KerasNetwork
-from maml import Convolutional, FullyConnected, initial_value
+from fewshot.networks.paper_networks import Convolutional, FullyConnected
+from maml import initial_value
 
 PROBE = (2, 3)  # tasks and examples: different numbers, so that a mistaken axis does not broadcast
 
@@ -34,8 +35,8 @@ def check_network(network, dtype: tf.DType):
     needed = ('parameters', 'norm_parameters', 'prepare', '__call__')
     if lacking := [name for name in needed if not hasattr(network, name)]:
         raise ValueError(
-            f'the network, of {type(network).__name__}, lacks {", ".join(lacking)}; maml.Network '
-            'says what one needs, and a Keras model is one as it is'
+            f'the network, of {type(network).__name__}, lacks {", ".join(lacking)}; '
+            'paper_networks.Network says what one needs, and a Keras model is one as it is'
         )
     if getattr(network, 'dtype', dtype) != dtype:
         raise ValueError(

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from maml import BatchNorm, Convolutional
+from fewshot.networks.paper_networks import BatchNorm, Convolutional
 from special_grads import (
     BATCH_NORM_EPSILON,
     convolve_patches,

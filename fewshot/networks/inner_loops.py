@@ -6,11 +6,11 @@ import tensorflow as tf
 from fewshot.checks import check_choice
 from fewshot.engine.shared import Shared
 from fewshot.networks.keras_network import KerasNetwork
-from maml import Arrays, Leading, Tensors, UpdateRule, row_of
+from maml import Arrays, InnerLoop, Leading, Tensors, row_of
 from special_grads import sizes
 
 
-class LearnedRates(UpdateRule):
+class LearnedRates(InnerLoop):
     """Gradient descent with step sizes that the outer loop learns, from `update_lr` on.
 
     kind: 'layer', one for each layer; 'layer_step', one for each layer and update, as MAML++;
@@ -43,13 +43,11 @@ class LearnedRates(UpdateRule):
 LEARNED_RATES = ('layer', 'layer_step', 'weight')
 
 
-def update_rule(learn_lr, network, update_lr: float, num_updates: int) -> UpdateRule:
-    """The rule that `learn_lr` names, or is. Raises ValueError."""
-    if isinstance(learn_lr, UpdateRule):
-        return learn_lr
-    check_choice('learn_lr', learn_lr, ('none', *LEARNED_RATES), ', or an UpdateRule')
+def named_inner_loop(learn_lr: str, network, update_lr: float, num_updates: int) -> InnerLoop:
+    """The inner loop that `learn_lr` names. Raises ValueError."""
+    check_choice('learn_lr', learn_lr, ('none', *LEARNED_RATES))
     if learn_lr == 'none':
-        return UpdateRule()
+        return InnerLoop()
     return LearnedRates(learn_lr, network, update_lr, num_updates)
 
 

@@ -1,73 +1,88 @@
-"""Outer losses that change during training."""
+"""Outer losses that change during training, as MAML++ has them."""
 
-import functools
+import copy
 from collections.abc import Callable
-from typing import NamedTuple
 
 import tensorflow as tf
 
-from data_generator import Batch, whole_number
+from data_generator import whole_number
 from fewshot.checks import check_choice
-
-
-class Phase(NamedTuple):
-    """A part of meta-training with an outer loss of its own."""
-
-    start: int  # the first iteration
-    first_order: bool = False  # even if MAML's stop_grad is not
-    all_losses: bool = False  # the losses after every update count, not the last alone
-
-
-def phases(loss_steps: str, loss_steps_iterations: int, first_order: int) -> list[Phase]:
-    """What MAML++ changes during training; arguments as of FastMAML. Raises ValueError."""
-    first_order = whole_number('first_order_iterations', first_order)
-    until = last_all_losses(loss_steps, loss_steps_iterations)
-    starts = sorted({0, first_order, until} - {float('inf')})
-    return [Phase(start, start < first_order, start < until) for start in starts]
-
-
-def phased(method: Callable) -> Callable:
-    """A method of a meta-batch and a phase as one of a meta-batch, in the phase that it is.
-
-    Where there are several the graph chooses, by the number of steps that the outer optimizer has
-    taken: a run that continues needs no memory of it, and nothing is traced again.
-    """
-
-    @functools.wraps(method)
-    def now(self, batch: Batch):
-        calls = [functools.partial(method, self, batch, phase) for phase in self.phases]
-        if len(calls) == 1:
-            return calls[0]()
-        done = self.metatrain_optimizer.iterations
-        begun = [tf.cast(done >= phase.start, tf.int32) for phase in self.phases[1:]]
-        return tf.switch_case(tf.add_n(begun), calls)
-
-    return now
-
+from maml import MAML
 
 LEAST_STEP_WEIGHT = 0.03  # of a loss before the last, times the number of updates
 
 
-def step_weights(updates: int, done: tf.Tensor, iterations: int, dtype) -> list[tf.Tensor]:
-    """MAML++'s weights of the losses after each of J updates in the outer loss; they add up to 1.
+class OuterLossSchedule:
+    """Which losses count in the outer loss, and of which order its gradient is, by outer step.
 
-    As in its authors' program: from 1/J each those before the last fall to 0.03/J, and what they
-    lose the last one gains, linearly over `iterations` outer steps. done: steps so far.
-    iterations: 0 keeps 1/J.
+    loss_steps: whether the 'last' of the losses after each update counts, or 'all', for
+    loss_steps_iterations outer steps; 0: always. first_order_iterations: outer steps that are of
+    first order, before the others. Raises ValueError for what does not fit.
     """
-    share = tf.cast(done, dtype) / iterations if iterations else tf.zeros([], dtype)
-    others = tf.maximum(1 - share, LEAST_STEP_WEIGHT) / updates
-    return [others] * (updates - 1) + [1 - (updates - 1) * others]
 
+    def __init__(
+        self,
+        loss_steps: str = 'last',
+        loss_steps_iterations: int = 0,
+        first_order_iterations: int = 0,
+    ):
+        check_choice('loss_steps', loss_steps, ('last', 'all'))
+        self.loss_steps = loss_steps
+        self.iterations = whole_number('loss_steps_iterations', loss_steps_iterations)
+        self.first_order_iterations = whole_number('first_order_iterations', first_order_iterations)
+        if self.iterations and loss_steps == 'last':
+            raise ValueError(
+                f"loss_steps_iterations={self.iterations} is for loss_steps='all': give both or "
+                'none'
+            )
 
-def last_all_losses(loss_steps: str, iterations: int) -> float:
-    """Until which iteration the losses after all updates count; 0: never. Raises ValueError."""
-    check_choice('loss_steps', loss_steps, ('last', 'all'))
-    iterations = whole_number('loss_steps_iterations', iterations)
-    if loss_steps == 'all':
-        return iterations or float('inf')
-    if iterations:
-        raise ValueError(
-            f"loss_steps_iterations={iterations} is for loss_steps='all': give both or none"
-        )
-    return 0
+    def first_order(self, step: int) -> bool:
+        """Whether outer step number `step`, from 0, is of first order."""
+        return step < self.first_order_iterations
+
+    def all_losses(self, step: int) -> bool:
+        """Whether the losses after all updates count in outer step number `step`."""
+        return self.loss_steps == 'all' and (not self.iterations or step < self.iterations)
+
+    def starts(self) -> list[int]:
+        """The outer steps with which a phase begins, that is, with which one of these changes."""
+        changes = {self.first_order_iterations, self.iterations} - {0}
+        return [0, *sorted(changes)]
+
+    def weights(self, done: tf.Tensor, updates: int, dtype: tf.DType) -> list[tf.Tensor]:
+        """MAML++'s weights of the losses after each of J updates; they add up to 1.
+
+        As in its authors' program: from 1/J each those before the last fall to 0.03/J, and what
+        they lose the last one gains, linearly over the iterations. done: outer steps so far.
+        """
+        share = tf.zeros([], dtype)
+        if self.iterations:
+            share = tf.cast(done, dtype) / self.iterations
+        others = tf.maximum(1 - share, LEAST_STEP_WEIGHT) / updates
+        return [others] * (updates - 1) + [1 - (updates - 1) * others]
+
+    def phases(self, maml: MAML) -> list[MAML]:
+        """A MAML as it is in each phase, in their order; all have the same variables."""
+
+        def weights() -> list[tf.Tensor]:
+            return self.weights(maml.metatrain_optimizer.iterations, maml.num_updates, maml.dtype)
+
+        found = []
+        for start in self.starts():
+            phase = copy.copy(maml)
+            phase.stop_grad = maml.stop_grad or self.first_order(start)
+            several = self.all_losses(start) and maml.num_updates > 1
+            phase.loss_weights = weights if several else None
+            found.append(phase)
+        return found
+
+    def choose(self, calls: list[Callable], done: tf.Variable):
+        """What the call of the present phase returns; done: outer steps so far.
+
+        The graph chooses: a run that continues needs no memory of its phase, and nothing is traced
+        again.
+        """
+        if len(calls) == 1:
+            return calls[0]()
+        begun = [tf.cast(done >= start, tf.int32) for start in self.starts()[1:]]
+        return tf.switch_case(tf.add_n(begun), calls)

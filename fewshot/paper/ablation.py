@@ -16,9 +16,9 @@ import tensorflow as tf
 from data_generator import Batch
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.build import make_model
+from fewshot.networks.paper_networks import Normalization
 from fewshot.paper.runs import usual_evaluation
 from fewshot.runs.summaries import read_scalars
-from maml import Normalization
 from special_grads import BATCH_NORM_EPSILON
 
 AXES = [1, 2, 3]  # examples, height, width

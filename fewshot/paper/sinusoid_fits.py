@@ -16,6 +16,8 @@ from data_generator import Batch, SinusoidGenerator
 from fewshot.networks.build import make_model
 from fewshot.runs.checkpoints import checkpoints, first_whole
 from fewshot.runs.results import read_evaluation
+from fewshot.use.programs import output
+from maml import repeated
 
 CURVES = {  # number of updates: how it is drawn
     0: dict(label='before the first update', linestyle=':', color='tab:gray'),
@@ -48,9 +50,8 @@ def fits(
     inputs = np.stack(np.broadcast_arrays(x, a, phi), axis=-1)[..., :dim]  # [T, points, D]
     support = batch.inputa[..., :dim]  # [T, K, D]
     results = model.evaluate(Batch(support, batch.labela, inputs, truth[..., None]), max(CURVES))
-    common = model.common_values()
-    prepared, norms = model.prepare(inputs, *model.preparing(common)), model.at(common, 0)[0]
-    outputs = [model.output(model.initial_weights(tasks), norms, prepared), *results.outputsb]
+    theta = repeated(model.weights, tasks)
+    outputs = [output(model.maml, inputs, theta, done=0), *results.outputsb]
     predictions = {updates: np.asarray(outputs[updates])[..., 0] for updates in CURVES}
     points = np.concatenate([support[..., :1], batch.labela], axis=-1)  # [T, K, 2]
     found = []

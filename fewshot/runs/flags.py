@@ -124,6 +124,10 @@ FLAGS = (
          'processes, by TF_CONFIG'),
     Flag('tf32', bool, False, ANYTIME,
          'let GPUs round the factors of float32 products to 10 bits: faster, other numbers'),
+    Flag('one_program', bool, None, ANYTIME,
+         'compile the meta-gradient of several updates as one program: faster steps, after twice '
+         'the time to compile (default: as the run has it; a new one of 2,000 iterations or '
+         'more does, if the network is convolutional)'),
     # Training
     Flag('pretrain_iterations', int, 0, EVALUATION,
          'iterations of joint training on all tasks, before meta-training', lowest=0),

@@ -12,6 +12,7 @@ from data_generator import DataGenerator
 from fewshot.engine.devices import Replicas
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.build import make_model, user_network
+from fewshot.networks.paper_networks import Convolutional, Normalization
 from fewshot.runs.checkpoints import DamagedCheckpoint, checkpoints, read_run_state
 from fewshot.runs.flag_checks import check_flags
 from fewshot.runs.flags import iterations, model_settings, run_folder, settings
@@ -21,7 +22,6 @@ from fewshot.runs.summaries import Log
 from fewshot.runs.tasks import data_of_run, make_generators
 from fewshot.runs.trainer import Schedule, Trainer
 from fewshot.runs.user_code import is_spec
-from maml import Normalization
 
 
 class Options(NamedTuple):
@@ -36,6 +36,7 @@ class Options(NamedTuple):
 
 
 USUAL = Options()
+LONG = 2000  # iterations, in which --one_program pays for its compilation
 
 
 class Prepared(NamedTuple):
@@ -91,15 +92,32 @@ def prepare(f: flags.FlagValues, held: ExitStack, options: Options = USUAL) -> P
     iteration, state = restore_run(model, folder, f, held) if replicas.is_chief else (-1, {})
     start = int(replicas.agree([np.int64(iteration)])[0]) + 1
     model.agree()
+    f.one_program = bool(replicas.agree([np.int64(wants_one_program(f, model, state))])[0])
+    model.set_programs(f.one_program)
     if f.train and start >= total:
         print(complete(start, f))
         return Prepared(model, {}, folder, start, state)
     generators = own or make_generators(f, data_of_run(replicas, iteration, state))
     if replicas.is_chief:
         open_folder(folder, f, start, held)
+    if f.train and f.one_program:
+        print('The meta-gradient is compiled as one program, which takes a minute or two.')
     if f.train and start > 0:
         print(f'Continuing at iteration {start} of {total}.')
     return Prepared(model, generators, folder, start, state)
+
+
+def wants_one_program(f: flags.FlagValues, model: FastMAML, state: dict) -> bool:
+    """Whether --one_program, or else the run, says so; of a new run, whether that pays.
+
+    A run keeps its programs, since others round otherwise. state: of its checkpoint.
+    """
+    if f.one_program is not None:
+        return f.one_program
+    if 'flags' in state:
+        return state['flags'].get('one_program') or False  # older ones do not tell
+    tried = isinstance(model.network, Convolutional)
+    return f.train and tried and f.num_updates > 1 and f.metatrain_iterations >= LONG
 
 
 def complete(done: int, f: flags.FlagValues) -> str:

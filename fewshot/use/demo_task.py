@@ -174,7 +174,7 @@ class Task:
         at a time.
         """
         weights, parts = self.weights(question), [slice(None)]
-        if self.learner.model.step_norms:  # each has normalisation parameters of its own
+        if self.learner.model.norm_steps:  # each has normalisation parameters of its own
             parts = [slice(done, done + 1) for done in range(UPDATES + 1)]
         found = []
         for part in parts:

@@ -11,7 +11,6 @@ from data_generator import Batch, whole_number
 from fewshot.data.batches import fitting_batch, named_batch
 from fewshot.engine.fast import FastMAML
 from fewshot.use.learner import Learner, checked_finite
-from fewshot.use.saved_models import set_optimizer
 from maml import Arrays, Results
 
 
@@ -73,7 +72,7 @@ class MetaModel(keras.Model):
                 'made, and losses and accuracies of tasks are the metrics'
             )
         if optimizer is not None:
-            set_optimizer(self.maml, keras.optimizers.get(optimizer))
+            self.maml.set_optimizer(keras.optimizers.get(optimizer))
         self.watches = training_metrics
         given = {'run_eagerly': run_eagerly, 'steps_per_execution': steps_per_execution}
         super().compile(optimizer=self.maml.metatrain_optimizer, jit_compile=False, **given)

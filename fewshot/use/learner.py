@@ -13,7 +13,7 @@ from fewshot.networks.checks import has_sizes
 from fewshot.runs.checkpoints import checkpoints, read_run_state, write_checkpoint
 from fewshot.use.programs import Programs
 from fewshot.use.saved_models import find_checkpoint, load_model, of_images, settings_of
-from maml import MAML, Arrays, Tensors, UpdateRule
+from maml import Arrays, InnerLoop, Tensors, repeated
 
 PIXEL_TOLERANCE = 1e-5  # by which pixels may be beyond 0 and 1, from rounding
 
@@ -53,12 +53,12 @@ def checked_finite(arrays: Arrays, what: str) -> Arrays:
 # A task's arrays come with or without an axis of tasks. `axis` below is (T,), or () without it.
 
 
-def finite_tensor(model: MAML, name: str, array: np.ndarray) -> tf.Tensor:
+def finite_tensor(model: FastMAML, name: str, array: np.ndarray) -> tf.Tensor:
     """A tensor of the model's type. Raises ValueError, with the name, if it is not finite there."""
     return tf.constant(finite_numbers(name, array, model.dtype.as_numpy_dtype))
 
 
-def axis_of(model: MAML, weights: Arrays) -> tuple:
+def axis_of(model: FastMAML, weights: Arrays) -> tuple:
     """The axis of tasks of what `adapt` returns. Raises ValueError for anything else."""
     own = model.weights
     if not isinstance(weights, Mapping) or weights.keys() != own.keys():
@@ -72,7 +72,7 @@ def axis_of(model: MAML, weights: Arrays) -> tuple:
     return shape[: max(len(shape) - theta.shape.rank, 0)]
 
 
-def weights_of_tasks(model: MAML, weights: Arrays, axis: tuple) -> Tensors:
+def weights_of_tasks(model: FastMAML, weights: Arrays, axis: tuple) -> Tensors:
     """Weights [T, ...] from what `adapt` returns. Raises ValueError if the shapes differ."""
     axis_of(model, weights)
     given = {}
@@ -103,14 +103,16 @@ class Learner:
     """
 
     def __init__(self, model: FastMAML, settings: dict | None = None):
-        if not isinstance(model, MAML):
+        if not isinstance(model, FastMAML):
             raise ValueError(f'model must be a FastMAML, but it is a {type(model).__name__}')
         if not has_sizes(model.network):
-            raise ValueError('the network must have dim_input and dim_output, see maml.Network')
+            raise ValueError(
+                'the network must have dim_input and dim_output, see paper_networks.Network'
+            )
         self.model, self.settings, self.checkpoint = model, settings or {}, None
         self.is_classifier = hasattr(model.loss, 'shots')
         self.takes_images = self.is_classifier and of_images(self.settings)
-        self.programs = Programs(model)
+        self.programs = Programs(model.maml)
 
     @classmethod
     def load(
@@ -121,19 +123,19 @@ class Learner:
         compiled: bool = False,
         network=None,
         loss: Callable | None = None,
-        learn_lr: UpdateRule | None = None,
+        inner_loop: InnerLoop | None = None,
     ) -> 'Learner':
         """The model of a training run, or of `save`.
 
         checkpoint: an iteration, -1 for the newest, or 'best' for that of the best validation.
         compiled: as of FastMAML, for who trains or evaluates `model`; a Learner does not need it.
-        network, loss, learn_lr: the run's, if they are not those of this program; a network may be
-        a keras.Model. Raises ValueError if there is no such checkpoint, or it is damaged or does
-        not tell its flags, or network, loss or learn_lr is missing.
+        network, loss, inner_loop: the run's, if they are not those of this program; a network may
+        be a keras.Model. Raises ValueError if there is no such checkpoint, or it is damaged or does
+        not tell its flags, or network, loss or inner_loop is missing.
         """
         path = find_checkpoint(run_folder, checkpoint)
         settings = read_run_state(path).get('flags')
-        model = load_model(path, settings, network, loss, learn_lr, compiled)
+        model = load_model(path, settings, network, loss, inner_loop, compiled)
         learner = cls(model, settings)
         learner.checkpoint = path
         return learner
@@ -179,7 +181,7 @@ class Learner:
         label, axis = self._labels(support_y)
         tasks, examples = label.shape[:2]
         x = self._examples('support_x', support_x, axis, examples)
-        start = model.initial_weights(tasks)
+        start = repeated(model.weights, tasks)
         if weights is not None:
             start = weights_of_tasks(model, weights, axis)
         factor, run = self.example_scale(examples), self.programs

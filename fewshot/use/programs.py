@@ -7,44 +7,45 @@ import tensorflow as tf
 
 from maml import MAML, Tensors
 
-# x is [T, examples, D], y [T, examples, out], and weights are [T, ...]. MAML's methods are called
-# by its name, because those of FastMAML are programs with fixed sizes.
+# x is [T, examples, D], y [T, examples, out], and weights are [T, ...].
 
 
 def adapt(
-    model: MAML, x, y, weights: Tensors, lr, start, stop, scales_learned: bool = False
+    maml: MAML, x, y, weights: Tensors, lr, start, stop, scales_learned: bool = False
 ) -> Tensors:
-    """The weights after the inner updates start...stop - 1, counted from 0.
+    """Takes the inner updates start...stop - 1, counted from 0, and returns the new weights.
 
     lr: the step size or, if it scales the learned ones, their factor.
     """
-    common = model.common_values()
-    x = MAML.prepare(model, x, *model.preparing(common))
+    values = maml.values()
+    support = maml.prepare(x, maml.prepared_norms(values)), y
 
-    def update(step, theta):
-        norms, rates = model.at(common, step)
-        sizes = tf.nest.map_structure(lambda rate: lr * rate, rates) if scales_learned else lr
-        theta = MAML.update(model, theta, norms, x, y, sizes)
+    def update(theta: Tensors, norms: Tensors, alpha, x, y) -> Tensors:
+        alpha = tf.nest.map_structure(lambda rate: lr * rate, alpha) if scales_learned else lr
+        return maml.update(theta, norms, alpha, x, y)
+
+    def turn(step: tf.Tensor, theta: Tensors) -> tuple:
+        ((theta, _),) = maml.adapt(theta, values, support, [step], update)
         shapes = {name: weights[name].shape for name in theta}  # which the loop wants to be kept
         return step + 1, {name: tf.ensure_shape(theta[name], shapes[name]) for name in theta}
 
-    return tf.while_loop(lambda step, _: step < stop, update, [start, weights])[1]
+    return tf.while_loop(lambda step, _: step < stop, turn, [start, weights])[1]
 
 
-def output(model: MAML, x, weights: Tensors, done, leading=None) -> tf.Tensor:
-    """The outputs for x, [T, examples, out]; leading: as of MAML.output.
+def output(maml: MAML, x, weights: Tensors, done, leading=None) -> tf.Tensor:
+    """Computes the outputs for x, [T, examples, out]; leading: as of MAML.forward.
 
     done: how many updates the weights have had, which chooses normalisation parameters.
     """
-    common = model.common_values()
-    x = MAML.prepare(model, x, *model.preparing(common, leading))
-    norms, _ = model.at(common, tf.maximum(done - 1, 0))
-    return MAML.output(model, weights, norms, x, leading)
+    values = maml.values()
+    x = maml.prepare(x, maml.prepared_norms(values), leading)
+    norms, _ = maml.of_update(values, tf.maximum(done - 1, 0))
+    return maml.forward(weights, norms, x, leading)
 
 
-def losses(model: MAML, x, y, weights: Tensors, done) -> tf.Tensor:
-    """The loss of each task, [T]; done: as of `output`."""
-    return model.loss(output(model, x, weights, done), y)
+def losses(maml: MAML, x, y, weights: Tensors, done) -> tf.Tensor:
+    """Computes the loss of each task, [T]; done: as of `output`."""
+    return maml.loss(output(maml, x, weights, done), y)
 
 
 class Programs:
@@ -53,24 +54,24 @@ class Programs:
     A program for each number would fill the memory of a process that lives long.
     """
 
-    def __init__(self, model: MAML):
+    def __init__(self, maml: MAML):
         def tensors(*shape):
-            return tf.TensorSpec(shape, model.dtype)
+            return tf.TensorSpec(shape, maml.dtype)
 
-        x, y = (tensors(None, None, n) for n in (model.network.dim_input, model.network.dim_output))
-        weights = {name: tensors(None, *theta.shape) for name, theta in model.weights.items()}
+        x, y = (tensors(None, None, n) for n in (maml.network.dim_input, maml.network.dim_output))
+        weights = {name: tensors(None, *theta.shape) for name, theta in maml.weights.items()}
         count, updates = tf.TensorSpec([], tf.int32), [x, y, weights, tensors()]
         scale_learned = functools.partial(adapt, scales_learned=True)
-        self.adapt = any_size(adapt, model, *updates, count, count)
-        self.adapt_as_learned = any_size(scale_learned, model, *updates, count, count)
-        self.output = any_size(output, model, x, weights, count)
-        self.output_after = any_size(output, model, x, weights, count, count)  # after leading ones
-        self.losses = any_size(losses, model, x, y, weights, count)
+        self.adapt = any_size(adapt, maml, *updates, count, count)
+        self.adapt_as_learned = any_size(scale_learned, maml, *updates, count, count)
+        self.output = any_size(output, maml, x, weights, count)
+        self.output_after = any_size(output, maml, x, weights, count, count)  # after leading ones
+        self.losses = any_size(losses, maml, x, y, weights, count)
 
 
-def any_size(function: Callable, model: MAML, *signature) -> Callable:
-    """The function of a model as a program, or as it is if the network has to know the sizes."""
-    function = functools.partial(function, model)
+def any_size(function: Callable, maml: MAML, *signature) -> Callable:
+    """The function of a MAML as a program, or as it is if the network has to know the sizes."""
+    function = functools.partial(function, maml)
     program = tf.function(function, input_signature=signature, autograph=False)
 
     @functools.cache

@@ -14,11 +14,11 @@ from fewshot.checks import folder_path
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.build import MODEL_SETTINGS, make_model
 from fewshot.networks.checks import check_loss
-from fewshot.networks.inner_loops import LEARNED_RATES, Partly
+from fewshot.networks.inner_loops import LEARNED_RATES, LearnedRates, Partly
 from fewshot.networks.keras_network import KerasNetwork
 from fewshot.runs.checkpoints import DamagedCheckpoint, checkpoints, first_whole, other_runs
 from fewshot.sources import IMAGE_SOURCES
-from maml import UpdateRule, mean_squared_error
+from maml import InnerLoop, mean_squared_error
 
 
 def of_images(settings: dict) -> bool:
@@ -29,7 +29,8 @@ def of_images(settings: dict) -> bool:
 def settings_of(model: FastMAML) -> dict:
     """What `Learner.load` must know of a model that was not made from flags."""
     shots, plain = getattr(model.loss, 'shots', None), model.loss is mean_squared_error
-    rule, network = model.learn_lr, model.network
+    inner_loop, network = model.maml.inner_loop, model.network
+    known = type(inner_loop) in (InnerLoop, LearnedRates)
     network = network.network if isinstance(network, Partly) else network
     network = getattr(network, 'plain', network)  # as it was given
     return {
@@ -39,11 +40,11 @@ def settings_of(model: FastMAML) -> dict:
         'num_updates': model.num_updates,
         'stop_grad': model.stop_grad,
         'clip': None if model.clip is None else float(model.clip),
-        'loss_steps': model.loss_steps,
-        'loss_steps_iterations': int(model.loss_steps_iterations),
-        'first_order_iterations': int(model.first_order_iterations),
+        'loss_steps': model.schedule.loss_steps,
+        'loss_steps_iterations': model.schedule.iterations,
+        'first_order_iterations': model.schedule.first_order_iterations,
         'adapt': model.adapt,
-        'learn_lr': rule if isinstance(rule, str) else type(rule).__name__,
+        'learn_lr': model.learn_lr if known else type(inner_loop).__name__,
         'norm_steps': model.norm_steps,
         'objective': 'loss' if shots is None else 'accuracy',
         'shots': shots,
@@ -128,7 +129,7 @@ def load_model(
     settings: dict | None,
     network=None,
     loss: Callable | None = None,
-    learn_lr: UpdateRule | None = None,
+    inner_loop: InnerLoop | None = None,
     compiled: bool = False,
 ) -> FastMAML:
     """The model of a checkpoint; settings: the flags of its run.
@@ -140,26 +141,28 @@ def load_model(
             f'{path} does not tell the flags it was trained with; if it is the TensorFlow 1 '
             "original's, scripts/model/import_tf1_checkpoint.py makes one that does"
         )
-    check_given(path, settings, network, loss, learn_lr)
+    check_given(path, settings, network, loss, inner_loop)
     if isinstance(network, keras.Model):
         network = KerasNetwork(network, audit=None)  # as when it was trained
     made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
-    made |= {} if learn_lr is None else {'learn_lr': learn_lr}
+    made |= {} if inner_loop is None else {'inner_loop': inner_loop, 'learn_lr': 'none'}
     made['dtype'] = tf.as_dtype(settings.get('dtype', 'float32'))
     model = make_model(**made, compiled=compiled, network='' if network is None else network)
     if 'optimizer' in settings:
-        set_optimizer(model, stored_optimizer(settings['optimizer'], path))
+        model.maml.metatrain_optimizer = stored_optimizer(settings['optimizer'], path)
+        model.maml.metatrain_optimizer.build(model.parameters)
     if loss is not None:
         check_loss(loss, model.network, model.dtype)
-        model.loss = loss
-    model.clip = settings.get('clip', model.clip)  # of models that were made in Python
+        model.maml.loss = loss
+    model.maml.clip = settings.get('clip', model.clip)  # of models that were made in Python
+    model.make_programs()
     images = ['float'] if of_images(settings) else []
     model.trained_on = frozenset(settings.get('trained_on', images))
     model.restore(path)
     return model
 
 
-def check_given(path: str, settings: dict, network, loss, learn_lr):
+def check_given(path: str, settings: dict, network, loss, inner_loop):
     """Raises ValueError if a run had something of the user's, which a checkpoint does not hold.
 
     The file of a network is not run unasked: a checkpoint may come from anywhere.
@@ -174,13 +177,7 @@ def check_given(path: str, settings: dict, network, loss, learn_lr):
         )
     if settings.get('loss') and loss is None:
         raise ValueError(f'{path} was trained with a loss of its own: give it as loss=')
-    if settings.get('learn_lr', 'none') not in ('none', *LEARNED_RATES) and learn_lr is None:
-        raise ValueError(f'{path} was trained with a rule of its own: give it as learn_lr=')
-
-
-def set_optimizer(model: FastMAML, optimizer: keras.optimizers.Optimizer):
-    """Gives a model another outer optimizer; the program that was traced with the old one goes."""
-    optimizer.build(model.parameters)
-    model.metatrain_optimizer = optimizer
-    model.checkpoint = tf.train.Checkpoint(**model.groups, metatrain_optimizer=optimizer)
-    vars(model).pop(FastMAML.metatrain_step.attribute, None)
+    if settings.get('learn_lr', 'none') not in ('none', *LEARNED_RATES) and inner_loop is None:
+        raise ValueError(
+            f'{path} was trained with an inner loop of its own: give it as inner_loop='
+        )

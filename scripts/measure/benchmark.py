@@ -180,7 +180,7 @@ def time_case(path: str, steps: int, tune: Callable) -> dict:
     values = read_case(path)
     f = case_flags(path, values)
     tune(f)
-    model = make_model(**model_settings(f))
+    model = make_model(**model_settings(f), one_program=bool(f.one_program))
     for name, variable in (model.weights | model.norms).items():
         variable.assign(case_array(path, values, f'init/{name}', tuple(variable.shape)))
     batch = case_batch(path, values, model, f.meta_batch_size)

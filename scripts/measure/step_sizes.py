@@ -34,7 +34,7 @@ from fewshot.runs.terminal import print_anything
 from fewshot.use.learner import Learner
 from fewshot.use.loading import load, refusals
 from fewshot.use.saved_models import find_checkpoint
-from maml import accuracy
+from maml import accuracy, repeated
 
 SHOWN = (1, 3, 5, 10)  # updates
 UPDATES = SHOWN[-1]
@@ -69,7 +69,7 @@ def outcomes(learner: Learner, batch: Batch, halved: bool) -> np.ndarray:
     batch = Batch(*(tf.constant(values, model.dtype) for values in batch))
     tasks, examples, _ = batch.inputa.shape
     scale, found = learner.example_scale(examples), []
-    weights = model.initial_weights(tasks)
+    weights = repeated(model.weights, tasks)
     for update in range(1 + UPDATES):
         alpha = scale * model.update_lr / (2 if halved and update > 1 else 1)
         if update:

@@ -34,6 +34,7 @@ from fewshot.runs.terminal import print_anything
 from fewshot.use import programs
 from fewshot.use.learner import PIXEL_TOLERANCE, Learner
 from fewshot.use.loading import add_adaptation, chosen_steps, load, parser_of, refusals
+from maml import repeated
 
 
 def serve(function: Callable, *arguments: tf.TensorSpec) -> Callable:
@@ -122,10 +123,10 @@ class Serving(NamedTuple):
     def adapted(self, support_images: tf.Tensor, support_labels: tf.Tensor) -> dict[str, tf.Tensor]:
         model = self.learner.model
         label = tf.one_hot(support_labels, model.network.dim_output)  # [T, examples, N]
-        x, weights = self.flat(support_images), model.initial_weights(tf.shape(label)[0])
+        x, weights = self.flat(support_images), repeated(model.weights, tf.shape(label)[0])
         scale = self.learner.example_scale(tf.cast(tf.shape(label)[1], tf.float32))
         lr = scale if self.lr is None else self.lr * scale
-        weights = programs.adapt(model, x, label, weights, lr, 0, self.steps, self.lr is None)
+        weights = programs.adapt(model.maml, x, label, weights, lr, 0, self.steps, self.lr is None)
         what = 'adaptation diverged, export with a smaller --lr: the weights'
         return {name: finite(f'{what} {name}', value) for name, value in weights.items()}
 
@@ -141,7 +142,7 @@ class Serving(NamedTuple):
         if not self.transductive:
             x = tf.concat([self.flat(support_images), x], axis=1)
             leading = tf.shape(support_images)[1]
-        output = programs.output(model, x, weights, self.steps, leading)
+        output = programs.output(model.maml, x, weights, self.steps, leading)
         what = 'adaptation diverged, export with a smaller --lr: the answers'
         return {'probabilities': finite(what, tf.nn.softmax(output))}
 

@@ -34,20 +34,15 @@ from fewshot.engine.fast import FastMAML
 from fewshot.networks.build import make_model
 from fewshot.networks.inner_loops import HeadOnly, Partly
 from fewshot.networks.keras_network import KerasNetwork
-from fewshot.networks.outer_losses import Phase, phases, step_weights
+from fewshot.networks.outer_losses import OuterLossSchedule
+from fewshot.networks.paper_networks import Convolutional, FullyConnected
 from fewshot.runs import trainer
 from fewshot.runs.checkpoints import read_run_state, write_checkpoint
 from fewshot.runs.flags import INNER_LOOPS, run_name
 from fewshot.runs.summaries import read_scalars
 from fewshot.use.fit import MetaModel
 from fewshot.use.learner import Learner
-from maml import (
-    Convolutional,
-    FullyConnected,
-    UpdateRule,
-    cross_entropy,
-    mean_squared_error,
-)
+from maml import InnerLoop, cross_entropy, mean_squared_error, repeated
 from scripts.model import classify, export, publish
 
 PLUS_PLUS = dict(
@@ -88,10 +83,10 @@ def spread_rates(model):
 def outer_loss(model, batch) -> float:
     """By the losses that an evaluation tells, weighed here."""
     losses = np.mean(model.evaluate(batch, model.num_updates).losses2, axis=1)
-    if not model.phases[0].all_losses:
+    if model.schedule.loss_steps == 'last':
         return float(losses[-1])
     done = model.metatrain_optimizer.iterations
-    weights = step_weights(len(losses), done, model.loss_steps_iterations, tf.float64)
+    weights = model.schedule.weights(done, len(losses), tf.float64)
     return float(np.dot(weights, losses))
 
 
@@ -215,7 +210,8 @@ def test_weights_of_losses():
     """As in MAML++'s program, with outer steps for its epochs: from 1/5 each to 0.03/5."""
 
     def weights(done, iterations, updates=5):
-        found = step_weights(updates, tf.constant(done, tf.int64), iterations, tf.float64)
+        schedule = OuterLossSchedule('all', iterations)
+        found = schedule.weights(tf.constant(done, tf.int64), updates, tf.float64)
         return [float(weight) for weight in found]
 
     for done in (0, 3, 7, 10):
@@ -229,12 +225,20 @@ def test_weights_of_losses():
 
 def test_phases():
     """Of both annealings, in either order; one if there is none."""
-    assert phases('last', 0, 0) == [Phase(0)]
-    assert phases('all', 0, 0) == [Phase(0, False, True)]
-    assert phases('last', 0, 3) == [Phase(0, True), Phase(3)]
-    assert phases('all', 5, 3) == [Phase(0, True, True), Phase(3, False, True), Phase(5)]
-    assert phases('all', 3, 5) == [Phase(0, True, True), Phase(3, True), Phase(5)]
-    assert phases('all', 4, 4) == [Phase(0, True, True), Phase(4)]
+
+    def phases(*settings) -> list[tuple]:
+        schedule = OuterLossSchedule(*settings)
+        starts = schedule.starts()
+        return [
+            (start, schedule.first_order(start), schedule.all_losses(start)) for start in starts
+        ]
+
+    assert phases('last', 0, 0) == [(0, False, False)]
+    assert phases('all', 0, 0) == [(0, False, True)]
+    assert phases('last', 0, 3) == [(0, True, False), (3, False, False)]
+    assert phases('all', 5, 3) == [(0, True, True), (3, False, True), (5, False, False)]
+    assert phases('all', 3, 5) == [(0, True, True), (3, True, False), (5, False, False)]
+    assert phases('all', 4, 4) == [(0, True, True), (4, False, False)]
 
 
 # Phases of the outer loop -------------------------------------------------------------------------
@@ -424,16 +428,17 @@ def test_more_updates_than_step_sizes_use_the_last():
         np.testing.assert_allclose(answers, tf.nn.softmax(results.outputsb[done]), rtol=1e-9)
     for name, value in at_once.items():
         np.testing.assert_allclose(weights[name], value, rtol=1e-12)
-    by_hand = model.initial_weights(2)
+    by_hand = repeated(model.weights, 2)
     for step in range(4):
         norms = {name: value[min(step, 1)] for name, value in model.norms.items()}
         alpha = {name: model.rates[f'layer{name[1]}'][min(step, 1)] for name in model.weights}
-        by_hand = model.update(by_hand, norms, batch.inputa, batch.labela, alpha)
+        by_hand = model.maml.update(by_hand, norms, alpha, batch.inputa, batch.labela)
     for name, value in at_once.items():
         np.testing.assert_allclose(by_hand[name], value, rtol=1e-12)
     given = learner.adapt(batch.inputa, classes, 1, lr=0.3)
     norms = {name: value[0] for name, value in model.norms.items()}
-    expected = model.update(model.initial_weights(2), norms, batch.inputa, batch.labela, 0.3)
+    start = repeated(model.weights, 2)
+    expected = model.maml.update(start, norms, 0.3, batch.inputa, batch.labela)
     np.testing.assert_allclose(given['w1'], expected['w1'], rtol=1e-12)
 
 
@@ -449,7 +454,7 @@ def test_step_sizes_mean_the_same_for_any_number_of_examples():
         np.testing.assert_allclose(thrice[name], value, rtol=1e-9)
 
 
-class Damped(UpdateRule):
+class Damped(InnerLoop):
     """A rule of one's own, with a parameter that the outer loop learns."""
 
     parameters = {'damping': ('ones', ())}
@@ -457,23 +462,23 @@ class Damped(UpdateRule):
     def rates(self, values, step):
         return values['damping'] / (1 + step)
 
-    def __call__(self, weights, gradients, alpha):
+    def step(self, theta, gradients, alpha):
         gradients = {name: tf.tanh(gradient) for name, gradient in gradients.items()}
-        return super().__call__(weights, gradients, 0.1 * alpha)
+        return super().step(theta, gradients, 0.1 * alpha)
 
 
 @pytest.mark.usefixtures('eager')
 def test_a_rule_of_ones_own(tmp_path):
     """The same door: exact, saved, and loaded with the rule given again."""
-    model = exact_model(fully_connected(), learn_lr=Damped())
+    model = exact_model(fully_connected(), inner_loop=Damped())
     batch = random_batch(fully_connected(), shots=1, queries=1)
     assert_exact(model, batch, named_gradient(model, batch))
-    model = FastMAML(fully_connected(), cross_entropy(2), 0.1, learn_lr=Damped(), compiled=False)
+    model = FastMAML(fully_connected(), cross_entropy(2), 0.1, inner_loop=Damped(), compiled=False)
     Learner(model).save(tmp_path)
     assert read_run_state(f'{tmp_path}/model0')['flags']['learn_lr'] == 'Damped'
-    with pytest.raises(ValueError, match='a rule of its own: give it as learn_lr='):
+    with pytest.raises(ValueError, match='an inner loop of its own: give it as inner_loop='):
         Learner.load(tmp_path, network=fully_connected())
-    loaded = Learner.load(tmp_path, network=fully_connected(), learn_lr=Damped())
+    loaded = Learner.load(tmp_path, network=fully_connected(), inner_loop=Damped())
     model.rates['damping'].assign(2)
     assert loaded.model.rates['damping'] == 1
 
@@ -721,7 +726,7 @@ def test_runs_from_before_the_flags(tmp_path, eager, monkeypatch):
     'settings, words',
     [
         (dict(adapt='heads'), "adapt must be one of 'all', 'head', 'body'"),
-        (dict(learn_lr='step'), "'weight', or an UpdateRule, but it is 'step'"),
+        (dict(learn_lr='step'), "'weight', but it is 'step'"),
         (dict(loss_steps='first'), "loss_steps must be one of 'last', 'all'"),
         (dict(loss_steps_iterations=3), "is for loss_steps='all'"),
         (dict(loss_steps='all', loss_steps_iterations=-3), 'loss_steps_iterations must not be'),

@@ -28,12 +28,13 @@ from fewshot.data.user_tasks import BadTasks, UserTasks
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.build import example_shape, make_model, user_network
 from fewshot.networks.keras_network import KerasNetwork
+from fewshot.networks.paper_networks import FullyConnected
 from fewshot.runs import trainer
 from fewshot.runs.checkpoints import checkpoints, read_run_state, write_checkpoint
 from fewshot.runs.flags import run_name
 from fewshot.runs.user_code import user_function
 from fewshot.use.learner import Learner
-from maml import FullyConnected, cross_entropy, mean_squared_error
+from maml import cross_entropy, mean_squared_error, repeated
 from scripts.examples import curves, networks
 from scripts.model import classify, export, publish
 
@@ -408,7 +409,7 @@ def test_examples_are_the_papers_networks(source):
         variable.assign(value)
     x = tf.random.stateless_uniform([2, 5, int(np.prod(shape))], [0, 1])
     outputs = [
-        model.output(model.initial_weights(2), model.norms, model.prepare(x))
+        model.maml.forward(repeated(model.weights, 2), model.norms, model.maml.prepare(x, {}))
         for model in (own, theirs)
     ]
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)

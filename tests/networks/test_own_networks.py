@@ -9,9 +9,10 @@ import tensorflow as tf
 
 from data_generator import Batch, SinusoidGenerator
 from fewshot.engine.fast import FastMAML
+from fewshot.networks.paper_networks import Convolutional, FullyConnected
 from fewshot.use.learner import Learner
-from fewshot.use.saved_models import set_optimizer, settings_of
-from maml import Convolutional, FullyConnected, cross_entropy, mean_squared_error
+from fewshot.use.saved_models import settings_of
+from maml import cross_entropy, mean_squared_error, repeated
 from special_grads import dense
 
 TASKS = SinusoidGenerator(num_support=4, num_query=4)
@@ -138,7 +139,7 @@ def test_activation_and_initial_values():
     x = np.array([[[0.3]]], np.float32)
     hidden = np.tanh(x @ values + 0.5)
     expected = hidden @ model.weights['w2'].numpy() + model.weights['b2'].numpy()
-    output = model.output(model.initial_weights(1), {}, tf.constant(x))
+    output = model.maml.forward(repeated(model.weights, 1), {}, tf.constant(x))
     np.testing.assert_allclose(output, expected, rtol=1e-6)
 
 
@@ -249,7 +250,7 @@ def test_load_names_a_schedule_of_ones_own(tmp_path):
 def test_save_and_load_with_another_outer_optimizer(tmp_path, optimizer):
     """What is loaded goes on as what was saved."""
     learner = Learner(model_of(Two()))
-    set_optimizer(learner.model, optimizer)
+    learner.model.set_optimizer(optimizer)
     learner.model.metatrain_step(TASKS.batch('train', 0, 5))
     learner.save(tmp_path)
     loaded = Learner.load(tmp_path, network=Two())

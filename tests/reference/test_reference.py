@@ -64,8 +64,9 @@ class Case:
         # 84x84 images with flat regions are ill-conditioned in float32.
         self.gradient_tolerance = 5e-3 if self.flags.datasource == 'miniimagenet' else 2e-4
 
-    def model(self, dtype, compiled: bool):
-        model = make_model(**model_settings(self.flags), dtype=dtype, compiled=compiled)
+    def model(self, dtype, compiled: bool, one_program: bool = False):
+        settings = model_settings(self.flags) | {'one_program': one_program}
+        model = make_model(**settings, dtype=dtype, compiled=compiled)
         self.initialize(model)
         return model
 
@@ -190,3 +191,20 @@ def test_original(name, dtype, compiled):
         model.pretrain_step(batch)
         gradients = given(model.pretrain_optimizer)
         check_step(case.values, 'after_pretrain', model, gradients, case.gradient_tolerance)
+
+
+SEVERAL_UPDATES = (
+    'sinusoid_5shot_5steps',
+    pytest.param('omniglot_20way_1shot_5steps', marks=pytest.mark.slow),
+    pytest.param('miniimagenet_clipped', marks=pytest.mark.slow),
+)
+
+
+@pytest.mark.parametrize('name', SEVERAL_UPDATES)
+def test_one_program(name):
+    """The gradient of a chunk as one program; compiled float32."""
+    if name not in CASES:
+        pytest.skip(f'{FOLDER} has no {name}.npz')
+    case = load(name)
+    model = case.model(tf.float32, compiled=True, one_program=True)
+    check_metatrain(case, model, case.batch(tf.float32), case.gradient_tolerance)

@@ -29,8 +29,15 @@ from command_line import (
 
 from fewshot.networks.build import make_model
 from fewshot.runs import flags as flags_module
-from fewshot.runs.checkpoints import checkpoints, is_plain_path, read_checkpoint, write_checkpoint
+from fewshot.runs.checkpoints import (
+    checkpoints,
+    is_plain_path,
+    read_checkpoint,
+    read_run_state,
+    write_checkpoint,
+)
 from fewshot.runs.flags import model_settings, run_name, settings
+from fewshot.runs.prepare import wants_one_program
 from fewshot.runs.results import read_evaluation
 from fewshot.runs.summaries import event_files, read_events, read_scalars
 from fewshot.use.learner import Learner
@@ -713,3 +720,40 @@ def test_published_run_evaluates_to_its_figures(all_omniglot, tmp_path, cell):
         # An image in a thousand that rounding assigns to another class.
         np.testing.assert_allclose(mean, published_mean, atol=1e-3)
         np.testing.assert_allclose(interval, published_interval, atol=5e-4)
+
+
+# One program --------------------------------------------------------------------------------------
+
+
+SEVERAL = [*OMNIGLOT, '--num_updates=2']
+
+
+def wanted(state: dict, *flags: str) -> bool:
+    f = parsed(*SEVERAL, *flags)
+    return wants_one_program(f, make_model(**model_settings(f)), state)
+
+
+@pytest.mark.usefixtures('eager')
+def test_long_runs_are_one_program_and_stay_what_they_are():
+    """An older run does not tell, and goes on by parts; the flag wins."""
+    assert wanted({}, '--metatrain_iterations=2000')
+    assert not wanted({}, '--metatrain_iterations=1999')
+    for other in ('--num_updates=1', '--conv=False', '--adapt=head', '--train=False'):
+        assert not wanted({}, '--metatrain_iterations=60000', other)
+    long = ['--metatrain_iterations=60000']
+    assert wanted({'flags': {'one_program': True}}, '--metatrain_iterations=10')
+    assert not wanted({'flags': {'one_program': None}}, *long)
+    assert not wanted({'flags': {}}, *long)
+    assert wanted({'flags': {}}, *long, '--one_program=True')
+    assert not wanted({}, *long, '--one_program=False')
+
+
+@pytest.mark.usefixtures('eager')
+def test_a_run_knows_whether_it_is_one_program(tmp_path, omniglot):
+    folder = folder_of(tmp_path, *SEVERAL)
+    given = ['--one_program=True'], [], ['--one_program=False']
+    for i, (flags, one) in enumerate(zip(given, (True, True, False))):
+        train = [*SEVERAL, *flags, omniglot, f'--metatrain_iterations={i + 1}']
+        outcome = succeeded(run(*train, f'--logdir={tmp_path}'))
+        assert ('as one program' in outcome.out) == one
+        assert read_run_state(str(folder / f'model{i}'))['flags']['one_program'] is one

@@ -12,10 +12,11 @@ from command_line import ROOT
 from data_generator import Batch, ClassImages, ImageGenerator, SinusoidGenerator
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.keras_network import KerasNetwork
+from fewshot.networks.paper_networks import FullyConnected
 from fewshot.runs.summaries import read_scalars
 from fewshot.use.fit import MetaModel
 from fewshot.use.learner import Learner
-from maml import FullyConnected, cross_entropy, mean_squared_error
+from maml import cross_entropy, mean_squared_error
 
 layers = keras.layers
 NOTEBOOK = ROOT / 'scripts' / 'examples' / 'tutorial.ipynb'

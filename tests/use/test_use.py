@@ -34,13 +34,14 @@ from fewshot.data.image_folders import load_miniimagenet
 from fewshot.data.own_images import load_folder
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.build import make_model
+from fewshot.networks.paper_networks import FullyConnected
 from fewshot.runs import flags as flags_module
 from fewshot.runs.checkpoints import read_run_state, write_checkpoint
 from fewshot.runs.results import confidence
 from fewshot.runs.summaries import event_files, read_events, read_scalars
 from fewshot.use.fit import MetaModel
 from fewshot.use.learner import Learner
-from maml import FullyConnected, cross_entropy, mean_squared_error
+from maml import cross_entropy, mean_squared_error, repeated
 from scripts.model import classify, export, publish
 
 SUPPORT, QUERY = (ROOT / 'tests' / 'characters' / name for name in ('support', 'query'))
@@ -304,7 +305,7 @@ def test_alpha_means_the_same_for_any_number_of_examples():
     maml = model.model
     support = maml.network.prepare(tf.constant(x.reshape(2, 3, 784)))
     labels = tf.one_hot(y, 3, dtype=tf.float64)
-    trained = maml.update(maml.initial_weights(2), maml.norms, support, labels)
+    trained = maml.maml.update(repeated(maml.weights, 2), maml.norms, None, support, labels)
     for name in once:
         np.testing.assert_allclose(twice[name], once[name], rtol=1e-9, atol=1e-11)
         np.testing.assert_allclose(trained[name], once[name], rtol=1e-9, atol=1e-11)
