@@ -1,4 +1,4 @@
-"""Where tasks come from: random sinusoids, or class folders of images.
+"""Sources of tasks: random sinusoids, or class folders of images.
 
 A source turns (seed, split, iteration) into a meta-batch of tasks and keeps no state:
 
@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 SPLITS = ('train', 'val', 'test')
-FEW_COMBINATIONS = 100  # of classes in an evaluation, which it should say
-EVALUATION_SEED = 1  # of tasks that are the same for every run and checkpoint
+FEW_COMBINATIONS = 100  # an evaluation with fewer combinations of classes says so
+EVALUATION_SEED = 1  # gives every run and checkpoint the same tasks
 
 
 class Batch(NamedTuple):
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 def whole_number(name: str, value, lowest: int = 0) -> int:
-    """An argument that counts something. Raises ValueError, with its name, if it is no count."""
+    """Returns a count as an int. Raises ValueError, with the argument's name, if it is no count."""
     try:
         found = operator.index(value)
     except TypeError:  # also of 2.0, which may be a mistake
@@ -61,17 +61,17 @@ class ClassImages(NamedTuple):
     images: np.ndarray  # [total, height, width, channels] uint8, mostly memory-mapped; 255 * value
 
     def select(self, classes: Sequence[int]) -> 'ClassImages':
-        """Some of the classes, in the order given, on the same images."""
+        """Selects some of the classes, in the order given, on the same images."""
         names = [self.names[c] for c in classes]
         return self._replace(names=names, starts=self.starts[classes], counts=self.counts[classes])
 
     def named(self, names: Iterable[str]) -> 'ClassImages':
-        """The classes of these names, alike."""
+        """Selects the classes of these names, in the order given, on the same images."""
         place = {name: i for i, name in enumerate(self.names)}
         return self.select([place[name] for name in names])
 
     def sizes(self) -> dict[str, int]:
-        """{class: how many images}."""
+        """Returns {class: number of images}."""
         return dict(zip(self.names, map(int, self.counts)))
 
 
@@ -85,15 +85,15 @@ class DataGenerator:
     Raises ValueError if the seed is negative.
     """
 
-    objective = 'accuracy'  # what is printed of a task and evaluated: 'accuracy', or 'loss'
+    objective = 'accuracy'  # the figure that is printed and evaluated: 'accuracy' or 'loss'
     validates = True  # whether held-out classes are evaluated during training
     iterations_at_once = 1  # meta-batches that run as one program: many of tiny tasks
     print_factor = 1  # printed lines are this many times further apart
     updates_shown = 1  # inner updates evaluated during training, at least
     tasks_at_once = 4  # tasks evaluated together, which bounds the memory; divides 600
     picture_name = 'task'  # the tag of its pictures in TensorBoard
-    has_queries = True  # whether tasks have query sets; else updates have no outcome to tell of
-    model_settings = {}  # what `make_model` must know of the tasks besides the flags
+    has_queries = True  # whether tasks have query sets; without them updates have no result
+    model_settings = {}  # the settings that `make_model` needs besides the flags
     classes = {}  # {split: {class: how many images}}, which checkpoints keep
     settled_flags = {}  # values of flags that were left to the data
 
@@ -105,11 +105,11 @@ class DataGenerator:
     def batch(
         self, split: str, iteration: int, num_tasks: int, tasks: slice = slice(None)
     ) -> Batch:
-        """The meta-batch of an iteration, a pure function of (seed, split, iteration).
+        """Returns the meta-batch of an iteration, a pure function of (seed, split, iteration).
 
         split: 'train', 'val' or 'test'; iteration: not negative.
         num_tasks: T. Task i is the same whatever T is.
-        tasks: a slice of the T tasks, to get these only and without the cost of the others.
+        tasks: the slice of the T tasks to return; the others cost nothing.
         """
         return self._tasks(split, self._draw(split, iteration, num_tasks)[tasks])
 
@@ -121,16 +121,16 @@ class DataGenerator:
         num_tasks: int,
         tasks: slice = slice(None),
     ) -> Batch:
-        """Those of `count` successive iterations, stacked: [count, T, ...]; as batch() of each."""
+        """Returns `batch` of `count` successive iterations, stacked: [count, T, ...]."""
         iterations = range(first_iteration, first_iteration + count)
         draws = [self._draw(split, i, num_tasks)[tasks] for i in iterations]
         batch = self._tasks(split, np.concatenate(draws))  # [count*T, ...]
         return Batch(*(array.reshape(count, len(draws[0]), *array.shape[1:]) for array in batch))
 
     def dataset(self, split: str, num_tasks: int, first_iteration: int = 0):
-        """The meta-batches from an iteration on, without end: a tf.data.Dataset of Batch.
+        """Returns an endless tf.data.Dataset of the meta-batches (Batch) from an iteration on.
 
-        Arguments as of `batch`. It is what fewshot.MetaModel.fit takes.
+        The arguments are those of `batch`. fewshot.MetaModel.fit takes the dataset.
         """
         import tensorflow as tf  # nothing else here needs it
 
@@ -150,17 +150,17 @@ class DataGenerator:
         return tf.data.Dataset.counter(first_iteration).map(draw).prefetch(2)
 
     def caution(self, split: str) -> str:
-        """What is to be kept in mind of an evaluation on a split, a sentence; empty if nothing."""
+        """Returns a sentence of caution about an evaluation on a split; empty if none is needed."""
         return ''
 
     def _draw(self, split: str, iteration: int, num_tasks: int) -> np.ndarray:
-        """Uniform numbers in [0, 1), a row for each task: [T, num_draws]."""
+        """Draws uniform numbers in [0, 1), a row for each task: [T, num_draws]."""
         iteration, num_tasks = checked_request(split, iteration, num_tasks)
         generator = np.random.default_rng([self.seed, SPLITS.index(split), iteration])
         return generator.random((num_tasks, self.num_draws))
 
     def _tasks(self, split: str, uniform: np.ndarray) -> Batch:
-        """The tasks that rows of uniform numbers stand for, [T, num_draws]."""
+        """Builds the tasks that rows of uniform numbers, [T, num_draws], stand for."""
         raise NotImplementedError
 
 
@@ -213,8 +213,8 @@ class ImageGenerator(DataGenerator):
 
     folders: the decoded classes of each split, from load_omniglot, load_miniimagenet, load_folder.
     num_classes: N. num_support: K, images per class. num_query: Q, images per class; may be 0.
-    rotate: draw rotations; `rotates` if None. seed: another one gives other tasks.
-    splits: those it will be used on; all that `folders` holds if None.
+    rotate: whether to draw rotations; `rotates` if None. seed: another seed gives other tasks.
+    splits: the splits it will be used on; all that `folders` holds if None.
     Raises ValueError if a size is out of range, or a split has too few classes or too few images
     in a class.
     """
@@ -251,7 +251,7 @@ class ImageGenerator(DataGenerator):
         super().__init__(math.prod(self.image_shape), num_classes, num_draws, seed)
 
     def caution(self, split: str) -> str:
-        """Says if its classes can be combined to few tasks only."""
+        """Warns if the split's classes can be combined into few tasks only."""
         classes, ways = len(self.folders[split].names), self.num_classes
         combinations = math.comb(classes, ways)
         if combinations >= FEW_COMBINATIONS:
@@ -289,9 +289,9 @@ class ImageGenerator(DataGenerator):
         )
 
     def _pixels(self, source: ClassImages, index: np.ndarray, turns: np.ndarray) -> np.ndarray:
-        """Images by their index, turned and flattened row by row: [T, shots*N, D] float32.
+        """Gathers images by their index, turned and flattened row by row: [T, shots*N, D] float32.
 
-        index: [T, shots, N]; turns: quarters counter-clockwise, alike.
+        index: [T, shots, N]; turns: quarters counter-clockwise, likewise.
         """
         pixels = source.images[index]  # [T, shots, N, height, width, channels] uint8
         for quarter in (1, 2, 3) if self.rotate else ():
@@ -301,13 +301,13 @@ class ImageGenerator(DataGenerator):
         return np.divide(pixels, 255, dtype=np.float32).reshape(tasks, shots * ways, self.dim_input)
 
     def _one_hot(self, labels: np.ndarray) -> np.ndarray:
-        """[T, shots, N] -> [T, shots*N, N] float32."""
+        """Encodes labels as one-hot rows: [T, shots, N] -> [T, shots*N, N] float32."""
         tasks, shots, ways = labels.shape
         return np.eye(ways, dtype=np.float32)[labels].reshape(tasks, shots * ways, ways)
 
 
 class OmniglotGenerator(ImageGenerator):
-    """The same with rotations, so that every character is four classes, and small images."""
+    """An ImageGenerator of small images with rotations, so that every character is four classes."""
 
     rotates = True
     updates_shown = 10
@@ -315,14 +315,14 @@ class OmniglotGenerator(ImageGenerator):
 
 
 def checked_request(split: str, iteration: int, num_tasks: int) -> tuple[int, int]:
-    """Iteration and number of tasks. Raises ValueError if there is no such meta-batch."""
+    """Returns iteration and number of tasks. Raises ValueError if there is no such meta-batch."""
     if split not in SPLITS:
         raise ValueError(f'there is no split {split!r}; the splits are {", ".join(SPLITS)}')
     return whole_number('iteration', iteration), whole_number('--meta_batch_size', num_tasks, 1)
 
 
 class TaskSize(NamedTuple):
-    """What a task takes of a split: so many classes, and of each so many images."""
+    """The size of a task: its number of classes, and the images that it takes of each."""
 
     ways: int = 1
     support: int = 1
@@ -363,18 +363,18 @@ def check_split(
 
 
 def small_classes(counts: Mapping[str, int], size: TaskSize) -> list[str]:
-    """Those that have too few images for a task, the smallest first."""
+    """Lists the classes that have too few images for a task, the smallest first."""
     return sorted((name for name in counts if counts[name] < size.images), key=counts.get)
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first few, and how many there are besides."""
+    """Lists the first few names, and tells how many more there are."""
     shown = ', '.join(names[:most])
     return f'{shown} and {len(names) - most} more' if len(names) > most else shown
 
 
 def _check_shots(num_support: int, num_query: int):
-    """Raises ValueError if they are out of range."""
+    """Raises ValueError if the numbers of examples are out of range."""
     whole_number('--update_batch_size', num_support, lowest=1)
     whole_number('the number of query examples', num_query)
 
@@ -398,11 +398,11 @@ def _distinct(uniform: np.ndarray, counts) -> np.ndarray:
 
 
 def split_classes(num_classes: int) -> dict[str, list[int]]:
-    """Which of the sorted classes of Omniglot belong to which split: shuffled, then cut.
+    """Assigns Omniglot's sorted classes to the splits: they are shuffled, then cut.
 
     The 1623 official characters give 1100 train, 100 val and 423 test classes; any set of at least
-    1201 the same 1100 and 100, and the rest for test. A smaller set (of at least 3 classes) is
-    dealt out in the proportions 1100 : 100 : 423, at least one class each.
+    1201 gives the same 1100 and 100, and the rest are for test. A smaller set (of at least 3
+    classes) is dealt out in the proportions 1100 : 100 : 423, at least one class each.
     """
     if num_classes >= 1201:
         return deal_out(num_classes, val=100, test=num_classes - 1200)
@@ -410,14 +410,17 @@ def split_classes(num_classes: int) -> dict[str, list[int]]:
 
 
 def held_out(num_classes: int, proportions: Sequence[float]) -> tuple[int, int]:
-    """How many classes val and test get, at least one each; proportions: of train, val and test."""
+    """Returns how many classes val and test get, at least one each.
+
+    proportions: those of train, val and test.
+    """
     total = sum(proportions)
     val, test = (max(1, round(num_classes * part / total)) for part in proportions[1:])
     return val, test
 
 
 def deal_out(num_classes: int, val: int, test: int) -> dict[str, list[int]]:
-    """A shuffle with a fixed seed, cut; train gets what val and test leave, and at least one."""
+    """Shuffles by a fixed seed, then cuts; train gets what val and test leave, and at least one."""
     order = list(range(num_classes))
     random.Random(1).shuffle(order)
     train = max(1, num_classes - val - test)

@@ -70,7 +70,7 @@ def test(run: Prepared, f: flags.FlagValues, options: Options = USUAL):
 def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS, options: Options = USUAL):
     """Trains or evaluates.
 
-    arguments: the program and what is left of the command line after the flags.
+    arguments: the program and the rest of the command line, without the flags.
     """
     logging.set_verbosity(logging.ERROR)
     if worker_index(f) > 0:
@@ -91,7 +91,7 @@ def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS, options: Optio
 
 
 def carry_out(run: Prepared, f: flags.FlagValues, options: Options):
-    """Trains or evaluates; what goes wrong now is said in one sentence."""
+    """Trains or evaluates; from now on, errors are told in one sentence."""
     try:
         with user_code(f.datasource, all_of_it=False), user_code(f.network, all_of_it=False):
             (train if f.train else test)(run, f, options)
@@ -125,7 +125,7 @@ def carry_out(run: Prepared, f: flags.FlagValues, options: Options):
 
 
 def is_of_kept_program(error: tf.errors.OpError) -> bool:
-    """Whether it may be of the folder of compiled programs: not there, closed, or damaged."""
+    """Whether an error may come from the folder of compiled programs: absent, closed or damaged."""
     of_files = (
         tf.errors.NotFoundError,
         tf.errors.PermissionDeniedError,
@@ -139,12 +139,12 @@ TUNED = Options(start=tune)
 
 
 def program(arguments: list[str], options: Options = TUNED):
-    """main.py as a process of its own."""
+    """Runs main.py as a process of its own."""
     try:
         main(arguments, options=options)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # who read the output has gone, as `head` does
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
 

@@ -281,7 +281,7 @@ class MAML:
 
     @property
     def parts(self) -> Parts:
-        """Those of this class."""
+        """The methods of this class, as the loops call them."""
         return Parts(repeated, self.prepare, self.update, self.outcome, self.last_loss)
 
     def prepare(self, inputs: tf.Tensor, norms: Tensors, leading: Leading = None):

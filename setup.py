@@ -1,4 +1,4 @@
-"""`pip install -e .` for training and evaluation, `'.[plots]'` for the pictures too.
+"""Installation: `pip install -e .` for training and evaluation, `'.[plots]'` for the pictures too.
 
 `'.[gpu]'` adds CUDA's libraries, by which TensorFlow uses an NVIDIA GPU, `'.[test]'` what the tests
 need, `'.[dev]'` the linter and formatter as well, `'.[notebook]'` what executes
@@ -13,7 +13,7 @@ NOTEBOOK = [*PLOTS, 'ipykernel', 'nbclient>=0.8']
 TEST = [*PLOTS, 'pytest>=7', 'pytest-xdist>=3.2']
 DEMO = ['nicegui>=3.5']
 DEMO_TEST = [*TEST, *DEMO, 'playwright>=1.40']
-# One version, since another formats otherwise.
+# One version, because another one formats differently.
 DEV = [*TEST, 'ruff==0.17.6']
 
 setup(

@@ -22,7 +22,7 @@ FEW_ROWS = 16  # up to so many, sums of products of numbers beat products of mat
 
 
 def sizes(x: tf.Tensor) -> list:
-    """The lengths of its axes: numbers where a trace knows them, else scalar tensors."""
+    """Returns the lengths of x's axes: numbers where a trace knows them, else scalar tensors."""
     if x.shape.is_fully_defined():
         return x.shape.as_list()
     return [
@@ -32,7 +32,7 @@ def sizes(x: tf.Tensor) -> list:
 
 
 def number(n: int | tf.Tensor, like: tf.Tensor) -> int | tf.Tensor:
-    """A length as something that tensors like `like` may be divided by."""
+    """Returns a length in a form by which tensors like `like` may be divided."""
     return n if isinstance(n, int) else tf.cast(n, like.dtype)
 
 
@@ -41,7 +41,7 @@ def number(n: int | tf.Tensor, like: tf.Tensor) -> int | tf.Tensor:
 
 @tf.custom_gradient
 def product(rows: tf.Tensor, matrix: tf.Tensor):
-    """rows [T, n, in] times matrix [T, in, out]: [T, n, out].
+    """Multiplies rows [T, n, in] by matrix [T, in, out]: [T, n, out].
 
     `product`, `product_transposed` and `product_outer` are the derivatives of one another, so they
     are exact at any order. TensorFlow's own derivative of a product takes rows^T @ gradient, the
@@ -55,7 +55,7 @@ def product(rows: tf.Tensor, matrix: tf.Tensor):
 
 @tf.custom_gradient
 def product_transposed(rows: tf.Tensor, matrix: tf.Tensor):
-    """rows [T, n, out] times the transpose of matrix [T, in, out]: [T, n, in]."""
+    """Multiplies rows [T, n, out] by the transpose of matrix [T, in, out]: [T, n, in]."""
     return (
         tf.matmul(rows, matrix, transpose_b=True),
         lambda gradient: (product(gradient, matrix), product_outer(gradient, rows)),
@@ -64,7 +64,7 @@ def product_transposed(rows: tf.Tensor, matrix: tf.Tensor):
 
 @tf.custom_gradient
 def product_outer(left: tf.Tensor, right: tf.Tensor):
-    """The transpose of left [T, n, in] times right [T, n, out]: [T, in, out].
+    """Multiplies the transpose of left [T, n, in] by right [T, n, out]: [T, in, out].
 
     With few rows each entry is a short sum, which XLA makes one loop over all tasks.
     """
@@ -82,20 +82,18 @@ def product_outer(left: tf.Tensor, right: tf.Tensor):
 
 
 def same_padding(size: int, stride: int) -> tuple[int, int]:
-    """Zeros before and after an axis of `size` pixels for a 3-wide 'SAME' window, as TensorFlow
-    lays them out.
-    """
+    """Returns TensorFlow's zeros before and after `size` pixels for a 3-wide 'SAME' window."""
     total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
     return total // 2, total - total // 2
 
 
 def patches3x3(x: tf.Tensor, stride: int) -> tf.Tensor:
-    """Every 3x3 neighbourhood of the images, zero-padded at the borders ('SAME').
+    """Gathers every 3x3 neighbourhood of the images, zero-padded at the borders ('SAME').
 
     x: [T, examples, height, width, channels]. Returns [T, examples, ceil(height/stride),
     ceil(width/stride), 9*channels], each patch ordered as a kernel [3, 3, channels] is: convolution
-    is then a product of matrices. Of shifted slices, since `tf.image.extract_patches` does not
-    compile reliably inside loops.
+    is then a product of matrices. The patches are made of shifted slices, since
+    `tf.image.extract_patches` does not compile reliably inside loops.
     """
     size = x.shape[2:4]
 
@@ -111,15 +109,15 @@ def patches3x3(x: tf.Tensor, stride: int) -> tf.Tensor:
 
 
 def padded(x: tf.Tensor, stride: int) -> tf.Tensor:
-    """With zeros around the images, for patches ('SAME')."""
+    """Pads the images with zeros, for patches ('SAME')."""
     height, width = (same_padding(size, stride) for size in x.shape[2:4])
     return tf.pad(x, [[0, 0], [0, 0], height, width, [0, 0]])
 
 
 def gather_patches(x: tf.Tensor, stride: int, *more) -> tf.Tensor:
-    """Every 3x3 neighbourhood within the images: [T, examples, H', W', 9*C + more].
+    """Gathers every 3x3 neighbourhood within the images: [T, examples, H', W', 9*C + more].
 
-    more: channels [T, examples, H', W', n] that go behind.
+    more: channels [T, examples, H', W', n] that are appended.
     """
     height, width = ((size - 3) // stride * stride + 1 for size in x.shape[2:4])
     if stride == 1:  # three columns first, as copies of longer pieces are faster
@@ -132,8 +130,7 @@ def gather_patches(x: tf.Tensor, stride: int, *more) -> tf.Tensor:
 
 
 def _unpatch(patches: tf.Tensor, size: tuple[int, int], stride: int) -> tf.Tensor:
-    """Adds up at every pixel what patches hold of it: [T, examples, H', W', 9*C] -> [T, examples,
-    *size, C].
+    """Adds up patches at every pixel: [T, examples, H', W', 9*C] -> [T, examples, *size, C].
 
     Pixels are taken by their phase, their position modulo the stride: those of one phase are in the
     same places of the patches, so each phase is a sum of slices.
@@ -151,8 +148,9 @@ def _unpatch(patches: tf.Tensor, size: tuple[int, int], stride: int) -> tf.Tenso
 
 
 def _taps(phase: int, size: int, stride: int) -> list[tuple[int, int]]:
-    """(k' - k, place in the patch) for each patch k' that holds pixel stride*k + phase of an axis
-    of `size` pixels.
+    """Lists (k' - k, place in the patch) for each patch k' that holds pixel stride*k + phase.
+
+    size: the length of the axis in pixels.
     """
     before = same_padding(size, stride)[0]
     offsets = ((phase + before - i, i) for i in range(3))
@@ -160,8 +158,9 @@ def _taps(phase: int, size: int, stride: int) -> list[tuple[int, int]]:
 
 
 def _shifted(x: tf.Tensor, down: int, right: int) -> tf.Tensor:
-    """x[:, :, i + down, j + right] at [:, :, i, j], zero where there is none; down and right are
-    -1, 0 or 1.
+    """Shifts images: [:, :, i, j] becomes x[:, :, i + down, j + right], zero where there is none.
+
+    down, right: -1, 0 or 1.
     """
     height, width = x.shape[2:4]
     vertical, horizontal = ([max(-n, 0), max(n, 0)] for n in (down, right))
@@ -191,7 +190,7 @@ def max_pool2x2(x: tf.Tensor) -> tf.Tensor:
         return image, lambda gradient: (pick(gradient, *places), *[None] * 4)
 
     @tf.custom_gradient
-    def pick(x, *places):  # what is there
+    def pick(x, *places):  # the values at the maxima
         quarters = _quarters(x)
         zeros = tf.zeros_like(quarters[0])
         terms = [tf.where(place, values, zeros) for place, values in zip(places, quarters)]
@@ -201,25 +200,26 @@ def max_pool2x2(x: tf.Tensor) -> tf.Tensor:
 
 
 def _first_maxima(a, b, c, d) -> list[tf.Tensor]:
-    """Where each of four tensors is the first that is as large as any."""
+    """Tells where each of four tensors is the first that is as large as any."""
     first, second = (a >= b) & (a >= c) & (a >= d), (b > a) & (b >= c) & (b >= d)
     third = (c > a) & (c > b) & (c >= d)
     return [first, second, third, ~(first | second | third)]
 
 
 def _quarters(x: tf.Tensor) -> list[tf.Tensor]:
-    """The four pixels of each 2x2 window, row by row: [T, examples, height // 2, width // 2,
-    channels] each.
+    """Splits 2x2 windows into their four pixels: [T, examples, H // 2, W // 2, C] each, row by row.
+
+    H, W: the height and width of the images.
     """
     height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
     return [x[:, :, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
 
 
 def _interleave(phases: list[tf.Tensor], size: tuple[int, int]) -> tf.Tensor:
-    """Images [T, examples, *size, C] from the pixels [T, examples, H, W, C] of each phase, their
-    position modulo 1 or 2.
+    """Builds images [T, examples, *size, C] from the pixels [T, examples, H, W, C] of each phase.
 
-    What is beyond `size` is cut off; pixels that no phase reaches are zero.
+    A phase is a position modulo 1 or 2. Pixels beyond `size` are cut off; pixels that no phase
+    reaches are zero.
     """
     tasks, examples, height, width, channels = sizes(phases[0])
     x, stride = phases[0], int(len(phases) ** 0.5)
@@ -236,18 +236,18 @@ def _interleave(phases: list[tf.Tensor], size: tuple[int, int]) -> tf.Tensor:
 
 
 def divisor_near_root(n: int) -> int:
-    """The largest divisor of n that is not above its square root; 1 for 0."""
+    """Returns the largest divisor of n that is not above its square root; 1 for 0."""
     return max((i for i in range(1, int(n**0.5) + 1) if n % i == 0), default=1)
 
 
 @tf.custom_gradient
 def sum_rows(x: tf.Tensor):
-    """Sum over the rows of each task's matrix: [T, rows, columns] -> [T, 1, columns].
+    """Sums over the rows of each task's matrix: [T, rows, columns] -> [T, 1, columns].
 
-    Products with rows of ones, because XLA's reductions over rows run many times slower on CPUs
-    than its matrix products; two of them, over about the square root of the rows each, because a
-    product adds up one by one, and the rounding errors of thousands of additions show. Its gradient
-    is `spread`, whose gradient is this again, to any order.
+    It multiplies by rows of ones, because XLA's reductions over rows run many times slower on CPUs
+    than its matrix products. It does so twice, over about the square root of the rows each, because
+    a product adds up one by one, and the rounding errors of thousands of additions show. Its
+    gradient is `spread`, whose gradient is this again, to any order.
     """
     tasks, rows, columns = sizes(x)
     if None in x.shape:
@@ -261,9 +261,9 @@ def sum_rows(x: tf.Tensor):
 
 
 def spread(x: tf.Tensor, rows: int) -> tf.Tensor:
-    """The same row for all of a task's examples: [T, 1, columns] -> [T, rows, columns].
+    """Repeats a row for all of a task's examples: [T, 1, columns] -> [T, rows, columns].
 
-    What broadcasting does, but with `sum_rows` as its gradient.
+    Broadcasting does the same, but here the gradient is `sum_rows`.
     """
 
     @tf.custom_gradient
@@ -276,10 +276,10 @@ def spread(x: tf.Tensor, rows: int) -> tf.Tensor:
 
 @tf.custom_gradient
 def moments(rows: tf.Tensor):
-    """Mean and biased variance of each column: [T, n, columns] -> two of [T, 1, columns].
+    """Computes mean and biased variance of each column: [T, n, columns] -> two of [T, 1, columns].
 
-    `tf.nn.moments` stops the gradient of the mean inside the variance: right at first order,
-    silently wrong at second.
+    `tf.nn.moments` stops the gradient of the mean inside the variance, which is right at first
+    order but silently wrong at second.
     """
     n = sizes(rows)[1]
     count = number(n, rows)
@@ -304,7 +304,7 @@ def moments(rows: tf.Tensor):
 
 @tf.custom_gradient
 def standardize(rows: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor):
-    """(rows - mean) * scale + offset; rows [T, n, columns], the others [T, 1, columns]."""
+    """Computes (rows - mean) * scale + offset; rows [T, n, columns], the others [T, 1, columns]."""
     n, constant = sizes(rows)[1], tf.stop_gradient(mean)
 
     def derivative(gradient):
@@ -323,22 +323,22 @@ def standardize(rows: tf.Tensor, mean: tf.Tensor, scale: tf.Tensor, offset: tf.T
 
 
 def per_task(weight) -> tf.Tensor:
-    """A weight of each task's own, [T, ...]."""
+    """Returns a weight as each task's own, [T, ...]."""
     return weight.per_task() if hasattr(weight, 'per_task') else weight
 
 
 def multiply(rows: tf.Tensor, matrix) -> tf.Tensor:
-    """rows [T, n, in], matrix [T, in, out] -> [T, n, out]."""
+    """Multiplies rows [T, n, in] by matrix [T, in, out]: [T, n, out]."""
     return matrix.multiply(rows) if hasattr(matrix, 'multiply') else product(rows, matrix)
 
 
 def dense(x: tf.Tensor, matrix, bias) -> tf.Tensor:
-    """x [T, examples, in], matrix [T, in, out], bias [T, out] -> [T, examples, out]."""
+    """Applies an affine layer: [T, examples, in], [T, in, out], [T, out] -> [T, examples, out]."""
     return multiply(x, matrix) + tf.expand_dims(per_task(bias), 1)
 
 
 def convolve(x: tf.Tensor, kernel, stride: int) -> tf.Tensor:
-    """3x3 convolution ('SAME') of each task's images by its own kernel, as a product of matrices.
+    """Convolves each task's images with its own 3x3 kernel ('SAME'), as a product of matrices.
 
     x [T, examples, height, width, C], kernel [T, 3, 3, C, F] -> [T, examples, ceil(height/stride),
     ceil(width/stride), F]. TensorFlow's own convolution has one kernel for all, so it serves a
@@ -351,7 +351,7 @@ def convolve(x: tf.Tensor, kernel, stride: int) -> tf.Tensor:
 
 @tf.custom_gradient
 def convolve_one(x: tf.Tensor, kernel: tf.Tensor):
-    """`convolve` with stride 1 of a single task's images, by TensorFlow's own convolution.
+    """Convolves a single task's images with stride 1, by TensorFlow's own convolution.
 
     x [1, examples, height, width, C], kernel [1, 3, 3, C, F] -> [1, examples, height, width, F].
     This and `convolve_outer` are the derivatives of one another, so they are exact at any order.
@@ -365,10 +365,10 @@ def convolve_one(x: tf.Tensor, kernel: tf.Tensor):
 
 @tf.custom_gradient
 def convolve_outer(x: tf.Tensor, gradient: tf.Tensor):
-    """The derivative of `convolve_one` by its kernel, [1, 3, 3, C, F].
+    """Computes the derivative of `convolve_one` by its kernel, [1, 3, 3, C, F].
 
-    x and gradient: [1, examples, height, width, C or F]. A product with patches, since XLA's own
-    transposes the images so that examples come last: four times the work of the product.
+    x and gradient: [1, examples, height, width, C or F]. It is a product with patches, since XLA's
+    own transposes the images so that examples come last: four times the work of the product.
     """
     channels, filters = x.shape[-1], gradient.shape[-1]
     patches = tf.reshape(gather_patches(padded(x, 1), 1), [1, -1, 9 * channels])  # [1, rows, 9C]
@@ -380,12 +380,12 @@ def convolve_outer(x: tf.Tensor, gradient: tf.Tensor):
 
 
 def turned(kernel: tf.Tensor) -> tf.Tensor:
-    """[T, 3, 3, C, F] -> [T, 3, 3, F, C]: the kernel that leads from outputs back to inputs."""
+    """Returns the kernel that leads from outputs to inputs: [T, 3, 3, C, F] -> [T, 3, 3, F, C]."""
     return tf.transpose(kernel[:, ::-1, ::-1], [0, 1, 2, 4, 3])
 
 
 def convolve_patches(patches: tf.Tensor, kernel) -> tf.Tensor:
-    """Each task's patches by its kernel.
+    """Multiplies each task's patches by its kernel.
 
     patches [T, examples, H, W, 9*C], kernel [T, 3, 3, C, F] -> [T, examples, H, W, F].
     """
@@ -403,7 +403,7 @@ def convolve_patches(patches: tf.Tensor, kernel) -> tf.Tensor:
 
 
 def batch_moments(x: tf.Tensor, leading: int | tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and variance per channel, [T, 1, channels] each; arguments as of `batch_norm`."""
+    """Computes each channel's mean and variance, [T, 1, channels]; arguments as in `batch_norm`."""
     if leading is not None:  # in a loop XLA has no second derivative of a slice, even of all
         x = x[:, :leading]
     return moments(tf.reshape(x, [sizes(x)[0], -1, x.shape[-1]]))
@@ -412,10 +412,10 @@ def batch_moments(x: tf.Tensor, leading: int | tf.Tensor | None) -> tuple[tf.Ten
 def batch_norm(
     x: tf.Tensor, beta: tf.Tensor, leading: int | tf.Tensor | None = None, max_pool: bool = False
 ) -> tf.Tensor:
-    """Batch normalisation per channel, over examples and space, then pooling if asked.
+    """Applies batch normalisation per channel, over examples and space, then pooling if asked.
 
     The statistics are always those of the batch at hand, the variance the biased one; there is an
-    offset but no gain. Not with `tf.nn.moments`, whose second derivatives are silently wrong, see
+    offset but no gain. `tf.nn.moments` is not used: its second derivatives are silently wrong, see
     `moments`.
 
     x: [T, examples, ..., channels]; beta: [channels], the same for all tasks and inner steps;
@@ -433,7 +433,7 @@ def batch_norm(
 
 
 def layer_norm(x: tf.Tensor, beta: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
-    """Layer normalisation per example over all its axes; gain and offset over the last one.
+    """Applies layer normalisation per example, over all its axes; gain and offset are per channel.
 
     x: [T, examples, ..., channels]; beta, gamma: [channels].
     """

@@ -1,4 +1,4 @@
-"""What main.py and scripts share: what is printed and written."""
+"""The printed and written output that main.py and the scripts share."""
 
 import csv
 import io
@@ -34,7 +34,7 @@ def command_again(given: dict) -> str:
 def print_results(run: Prepared, f: flags.FlagValues, values: np.ndarray) -> tuple:
     """Prints means, standard deviations and 95 % intervals, and returns them: [1 + updates] each.
 
-    As the original does, then as a table. values: [tasks, 1 + updates].
+    They are printed as the original does, then as a table. values: [tasks, 1 + updates].
     """
     ((split, source),) = run.generators.items()
     if not source.has_queries:
@@ -59,7 +59,8 @@ def print_results(run: Prepared, f: flags.FlagValues, values: np.ndarray) -> tup
 def write_results(run: Prepared, f: flags.FlagValues, values: np.ndarray, statistics: tuple):
     """Writes an evaluation as csv and pkl; the latter has the original's `mses`.
 
-    Both tell the split and the iteration of the checkpoint. statistics: of `print_results`.
+    Both tell the split and the iteration of the checkpoint. statistics: the result of
+    `print_results`.
     """
     ((split, _),) = run.generators.items()
     path = run.folder / f'{evaluation_name(f)}{other_data(run, f)}'
@@ -73,9 +74,9 @@ def write_results(run: Prepared, f: flags.FlagValues, values: np.ndarray, statis
 
 
 def figures_of_paper(state: dict, f: flags.FlagValues) -> dict[int, str]:
-    """{updates: what the paper's tables have}, if the evaluation is as that of one of its cells.
+    """Returns {updates: the paper's figure} if the evaluation is like that of one of its cells.
 
-    state: of the checkpoint, with the flags that it was trained with.
+    state: the checkpoint's, with the flags that it was trained with.
     """
     trained = trained_settings(f) | state.get('flags', {})
     as_usual = f.test_query == -1 and f.transductive and f.update_lr == trained['update_lr']
@@ -83,7 +84,7 @@ def figures_of_paper(state: dict, f: flags.FlagValues) -> dict[int, str]:
 
 
 def other_data(run: Prepared, f: flags.FlagValues) -> str:
-    """What a result's name ends with if it is on classes that the run does not know."""
+    """Returns an ending for a result's name if it is on classes unknown to the run, else ''."""
     ((split, source),) = run.generators.items()
     known = (run.state.get('classes') or {}).get(split)
     if known in (None, source.classes.get(split)):
@@ -92,10 +93,10 @@ def other_data(run: Prepared, f: flags.FlagValues) -> str:
 
 
 def result_table(what: str, mean: np.ndarray, interval: np.ndarray, paper: dict) -> list[str]:
-    """The lines of a table of means and halves of their 95 % intervals, [1 + updates] each.
+    """Returns the lines of a table of means and halves of their 95 % intervals, [1 + updates] each.
 
-    what: they are of, beginning with the objective: accuracies are shown in percent. paper:
-    {updates: its figure}. A mean that does not exist is shown as a hyphen.
+    what: a name of the values that begins with the objective: accuracies are shown in percent.
+    paper: {updates: its figure}. A mean that does not exist is shown as a hyphen.
     """
     scale, digits = (100, '.2f') if what.startswith('accuracy') else (1, '.4g')
     unit = ', %' if scale == 100 else ''
@@ -110,9 +111,9 @@ def result_table(what: str, mean: np.ndarray, interval: np.ndarray, paper: dict)
 
 
 def evaluation_name(f: flags.FlagValues) -> str:
-    """Of the files that hold an evaluation, without suffix.
+    """Returns the name, without suffix, of the files that hold an evaluation.
 
-    It is the original's for the test classes and the newest checkpoint, and tells what is not so.
+    It is the original's for the test classes and the newest checkpoint, and tells all that differs.
     """
     parts = [
         f'test_ubs{f.update_batch_size}_stepsize{f.update_lr}',
@@ -126,15 +127,15 @@ def evaluation_name(f: flags.FlagValues) -> str:
 
 
 def command_line(script: str, *arguments: str | Path) -> str:
-    """A line for the shell that starts a script of this project from the folder at hand."""
+    """Returns a shell command that starts a script of this project from the current folder."""
     own, script = sys.executable, os.path.relpath(Path(__file__).resolve().parent / script)
     python = 'python' if shutil.which('python') == own else own
     return shlex.join([python, script, *map(str, arguments)])
 
 
 def next_steps(run: Prepared, f: flags.FlagValues) -> str:
-    """Where a run is that has come to its end, and what can be done with it."""
-    # Of the user's own files: a run names them, and they are not run unasked.
+    """Tells where a finished run is, and what can be done with it."""
+    # The user's own files: a run names them, but they are not run unasked.
     given = [f'--{n}={f[n].value}' for n in ('datasource', 'network') if is_spec(f[n].value)]
     evaluation = ['main.py', '--train=False', '--test_set=True', f'--run={run.folder}', *given]
     commands = [command_line(*evaluation)]

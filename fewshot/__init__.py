@@ -1,4 +1,4 @@
-"""What goes beyond the original program: `from fewshot import FastMAML, Learner, MetaModel`."""
+"""The additions to the original program: `from fewshot import FastMAML, Learner, MetaModel`."""
 
 import importlib
 import os
@@ -10,7 +10,7 @@ if not KERAS_CAME_FIRST:
     os.environ['KERAS_BACKEND'] = 'tensorflow'
 for name in ('TF_USE_LEGACY_KERAS', 'TF2_BEHAVIOR'):
     os.environ.pop(name, None)
-# What TensorFlow says of its instructions and of a GPU that is not there; errors come through.
+# Hides TensorFlow's messages on CPU instructions and absent GPUs; errors come through.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
 PLACES = {
@@ -34,7 +34,7 @@ __all__ = sorted(PLACES)
 
 
 def __getattr__(name: str):
-    """Loads what is asked for, and no more: TensorFlow takes seconds."""
+    """Imports a name when it is first asked for, and no more: TensorFlow takes seconds."""
     if name not in PLACES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     importlib.import_module('fewshot.start')

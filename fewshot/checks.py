@@ -1,4 +1,4 @@
-"""Arguments, checked: one sentence with the name of the one that is wrong."""
+"""Checks of arguments: an error is one sentence with the name of the wrong argument."""
 
 import os
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import tensorflow as tf
 
 
 def real_number(name: str, value, above: float | None = None) -> float:
-    """An argument of 0 or more, a step size; or one greater than `above`.
+    """Returns an argument that is at least 0, such as a step size, or greater than `above`.
 
     Raises ValueError, with its name, if it is infinite, NaN, out of range or no real number.
     """
@@ -25,9 +25,9 @@ def real_number(name: str, value, above: float | None = None) -> float:
 
 
 def real_numbers(name: str, values) -> np.ndarray:
-    """An argument as an array. Raises ValueError, with its name, if it is not one of real numbers.
+    """Returns an argument as an array. Raises ValueError, with its name, if it has no real numbers.
 
-    Booleans count as such; what NumPy masks does not.
+    Booleans count as real numbers; masked values do not.
     """
     if np.ma.is_masked(values):
         raise ValueError(f'{name} must be real numbers, but some are masked')
@@ -42,7 +42,7 @@ def real_numbers(name: str, values) -> np.ndarray:
 
 
 def finite_numbers(name: str, array: np.ndarray, dtype) -> np.ndarray:
-    """In another type. Raises ValueError, with the name, if they are not finite in it."""
+    """Converts an array to `dtype`. Raises ValueError, with the name, if it is not finite there."""
     with np.errstate(over='ignore'):
         array = np.asarray(array, dtype)
     if not np.isfinite(array).all():
@@ -54,28 +54,28 @@ def finite_numbers(name: str, array: np.ndarray, dtype) -> np.ndarray:
 
 
 def folder_path(name: str, value) -> Path:
-    """An argument that names a folder. Raises ValueError, with its name, for what is no path."""
+    """Returns a folder's path. Raises ValueError, with the argument's name, if it is no path."""
     if not isinstance(value, str | os.PathLike) or not str(value):
         raise ValueError(f'{name} must be the path of a folder, but it is {value!r:.60}')
     return Path(value)
 
 
 def first_line(error: Exception) -> str:
-    """The first line that says something, after TensorFlow's headings and places in the program."""
+    """Returns the first line with content after TensorFlow's headings and places in the program."""
     headings = ('Graph execution error', 'Detected at node', 'File ', '<stack traces', ' ', '\t')
     said = [line for line in str(error).splitlines() if line and not line.startswith(headings)]
     return (said or [type(error).__name__])[0]
 
 
 def check_choice(name: str, value, choices: Sequence[str], more: str = ''):
-    """Raises ValueError, with the argument's name, for a value that is no choice."""
+    """Raises ValueError, with the argument's name, if the value is none of the choices."""
     if value not in choices:
         known = ', '.join(map(repr, choices))
         raise ValueError(f'{name} must be one of {known}{more}, but it is {value!r:.60}')
 
 
 def float_type(dtype) -> tf.DType:
-    """float32 or float64, by name or as TensorFlow or NumPy have it. Raises ValueError."""
+    """Returns float32 or float64, given by name or as in TensorFlow or NumPy. Raises ValueError."""
     try:
         found = tf.as_dtype(dtype)
     except TypeError:

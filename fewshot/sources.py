@@ -1,4 +1,4 @@
-"""The data sources, a row each: what is particular to where tasks come from."""
+"""The data sources, a row each, with all that is particular to one of them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,14 +8,14 @@ from fewshot.data.image_folders import load_miniimagenet, load_omniglot
 
 
 class Source(NamedTuple):
-    """A row of SOURCES. Of its tasks the generator tells more: see DataGenerator's attributes."""
+    """A row of SOURCES. The generator tells more of its tasks: see DataGenerator's attributes."""
 
     generator: type[DataGenerator]
-    # Of a source without images: (shots, baseline, seed) -> its generator, and baseline -> the
+    # For a source without images: (shots, baseline, seed) -> its generator, and baseline -> the
     # numbers per example that its network takes and returns.
     make: Callable | None = None
     sizes: Callable | None = None
-    # Of one with images of classes, N of which make a task:
+    # For a source with images of classes, N of which make a task:
     has_images: bool = False
     image_shape: tuple[int, int] | None = None  # height = width, channels; None: as flags say
     # (data_dir, splits, cache_dir) -> {split: ClassImages}; None: a folder of the user's own
@@ -66,5 +66,5 @@ IMAGE_SOURCES = [name for name, source in SOURCES.items() if source.has_images]
 
 
 def source_of(name: str | None) -> Source:
-    """The row of a --datasource."""
+    """Returns the row of a --datasource."""
     return SOURCES.get(name, OWN)

@@ -1,7 +1,7 @@
 """Loads TensorFlow without its idle lines, and Keras with the settings that are needed here.
 
-To be imported before anything else imports TensorFlow: what its C++ prints while it is loaded comes
-before its log level counts.
+Import it before anything else imports TensorFlow: its C++ prints while it is loaded, before its log
+level counts.
 """
 
 import os
@@ -30,7 +30,7 @@ def has_nvidia_gpu() -> bool:
 
 @contextmanager
 def without_lines(patterns: tuple[str, ...]) -> Iterator[None]:
-    """Prints what goes to the process's stderr when it is left, but for lines with a pattern."""
+    """Holds the process's stderr back until it is left, then prints all lines without a pattern."""
     try:
         stderr = os.dup(2)
     except OSError:  # there is none
@@ -50,10 +50,10 @@ def without_lines(patterns: tuple[str, ...]) -> Iterator[None]:
 
 
 def settle_keras(came_first: bool):
-    """Keras as this project needs it, whatever ~/.keras/keras.json says.
+    """Sets Keras up as this project needs it, whatever ~/.keras/keras.json says.
 
-    came_first: a program that imported Keras before may have set it up as it likes, but not on
-    another backend. Raises ImportError then.
+    came_first: whether the program had imported Keras before; then its settings stay. Raises
+    ImportError for another backend.
     """
     if keras.config.backend() != 'tensorflow':
         raise ImportError(

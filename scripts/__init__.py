@@ -1,1 +1,1 @@
-"""What people type, in folders by purpose; lib/ holds what these scripts import."""
+"""The commands that people type, in folders by purpose; lib/ holds what these scripts import."""

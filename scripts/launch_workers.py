@@ -24,7 +24,7 @@ GRACE = 20  # seconds that the others have to end by themselves
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ones, which other processes could take before they are used, but hardly will."""
+    """Finds different ports, which other processes could take before their use, but hardly will."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(('127.0.0.1', 0))
@@ -35,7 +35,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(index: int, ports: list[int], flags: list[str], pin: bool) -> subprocess.Popen:
-    """One worker, in a group of its own, so that a terminal's Ctrl-C reaches it from here only."""
+    """Starts one worker, in a group of its own, so that Ctrl-C reaches it from here only."""
     cluster = {
         'cluster': {'worker': [f'127.0.0.1:{port}' for port in ports]},
         'task': {'type': 'worker', 'index': index},
@@ -59,7 +59,7 @@ def running(workers: list[subprocess.Popen]) -> list[subprocess.Popen]:
 
 
 def first_failure(workers: list[subprocess.Popen]) -> int:
-    """The first status that is not zero, in the workers' order; 0 if there is none."""
+    """Returns the first status that is not zero, in the workers' order; 0 if there is none."""
     return next((worker.returncode for worker in workers if worker.returncode), 0)
 
 
@@ -81,7 +81,7 @@ def wait(workers: list[subprocess.Popen]) -> int:
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What this script was told, and the flags for main.py."""
+    """Returns this script's own arguments, and the flags for main.py."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

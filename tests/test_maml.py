@@ -21,7 +21,7 @@ from fewshot.engine.programs import with_gradient
 from fewshot.networks.build import make_model, make_network
 from fewshot.networks.fused import FusedConvolutional, fuse
 from fewshot.networks.paper_networks import BatchNorm, Convolutional, FullyConnected, LayerNorm
-from maml import Results, cross_entropy, mean_squared_error, repeated
+from maml import MAML, Results, cross_entropy, mean_squared_error, repeated
 from special_grads import BATCH_NORM_EPSILON
 
 FOLDER = Path(os.environ.get('MAML_REFERENCE_DIR', Path(__file__).parent / 'reference'))
@@ -298,6 +298,21 @@ def fully_connected(norm: str, inputs: int = 6, classes: int = 3) -> FullyConnec
 
 def outer_loss(model: FastMAML, batch: Batch) -> float:
     return float(np.mean(model.evaluate(batch, model.num_updates).losses2[-1]))
+
+
+def test_the_algorithm_alone():
+    """MAML takes FastMAML's steps, and evaluates as it; nothing is traced again."""
+    network, settings = fully_connected('batch_norm'), dict(clip=0.01, seed=3, dtype=tf.float64)
+    alone = MAML(network, cross_entropy(2), 0.05, 3, **settings)
+    fast = FastMAML(network, cross_entropy(2), 0.05, 3, **settings, compiled=False)
+    batch = random_batch(network)
+    for _ in range(3):
+        np.testing.assert_allclose(alone.metatrain_step(batch), fast.metatrain_step(batch), 1e-12)
+    for one, other in zip(alone.parameters, fast.parameters, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-12)
+    for one, other in zip(alone.evaluate(batch, 4, False), fast.evaluate(batch, 4, False)):
+        np.testing.assert_allclose(one, other, rtol=1e-8)
+    assert alone.metatrain_step.experimental_get_tracing_count() == 1
 
 
 def central_difference(

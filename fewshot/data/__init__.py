@@ -1,1 +1,1 @@
-"""Where images and tasks come from."""
+"""Sources of images and tasks."""

@@ -1,7 +1,7 @@
-"""Files out of untrusted archives, zip and tar, plain or compressed, without unpacking them.
+"""Reads files in untrusted archives, zip and tar, plain or compressed, without unpacking them.
 
-Every member is checked before the first is read: none is a link, or has a path that leads
-elsewhere, or is larger than what is looked for.
+Every member is checked before the first is read: none may be a link, or have a path that leads
+elsewhere, or be larger than its limit.
 """
 
 import bz2
@@ -28,18 +28,18 @@ from fewshot.data.preparation import (
 COMPRESSED = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\0': lzma.open}
 MAX_ARCHIVE = 256 * 2**30  # bytes of one within another; ImageNet's classes have 0.1 GB each
 MAX_MEMBERS = 2 * 10**6  # ImageNet has 1.3 million images
-PIECE = 2**24  # bytes; what tarfile asks for at once is a header's claim
+PIECE = 2**24  # bytes; tarfile asks for as many at once as a header claims
 SUFFIXES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tbz2', '.tar.xz', '.txz')
 UNPACKABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 class Member(NamedTuple):
-    """What an archive says of one of its files or folders."""
+    """A file or folder as an archive describes it."""
 
     name: str
     size: int
     is_folder: bool
-    fault: str | None  # what a plain archive's members are not
+    fault: str | None  # why the archive is refused, if it is
     open: functools.partial
 
 
@@ -50,7 +50,7 @@ def is_safe(name: str) -> bool:
 
 
 def limit(name: str) -> int:
-    """The bytes that a member may have."""
+    """Returns the most bytes that a member may have."""
     if name.lower().endswith('.pkl'):
         return unpickling.MAX_BYTES
     return MAX_ARCHIVE if archive_suffix(PurePosixPath(name)) else MAX_BYTES
@@ -82,9 +82,9 @@ def zip_members(file: BinaryIO) -> Iterator[Member]:
 
 
 class Pieces:
-    """A file for tarfile, of which little can be read at once.
+    """A file for tarfile that refuses to read much at once.
 
-    A header may claim any size, and tarfile reads that into memory.
+    A header may claim any size, and tarfile would read that much into memory.
     """
 
     def __init__(self, file: BinaryIO):
@@ -118,9 +118,9 @@ def tar_members(file: BinaryIO, head: bytes) -> Iterator[Member]:
 def archive_items(
     file: Path | BinaryIO, name: str, limit: Callable[[str], int] = limit
 ) -> list[Item]:
-    """The files in an archive, every member checked before the first is read.
+    """Lists the files in an archive, after every member is checked and before the first is read.
 
-    name: stands for the archive in messages. limit: from a member's name to the bytes that it may
+    name: stands for the archive in messages. limit: maps a member's name to the bytes that it may
     have.
     """
     items = []
@@ -148,9 +148,9 @@ def unpack(
     left_out: Callable[[str], bool] = lambda folder: False,
     limit: Callable[[str], int] = limit,
 ) -> list[Item]:
-    """The items, with what they hold in the place of archives, each in a folder of its name.
+    """Replaces archives among the items by what they hold, each in a folder of the archive's name.
 
-    left_out: whether the archive that unpacks to a folder of this name is not looked into.
+    left_out: tells whether the archive that unpacks to a folder of this name is skipped.
     """
     unpacked = []
     for item in items:
@@ -167,6 +167,6 @@ def unpack(
 
 
 def archive_suffix(path: PurePosixPath) -> str:
-    """'' if it is no archive's name."""
+    """Returns the suffix of an archive's name; '' if the name is no archive's."""
     endings = [suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)]
     return max(endings, key=len, default='')

@@ -8,7 +8,7 @@ from data_generator import Batch
 from fewshot.checks import real_numbers
 
 NAMED = 'Batch(inputa=..., labela=..., inputb=..., labelb=...)'
-# Which arrays of a batch have the same size along which axis.
+# Pairs of a batch's arrays that have the same size along an axis.
 EQUAL_AXES = (
     ('inputa', 'labela', 1, 'examples per task'),
     ('inputb', 'labelb', 1, 'examples per task'),
@@ -18,10 +18,10 @@ EQUAL_AXES = (
 
 
 def named_batch(values, text: str = 'a meta-batch must be', remedy: str = NAMED) -> Batch:
-    """A Batch, or a dict of its four names, as a Batch.
+    """Returns a Batch, or a dict of its four names, as a Batch.
 
-    Raises ValueError, which begins with `text`, for others, tuples too: their order may be another,
-    and of equal sizes nothing would tell.
+    Raises ValueError, which begins with `text`, for others. Tuples are refused too: their order may
+    be another, and equal sizes would not tell.
     """
     if isinstance(values, Batch):
         return values
@@ -37,11 +37,11 @@ def named_batch(values, text: str = 'a meta-batch must be', remedy: str = NAMED)
 
 
 def fitting_batch(values, network=None, tasks: int | None = None) -> Batch:
-    """A Batch, or a dict of its names, whose four arrays fit each other and the network.
+    """Returns a Batch, or a dict of its names, as a Batch that fits together and fits the network.
 
     Tensors, and specs of them, come back as they are, anything else as arrays. A size that a graph
-    does not know fits all. network: its sizes are wanted, as far as it has them. tasks: how many
-    are wanted. Raises ValueError with the name of the array, and its shape.
+    does not know fits all. network: its sizes are required, as far as it has them. tasks: the
+    number that is required. Raises ValueError with the name of the array, and its shape.
     """
     batch = Batch(*map(_real_numbers, Batch._fields, named_batch(values)))
     shapes = {name: _sizes(array.shape) for name, array in zip(Batch._fields, batch)}
@@ -64,17 +64,17 @@ def fitting_batch(values, network=None, tasks: int | None = None) -> Batch:
 
 
 def as_tensors(batch: Batch, network=None) -> Batch:
-    """A meta-batch as tensors. Raises ValueError as fitting_batch does."""
+    """Converts a meta-batch to tensors. Raises ValueError as fitting_batch does."""
     return Batch(*map(tf.convert_to_tensor, fitting_batch(batch, network)))
 
 
 def checked_batch(batch: Batch, network, dtype: tf.DType) -> Batch:
-    """A meta-batch as tensors of the model's dtype. Raises ValueError as fitting_batch does."""
+    """Converts a meta-batch to tensors of the model's dtype. Raises as fitting_batch does."""
     return Batch(*(tf.cast(values, dtype) for values in as_tensors(batch, network)))
 
 
 def _real_numbers(name: str, values):
-    """An array, or the tensor or spec that it is. Raises ValueError if it has no real numbers."""
+    """Returns an array, or a tensor or spec as is. Raises ValueError if it has no real numbers."""
     if not isinstance(values, tf.Tensor | tf.Variable | tf.TensorSpec):
         return real_numbers(name, values)
     kind = values.dtype
@@ -84,7 +84,7 @@ def _real_numbers(name: str, values):
 
 
 def _sizes(shape) -> list[int | None]:
-    """Of an array, tensor or spec; none of one whose number of axes is not known."""
+    """Lists the sizes of an array, tensor or spec; none if its number of axes is not known."""
     return [] if tf.TensorShape(shape).rank is None else [*shape]
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-100 in the forms in which people have it: what a folder or an archive holds of it.
+"""Finds CIFAR-100 in a folder or an archive, in the forms in which people have it:
 
 - the pickles train, test and meta, as cifar-100-python.tar.gz has them;
 - folders train and test with a folder of PNG images for each class.
@@ -28,13 +28,16 @@ MAX_COPIED = 16 * 2**10  # bytes of a PNG; 3,072 numbers have no use for more
 
 
 def limit(name: str) -> int:
-    """The bytes that an archive's member may have."""
+    """Returns the most bytes that an archive's member may have."""
     is_pickle = PurePosixPath(name).name in (*PARTS, 'meta')
     return MAX_PICKLE if is_pickle else archives.limit(name)
 
 
 def find(source: Path) -> dict[str, Callable[[], bytes]]:
-    """{CLASS/NAME.png: function that makes the contents}; PreparationError if there are none."""
+    """Returns {CLASS/NAME.png: function that makes the contents}.
+
+    Raises PreparationError if there are no images.
+    """
     items = preparation.source_items(source, DEPTH)
     for _ in range(NESTED):
         items = archives.unpack(items, limit=limit)
@@ -49,7 +52,7 @@ def find(source: Path) -> dict[str, Callable[[], bytes]]:
 
 
 def png_images(items: Iterable[Item]) -> dict[str, Callable[[], bytes]]:
-    """The images of .../PART/CLASS/NAME.png. One of the classes is called train."""
+    """Finds the images .../PART/CLASS/NAME.png. One of the classes is called train."""
     images = {}
     for item in items:
         *_, part, label, name = ('', '', *item.path.parts)
@@ -59,7 +62,7 @@ def png_images(items: Iterable[Item]) -> dict[str, Callable[[], bytes]]:
 
 
 def add(images: dict, path: tuple[str, str], contents: Callable[[], bytes], where: str):
-    """Adds the image of (class, name).
+    """Adds the image of (class, name) to the images.
 
     Raises PreparationError on the second of a name, or a name that is not plain.
     """
@@ -73,7 +76,10 @@ def add(images: dict, path: tuple[str, str], contents: Callable[[], bytes], wher
 
 
 def checked(item: Item) -> bytes:
-    """The PNG as it is; PreparationError if it is not one of 32x32 in colour."""
+    """Returns the bytes of a PNG, encoded anew if they are far too many.
+
+    Raises PreparationError if the image is not 32x32 in colour.
+    """
     data = item.read()
     with preparation.decoded(item, data, 'PNG') as image:
         image.load()
@@ -84,7 +90,7 @@ def checked(item: Item) -> bytes:
 
 
 def pickled_images(items: Iterable[Item]) -> dict[str, Callable[[], bytes]]:
-    """The images of the pickles train and test, whose classes' names the pickle meta has."""
+    """Finds the images of the pickles train and test; the pickle meta has their classes' names."""
     files = {}
     for item in items:
         name = item.path.name
@@ -102,7 +108,7 @@ def pickled_images(items: Iterable[Item]) -> dict[str, Callable[[], bytes]]:
 
 
 def class_names(item: Item) -> list[str]:
-    """Of all classes, in the order of their numbers."""
+    """Returns the names of all classes, in the order of their numbers."""
     names = unpickling.read_dictionary(item).get('fine_label_names')
     names = [*map(unpickling.text, names)] if isinstance(names, list) else []
     if not names or None in names:
@@ -111,7 +117,7 @@ def class_names(item: Item) -> list[str]:
 
 
 def read_part(item: Item, names: list[str]) -> Iterable[tuple[tuple[str, str], np.ndarray]]:
-    """(class, name) and pixels, [32, 32, 3] uint8, of each image."""
+    """Returns (class, name) and pixels, [32, 32, 3] uint8, for each image."""
     content = unpickling.read_dictionary(item)
     data, labels, files = (content.get(key) for key in ('data', 'fine_labels', 'filenames'))
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):

@@ -1,4 +1,4 @@
-"""Files from a web server: resumed where a download broke off, and checked by their md5."""
+"""Downloads files from a web server: resumes broken downloads, and checks the md5."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ FAILURES = (OSError, ValueError, http.client.HTTPException)
 
 
 class Remote(NamedTuple):
-    """A file of a server."""
+    """A file on a server."""
 
     name: str
     address: str
@@ -29,7 +29,7 @@ class Remote(NamedTuple):
 
 @contextlib.contextmanager
 def folder_beside(target: Path, names: Iterable[str]) -> Iterator[Path]:
-    """TARGET.download, for files that a later call goes on with if this one does not finish.
+    """Makes TARGET.download, whose files a later call resumes if this one does not finish.
 
     At the end the files of these names are removed, and the folder if nothing else is in it.
     """
@@ -47,7 +47,10 @@ def folder_beside(target: Path, names: Iterable[str]) -> Iterator[Path]:
 
 
 def read_small(address: str, max_bytes: int, advice: str) -> bytes:
-    """What an address has; advice: the end of the sentence if it cannot be had."""
+    """Reads what an address has, at most `max_bytes`. Raises PreparationError.
+
+    advice: the end of the error's sentence.
+    """
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
             return response.read(max_bytes)
@@ -68,9 +71,9 @@ def digest(path: Path) -> str:
 
 
 def fetch(remote: Remote, folder: Path, advice: str) -> Path:
-    """The file in the folder, all of it; what the folder has of it already is not fetched again.
+    """Downloads a file to the folder; the bytes that are there already are not fetched again.
 
-    advice: the end of sentences that say that it cannot be had.
+    advice: the end of the error's sentences.
     Raises PreparationError, after which the folder holds the file's beginning, if it is good.
     """
     path = folder / remote.name
@@ -97,7 +100,7 @@ def fetch(remote: Remote, folder: Path, advice: str) -> Path:
 
 
 def receive_all(remote: Remote, path: Path) -> None:
-    """Receives the rest of a file, again and again as long as something comes."""
+    """Receives the rest of a file, again and again as long as some bytes come."""
     while True:
         before = path.stat().st_size if path.exists() else 0
         try:
@@ -128,7 +131,7 @@ def receive(remote: Remote, path: Path, start: int) -> None:
 
 
 def write(response: http.client.HTTPResponse, file: BinaryIO, remote: Remote) -> None:
-    """Appends what comes, showing progress."""
+    """Appends the bytes that come, showing progress."""
     done, length = file.tell(), response.headers.get('Content-Length')
     total = done + int(length) if length else None
     of = f' of {total / 1e6:.0f}' if total else ''

@@ -1,7 +1,7 @@
-"""Images are decoded once; the pixels are kept in a file beside the data.
+"""Decodes images once, and keeps the pixels in a file beside the data.
 
-The file is a NumPy array, [total, height, width, channels] uint8, that `np.load` reads. After it
-stand the fingerprint of the data and a checksum of the pixels. It may be deleted at any time.
+The file is a NumPy array, [total, height, width, channels] uint8, that `np.load` reads. The
+fingerprint of the data and a checksum of the pixels follow it. It may be deleted at any time.
 """
 
 import glob
@@ -32,11 +32,12 @@ def tell(text: str):
 
 
 def cache_places(folder: Path, *parts: str, cache_dir: str | None = None) -> list[Path]:
-    """Files that may keep the decoded images of a folder, the first choice first.
+    """Lists files that may keep the decoded images of a folder, the first choice first.
 
-    Beside the folder: what is in it belongs to the user, or to what prepares the data. Then in the
-    user's cache folder. cache_dir: a folder instead of both. Away from the data the name tells
-    where they are, since folders of one name may be different data. parts: of the file's name.
+    The first is beside the folder, whose content belongs to the user, or to the script that
+    prepares the data. The second is in the user's cache folder. cache_dir: a folder instead of
+    both. Away from the data the name tells where they are, since folders of one name may be
+    different data. parts: go into the file's name.
     """
     folder = Path(os.path.abspath(folder))  # '.' has no name
     beside = folder.with_name('.'.join([folder.name, *parts, 'cache.npy']))
@@ -93,7 +94,7 @@ def cached_images(
 
 
 def _fingerprint(folder: Path, layout: ImageLayout, files: list[os.DirEntry]) -> str:
-    """Changes when the layout or any file's name, size or time of change does."""
+    """Computes a text that changes with the layout, and any file's name, size or time of change."""
     stored = layout._replace(suffixes=())  # the files tell those that matter
     digest = hashlib.sha256(f'({CACHE_FORMAT}, {stored})'.encode())
     for file in files:
@@ -104,12 +105,12 @@ def _fingerprint(folder: Path, layout: ImageLayout, files: list[os.DirEntry]) ->
 
 
 def _seal(key: str, checksum: int) -> bytes:
-    """What stands behind the array: whose images they are, and what their bytes sum up to."""
+    """Returns the bytes behind the array: the fingerprint of its images, and its checksum."""
     return f'{key} {checksum:08x}'.encode()
 
 
 def _read_cache(cache: Path, key: str, shape: tuple) -> np.ndarray | None:
-    """The cached images, memory-mapped; None if they are absent, out of date or damaged.
+    """Maps the cached images into memory; None if they are absent, out of date or damaged.
 
     A wrong pixel would go unnoticed without the checksum. It takes 0.6 s for 38,400 images of
     84x84x3, and training reads them anyway.

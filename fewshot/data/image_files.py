@@ -1,4 +1,4 @@
-"""How images lie on disk, and one image file decoded."""
+"""Describes how images lie on disk, and decodes an image file."""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ FITS = ('crop', 'pad', 'squash')
 
 
 class ImageLayout(NamedTuple):
-    """How a data set lies on disk, and how its images are to be stored."""
+    """The layout of a data set on disk, and the form in which its images are to be stored."""
 
     size: tuple  # (height, width) of the stored images
     mode: str  # Pillow mode they are converted to: 'L' (one channel) or 'RGB' (three)
@@ -22,16 +22,16 @@ class ImageLayout(NamedTuple):
     invert: bool = False  # store 255 - pixel
     resampling: int = Resampling.LANCZOS  # how images of another size are resized
     prepared: bool = False  # whether the files have that size already, so that others are mistakes
-    # What happens to images of another shape: 'crop' cuts off what is too long, at both ends alike,
-    # 'pad' fills with white what is missing, 'squash' stretches.
+    # The treatment of images of another shape: 'crop' cuts off the longer side at both ends alike,
+    # 'pad' fills the shorter one with white, 'squash' stretches.
     fit: str = 'squash'
 
     def name(self) -> str:
-        """What tells the caches of a folder apart, as '84x84x3.crop'."""
+        """Returns a text that tells the caches of a folder apart, such as '84x84x3.crop'."""
         return f'{"x".join(map(str, self.shape(1)[1:]))}.{self.fit}'
 
     def shape(self, total: int) -> tuple:
-        """The shape of the array that holds `total` images."""
+        """Returns the shape of the array that holds `total` images."""
         return (total, *self.size, len(Image.new(self.mode, (1, 1)).getbands()))
 
 
@@ -42,7 +42,7 @@ MINIIMAGENET = ImageLayout((84, 84), 'RGB', ('.jpg', '.jpeg', '.png'), prepared=
 
 
 def folder_layout(image_size: int, channels: int, fit: str = 'crop') -> ImageLayout:
-    """The layout of class folders of any images.
+    """Returns the layout of class folders of any images.
 
     channels: 1 (grey) or 3 (colour). fit: one of FITS.
     """
@@ -54,10 +54,10 @@ def folder_layout(image_size: int, channels: int, fit: str = 'crop') -> ImageLay
 
 
 def run_layout(settings: Mapping) -> ImageLayout:
-    """The layout of images given to a trained model: any file, any size.
+    """Returns the layout of images given to a trained model: any file, any size.
 
     settings: the flags it was trained with, of which datasource, image_size, channels and fit
-    count. Runs that are older than the last one squash, and the original's data were squashed too.
+    count. Runs from before `fit` was a flag squash, and the original's data were squashed too.
     """
     if settings['datasource'] == 'omniglot':
         return OMNIGLOT._replace(prepared=False, suffixes=folder_layout(28, 1).suffixes)
@@ -68,14 +68,14 @@ def run_layout(settings: Mapping) -> ImageLayout:
 
 
 def visible(folder: str | Path) -> list[os.DirEntry]:
-    """The entries of a folder, without the hidden ones, sorted by name."""
+    """Lists the entries of a folder, without the hidden ones, sorted by name."""
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith('.')]
     return sorted(visible, key=lambda entry: entry.name)
 
 
 def class_folders(folder: str | Path, depth: int) -> list[tuple[str, str]]:
-    """(name relative to folder, path) of those `depth` levels below, sorted level by level."""
+    """Lists (relative name, path) of the folders `depth` levels below, sorted level by level."""
     found = [('', str(folder))]
     for _ in range(depth):
         parents, found = found, []
@@ -86,21 +86,21 @@ def class_folders(folder: str | Path, depth: int) -> list[tuple[str, str]]:
 
 
 def image_files(folder: str | Path, layout: ImageLayout) -> list[str]:
-    """The paths of a folder's images, sorted by name."""
+    """Lists the paths of a folder's images, sorted by name."""
     return [file.path for file in image_entries(folder, layout)]
 
 
 def image_entries(folder: str | Path, layout: ImageLayout) -> list[os.DirEntry]:
-    """The same as entries, which know the size and the time of change."""
+    """Lists the same images as entries, which know the size and the time of change."""
     files = [entry for entry in visible(folder) if entry.name.lower().endswith(layout.suffixes)]
     return [entry for entry in files if entry.is_file()]
 
 
 def read_image(path: str, layout: ImageLayout, command: str | None = None) -> np.ndarray:
-    """One image, [height, width, channels] uint8.
+    """Reads one image, [height, width, channels] uint8.
 
-    command: what makes the data, for messages. Raises ValueError if the image cannot be decoded, or
-    is not of the layout's size if that is for prepared images.
+    command: the command that makes the data, for messages. Raises ValueError if the image cannot be
+    decoded, or is not of the layout's size if that is for prepared images.
     """
     remedy = 'replace it or remove it'
     if command:
@@ -123,7 +123,7 @@ def read_image(path: str, layout: ImageLayout, command: str | None = None) -> np
 def _fits(image: Image.Image, layout: ImageLayout) -> bool:
     """Whether an image has the layout's size, if that is for prepared images, and few enough bits.
 
-    I and F are Pillow's modes of 32 bits, those that begin with I; have 16.
+    I and F are Pillow's modes of 32 bits; modes that begin with I; have 16.
     """
     if image.mode in ('I', 'F'):
         return False
@@ -132,9 +132,9 @@ def _fits(image: Image.Image, layout: ImageLayout) -> bool:
 
 
 def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:
-    """The image in the layout, [height, width, channels] uint8.
+    """Converts an image to the layout, [height, width, channels] uint8.
 
-    The way up that a camera noted, and on white where it is transparent.
+    It is turned the way up that a camera noted, and is white where it is transparent.
     """
     if not layout.prepared:
         image = ImageOps.exif_transpose(image)
@@ -150,7 +150,7 @@ def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:
 
 
 def _fitted(image: Image.Image, layout: ImageLayout) -> Image.Image:
-    """The image in the layout's size, by its `fit`."""
+    """Returns the image in the layout's size, by its `fit`."""
     size = layout.size[::-1]  # (width, height)
     if layout.fit == 'crop':
         return ImageOps.fit(image, size, layout.resampling)

@@ -21,9 +21,9 @@ Classes = Mapping[str, list[os.DirEntry]]  # {class: its image files}
 
 
 def load_omniglot(data_dir: str, cache_dir: str | None = None) -> dict[str, ClassImages]:
-    """The classes `data_dir/omniglot_resized/<Alphabet>/<character>/*.png` (28x28) of each split.
+    """Loads `data_dir/omniglot_resized/<Alphabet>/<character>/*.png`, 28x28, split by split.
 
-    Values are 1 - pixel / 255, so ink is 1. See split_classes for which character goes where.
+    Values are 1 - pixel / 255, so ink is 1. split_classes tells which character goes where.
     cache_dir: see cache_places.
     Raises FileNotFoundError if there is no such folder, and ValueError if it is empty or has fewer
     than three classes, or an image is damaged or not 28x28.
@@ -45,9 +45,9 @@ def load_omniglot(data_dir: str, cache_dir: str | None = None) -> dict[str, Clas
 def load_miniimagenet(
     data_dir: str, splits: Iterable[str] = SPLITS, cache_dir: str | None = None
 ) -> dict[str, ClassImages]:
-    """The classes `data_dir/miniImagenet/<split>/<wnid>/*` (84x84, colour) of each split.
+    """Loads the classes `data_dir/miniImagenet/<split>/<wnid>/*` (84x84, colour) of each split.
 
-    splits: those that are needed; other folders need not exist. cache_dir: see cache_places.
+    splits: the splits that are needed; other folders need not exist. cache_dir: see cache_places.
     Raises FileNotFoundError if the folder of a split is missing, and ValueError if it is empty or
     an image is damaged or not 84x84.
     """
@@ -60,7 +60,7 @@ def load_miniimagenet(
 
 
 def _preparation(script: str, folder: Path) -> str:
-    """The command that makes the data, for messages."""
+    """Returns the command that makes the data, for messages."""
     return (
         f'`python scripts/data/{script} --target={shlex.quote(str(folder))}`, which downloads the '
         'data unless --source=FOLDER names a folder that has them'
@@ -70,12 +70,13 @@ def _preparation(script: str, folder: Path) -> str:
 def load_class_folders(
     folder: Path, layout: ImageLayout, places: Sequence[Path], command: str | None = None
 ) -> ClassImages:
-    """All images of a folder of class folders, sorted by class and file name.
+    """Loads all images of a folder of class folders, sorted by class and file name.
 
     Hidden and stray files are ignored.
 
-    folder: the data set, or one split of it; layout: how it lies on disk. places: of the cache, see
-    cache_places. command: what makes the data, for messages; None if they are the user's own.
+    folder: the data set, or one split of it. layout: how it lies on disk. places: those of the
+    cache, see cache_places. command: the command that makes the data, for messages; None if they
+    are the user's own.
     Raises FileNotFoundError if there is no such folder, and ValueError if it holds no classes, a
     class holds no images, or an image is damaged or has another size.
     """
@@ -93,7 +94,7 @@ def load_classes(
     places: Sequence[Path],
     command: str | None = None,
 ) -> ClassImages:
-    """The images of classes that were found in a folder; others as of load_class_folders."""
+    """Loads the images of classes found in a folder; other arguments as in load_class_folders."""
     files = [file for images in classes.values() for file in images]
     images = cached_images(folder, layout, files, places, command)
     counts = np.array([*count_images(classes).values()])
@@ -101,7 +102,7 @@ def load_classes(
 
 
 def count_images(classes: Classes) -> dict[str, int]:
-    """{class: how many images}."""
+    """Returns {class: number of images}."""
     return {name: len(files) for name, files in classes.items()}
 
 
@@ -116,9 +117,9 @@ def check_folder(folder: Path, command: str | None = None):
 def check_classes(
     classes: Classes, folder: Path, command: str | None = None, skip_empty: bool = False
 ):
-    """Raises ValueError if there are none, or one holds no images and is not to be skipped.
+    """Raises ValueError if there are no classes, or one has no images and is not to be skipped.
 
-    Also, of the user's own, if classes lie at different depths.
+    For the user's own classes it also does so if they lie at different depths.
     """
     again = f'move {folder} away and make it again with {command}'
     if not classes:

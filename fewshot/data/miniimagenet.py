@@ -1,4 +1,4 @@
-"""miniImagenet in the forms in which people have it: what a folder or an archive holds of it.
+"""Finds miniImagenet in a folder or an archive, in the forms in which people have it:
 
 - images with Ravi and Larochelle's csv files, which list their names;
 - ImageNet's folders of synsets with the same files, whose n0153282900000005.jpg is the fifth of
@@ -6,8 +6,8 @@
 - pickles as Ren et al. made, mini-imagenet-cache-train.pkl and its like;
 - folders train, val and test with a folder for each class.
 
-Which form it is follows from what is there, in this order. Archives are looked into, and archives
-in these: ImageNet's own is one of archives.
+The first form in this order that is there is taken. Archives are looked into, and archives in
+these: ImageNet's own is one of archives.
 """
 
 import functools
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a source holds."""
+    """The images in a source, and those that it lacks."""
 
     # {path in the target: function that makes the contents}, in the order of the source, so that
     # compressed archives are read from front to back
@@ -55,7 +55,7 @@ class Found(NamedTuple):
     listed: int  # how many are listed
 
 
-# What is there ------------------------------------------------------------------------------------
+# The contents of a source -------------------------------------------------------------------------
 
 
 def split_of(name: str) -> str | None:
@@ -63,9 +63,9 @@ def split_of(name: str) -> str | None:
 
 
 def files_of_splits(items: Iterable[Item], pattern: str) -> dict[str, Item]:
-    """{split: the file of a name that matches}, the one that is the least deep in folders.
+    """Returns {split: the file of a name that matches}, the one that is the least deep in folders.
 
-    PreparationError if two are.
+    Raises PreparationError if two are equally deep.
     """
     found = {}
     for item in sorted(items, key=lambda item: len(item.path.parts)):
@@ -81,7 +81,7 @@ def files_of_splits(items: Iterable[Item], pattern: str) -> dict[str, Item]:
 
 
 def read_rows(items: list[Item]) -> list[Row]:
-    """What the csv files list; PreparationError if they list a file twice."""
+    """Reads the rows of the csv files. Raises PreparationError if they list a file twice."""
     rows, seen = [], set()
     for split, item in files_of_splits(items, r'(\w+)\.csv').items():
         for filename, label in preparation.read_csv(item, ('filename', 'label')):
@@ -100,7 +100,7 @@ def read_rows(items: list[Item]) -> list[Row]:
 
 
 def contents(source: Path) -> tuple[list[Item], list[Row]]:
-    """The files of a source, images/ before other folders, and what its csv files list."""
+    """Returns the files of a source, images/ before other folders, and its csv files' rows."""
     items = preparation.source_items(source, DEPTH)
     items.sort(key=lambda item: item.path.parts[0] != 'images')
     rows = read_rows(items)
@@ -117,7 +117,7 @@ def is_not_listed(labels: set[str], folder: str) -> bool:
 
 
 def find(source: Path) -> Found:
-    """Raises PreparationError if it has none of the forms."""
+    """Finds the images of a source. Raises PreparationError if it has none of the forms."""
     items, rows = contents(source)
     pictures = [item for item in items if item.path.name.lower().endswith(SUFFIXES)]
     listed = listed_images(rows, pictures) if rows and pictures else None
@@ -143,7 +143,7 @@ def find(source: Path) -> Found:
 
 
 def listed_images(rows: list[Row], pictures: list[Item]) -> Found:
-    """The listed images, by their names or, where no image has one of these, from the synsets."""
+    """Finds the listed images by name or, where no image has a listed name, from the synsets."""
     wanted = {row.filename: row for row in rows}
     found = by_name(wanted, pictures) or by_number(rows, pictures)
     images = {}
@@ -155,9 +155,9 @@ def listed_images(rows: list[Row], pictures: list[Item]) -> Found:
 
 
 def by_name(wanted: Mapping[str, Row], pictures: list[Item]) -> dict[str, Item]:
-    """{filename: image}, of images/ and, where that lacks them, of other folders and archives.
+    """Returns {filename: image}, from images/ or, if it lacks one, from other folders and archives.
 
-    PreparationError if two of the same place have the same file name.
+    Raises PreparationError if two of the same place have the same file name.
     """
     found = {}  # {filename: (its place, the image)}
     for item in pictures:
@@ -176,7 +176,7 @@ def by_name(wanted: Mapping[str, Row], pictures: list[Item]) -> dict[str, Item]:
 
 
 def by_number(rows: list[Row], pictures: list[Item]) -> dict[str, Item]:
-    """{filename: image}: the last eight digits count the images of the synset, from 1 on."""
+    """Returns {filename: image}; the last eight digits count the synset's images, from 1 on."""
     synsets = {row.label: {} for row in rows}  # {synset: {number: image}}
     for item in pictures:
         synset, _, number = item.path.stem.partition('_')
@@ -204,14 +204,14 @@ def by_number(rows: list[Row], pictures: list[Item]) -> dict[str, Item]:
 
 
 class Cache(NamedTuple):
-    """What a pickle of a split holds."""
+    """The images and classes in the pickle of a split."""
 
     images: np.ndarray  # [total, 84, 84, 3] uint8
     classes: dict[str, list[int]]  # the places of each class's images
 
 
 def read_cache(item: Item) -> Cache:
-    """Raises PreparationError if it is not the pickle of a split, or would call something."""
+    """Reads a split's pickle. Raises PreparationError if it is none, or would call something."""
     content = unpickling.read_dictionary(item)
     images, places = content.get('image_data'), content.get('class_dict')
     fault = fault_of_images(images) or fault_of_classes(places, images)
@@ -249,7 +249,7 @@ def fault_of_classes(places, images: np.ndarray) -> str | None:
 
 
 def pickled_images(pickles: Mapping[str, Item]) -> dict[str, Callable[[], bytes]]:
-    """The images as PNG, which keeps their pixels; one pickle at a time is in memory."""
+    """Returns the images as PNG, which keeps their pixels; one pickle at a time is in memory."""
     read = functools.lru_cache(maxsize=1)(lambda split: read_cache(pickles[split]))
 
     def png(split: str, place: int) -> bytes:
@@ -268,7 +268,10 @@ def pickled_images(pickles: Mapping[str, Item]) -> dict[str, Callable[[], bytes]
 
 
 def tree_images(pictures: list[Item]) -> dict[str, Callable[[], bytes]]:
-    """The images of .../SPLIT/CLASS/; PreparationError on two of one name, or far too many."""
+    """Finds the images of .../SPLIT/CLASS/.
+
+    Raises PreparationError on two of one name, or far too many.
+    """
     found, folders = {}, {}
     for item in pictures:
         if len(item.path.parts) < 3 or not (split := split_of(item.path.parts[-3])):
@@ -295,7 +298,7 @@ def tree_images(pictures: list[Item]) -> dict[str, Callable[[], bytes]]:
 
 
 def resize(item: Item) -> bytes:
-    """The image as 84x84 RGB: PNG under the name of one, otherwise JPEG."""
+    """Returns the image as 84x84 RGB: PNG if its name is a PNG's, otherwise JPEG."""
     data, file = item.read(), io.BytesIO()
     # ImageNet has a PNG under a JPEG's name.
     with preparation.decoded(item, data, 'JPEG', 'PNG') as image:

@@ -1,4 +1,4 @@
-"""Folders of one's own images: their classes found, chosen and checked."""
+"""Finds, chooses and checks the classes in folders of one's own images."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,13 +48,13 @@ def load_folder(
     fit: str = 'crop',
     cache_dir: str | None = None,
 ) -> dict[str, ClassImages]:
-    """The classes of a folder of one's own, of each split; see OwnImages.
+    """Loads the classes of each split in a folder of one's own images; see OwnImages.
 
-    Any format that Pillow reads; images become image_size x image_size, grey (channels 1) or colour
-    (3), transparency white. The pixels are kept beside the folder.
+    Any format that Pillow reads will do; images become image_size x image_size, grey (channels 1)
+    or colour (3), and transparency becomes white. The pixels are kept beside the folder.
 
     proportions: see deal_classes. fit: see ImageLayout. cache_dir: see cache_places.
-    splits: those that are needed; other folders need not exist.
+    splits: the splits that are needed; other folders need not exist.
     Raises FileNotFoundError and ValueError as OwnImages does, and ValueError if an image cannot be
     read.
     """
@@ -64,13 +64,13 @@ def load_folder(
 
 
 class OwnImages:
-    """The classes in a folder of one's own: found, chosen and checked before any is decoded.
+    """The classes in a folder of one's own images, checked before any image is decoded.
 
     A class is a folder of images at any one depth below the folder, and is called after its path.
     Either folders `train`, `val` (or `valid`, `validation`, `dev`) and `test` hold the classes, or
     these are dealt out by their names alone.
 
-    splits: those that are needed; other folders need not exist, and may hold too little.
+    splits: the splits that are needed; other folders need not exist, and may hold too little.
     Attributes: classes, {split: {class: its image files}}, from `choose` on; counts, {split:
     {class: how many images}}, which a run keeps in its checkpoints.
     Raises FileNotFoundError if there is no such folder, and ValueError if two are the same split's.
@@ -95,11 +95,11 @@ class OwnImages:
         skip_small: bool = False,
         known: Mapping[str, Counts] | None = None,
     ):
-        """Chooses the classes of each split; says on stderr what is left out.
+        """Chooses the classes of each split; says on stderr which are left out.
 
-        proportions: see deal_classes. size: of the tasks. skip_small: leaves out classes that are
-        too small for them. known: the counts of a run that goes on or is evaluated, see
-        classes_of_run: it keeps its classes, and those added since are left out.
+        proportions: see deal_classes. size: that of the tasks. skip_small: whether to leave out
+        classes that are too small for them. known: the counts of a run that goes on or is
+        evaluated, see classes_of_run: it keeps its classes, and those added since are left out.
         Raises ValueError if there are no classes or they lie at different depths, if they are too
         few or too small for the splits that are needed, or are not those of the run.
         """
@@ -136,13 +136,13 @@ class OwnImages:
         return {split: self._load(self.classes[split], cache_dir, split) for split in self.splits}
 
     def _load(self, classes: Classes, cache_dir: str | None, *split: str) -> ClassImages:
-        """The images of some classes, of one split or of all."""
+        """Loads the images of some classes, of one split or of all."""
         places = cache_places(self.folder, *split, self.layout.name(), cache_dir=cache_dir)
         folder = self.paths[split[0]] if split else self.folder
         return load_classes(folder, self.layout, classes, places)
 
     def _large(self, counts: dict[str, Counts], size: TaskSize) -> dict[str, Counts]:
-        """The classes that have enough images; says on stderr which have not."""
+        """Returns the classes that have enough images; says on stderr which do not."""
         small = {name: n for part in counts.values() for name, n in part.items() if n < size.images}
         if small:
             shown = listed([f'{name} ({n})' for name, n in small.items()])
@@ -158,7 +158,7 @@ class OwnImages:
     def _check_sizes(self, counts: dict[str, Counts], size: TaskSize, first: bool):
         """Raises ValueError if a split that is needed cannot fill a task.
 
-        Before the first training it warns of the others: a run keeps the classes it begins with.
+        Before the first training it warns of other splits: a run keeps the classes it begins with.
         """
         for split, classes in counts.items():
             try:
@@ -170,7 +170,7 @@ class OwnImages:
                     tell(f'Training can do without, but an evaluation cannot: {error}.')
 
     def _tell_of_files(self):
-        """Says which files of classes are no images, and which classes of splits are namesakes."""
+        """Says which files of classes are no images, and which classes of splits share a name."""
         others = []
         for split in ['train'] if self.dealt else self.paths:
             for name in self.found[split]:
@@ -193,7 +193,7 @@ class OwnImages:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders of classes of each split; empty if none of them holds any.
+    """Returns {split: its folder of classes}; empty if none of them holds any.
 
     Raises ValueError if two are the same split's, or all lie one level further down.
     """
@@ -215,9 +215,9 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 
 def own_classes(folder: Path, layout: ImageLayout) -> Classes:
-    """The folders at the first depth that has images, sorted level by level.
+    """Finds the class folders at the first depth that has images, sorted level by level.
 
-    Those above that hold nothing at all are among them, as classes without images.
+    Folders above that hold nothing at all are among them, as classes without images.
     """
     empty = {}
     for depth in range(1, MAX_DEPTH + 1):
@@ -236,11 +236,12 @@ def deal_classes(
     splits: Sequence[str],
     folder: str | Path,
 ) -> dict[str, list[str]]:
-    """Which of the sorted classes belong to which split; a function of their names alone.
+    """Deals the sorted classes out to the splits; the result is a function of their names alone.
 
-    proportions: of train, val and test, at least one class each. If these cannot fill tasks of
-    `ways` classes, neither for training nor in the `splits` that are needed, they are moved just so
-    far that each split can. folder: for messages. Raises ValueError if there are too few classes.
+    proportions: those of train, val and test, at least one class each. If these cannot fill tasks
+    of `ways` classes, neither for training nor in the `splits` that are needed, they are moved just
+    so far that each split can. folder: for messages. Raises ValueError if there are too few
+    classes.
     """
     count = len(names)
     if count < len(SPLITS):
@@ -262,7 +263,7 @@ def deal_classes(
 
 
 def remedies(count: int, ways: int) -> str:
-    """What would do for so few classes: the end of a sentence."""
+    """Returns the end of a sentence: the flags that would do for so few classes."""
     found, fewer = [], count // 3
     if fewer > 1:  # one class alone is nothing to learn
         found.append(f'--num_classes={fewer}')

@@ -11,11 +11,11 @@ MARGIN = 14  # pixels, for a line of text
 
 
 def picture_of(source, batch: Batch, evaluate: Callable[[Batch], np.ndarray]) -> np.ndarray | None:
-    """What TensorBoard shows now and then during training: [height, width, 3] uint8, or None.
+    """Draws the picture that TensorBoard shows in training: [height, width, 3] uint8, or None.
 
-    source: of the tasks; one of the user's own may have a method `picture`. batch: the meta-batch
-    at hand, arrays. evaluate: gives the outputs on the query set of a Batch after update 1...J,
-    [J, T, examples, out].
+    source: that of the tasks; the user's own may have a method `picture`. batch: the meta-batch at
+    hand, arrays. evaluate: gives the outputs on the query set of a Batch after update 1...J, [J, T,
+    examples, out].
     """
     if isinstance(source, SinusoidGenerator):
         return sinusoid_picture(source, batch, evaluate)
@@ -28,7 +28,7 @@ def picture_of(source, batch: Batch, evaluate: Callable[[Batch], np.ndarray]) ->
 def sinusoid_picture(
     source: SinusoidGenerator, batch: Batch, evaluate: Callable[[Batch], np.ndarray]
 ) -> np.ndarray:
-    """One sinusoid, fitted after 1 and after all updates.
+    """Draws one sinusoid, and its fits after 1 and after all updates.
 
     Points all over [-5, 5] are the query points of many copies of the task, which makes a
     meta-batch of the usual shape, for which the evaluation is compiled.
@@ -57,7 +57,7 @@ def sinusoid_picture(
 
 
 def task_picture(batch: Batch, image_shape: tuple[int, int, int], task: int = 0) -> np.ndarray:
-    """A task's support images above its query images, each below its label.
+    """Draws a task's support images above its query images, each below its label.
 
     Both have a row for each of the first two shots.
     batch: arrays; image_shape: (height, width, channels).
@@ -91,7 +91,7 @@ def _paste(canvas: Image.Image, corner: tuple[int, int], image: np.ndarray, labe
 def fit_picture(
     curves: dict[str, np.ndarray], points: np.ndarray, size: tuple[int, int] = (480, 320)
 ) -> np.ndarray:
-    """Curves and points of a regression task, x in [-5, 5] and y in [-6, 6].
+    """Draws curves and points of a regression task, x in [-5, 5] and y in [-6, 6].
 
     curves: {colour and name, as 'red truth': [n, 2]}; points: [K, 2]; size: (width, height).
     """
@@ -108,7 +108,7 @@ def fit_picture(
 
 
 def _places(points: np.ndarray, size: tuple[int, int]) -> list[tuple[float, float]]:
-    """Where points [n, 2] of the plane stand in a picture."""
+    """Returns where points [n, 2] of the plane stand in a picture."""
     width, height = size
     places = (np.clip(points, -6, 6) * [1, -1] + [5, 6]) / [10, 12] * [width - 1, height - 1]
     return [tuple(place) for place in places]

@@ -1,4 +1,4 @@
-"""What the prepare_*.py share: images out of untrusted archives, into a folder.
+"""Writes images out of untrusted archives into a folder, for all prepare_*.py.
 
 The folder is whole or absent, never half made. Images are read from the archives one at a time, in
 memory; nothing is unpacked to disk. One thread does it all, in seconds: with images this small most
@@ -51,11 +51,11 @@ class Item(NamedTuple):
 
     path: PurePosixPath  # inside its archive or folder
     where: str  # for messages
-    origin: str  # what there is to get again: itself, or its archive
+    origin: str  # the file to get again if it is damaged: itself, or its archive
     open: Callable[[], BinaryIO]
 
     def read(self) -> bytes:
-        """All of an image or of another small file; raises PreparationError."""
+        """Reads all of an image or of another small file. Raises PreparationError."""
         with blaming(self.origin), self.open() as file:
             # A header's size is only a claim; at the end of a zip's member, the CRC is checked.
             data = file.read(MAX_BYTES + 1)
@@ -66,9 +66,9 @@ class Item(NamedTuple):
 
 @contextlib.contextmanager
 def blaming(what: str) -> Iterator[None]:
-    """Turns what reading a damaged archive or file raises into a PreparationError.
+    """Turns the errors of reading a damaged archive or file into a PreparationError.
 
-    That is far more than BadZipFile.
+    They are far more than BadZipFile.
     """
     try:
         yield
@@ -79,18 +79,18 @@ def blaming(what: str) -> Iterator[None]:
 
 
 def hidden(path: PurePosixPath) -> bool:
-    """True for what macOS adds to archives and folders, and the like."""
+    """Whether a path is hidden, or one that macOS adds to archives and folders."""
     return any(part.startswith('.') or part == '__MACOSX' for part in path.parts)
 
 
 def is_web_page(data: bytes) -> bool:
-    """Whether what begins so is HTML, as servers send in place of what they refuse."""
+    """Whether data begin as HTML, which servers send in place of a file that they refuse."""
     start = data.removeprefix(b'\xef\xbb\xbf').lstrip()[:15].lower()
     return start.startswith((b'<!doctype html', b'<html', b'<head', b'<?xml'))
 
 
 def check_no_page(data: bytes, name: str) -> None:
-    """Raises PreparationError if what begins so is a web page."""
+    """Raises PreparationError if data begin as a web page does."""
     if is_web_page(data):
         raise PreparationError(
             f'{name} is a web page, in the place of the file that was to be downloaded; get that '
@@ -99,12 +99,12 @@ def check_no_page(data: bytes, name: str) -> None:
 
 
 def file_item(path: Path, inner: PurePosixPath) -> Item:
-    """inner: its path as the source's."""
+    """Returns the Item of a file; inner: its path within the source."""
     return Item(inner, str(path), str(path), functools.partial(path.open, 'rb'))
 
 
 def all_items(folder: Path, depth: int) -> list[Item]:
-    """The files of a folder and of those so many levels below it, links followed, in order."""
+    """Lists the files of a folder and of `depth` levels below it, links followed, in order."""
     items = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         inner = PurePosixPath(Path(parent).relative_to(folder).as_posix())
@@ -118,7 +118,7 @@ def all_items(folder: Path, depth: int) -> list[Item]:
 
 
 def source_items(source: Path, depth: int) -> list[Item]:
-    """The files of --source, a folder or a file; depth: of folders, as of `all_items`.
+    """Lists the files of --source, a folder or a file; depth: as in `all_items`.
 
     Raises PreparationError if there is neither.
     """
@@ -130,7 +130,7 @@ def source_items(source: Path, depth: int) -> list[Item]:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """An image [height, width, 3] uint8 as a PNG.
+    """Encodes an image [height, width, 3] uint8 as a PNG.
 
     Level 1 is twice as fast as the default, and photos get no larger.
     """
@@ -141,10 +141,10 @@ def png(pixels: np.ndarray) -> bytes:
 
 @contextlib.contextmanager
 def decoded(item: Item, data: bytes, *formats: str) -> Iterator[Image.Image]:
-    """The image in the data of an item, of one of the formats, not yet loaded.
+    """Opens the image in the data of an item, of one of the formats, without loading it.
 
-    What Pillow raises on it, here and in the block, and that is nearly everything, becomes a
-    PreparationError that names the image.
+    Pillow may raise nearly anything on it, here and while entered: that becomes a PreparationError
+    that names the image.
     """
     try:
         yield Image.open(io.BytesIO(data), formats=formats)
@@ -160,8 +160,8 @@ def decoded(item: Item, data: bytes, *formats: str) -> Iterator[Image.Image]:
 def is_prepared(target: Path, complete: Callable[[set[str]], bool], size: tuple[int, int]) -> bool:
     """Whether the target holds all that would be written.
 
-    complete: judges the relative paths; size: each image's. False if there is nothing yet;
-    PreparationError if there is anything else, which is never overwritten.
+    complete: judges the relative paths; size: each image's. Returns False if there is nothing yet.
+    Raises PreparationError if there is anything else, which is never overwritten.
     """
     if not target.exists():
         return False
@@ -178,7 +178,7 @@ def is_prepared(target: Path, complete: Callable[[set[str]], bool], size: tuple[
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files below a folder, but for those whose names begin with a dot."""
+    """Lists all files below a folder, but for those whose names begin with a dot."""
     found = []
     for parent, _, files in os.walk(folder):
         found += [Path(parent, file) for file in files if file[0] != '.']
@@ -195,7 +195,7 @@ def has_size(path: Path, size: tuple[int, int]) -> bool:
 
 @contextlib.contextmanager
 def parents_of(path: Path) -> Iterator[None]:
-    """Makes the folders above; those that it made, and that are empty, go after an exception."""
+    """Makes the folders above a path; an exception removes those that it made and are empty."""
     absent = [parent for parent in path.parents if not parent.exists()]  # nearest first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def parents_of(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside the target, renamed to it at the end.
+    """Makes an empty folder beside the target, and renames it to the target at the end.
 
     After an exception nothing of it is left.
     """
@@ -223,7 +223,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 class Progress:
-    """Lines on stderr, now and then; a terminal keeps one of them."""
+    """Prints lines on stderr, now and then; a terminal keeps one of them."""
 
     def __init__(self):
         self.terminal = sys.stderr.isatty()
@@ -252,7 +252,7 @@ def write_images(target: Path, images: Mapping[str, Callable[[], bytes]]) -> Non
 
 
 def is_plain(name: str) -> bool:
-    """Whether it is the name of a file, without folders, on every system."""
+    """Whether a name is that of a file, without folders, on every system."""
     return (
         bool(name)
         and not name.startswith('.')
@@ -262,7 +262,7 @@ def is_plain(name: str) -> bool:
 
 
 def read_csv(item: Item, columns: tuple[str, ...]) -> list[list[str]]:
-    """The rows of a csv file, only the named columns; all fields must be plain names of files."""
+    """Reads the named columns of a csv file, row by row; all fields must be plain file names."""
     rows, where, data = [], item.where, item.read()
     check_no_page(data, where)
     try:
@@ -288,7 +288,7 @@ def as_path(flag: str) -> Path:
 
 
 def run(arguments: list[str], prepare: Callable[[], str]) -> None:
-    """Runs a command, of which absl left these arguments, and prints its report.
+    """Runs a command and prints its report; arguments: those that absl left.
 
     Errors end it with one sentence and status 1, signals after cleaning up.
     """

@@ -1,4 +1,4 @@
-"""The classes that a run knows, compared with those that are there."""
+"""Compares the classes that a run knows with those that are there."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ def as_in_run(
     splits: Iterable[str],
     known: Mapping[str, Counts] | None,
 ) -> dict[str, ClassImages]:
-    """The classes of prepared data that a run knows; see classes_of_run, whose errors it raises."""
+    """Returns the prepared data's classes that a run knows; raises the errors of classes_of_run."""
     folder = next(iter(folders.values())).folder
     found = {split: classes.sizes() for split, classes in folders.items()}
     chosen = classes_of_run(found, splits, known, folder) if known else None
@@ -27,12 +27,12 @@ def classes_of_run(
     known: Mapping[str, Counts],
     folder: str | Path,
 ) -> dict[str, Counts] | None:
-    """The classes of each split that a run knows, in its order.
+    """Returns the classes of each split that a run knows, in its order.
 
-    None if the data are others, of which the run knows no class: these may be evaluated on.
+    Returns None if the data are others, of which the run knows no class: these may be evaluated on.
 
-    found: the classes among which those of a split are. splits: those that are needed.
-    known: those of the run, from its checkpoint.
+    found: the classes among which those of a split are. splits: the splits that are needed.
+    known: the classes of the run, from its checkpoint.
     Raises ValueError with the difference if the run knows some of them, or is to be trained.
     """
     splits, used = [*splits], {name for classes in known.values() for name in classes}
@@ -57,7 +57,7 @@ def classes_of_run(
 
 
 def differences(split: str, found: Counts, known: Mapping[str, Counts]) -> list[str]:
-    """What of a split is not as the run knows it, as texts."""
+    """Lists, as texts, how a split's classes differ from those that the run knows."""
     if split not in known:
         used = [name for name in found if any(name in classes for classes in known.values())]
         return [f'it knows no {split} classes, and used {listed(used)} otherwise']

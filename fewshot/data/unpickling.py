@@ -1,7 +1,7 @@
-"""Pickles of NumPy arrays and plain containers, whoever made them, and of nothing else.
+"""Reads pickles of NumPy arrays and plain containers, whoever made them, and nothing else.
 
-A pickle is a program that may call anything. This reads those that make dictionaries, lists,
-tuples, texts, numbers and arrays of numbers, of Python 2 and 3, of NumPy 1 and 2. What would call
+A pickle is a program that may call anything. This module reads those that make dictionaries, lists,
+tuples, texts, numbers and arrays of numbers, of Python 2 and 3, of NumPy 1 and 2. A call of
 anything else is refused by name before it is imported.
 
 The base class is the reader that Python keeps in Python itself. The one in C allocates whatever an
@@ -33,7 +33,7 @@ PLAIN = (
 
 
 def load(file: BinaryIO):
-    """What a pickle holds; texts that Python 2 wrote are bytes.
+    """Returns the content of a pickle; texts that Python 2 wrote are bytes.
 
     Raises pickle.UnpicklingError, whose text follows the file's name, as in 'NAME ends early'; and
     whatever the file itself raises when it is read.
@@ -57,7 +57,7 @@ def load(file: BinaryIO):
 
 
 def read_dictionary(item: Item) -> dict:
-    """The dictionary that a pickle holds, its keys as texts; empty if it holds something else.
+    """Reads the dictionary in a pickle, its keys as texts; empty if the pickle is something else.
 
     Raises PreparationError if the file is none, is damaged, or would call something.
     """
@@ -74,23 +74,23 @@ def read_dictionary(item: Item) -> dict:
 
 
 def text(value) -> str | None:
-    """Of a pickle's text, bytes if Python 2 wrote it; None if it is none."""
+    """Returns a text of a pickle, which is bytes if Python 2 wrote it; None if it is no text."""
     if isinstance(value, bytes):
         value = value.decode('latin-1')
     return value if isinstance(value, str) else None
 
 
 class Pieces:
-    """A file that is read to its end at most, and in so many pieces at most."""
+    """A file that raises EOFError at its end, and limits how much and how often it is read."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
         self.total = 0  # bytes read so far
         self.reads = 0
-        self.failure = None  # what the file raised, which is not the pickle's fault
+        self.failure = None  # the file's own error, which is not the pickle's fault
 
     def read(self, size: int) -> bytes:
-        """Exactly so many bytes; raises EOFError and UnpicklingError."""
+        """Reads exactly so many bytes; raises EOFError and UnpicklingError."""
         self._count()
         if size <= PIECE:
             data = self._read(self.file.read, size)
@@ -107,7 +107,7 @@ class Pieces:
         return data
 
     def readline(self) -> bytes:
-        """To the next line feed; raises EOFError and UnpicklingError."""
+        """Reads to the next line feed; raises EOFError and UnpicklingError."""
         self._count()
         line = self._read(self.file.readline, MAX_BYTES + 1)
         if not line.endswith(b'\n'):
@@ -159,7 +159,7 @@ class Unpickler(pickle._Unpickler):
         return self.admitted[module, name]
 
     def copied(self, data: str | bytes) -> str | bytes:
-        """Data that a call may copy; what was read once may be copied twice, not a thousand times.
+        """Returns data that a call may copy. Data read once may be copied twice, but not often.
 
         Small things are free.
         """
@@ -168,7 +168,7 @@ class Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError('is refused: it makes much more than it holds')
         return data
 
-    # What a pickle may call
+    # The functions that a pickle may call
 
     def dtype(self, name: str | bytes, align=False, copy=True) -> np.dtype:
         name = name.decode('latin-1') if isinstance(name, bytes) else name
@@ -178,13 +178,13 @@ class Unpickler(pickle._Unpickler):
         return np.dtype(name, False, True)  # a copy of its own, for `load_build`
 
     def empty_array(self, kind: str, shape: tuple, code: str | bytes) -> np.ndarray:
-        """What NumPy makes first of each array; `load_build` gives it its values."""
+        """Makes the array that NumPy's pickles begin with; `load_build` gives it its values."""
         if (kind, shape) != ('numpy.ndarray', (0,)):
             raise ValueError('not as NumPy writes it')
         return np.ndarray((0,), np.uint8)
 
     def array(self, data: bytes, dtype: np.dtype, shape: tuple, order: str, *_) -> np.ndarray:
-        """An array in protocol 5."""
+        """Makes an array of protocol 5."""
         check_types(data, dtype)
         return np.frombuffer(data, dtype).reshape(shape, order=order)
 
@@ -194,7 +194,7 @@ class Unpickler(pickle._Unpickler):
         return value
 
     def encode(self, text: str, encoding: str) -> bytes:
-        """Bytes in protocol 2, as Python 3 writes them."""
+        """Makes bytes of protocol 2, as Python 3 writes them."""
         if encoding not in ('latin1', b'latin1'):
             raise pickle.UnpicklingError('is refused: it would call _codecs.encode')
         return self.copied(text).encode('latin-1')
@@ -202,7 +202,7 @@ class Unpickler(pickle._Unpickler):
     # Instructions that are not as Python has them
 
     def load_build(self):
-        """Gives the last thing its state: an array its values, a dtype its byte order."""
+        """Gives the last object its state: an array its values, a dtype its byte order."""
         state = self.stack.pop()
         made = self.stack[-1]
         if type(made) is np.ndarray:
@@ -259,13 +259,13 @@ class Unpickler(pickle._Unpickler):
 
 
 def check_types(data, dtype):
-    """Raises TypeError: NumPy takes other data too, arrays whose memory is not theirs to keep."""
+    """Raises TypeError for data that NumPy takes too: arrays whose memory is not theirs to keep."""
     if type(data) is not bytes or not isinstance(dtype, np.dtype):
         raise TypeError('not as NumPy writes it')
 
 
 def _dispatch() -> dict:
-    """Each instruction that Python knows: Python's method, one of the above, or a refusal."""
+    """Maps each of Python's instructions to its method, one of the above, or a refusal."""
     table = {}
     for opcode in pickletools.opcodes:
         code, method = ord(opcode.code), f'load_{opcode.name.lower()}'

@@ -24,8 +24,8 @@ class UserTasks(DataGenerator):
     `objective` says 'accuracy' or 'loss'. Optional too: example_shape, for networks that want more
     than [D], and those of DataGenerator's attributes that OPTIONAL names.
 
-    tasks: the object. name: of it, for messages. splits: those that are checked now; another one is
-    checked when it is first asked for. num_tasks: how many are asked for in a check.
+    tasks: the object. name: its name in messages. splits: the splits that are checked now; another
+    one is checked when it is first asked for. num_tasks: how many are asked for in a check.
     Raises BadTasks, here and later, with the array and the shape that is wanted.
     """
 
@@ -100,7 +100,7 @@ class UserTasks(DataGenerator):
         return own(batch, evaluate) if own else None
 
     def _drawn(self, split: str, iteration: int, num_tasks: int) -> Batch:
-        """The user's batch, checked; the first of a split is drawn twice."""
+        """Draws the user's batch and checks it; the first of a split is drawn twice."""
         where = f'{self.name}: batch{(split, iteration, num_tasks)}'
         batch = user_batch(self.source.batch(split, iteration, num_tasks), num_tasks, where)
         if self.objective == 'accuracy':
@@ -126,7 +126,7 @@ OPTIONAL += ('tasks_at_once', 'picture_name')
 
 
 def user_batch(values, num_tasks: int, where: str) -> Batch:
-    """The four arrays of a user's meta-batch as float32, copied. Raises BadTasks."""
+    """Returns the four arrays of a user's meta-batch as float32, copied. Raises BadTasks."""
     try:
         batch = fitting_batch(values, tasks=num_tasks)
         arrays = [finite_numbers(n, array, np.float32) for n, array in zip(Batch._fields, batch)]
@@ -139,7 +139,7 @@ def user_batch(values, num_tasks: int, where: str) -> Batch:
 
 
 def check_same(batch: Batch, again: Batch, where: str):
-    """Raises BadTasks if what was drawn twice differs."""
+    """Raises BadTasks if two draws of the same batch differ."""
     for name, one, other in zip(Batch._fields, batch, again):
         if not np.array_equal(one, other):
             raise BadTasks(
@@ -149,13 +149,13 @@ def check_same(batch: Batch, again: Batch, where: str):
 
 
 def is_one_hot(labels: np.ndarray) -> bool:
-    """[T, examples, out]; a single output is none."""
+    """Whether labels [T, examples, out] are one-hot; a single output is not."""
     values = np.isin(labels, (0, 1)).all() and (labels.sum(2) == 1).all()
     return bool(labels.shape[2] > 1 and values)
 
 
 def check_one_hot(batch: Batch, where: str, asked: str | None):
-    """Raises BadTasks if labels are not; asked: the objective that the user's object says."""
+    """Raises BadTasks if labels are not one-hot; asked: the user's object's `objective`, if any."""
     reason = 'objective is accuracy' if asked else 'those of the first batches are'
     for name in ('labela', 'labelb'):
         if not is_one_hot(label := getattr(batch, name)):

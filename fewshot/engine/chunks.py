@@ -11,7 +11,7 @@ CHUNK_SIZE = 2**14  # input values of the tasks that run together, see `chunk_si
 
 
 def pairwise_sum(values: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Of neighbours, then of their sums, and so on.
+    """Adds up neighbours, then their sums, and so on.
 
     The same numbers are added, whether one device has all of the values or two, or four, have equal
     parts. Rounding otherwise grows to percents of the weights within 20 iterations.
@@ -22,19 +22,19 @@ def pairwise_sum(values: Sequence[tf.Tensor]) -> tf.Tensor:
 
 
 def chunks(batch: Batch, network=None) -> list[Batch]:
-    """A meta-batch in chunks of `chunk_size` tasks; the last may have fewer."""
+    """Cuts a meta-batch into chunks of `chunk_size` tasks; the last may have fewer."""
     tasks, each = batch.inputa.shape[0], chunk_size(batch, network)
     return [Batch(*(values[i : i + each] for values in batch)) for i in range(0, tasks, each)]
 
 
 def in_a_loop(function: Callable, batch: Batch, types, network=None) -> list:
-    """What a function returns for each of the chunks of a meta-batch, in order.
+    """Calls a function on each chunk of a meta-batch, and returns the results in order.
 
-    types: of what it returns, in the same nesting. The equal chunks are turns of a loop of the
+    types: those of a result, in the same nesting. The equal chunks are turns of a loop of the
     graph, as many at a time as there are cores: with a copy of the function's operations for each
     of them, the graph of Omniglot, 20-way 1-shot, takes 13 s more to make, and a tenth more memory
-    to run. But one turn waits for another where programs read variables, as a network says whose
-    `reads_variables` is true: chunks of its tasks are no loop.
+    to run. But one turn waits for another where programs read variables: if the network's
+    `reads_variables` is true, there is no loop.
     """
     tasks, each = batch.inputa.shape[0], chunk_size(batch, network)
     count = tasks // each
@@ -52,11 +52,11 @@ def in_a_loop(function: Callable, batch: Batch, types, network=None) -> list:
 
 
 def chunk_size(batch: Batch, network=None) -> int:
-    """How many tasks run together: enough chunks for all cores, each small enough for their caches.
+    """Returns how many tasks run together: chunks for all cores, each small enough for the caches.
 
-    Of equally many tasks, as XLA compiles for each number of them, unless that made the chunks less
-    than half as large as they can be. One chunk on a GPU, which wants all the work at once, and
-    where the tasks are tiny. A network may say how many it takes at most.
+    All chunks have equally many tasks, because XLA compiles for each number of them, unless that
+    made the chunks less than half as large as they can be. There is one chunk on a GPU, which wants
+    all the work at once, and where the tasks are tiny. A network may say how many it takes at most.
     """
     tasks, limit = batch.inputa.shape[0], getattr(network, 'most_tasks', None)
     size = max(batch.inputa.shape[1], batch.inputb.shape[1]) * batch.inputa.shape[2]

@@ -14,16 +14,17 @@ import tensorflow as tf
 
 from data_generator import Batch
 
-ASKING_INTERVAL = 5  # iterations between the workers' questions whether one of them is to stop
+ASKING_INTERVAL = 5  # iterations between the workers' checks whether one of them is to stop
 
 
 def keep_freed_memory(arenas: int):
-    """Lets the C library keep what this process frees for the next step, not give it back at once.
+    """Lets the C library keep freed memory for the next step, instead of giving it back at once.
 
-    A step frees what it allocates, and blocks of megabytes would go back to the system each time.
-    Their pages then come back one by one, cleared: on virtual machines that took 12 to 35 % of a
-    step's time. arenas: of memory, at most; with fewer less goes back, and threads wait more for
-    each other. glibc has the settings; elsewhere nothing changes.
+    A step frees the memory that it allocates, and pieces of megabytes would go back to the system
+    each time. Their pages then come back one by one, cleared: on virtual machines that took 12 to
+    35 % of a step's time. arenas: the highest number of memory arenas; with fewer, less memory goes
+    back, and threads wait more for each other. Only glibc has the settings; elsewhere nothing
+    changes.
     """
     if platform.libc_ver()[0] == 'glibc':
         trim_threshold, mmap_max, arena_max = -1, -4, -8  # as malloc.h numbers them
@@ -33,19 +34,19 @@ def keep_freed_memory(arenas: int):
 
 
 def cores() -> int:
-    """How many this process may use, which not every system tells."""
+    """Returns how many cores this process may use, which not every system tells."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def set_up_gpus(tf32: bool = False):
-    """Exact products, and no more memory than is needed; before TensorFlow's first operation.
+    """Makes products exact and memory small on GPUs; call it before TensorFlow's first operation.
 
     By default TensorFlow rounds the factors of float32 products to TF32, which has 10 bits of
-    mantissa, on GPUs that can: here only if `tf32`. It also takes all the memory of all GPUs; if
-    they are in use already, that stays as it is. Says so if the machine has a GPU that TensorFlow
-    does not find.
+    mantissa, on GPUs that can: here it does so only if `tf32`. By default it also takes all the
+    memory of all GPUs; if they are in use already, that stays as it is. The function says so if the
+    machine has a GPU that TensorFlow does not find.
     """
     tf.config.experimental.enable_tensor_float_32_execution(tf32)
     gpus = tf.config.list_physical_devices('GPU')
@@ -64,9 +65,9 @@ def set_up_gpus(tf32: bool = False):
 class Replicas:
     """The devices, of this process and of others, that have equal parts of every meta-batch.
 
-    strategy: of tf.distribute, mirrored or multi-worker mirrored, or None for one device. Variables
-    are each process's own, and equal: all start from the first one's, see `agree`, and take the
-    same steps.
+    strategy: one of tf.distribute, mirrored or multi-worker mirrored, or None for one device. Each
+    process has variables of its own, which are equal: all start from the first process's, see
+    `agree`, and take the same steps.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy | None = None):
@@ -78,7 +79,7 @@ class Replicas:
         self.is_chief = self.process == 0  # the one that prints and writes
 
     def slice_of(self, tasks: int) -> slice:
-        """Which of a meta-batch's tasks are this process's.
+        """Returns this process's slice of a meta-batch's tasks.
 
         Raises ValueError if replicas cannot have equally many.
         """
@@ -91,7 +92,7 @@ class Replicas:
         return slice(self.process * each, (self.process + 1) * each)
 
     def place(self, batch: Batch) -> Batch:
-        """This process's tasks on its devices, for `mean` and `gather`."""
+        """Places this process's tasks on its devices, for `mean` and `gather`."""
         if self.strategy is None:
             return batch
         each, first = batch.inputa.shape[0] // self.local, self.process * self.local
@@ -104,9 +105,9 @@ class Replicas:
         return self.strategy.experimental_distribute_values_from_function(part)
 
     def mean(self, function: Callable, batch: Batch) -> list[tf.Tensor]:
-        """The mean over replicas of the tensors that function(a replica's part) returns.
+        """Averages the tensors that function(a replica's part) returns over the replicas.
 
-        batch: from `place`.
+        batch: the result of `place`.
         """
         if self.strategy is None:
             return function(batch)
@@ -124,9 +125,9 @@ class Replicas:
         return [tf.reshape(part, shape) for part, shape in zip(parts, shapes)]
 
     def gather(self, function: Callable, batch: Batch) -> tf.Tensor:
-        """What function(a replica's part) returns, [n, tasks of the part], for all tasks: [n, T].
+        """Gathers the results of function(a replica's part), [n, tasks of the part]: [n, T].
 
-        batch: from `place`.
+        batch: the result of `place`.
         """
         if self.strategy is None:
             return function(batch)
@@ -142,7 +143,7 @@ class Replicas:
         return tf.reshape(total, [total.shape[0], -1])
 
     def agree(self, values: list[np.ndarray]) -> list[np.ndarray]:
-        """The first process's values, in all of them."""
+        """Returns the first process's values in all processes."""
         if self.strategy is None or self.count == self.local:
             return values
         return [self._sum(value if self.is_chief else np.zeros_like(value)) for value in values]
@@ -150,14 +151,14 @@ class Replicas:
     def any(self, flag: bool, iteration: int) -> bool:
         """Whether the flag is set in one of the processes.
 
-        They ask each other every few iterations only, as that takes time.
+        They ask each other every few iterations only, because that takes time.
         """
         if self.strategy is None or self.count == self.local:
             return flag
         return iteration % ASKING_INTERVAL == 0 and bool(self._sum(np.float32(flag)) > 0)
 
     def _sum(self, value: np.ndarray) -> np.ndarray:
-        """Over processes of one replica each, or of equally many, whose values count once."""
+        """Sums a value over the processes, which have equally many replicas: each counts once."""
         return self._sum_replicas(tf.convert_to_tensor(value)).numpy()
 
     @tf.function(autograph=False, reduce_retracing=False)
@@ -175,7 +176,7 @@ class Replicas:
 
 
 def machine() -> str:
-    """What this process computes with, in a few words."""
+    """Describes the hardware and software of this process in a few words."""
     count, gpus = cores(), len(tf.config.list_physical_devices('GPU'))
     parts = [f'{count} core{"s" * (count != 1)}']
     if gpus:

@@ -137,7 +137,7 @@ class FastMAML:
 
     @property
     def groups(self) -> dict[str, dict[str, tf.Variable]]:
-        """What the outer loop learns, as checkpoints have it."""
+        """The variables that the outer loop learns, grouped as in checkpoints."""
         rates = {'rates': self.rates} if self.rates else {}
         return {'weights': self.weights, 'norms': self.norms} | rates
 
@@ -180,7 +180,7 @@ class FastMAML:
         return Batch(*(tf.cast(values, self.dtype) for values in batch))
 
     def _metatrain_step(self, programs: Programs, batch: Batch) -> tf.Tensor:
-        """As MAML's."""
+        """One outer step, as MAML's; returns the loss before it."""
         loss, *gradients = self._means(programs, batch)
         programs.descend(self.maml.clipped(gradients), self.metatrain_optimizer)
         return loss
@@ -246,16 +246,19 @@ class FastMAML:
         types = Results(*[self.dtype] * len(Results._fields))
         settings = {'num_updates': num_updates, 'transductive': transductive}
         evaluate = functools.partial(self.maml.evaluate, **settings, parts=self.programs.parts)
-        parts = in_a_loop(evaluate, batch, types, self.network)
-        return Results(*map(tf.concat, zip(*parts), TASK_AXIS))
+        of_chunks = in_a_loop(evaluate, batch, types, self.network)
+        return Results(*map(tf.concat, zip(*of_chunks), TASK_AXIS))
 
     def evaluate_together(self, batch: Batch, num_updates: int, transductive: bool = True):
-        """Of this process's tasks to the results of all; without outputs if there are replicas."""
+        """Evaluates the tasks of all processes, of which `batch` has this one's.
+
+        Arguments as of `evaluate`. There are no outputs if there are replicas.
+        """
         if not self.replicas.strategy:
             return self.evaluate(batch, num_updates, transductive)
         table = self._evaluate_replicas(self.replicas.place(batch), num_updates, transductive)
-        parts = tf.split(table, [1, num_updates, 1, num_updates])  # of [2 + 2J, T]
-        loss1, losses2, accuracy1, accuracies2 = parts
+        rows = tf.split(table, [1, num_updates, 1, num_updates])  # of [2 + 2J, T]
+        loss1, losses2, accuracy1, accuracies2 = rows
         none = tf.zeros([table.shape[1], 0, 0], self.dtype)
         outputs = none, tf.stack([none] * num_updates)
         return Results(loss1[0], losses2, accuracy1[0], accuracies2, *outputs)

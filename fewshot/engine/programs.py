@@ -14,7 +14,7 @@ from maml import MAML, MetaParameters, Parts
 
 
 class Programs(NamedTuple):
-    """What an outer step and an evaluation call."""
+    """The programs that outer steps and evaluations call."""
 
     parts: Parts  # of one chunk of tasks
     # For each phase of training: (values, batch) -> [loss, *gradients], sums, of each chunk.

@@ -1,4 +1,4 @@
-"""TensorFlow's own functions, replaced for as long as something is traced."""
+"""Replaces TensorFlow's own functions while something is traced."""
 
 import contextlib
 import threading
@@ -12,7 +12,7 @@ TRACING = threading.RLock()  # held while a function is replaced
 
 @contextlib.contextmanager
 def replaced(module, name: str, function: Callable):
-    """The module's function of that name is another one for this thread, while entered."""
+    """Replaces the module's function of that name, for this thread, while entered."""
 
     def chosen(*arguments, **named):
         mine = threading.get_ident() == owner
@@ -31,11 +31,11 @@ def replaced(module, name: str, function: Callable):
 def constant_zeros():
     """Makes zero gradients constants, while the derivatives of programs are traced.
 
-    `tf.custom_gradient` passes its arguments on, beside its results, and no one asks for them.
-    TensorFlow makes zeros for them, by tensors of their shape: so a program hands over each of the
-    arguments, copied, for no more than its shape. Without these, a task of Omniglot, 20-way 1-shot,
-    keeps 9 MB per update instead of 25, and a step is a tenth shorter. TensorFlow has no public way
-    to ask for this; where the function has gone, programs are slower, and as right.
+    `tf.custom_gradient` also returns its inputs. Their gradients are zeros, which TensorFlow builds
+    from the runtime shape, so every input is copied between programs. Here the zeros are constants.
+    Without the copies, a task of Omniglot, 20-way 1-shot, keeps 9 MB per update instead of 25, and
+    a step is a tenth shorter. TensorFlow has no public way to ask for this; where the function has
+    gone, programs are slower, but as right.
     """
     name = 'ZerosLike'
     if not hasattr(control_flow_state, name):

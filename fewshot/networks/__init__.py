@@ -1,1 +1,1 @@
-"""Which networks there are besides the paper's."""
+"""The paper's networks, Keras models as networks, and variants of the inner loop and outer loss."""

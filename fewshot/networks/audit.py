@@ -1,4 +1,4 @@
-"""Is a meta-gradient right? Derivatives of an outer loss against central differences, in float64.
+"""Checks meta-gradients: derivatives of an outer loss against central differences, in float64.
 
 Differences need no derivative, so they share no fault with TensorFlow's: several of its gradients
 are constants to the second derivative, without an error.
@@ -29,7 +29,7 @@ SPREAD = {'float64': TOLERANCE / 2, 'float32': 1e-2}  # relative, of differences
 ENOUGH = 1e-5  # smaller steps are not tried if two have agreed so well
 DIRECTIONS = 3  # tried until the differences agree with each other
 PATIENCE = 60  # seconds, after which no other direction is tried
-STRIDE = 0.02  # of the inner update of an audit, relative to the weights
+STRIDE = 0.02  # size of an audit's inner update, relative to the weights
 
 
 # A model in float64, and random values for it -----------------------------------------------------
@@ -37,7 +37,7 @@ STRIDE = 0.02  # of the inner update of an audit, relative to the weights
 
 @contextlib.contextmanager
 def in_float64(model: keras.Model) -> Iterator[None]:
-    """Has a model of float32 compute in float64 while entered, with values that are given to it."""
+    """Lets a float32 model compute in float64 while entered, with values that are given to it."""
     policy, is_float, changes = keras.DTypePolicy('float64'), keras.backend.is_float_dtype, []
     layers = model._flatten_layers()
     inner = [getattr(layer, '_functional', None) for layer in layers]  # what a Sequential calls
@@ -53,7 +53,7 @@ def in_float64(model: keras.Model) -> Iterator[None]:
 
 
 def rounds(graph: tf.Graph) -> bool:
-    """Whether an operation makes float32, or less, of float64, which small steps do not see."""
+    """Whether an operation rounds float64 to float32, or less, which small steps do not see."""
     for operation in graph.get_operations():
         if any(x.dtype == tf.float64 for x in operation.inputs):
             if any(y.dtype.is_floating and y.dtype != tf.float64 for y in operation.outputs):
@@ -69,13 +69,13 @@ def narrows(cast) -> bool:
 
 
 def nodes(graph: tf.Graph) -> list:
-    """Of a graph, and of the functions that it calls."""
+    """Lists the nodes of a graph, and of the functions that it calls."""
     made = graph.as_graph_def()
     return [*made.node, *(node for body in made.library.function for node in body.node_def)]
 
 
 def moved(value: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A value near by, since zeros hide a derivative or lie on a kink.
+    """Returns a value near by, since zeros hide a derivative or lie on a kink.
 
     Signs stay, since a variable may have to be positive.
     """
@@ -85,7 +85,7 @@ def moved(value: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def probe_inputs(model: keras.Model, shape: Sequence[int], seed: int) -> Iterator[np.ndarray]:
-    """Random inputs that a model may take, the likelier first; shape: [..., examples, *input]."""
+    """Yields random inputs a model may take, the likelier first; shape: [..., examples, *input]."""
     random, layers = np.random.default_rng(seed), model._flatten_layers(include_self=False)
     sizes = [getattr(layer, 'input_dim', None) for layer in layers]
     sizes += [getattr(layer, 'num_tokens', None) for layer in layers]
@@ -104,12 +104,12 @@ def probe_inputs(model: keras.Model, shape: Sequence[int], seed: int) -> Iterato
 def differentiate(
     difference: Callable[[float], float], floor: float, precision: str
 ) -> tuple[float, float]:
-    """A derivative by central differences, and how far the two steps that agree best are apart.
+    """Computes a derivative by central differences, and how far the two best steps are apart.
 
     difference: f(step) - f(-step), over 2. Large steps are off by the curvature, and by kinks of
     ReLU and max-pooling, where the outer loss jumps; small ones by rounding. Between them lies a
-    plateau. floor: smaller derivatives need no more digits than it. precision: 'float32' if an
-    operation rounds so, to which steps must be large.
+    plateau, where two steps agree best. floor: smaller derivatives need no more digits than it.
+    precision: 'float32' if an operation rounds to it; then steps must be large.
     """
     best = np.nan, np.inf
     for steps in STEPS[precision]:
@@ -127,7 +127,7 @@ def differentiate(
 
 
 class Compared(NamedTuple):
-    """A derivative along a direction, and what differences have."""
+    """A derivative along a direction, compared with central differences."""
 
     derivative: float
     difference: float
@@ -142,7 +142,7 @@ class Compared(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Relative."""
+        """The relative error of the derivative."""
         return abs(self.derivative - self.difference) / self.scale
 
     @property
@@ -152,7 +152,7 @@ class Compared(NamedTuple):
 
     @property
     def is_decided(self) -> bool:
-        """Whether it is known to be right or wrong.
+        """Whether the derivative is known to be right or wrong.
 
         Large steps may agree with each other on the wrong number, across many kinks: they call it
         wrong only if there is a reason.
@@ -164,10 +164,10 @@ class Compared(NamedTuple):
 def compare(
     loss: Callable, variables: Sequence, gradient: Sequence, direction: Sequence, *how
 ) -> Compared:
-    """The gradient of a loss along a direction, and what differences have, as `how` says.
+    """Compares the gradient of a loss along a direction with differences.
 
-    loss: without arguments, of the values of the variables, which keep theirs. gradient and
-    direction: an array for each variable. how: the floor and the precision of `differentiate`.
+    loss: a function without arguments of the values of the variables, which keep theirs. gradient
+    and direction: an array for each variable. how: the floor and the precision of `differentiate`.
     """
     values = [variable.numpy() for variable in variables]
 
@@ -187,9 +187,9 @@ def compare(
 
 
 def audit(network, inputs: Callable) -> Compared:
-    """The meta-gradient of a network along a random direction of all that the outer loop learns.
+    """Checks a network's meta-gradient along a random direction of all that the outer loop learns.
 
-    network: a KerasNetwork, computing in its `precision`. inputs: from a seed to random inputs,
+    network: a KerasNetwork that computes in its `precision`. inputs: maps a seed to random inputs,
     [T, examples, D].
     """
     random, start, dtype = np.random.default_rng(1), time.monotonic(), network.precision
@@ -217,7 +217,7 @@ def rms(value: np.ndarray) -> float:
 
 
 def random_tasks(network, inputs: Callable, random: np.random.Generator) -> Batch:
-    """Regression to random numbers."""
+    """Draws tasks of regression to random numbers."""
     x, z = inputs(2), inputs(3)
     shape = (*x.shape[:2], network.dim_output)
     y, label = (tf.constant(random.standard_normal(shape), x.dtype) for _ in range(2))
@@ -225,7 +225,7 @@ def random_tasks(network, inputs: Callable, random: np.random.Generator) -> Batc
 
 
 def step_size(model: MAML, batch: Batch) -> float:
-    """Of an inner update that changes weights by a share, STRIDE."""
+    """Returns the size of an inner update that changes weights by a share, STRIDE."""
     gradients = zip(model.named_parameters, model.pretrain_gradient(batch)[1:])
     length = tf.linalg.global_norm([g for name, g in gradients if name in model.weights])
     size = tf.linalg.global_norm([*model.weights.values()])
@@ -233,7 +233,7 @@ def step_size(model: MAML, batch: Batch) -> float:
 
 
 def blind_operations(loss: Callable) -> list[str]:
-    """The operations of a loss without arguments whose derivatives TensorFlow takes for zero."""
+    """Lists the operations of a loss() whose derivatives TensorFlow takes for zero."""
     graph = tf.function(loss, autograph=False).get_concrete_function().graph
     floats, found = (tf.float32.as_datatype_enum, tf.float64.as_datatype_enum), {}
     for node in nodes(graph):

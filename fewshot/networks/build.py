@@ -1,4 +1,4 @@
-"""From the settings of a run to its model."""
+"""Builds the model of a run from its settings."""
 
 import contextlib
 import inspect
@@ -18,7 +18,7 @@ from maml import cross_entropy, mean_squared_error
 
 @contextlib.contextmanager
 def random_seed(seed: int):
-    """Random numbers of Keras, NumPy and Python are a function of the seed, while entered."""
+    """Makes random numbers of Keras, NumPy and Python a function of the seed, while entered."""
     states = random.getstate(), np.random.get_state()
     keras.utils.set_random_seed(seed)
     try:
@@ -29,7 +29,7 @@ def random_seed(seed: int):
 
 
 def example_shape(settings: dict) -> tuple[int, ...]:
-    """Of an image, or of an example of the user's own tasks; settings: the flags of a run."""
+    """Returns the shape of an image, or of an example of the user's tasks; settings: the flags."""
     if settings.get('example_shape'):
         return tuple(settings['example_shape'])
     given = settings.get('image_size', 84), settings.get('channels', 3)
@@ -38,12 +38,13 @@ def example_shape(settings: dict) -> tuple[int, ...]:
 
 
 def user_network(spec: str, settings: dict, audit: bool | None = True):
-    """The network that FILE.py:FUNCTION makes for a run; settings: the flags of it.
+    """Returns the network that FILE.py:FUNCTION makes for a run; settings: the run's flags.
 
-    It is called with the shape of an example and the number of classes or outputs, and returns a
-    keras.Model, or any other network. Its random initial values are a function of the run's seed.
-    audit: as of KerasNetwork, for one that is trained. Raises UserCodeError, and ValueError for
-    other sizes and what `user_function` and `KerasNetwork` refuse.
+    The function is called with the shape of an example and the number of classes or outputs, and
+    returns a keras.Model, or any other network. Its random initial values are a function of the
+    run's seed. audit: as in KerasNetwork, where None is for a network that is trained already.
+    Raises UserCodeError, and ValueError for other sizes and all that `user_function` and
+    `KerasNetwork` refuse.
     """
     shape = example_shape(settings)
     outputs = settings.get('dim_output') or settings.get('num_classes', 5)
@@ -77,10 +78,10 @@ def make_network(
     example_shape: Sequence[int] | None = None,
     dim_output: int = 1,
 ) -> FullyConnected | Convolutional:
-    """The paper's network for a data source, miniImagenet's for folders, the sinusoid's for others.
+    """Makes a source's network: the paper's, miniImagenet's for folders, the sinusoid's for others.
 
-    Arguments as the flags of the same names; norm may be a Normalization of one's own.
-    example_shape, dim_output: of the user's own tasks, see UserTasks.
+    The arguments are the flags of the same names; norm may be a Normalization of one's own.
+    example_shape, dim_output: those of the user's own tasks, see UserTasks.
     """
     source = source_of(datasource)
     if source.sizes:
@@ -111,12 +112,12 @@ def make_model(
     metatrain_iterations: int = 15000,
     **settings,
 ) -> FastMAML:
-    """A model with the paper's network, loss and clipping.
+    """Makes a model with the paper's network, loss and clipping.
 
-    Arguments as the flags; `settings` as of `make_network` and of FastMAML. network: another one,
-    or a keras.Model. objective, shots: of the user's own tasks, 'loss' or 'accuracy', and the K
-    that the loss of a classifier is divided by. meta_lr_decay: 'cosine' lets the outer step size
-    fall to meta_lr_end over metatrain_iterations.
+    The arguments are the flags; `settings` are those of `make_network` and of FastMAML. network:
+    another network, or a keras.Model. objective, shots: for the user's own tasks, 'loss' or
+    'accuracy', and the K that the loss of a classifier is divided by. meta_lr_decay: 'cosine' lets
+    the outer step size fall to meta_lr_end over metatrain_iterations.
     """
     is_regression = (objective or source_of(datasource).generator.objective) == 'loss'
     loss = mean_squared_error if is_regression else cross_entropy(shots or update_batch_size)

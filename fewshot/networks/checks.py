@@ -1,4 +1,4 @@
-"""Networks and losses of one's own, checked before training."""
+"""Checks networks and losses of one's own before training."""
 
 import warnings
 from collections.abc import Callable
@@ -17,7 +17,7 @@ PROBE = (2, 3)  # tasks and examples: different numbers, so that a mistaken axis
 
 
 def check_numbers(update_lr: float, num_updates: int, meta_lr, clip: float | None, seed: int):
-    """Raises ValueError, with the argument's name, for numbers out of range and for no numbers."""
+    """Raises ValueError, with the argument's name, for a value out of range or not a number."""
     real_number('update_lr', update_lr)
     whole_number('num_updates', num_updates)
     if not isinstance(meta_lr, keras.optimizers.schedules.LearningRateSchedule):
@@ -30,7 +30,7 @@ def check_numbers(update_lr: float, num_updates: int, meta_lr, clip: float | Non
 def check_network(network, dtype: tf.DType):
     """Raises ValueError if a network lacks something, or treats the axis of tasks wrongly.
 
-    One of this file is right; another is called once, with a few random inputs.
+    The project's own networks are right; another one is called once, with a few random inputs.
     """
     needed = ('parameters', 'norm_parameters', 'prepare', '__call__')
     if lacking := [name for name in needed if not hasattr(network, name)]:
@@ -62,7 +62,7 @@ def check_network(network, dtype: tf.DType):
 
 
 def probe_output(network, dtype: tf.DType) -> tf.Tensor:
-    """What a network makes of a few random inputs: [*PROBE, out]. Raises whatever it raises."""
+    """Returns a network's output for random inputs: [*PROBE, out]. Raises the network's errors."""
     values, weights = {}, {}
     for i, (name, made) in enumerate((network.parameters | network.norm_parameters).items()):
         values[name] = tf.cast(initial_value(*made, seed=[0, i]), dtype)
@@ -74,7 +74,7 @@ def probe_output(network, dtype: tf.DType) -> tf.Tensor:
 
 
 def has_sizes(network) -> bool:
-    """Whether a network says what it takes and returns, without which there is no check."""
+    """Whether a network tells the sizes that it takes and returns; else there is no check."""
     return hasattr(network, 'dim_input') and hasattr(network, 'dim_output')
 
 
@@ -100,7 +100,7 @@ def check_loss(loss: Callable, network, dtype: tf.DType):
 
 
 def warn_of_probabilities(loss: Callable, network, dtype: tf.DType):
-    """Warns of a network that ends in softmax with a loss that takes the softmax itself."""
+    """Warns if a network ends in softmax and its loss takes the softmax too."""
     own = type(network) in (FullyConnected, Convolutional)
     if own or not hasattr(loss, 'shots') or not has_sizes(network) or network.dim_output < 2:
         return

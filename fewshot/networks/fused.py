@@ -20,20 +20,20 @@ from special_grads import (
 
 
 def fuse(network):
-    """The same network, faster, if it is a Convolutional with batch normalisation."""
+    """Returns the same network, faster if it is a Convolutional with batch normalisation."""
     fits = type(network) is Convolutional and type(network.norm) is BatchNorm
     return FusedConvolutional(network) if fits else network
 
 
 class FusedConvolutional(Convolutional):
-    """The statistics of the first convolution's output follow from those of the images."""
+    """A Convolutional that takes its first layer's statistics from those of the images."""
 
     def __init__(self, network: Convolutional):
         vars(self).update(vars(network))
         self.plain = network
 
     def prepare(self, inputs: tf.Tensor, leading: int | tf.Tensor | None = None):
-        """Patches of the images [T, examples, H*W*C]: [T, examples, H', W', 9*C + 1]."""
+        """Gathers patches of the images [T, examples, H*W*C]: [T, examples, H', W', 9*C + 1]."""
         images = tf.reshape(inputs, [*sizes(inputs)[:2], *self.image_shape])
         return normalized_patches(images, self.stride, leading)
 
@@ -58,11 +58,12 @@ class NormalizedPatches(NamedTuple):
 def normalized_patches(
     images: tf.Tensor, stride: int, leading: int | tf.Tensor | None = None
 ) -> NormalizedPatches:
-    """images: [T, examples, height, width, C]; leading: see `batch_norm`.
+    """Gathers the patches of images [T, examples, height, width, C]; leading: see `batch_norm`.
 
-    Patches with a channel of ones, times themselves: sums, and sums of products. In pieces of the
-    rows, which are added up in float64. For the rounding the task's mean pixel is taken away, from
-    the zeros around the images, too, so that every patch loses the same.
+    Patches with a channel of ones, times themselves, give sums, and sums of products. They are
+    computed in pieces of the rows, which are added up in float64. To keep rounding small, the
+    task's mean pixel is taken away, from the zeros around the images, too, so that every patch
+    loses the same.
     """
     tasks, examples, channels = sizes(images)[0], sizes(images)[1], images.shape[-1]
     height, width = (-(-size // stride) for size in images.shape[2:4])
@@ -82,8 +83,7 @@ def normalized_patches(
 
 
 def convolve_normalized(x: NormalizedPatches, kernel: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
-    """Convolution and batch normalisation of the input images, as one matrix product: [T, examples,
-    H, W, F].
+    """Convolves and normalises the input images by one matrix product: [T, examples, H, W, F].
 
     kernel: [T, 3, 3, C, F]; beta: [F]. The output before normalisation is patches P times kernel k,
     so its variance is k^T cov(P) k, and cov(P) does not change while the weights do: no statistics

@@ -1,4 +1,4 @@
-"""Inner loops that grew from MAML's: what they change, and by which step sizes."""
+"""Variants of MAML's inner loop: which weights they change, and by which step sizes."""
 
 import numpy as np
 import tensorflow as tf
@@ -13,8 +13,8 @@ from special_grads import sizes
 class LearnedRates(InnerLoop):
     """Gradient descent with step sizes that the outer loop learns, from `update_lr` on.
 
-    kind: 'layer', one for each layer; 'layer_step', one for each layer and update, as MAML++;
-    'weight', one for each weight, as Meta-SGD. More updates than there are step sizes use the last.
+    kind: 'layer' has one for each layer; 'layer_step' one for each layer and update, as MAML++;
+    'weight' one for each weight, as Meta-SGD. More updates than there are step sizes use the last.
     """
 
     def __init__(self, kind: str, network, update_lr: float, num_updates: int):
@@ -28,7 +28,7 @@ class LearnedRates(InnerLoop):
             self.parameters[rate] = (np.full(size, update_lr), size)
 
     def rates(self, values: Tensors, step: int | tf.Tensor) -> Tensors:
-        """{name of a weight: its α}."""
+        """Returns {name of a weight: its α}."""
         if self.kind == 'layer_step':
             values = {name: row_of(value, step) for name, value in values.items()}
         return {name: values[rate] for name, rate in self.names.items()}
@@ -44,7 +44,7 @@ LEARNED_RATES = ('layer', 'layer_step', 'weight')
 
 
 def named_inner_loop(learn_lr: str, network, update_lr: float, num_updates: int) -> InnerLoop:
-    """The inner loop that `learn_lr` names. Raises ValueError."""
+    """Returns the inner loop that `learn_lr` names. Raises ValueError."""
     check_choice('learn_lr', learn_lr, ('none', *LEARNED_RATES))
     if learn_lr == 'none':
         return InnerLoop()
@@ -52,9 +52,9 @@ def named_inner_loop(learn_lr: str, network, update_lr: float, num_updates: int)
 
 
 class Partly:
-    """A network of which the inner loop changes a part; the rest is common to all tasks.
+    """A network with some weights that the inner loop adapts; the others are common to all tasks.
 
-    adapt: 'head', the last layer; 'body', all the others. Other attributes are the network's.
+    adapt: 'head' adapts the last layer, 'body' all the others. Other attributes are the network's.
     Raises ValueError if the network does not tell its layers, or no weight is left to adapt.
     """
 
@@ -85,21 +85,21 @@ class Partly:
         return getattr(self.network, name)
 
     def prepare(self, *inputs):
-        """As the network's."""
+        """Prepares inputs as the network does."""
         return self.network.prepare(*inputs)
 
     def __call__(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
-        """x: from `prepare`; weights: [T, ...] each. Returns [T, examples, out]."""
+        """Computes [T, examples, out] from x, see `prepare`, and weights, [T, ...] each."""
         first = next(iter(weights.values()))
         tasks = sizes(first.perturbation if isinstance(first, Shared) else first)[0]
         whole = weights | self.common_weights(norms, tasks, x)
         return self.network(x, whole, self.norms_in(norms), *([] if leading is None else [leading]))
 
     def common_weights(self, norms: Tensors, tasks: int | tf.Tensor, x) -> dict:
-        """The weights that are not adapted, as the network takes them.
+        """Returns the weights that are not adapted, as the network takes them.
 
-        They are Shared, one product of matrices for all tasks, if it takes that and all sizes are
-        known; x: what it is called with.
+        They are Shared, one product of matrices for all tasks, if the network takes that and all
+        sizes are known; x: the input of its call.
         """
         known = all(part.shape.is_fully_defined() for part in tf.nest.flatten(x))
         found = {}
@@ -112,20 +112,21 @@ class Partly:
         return found
 
     def norms_in(self, norms: Tensors) -> Tensors:
-        """Those that the network itself knows as such."""
+        """Returns the normalisation parameters that the network itself knows as such."""
         return {name: norms[name] for name in self.network.norm_parameters}
 
 
 class HeadOnly(Partly):
-    """The last layer alone, of a network with `features` and `head`: the features are prepared.
+    """A network with `features` and `head`, of which the inner loop adapts the last layer alone.
 
-    They are computed once for all updates, and the outer loop differentiates through them.
+    `prepare` computes the features once for all updates, and the outer loop differentiates through
+    them.
     """
 
     prepares_features = True
 
     def prepare(self, inputs: tf.Tensor, leading: Leading, norms: Tensors) -> tf.Tensor:
-        """Features of inputs [T, examples, D]: [T, examples, F]."""
+        """Computes features of inputs [T, examples, D]: [T, examples, F]."""
         x = self.network.prepare(inputs, *([] if leading is None else [leading]))
         weights = self.common_weights(norms, sizes(inputs)[0], x)
         return self.network.features(x, weights, self.norms_in(norms), leading)
@@ -135,7 +136,7 @@ class HeadOnly(Partly):
 
 
 def part_of(network, adapt: str):
-    """The network as the inner loop of `adapt` sees it. Raises ValueError."""
+    """Returns the network as the inner loop of `adapt` sees it. Raises ValueError."""
     check_choice('adapt', adapt, ('all', 'head', 'body'))
     if adapt == 'all':
         return network
@@ -144,7 +145,7 @@ def part_of(network, adapt: str):
 
 
 def step_norms(network, adapt: str) -> list[str]:
-    """The names of the normalisation parameters that `norm_steps` has one of for each update.
+    """Lists the normalisation parameters of which `norm_steps` has one for each update.
 
     Raises ValueError if there are none, or they do not change from update to update.
     """
@@ -171,7 +172,10 @@ def takes_shared(network) -> bool:
 
 
 def said_with_call(network, name: str):
-    """An attribute of the class that defines __call__: what inherits may have another call."""
+    """Looks an attribute up on the class that defines `__call__`.
+
+    A subclass with its own `__call__` may not keep the promise of the attribute.
+    """
     for kind in type(network).__mro__:
         if '__call__' in vars(kind):
             return vars(kind).get(name)

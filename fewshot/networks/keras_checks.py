@@ -1,4 +1,4 @@
-"""What a Keras model has and does, and what is refused of it, before anything is differentiated."""
+"""Checks a Keras model, and refuses what cannot be right, before anything is differentiated."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from fewshot.networks.keras_layers import attributes, takes_training
 
 
 def keras_input_shape(model, given: Sequence[int] | None) -> tuple[int, ...]:
-    """The shape of an example; builds the model if it is not. Raises ValueError."""
+    """Returns the shape of an example; builds the model if it is not built. Raises ValueError."""
     if not isinstance(model, keras.Model):
         raise ValueError(f'a keras.Model is needed, but this is {type(model).__name__}')
     inputs = getattr(model, 'inputs', None) or []
@@ -37,8 +37,8 @@ def keras_input_shape(model, given: Sequence[int] | None) -> tuple[int, ...]:
 def check_keras_model(model: keras.Model):
     """Raises ValueError for a model whose meta-gradient would not be right, and names the layer.
 
-    That is one with no trainable variables, or some that are no floats of the type that all of it
-    computes with; with losses or constraints, which an inner loop does not count or keep.
+    Such a model has no trainable variables, or some that are no floats of the type that all of it
+    computes with; or it has losses or constraints, which an inner loop does not count or keep.
     """
     variables = model.trainable_variables
     if not variables:
@@ -54,7 +54,7 @@ def check_keras_model(model: keras.Model):
 
 
 def check_layer(layer: keras.Layer, dtype: str):
-    """Raises ValueError for what no layer may have; dtype: that the model computes in."""
+    """Raises ValueError for a layer that cannot be right; dtype: the type the model computes in."""
     is_float = keras.backend.is_float_dtype(layer.compute_dtype)
     if is_float and layer.compute_dtype != dtype and not isinstance(layer, keras.layers.InputLayer):
         raise ValueError(
@@ -85,7 +85,7 @@ def has_loss(layer: keras.Layer, what: str) -> str:
 
 
 class Observed(NamedTuple):
-    """What a model did in one call."""
+    """The outcome of one call of a model."""
 
     output: tf.Tensor
     last: keras.Layer  # with trainable variables, that was called last
@@ -93,7 +93,7 @@ class Observed(NamedTuple):
 
 
 def observe(model: keras.Model, x: tf.Tensor) -> Observed:
-    """Calls a model, x: [examples, ...].
+    """Calls a model on x, [examples, ...].
 
     Raises ValueError if it has several outputs, draws random numbers or adds a loss: an inner loop
     must be repeatable, and counts the loss of the task alone.
@@ -126,7 +126,7 @@ def observe(model: keras.Model, x: tf.Tensor) -> Observed:
 
 
 def outermost(model: keras.Model) -> list[keras.Layer]:
-    """The layers of a model, of models in it too, but not those that a layer consists of."""
+    """Lists the layers of a model, of models in it too, but not those that a layer consists of."""
     found = []
     for layer in model._flatten_layers(include_self=False, recursive=False):
         found += outermost(layer) if isinstance(layer, keras.Model) else [layer]
@@ -134,7 +134,7 @@ def outermost(model: keras.Model) -> list[keras.Layer]:
 
 
 def check_one_call(model: keras.Model, x: tf.Tensor) -> tf.Tensor:
-    """The output of `observe`, and its errors."""
+    """Returns the output for `observe`, and raises its errors."""
     trainable = [variable.value for variable in model.trainable_variables]
     others = model.non_trainable_variables
     before = [variable.numpy() for variable in others]
@@ -158,7 +158,7 @@ def check_one_call(model: keras.Model, x: tf.Tensor) -> tf.Tensor:
 
 
 def drawing(model: keras.Model, drawn: set[int]) -> str:
-    """The layer that has the seed generators with these variables."""
+    """Names the layer that has the seed generators with these variables."""
     layers = model._flatten_layers(include_self=False)
     found = [
         layer for layer in layers if {id(own) for own in layer.non_trainable_variables} & drawn

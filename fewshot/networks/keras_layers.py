@@ -19,7 +19,7 @@ from special_grads import batch_moments, convolve, max_pool2x2, product, sizes, 
 Values = dict[int, tf.Tensor]  # {id of a variable: value}, as two variables may have one path
 Leading = int | tf.Tensor | None  # how many examples give batch normalisation its statistics
 
-# What TensorFlow differentiates wrongly, made exact while a model is traced -----------------------
+# Functions that TensorFlow differentiates wrongly, made exact while a model is traced -------------
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def exact(model: keras.Model, leading: Leading = None):
 
 
 def moments_of(leading: Leading) -> Callable:
-    """tf.nn.moments, without its fault.
+    """Returns tf.nn.moments without its fault.
 
     TensorFlow stops the gradient of the mean inside the variance. The first derivative is right
     then, as the deviations sum to zero, but not the second; Keras's BatchNormalization,
@@ -55,13 +55,13 @@ def moments_of(leading: Leading) -> Callable:
 
 
 def resize_by(original: Callable) -> Callable:
-    """tf.image.resize as products with matrices: its own gradients have no derivative.
+    """Returns tf.image.resize as products with matrices: its own gradients have no derivative.
 
     TensorFlow does not refuse that of a bilinear resize but takes it for zero.
     """
 
     def matrix(size: int, wanted: int, dtype, **named) -> tf.Tensor:
-        """[wanted, size]: a column of pixels resized is the matrix times the column."""
+        """Returns [wanted, size]: the matrix times a column of pixels is the resized column."""
         with tf.init_scope():
             columns = original(tf.eye(size)[..., tf.newaxis, tf.newaxis], (wanted, 1), **named)
             return tf.cast(tf.transpose(columns[..., 0, 0]), dtype)
@@ -81,7 +81,7 @@ def resize_by(original: Callable) -> Callable:
 
 @contextlib.contextmanager
 def leading_statistics(model: keras.Model, leading: Leading):
-    """Has batch normalisations with a mask, or synchronized, take leading examples too."""
+    """Lets batch normalisations with a mask, or synchronized, take leading examples too."""
     layers = [] if leading is None else model._flatten_layers(include_self=False)
     found = [layer for layer in layers if hasattr(layer, '_moments')]
 
@@ -125,7 +125,7 @@ def takes_training(layer: keras.Layer) -> bool:
 
 
 def apply_layer(layer: keras.Layer, values: Values, *inputs, **named):
-    """What a layer returns with these values of its trainable variables, [...] each; one task's."""
+    """Calls a layer on one task, with these values of its trainable variables, [...] each."""
     trainable = [values[id(variable)] for variable in layer.trainable_variables]
     others = [variable.value for variable in layer.non_trainable_variables]
     if takes_training(layer):
@@ -137,7 +137,7 @@ def apply_layer(layer: keras.Layer, values: Values, *inputs, **named):
 
 
 def keras_dense(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Tensor:
-    """keras.layers.Dense: x [T, examples, ..., in], kernel [T, in, out] -> the same with out."""
+    """Computes Dense: x [T, examples, ..., in], kernel [T, in, out] -> the same with out."""
     kernel = weights['kernel']
     rows = tf.reshape(x, [sizes(x)[0], -1, x.shape[-1]])  # [T, rows, in]
     output = product(rows, kernel)
@@ -147,7 +147,7 @@ def keras_dense(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Tensor:
 
 
 def keras_convolution(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Tensor:
-    """keras.layers.Conv2D of 3x3 kernels, see `convolve`, or of 1x1, a product of matrices."""
+    """Computes Conv2D of 3x3 kernels, see `convolve`, or of 1x1, a product of matrices."""
     kernel = weights['kernel']  # [T, height, width, C, F]
     if layer.kernel_size == (1, 1):
         channels, filters = kernel.shape[3:]
@@ -162,7 +162,7 @@ def keras_convolution(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Te
 
 
 def keras_batch_norm(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Tensor:
-    """keras.layers.BatchNormalization by the statistics of the examples at hand."""
+    """Computes BatchNormalization by the statistics of the examples at hand."""
     tasks, channels = sizes(x)[0], x.shape[-1]
     rows = tf.reshape(x, [tasks, -1, channels])
     mean, variance = batch_moments(x, leading)
@@ -177,7 +177,7 @@ def keras_batch_norm(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Ten
 
 
 def keras_max_pool(layer, weights: dict, x: tf.Tensor, leading=None) -> tf.Tensor:
-    """keras.layers.MaxPooling2D of 2x2 blocks, see `max_pool2x2`."""
+    """Computes MaxPooling2D of 2x2 windows, see `max_pool2x2`."""
     return max_pool2x2(x)
 
 
@@ -186,7 +186,7 @@ MAX_POOLING = (keras.layers.MaxPooling1D, keras.layers.MaxPooling2D, keras.layer
 
 
 def task_layer(layer: keras.Layer) -> Callable | None:
-    """The function above that computes a layer for all tasks at once; None if there is none."""
+    """Returns the function above that computes a layer for all tasks at once; else None."""
     kind = type(layer)
     if not has_known_activations(layer):
         return None
@@ -232,7 +232,7 @@ PER_EXAMPLE_IF_FROZEN = {
 def is_per_example(layer: keras.Layer) -> bool:
     """Whether a layer may be called with the examples of all tasks, one after another.
 
-    Axes may still lead to the examples; `KerasNetwork` compares with a call task by task.
+    Its axes may still lead to the examples; `KerasNetwork` compares with a call task by task.
     """
     name = type(layer).__name__
     own = getattr(keras.layers, name, None) is type(layer) and has_known_activations(layer)
@@ -261,7 +261,7 @@ def is_known_activation(function: Callable) -> bool:
 
 
 def map_tasks(function: Callable, tasks: int | tf.Tensor, values):
-    """function(values of a task) for each, stacked; values: nested, of tensors [T, ...]."""
+    """Stacks function(values of a task) over the tasks; values: nested tensors [T, ...]."""
 
     def of_task(i: int):
         return function(tf.nest.map_structure(lambda value: value[i], values))
@@ -273,10 +273,10 @@ def map_tasks(function: Callable, tasks: int | tf.Tensor, values):
 
 
 def task_leaves(model: keras.Model) -> list[keras.Layer] | None:
-    """The layers of a Sequential or functional model, those of models in it too, each once.
+    """Lists the layers of a Sequential or functional model, those of models in it too, each once.
 
-    None if there is more in it than layers, or tensors that are no outputs of layers, so that it
-    might mix examples of different tasks.
+    Returns None if there is more in it than layers, or tensors that are no outputs of layers, so
+    that it might mix examples of different tasks.
     """
     if type(model) is keras.Sequential:
         operations = model.layers
@@ -306,7 +306,8 @@ def takes_constants(layer: keras.Layer) -> bool:
 def calls_for_tasks(layers: list, values: Values, tasks: int | tf.Tensor, leading: Leading = None):
     """Lets layers take the examples of all tasks, one after another, while entered.
 
-    layers: all of a model that is called then. values: of its trainable variables, [T, ...] each.
+    layers: all layers of a model that is called then. values: its trainable variables', [T, ...]
+    each.
     """
     changed = [layer for layer in layers if not stays(layer)]
     calls = [(layer, 'call', call_for_tasks(layer, values, tasks, leading)) for layer in changed]
@@ -320,7 +321,7 @@ def stays(layer: keras.Layer) -> bool:
 
 
 def call_for_tasks(layer, values: Values, tasks: int | tf.Tensor, leading: Leading) -> Callable:
-    """A layer's call with the examples of all tasks."""
+    """Returns a layer's call for the examples of all tasks."""
     call, known, busy = layer.call, task_layer(layer), []
     trained = {id(variable): values[id(variable)] for variable in layer.trainable_variables}
 

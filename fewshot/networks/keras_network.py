@@ -38,19 +38,19 @@ class KerasNetwork:
 
     Its trainable variables are parameters, from the values that they have; the model itself is left
     as it is. Batch normalisation takes the statistics of the batch at hand, so moving averages do
-    not change; frozen, it takes them, as in Keras. Where its layers allow that, tasks run together,
-    else one after another within a program; a model that makes or takes masks always does the
-    latter.
+    not change; a frozen one takes the moving averages, as in Keras. Where its layers allow that,
+    tasks run together, else one after another within a program; a model that makes or takes masks
+    always does the latter.
 
-    What could not be right is refused: see `check_keras_model`. Then outputs are compared with the
-    model's own, task by task, and the derivative of an outer loss along a random direction with
-    central differences, in float64: see `audit`.
+    A model that could not be right is refused: see `check_keras_model`. Then outputs are compared
+    with the model's own, task by task, and the derivative of an outer loss along a random direction
+    with central differences, in float64: see `audit`.
 
-    model: a keras.Model. adapt: what the inner loop changes: None, everything; names of layers; or
-    a function of a variable's path that says whether. The rest is learned by the outer loop only.
-    input_shape: of an example, if the model is not built yet. audit: False leaves the comparison
-    with differences out, and says so, for a model that stops gradients on purpose, or takes long;
-    None says nothing, for one that was compared when it was trained.
+    model: a keras.Model. adapt: the variables that the inner loop changes: None, all; names of
+    layers; or a function that tells it of a variable's path. The outer loop alone learns the rest.
+    input_shape: that of an example, if the model is not built yet. audit: False leaves the
+    comparison with differences out, and says so, for a model that stops gradients on purpose, or
+    takes long; None says nothing, for one that was compared when it was trained.
     Raises ValueError, in a sentence that names the layer or operation.
     """
 
@@ -101,10 +101,10 @@ class KerasNetwork:
 
     @property
     def compilable(self) -> bool:
-        """Whether XLA can compile it.
+        """Whether XLA can compile the network.
 
-        It does not differentiate the loops that recurrent layers are, and the second derivative of
-        a maximum's place not at all in float64, and with too few digits in float32.
+        XLA does not differentiate the loops of recurrent layers. It has no second derivative of a
+        maximum's place in float64, and one with too few digits in float32.
         """
         recurrent = (keras.layers.RNN, keras.layers.ConvLSTM1D, keras.layers.ConvLSTM2D)
         for layer in self.model._flatten_layers(include_self=False):
@@ -116,7 +116,7 @@ class KerasNetwork:
 
     @property
     def layer_names(self) -> dict[str, str]:
-        """{name of a variable: its layer}, which is called after the first variable of it."""
+        """Returns {name of a variable: its layer}, which is called after its first variable."""
         firsts, found, seen = {}, {}, []
         for name, variable in self.variables.items():
             seen.append(variable.path)
@@ -125,13 +125,13 @@ class KerasNetwork:
         return found
 
     def prepare(self, inputs: tf.Tensor, leading: Leading = None) -> tf.Tensor:
-        """[T, examples, D] -> [T, examples, ...] of the model's input shape."""
+        """Reshapes [T, examples, D] to [T, examples, ...] of the model's input shape."""
         return tf.reshape(inputs, [*sizes(inputs)[:2], *self.image_shape])
 
     def __call__(self, x, weights: dict, norms: dict, leading: Leading = None) -> tf.Tensor:
-        """x: from `prepare`; weights: [T, ...] each. Returns [T, examples, out].
+        """Computes [T, examples, out] from x, see `prepare`, and weights, [T, ...] each.
 
-        leading: so many examples at the beginning give batch normalisation its statistics; the
+        leading: the number of first examples that give batch normalisation its statistics; the
         others do not depend on each other then.
         """
         tasks, values = sizes(x)[0], {}
@@ -145,7 +145,7 @@ class KerasNetwork:
         return self.outputs(x, values, leading)
 
     def outputs(self, x: tf.Tensor, values: Values, leading: Leading = None) -> tf.Tensor:
-        """As the call, but examples may depend on each other; values: [T, ...] each."""
+        """Computes the same, but examples may depend on each other; values: [T, ...] each."""
         call = self._together if self.together else self._one_by_one
         with exact(self.model, leading):
             return tf.reshape(call(x, values, leading), [*sizes(x)[:2], self.dim_output])
@@ -160,7 +160,7 @@ class KerasNetwork:
             return self.model(rows, training=True)
 
     def _alone(self, x: tf.Tensor, values: Values, leading: Leading) -> tf.Tensor:
-        """Each example after the leading ones by itself, with these; of them there is no output."""
+        """Computes each example after the leading ones alone with these, whose outputs are zero."""
         support, others = x[:, :leading], tf.einsum('tq...->qt...', x[:, leading:])
 
         def output(query: tf.Tensor) -> tf.Tensor:  # [T, ...] -> [T, out]
@@ -173,7 +173,7 @@ class KerasNetwork:
         return tf.concat([none, outputs], axis=1)
 
     def _fixed(self) -> list[keras.Variable]:
-        """Variables that the layers read as they are."""
+        """Lists the variables that the layers read as they are."""
         if not self.together:
             return self.model.non_trainable_variables
         layers = [layer for layer in self.layers if stays(layer) or not task_layer(layer)]
@@ -184,7 +184,7 @@ class KerasNetwork:
 
 
 def variable_names(model: keras.Model) -> list[str]:
-    """Names of the trainable variables that are the same in every process, each another.
+    """Names the trainable variables, each differently and alike in every process.
 
     Keras counts the layers of a kind that a process has made: dense_7 here is dense_2 there.
     """
@@ -198,7 +198,7 @@ def variable_names(model: keras.Model) -> list[str]:
 
 
 def adapted_names(variables: dict[str, keras.Variable], adapt) -> set[str]:
-    """The names of the variables that the inner loop changes. Raises ValueError if none is."""
+    """Names the variables that the inner loop changes. Raises ValueError if there are none."""
     paths = {name: variable.path for name, variable in variables.items()}
     if adapt is None:
         return {*paths}
@@ -229,7 +229,7 @@ UNDECIDED = (
 
 
 def probe(network: KerasNetwork, dtype: str, seed: int = 0) -> tf.Tensor:
-    """Random inputs of those that the model takes, [T, examples, ...]; raises what it raises."""
+    """Draws random inputs that the model takes, [T, examples, ...]; raises its error otherwise."""
     failure = None
     for x in probe_inputs(network.model, (*PROBE, *network.image_shape), seed):
         x = tf.constant(x, dtype)
@@ -242,12 +242,12 @@ def probe(network: KerasNetwork, dtype: str, seed: int = 0) -> tf.Tensor:
 
 
 def plain_call(model: keras.Model, x: tf.Tensor) -> tf.Tensor:
-    """The output for [examples, ...] with the variables' own values."""
+    """Returns the output for [examples, ...] with the variables' own values."""
     return apply_layer(model, {id(own): own.value for own in model.trainable_variables}, x)
 
 
 def computes_in_float64(network: KerasNetwork) -> bool:
-    """Whether all of a model does if it is asked to, not so where a layer fixes another type."""
+    """Whether a model computes all in float64 if asked; not so where a layer fixes another type."""
     model, values = network.model, {}
 
     def call(values: Values) -> tf.Tensor:
@@ -266,7 +266,7 @@ def computes_in_float64(network: KerasNetwork) -> bool:
 
 
 def choose_calls(network: KerasNetwork):
-    """Has tasks run together if that gives the model's own outputs, and queries alone if they mix.
+    """Lets tasks run together if that gives the model's own outputs, and queries alone if they mix.
 
     Raises ValueError if not even tasks one by one give these.
     """
@@ -295,14 +295,14 @@ def gives(network: KerasNetwork, x: tf.Tensor, values: Values, expected: dict) -
 
 
 def is_close(found: tf.Tensor, wanted: tf.Tensor) -> bool:
-    """As rounding goes, where what cannot be computed is equal too."""
+    """Whether outputs are equal but for rounding; outputs that cannot be computed are equal too."""
     close = CLOSE if wanted.dtype == tf.float64 else CLOSE_IN_FLOAT32
     size = np.abs(np.nan_to_num(wanted)).max(initial=0)
     return np.allclose(found, wanted, close, close * size, equal_nan=True)
 
 
 def probe_values(network: KerasNetwork) -> Values:
-    """Values of the variables near their own, others for each task: [T, ...] each."""
+    """Draws values near the variables' own, others for each task: [T, ...] each."""
     random, found = np.random.default_rng(1), {}
     for own in network.variables.values():
         value = np.stack([moved(own.numpy(), random) for _ in range(PROBE[0])])
@@ -311,9 +311,9 @@ def probe_values(network: KerasNetwork) -> Values:
 
 
 def check_derivatives(network: KerasNetwork):
-    """Raises ValueError if the derivatives of a model are not those that differences have.
+    """Raises ValueError if the derivatives of a model are not those of central differences.
 
-    Warns if these do not agree with each other, as near the kinks of a large network.
+    Warns if the differences do not agree with each other, as near the kinks of a large network.
     """
 
     def inputs(seed: int) -> tf.Tensor:  # of one task: tasks were compared with each other already

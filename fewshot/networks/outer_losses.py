@@ -13,11 +13,11 @@ LEAST_STEP_WEIGHT = 0.03  # of a loss before the last, times the number of updat
 
 
 class OuterLossSchedule:
-    """Which losses count in the outer loss, and of which order its gradient is, by outer step.
+    """The schedule, by outer step, of the losses that count and of the order of their gradient.
 
     loss_steps: whether the 'last' of the losses after each update counts, or 'all', for
-    loss_steps_iterations outer steps; 0: always. first_order_iterations: outer steps that are of
-    first order, before the others. Raises ValueError for what does not fit.
+    loss_steps_iterations outer steps; 0: always. first_order_iterations: the number of outer steps
+    of first order, before the others. Raises ValueError for values that do not fit.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class OuterLossSchedule:
         return self.loss_steps == 'all' and (not self.iterations or step < self.iterations)
 
     def starts(self) -> list[int]:
-        """The outer steps with which a phase begins, that is, with which one of these changes."""
+        """Lists the outer steps with which a phase begins: one of the above changes there."""
         changes = {self.first_order_iterations, self.iterations} - {0}
         return [0, *sorted(changes)]
 
     def weights(self, done: tf.Tensor, updates: int, dtype: tf.DType) -> list[tf.Tensor]:
-        """MAML++'s weights of the losses after each of J updates; they add up to 1.
+        """Computes MAML++'s weights of the losses after each of J updates; they add up to 1.
 
-        As in its authors' program: from 1/J each those before the last fall to 0.03/J, and what
-        they lose the last one gains, linearly over the iterations. done: outer steps so far.
+        In its authors' program those before the last fall from 1/J each to 0.03/J, and the last one
+        gains what they lose, linearly over the iterations. done: outer steps so far.
         """
         share = tf.zeros([], dtype)
         if self.iterations:
@@ -62,7 +62,7 @@ class OuterLossSchedule:
         return [others] * (updates - 1) + [1 - (updates - 1) * others]
 
     def phases(self, maml: MAML) -> list[MAML]:
-        """A MAML as it is in each phase, in their order; all have the same variables."""
+        """Returns a MAML as it is in each phase, in order; all have the same variables."""
 
         def weights() -> list[tf.Tensor]:
             return self.weights(maml.metatrain_optimizer.iterations, maml.num_updates, maml.dtype)
@@ -77,7 +77,7 @@ class OuterLossSchedule:
         return found
 
     def choose(self, calls: list[Callable], done: tf.Variable):
-        """What the call of the present phase returns; done: outer steps so far.
+        """Returns the result of the present phase's call; done: outer steps so far.
 
         The graph chooses: a run that continues needs no memory of its phase, and nothing is traced
         again.

@@ -27,20 +27,20 @@ from special_grads import (
 
 
 class Normalization:
-    """What follows the layers of a network; what networks take as `norm`, the user's own too.
+    """A normalisation after a network's layers: the argument `norm`, also the user's own.
 
-    A normalisation of your own says which parameters it has and what it makes of a layer's output,
+    A normalisation of your own tells which parameters it has and how it changes a layer's output,
     see `LayerNorm` below. `tf.nn.moments` is wrong at second order: take means, or `moments`.
     """
 
     removes_mean = False  # of each channel: a bias added before would change nothing but rounding
 
     def parameters(self, channels: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """{name: (kind of initial value, shape)} of one layer's; see `initial_value`."""
+        """Returns {name: (kind of initial value, shape)} for one layer; see `initial_value`."""
         return {}
 
     def normalize(self, x: tf.Tensor, parameters: dict, leading: Leading = None) -> tf.Tensor:
-        """x normalised, of the same shape [T, examples, ..., channels].
+        """Normalises x to the same shape [T, examples, ..., channels].
 
         parameters: {name: tensor}; leading: how many of the examples, from the first on, give the
         statistics (None: all).
@@ -50,13 +50,13 @@ class Normalization:
     def __call__(
         self, x: tf.Tensor, parameters: dict, leading: Leading = None, max_pool: bool = False
     ) -> tf.Tensor:
-        """`normalize`, then 2x2 max-pooling of [T, examples, height, width, channels] if asked."""
+        """Normalises, then pools [T, examples, height, width, channels] by 2x2 maxima if asked."""
         x = self.normalize(x, parameters, leading)
         return max_pool2x2(x) if max_pool else x
 
 
 class BatchNorm(Normalization):
-    """See `batch_norm`."""
+    """Batch normalisation, see `batch_norm`."""
 
     removes_mean = True
 
@@ -68,7 +68,7 @@ class BatchNorm(Normalization):
 
 
 class LayerNorm(Normalization):
-    """See `layer_norm`."""
+    """Layer normalisation, see `layer_norm`."""
 
     def parameters(self, channels: int) -> dict:
         return {'beta': ('zeros', (channels,)), 'gamma': ('ones', (channels,))}
@@ -81,7 +81,7 @@ NORMALIZATIONS = {'batch_norm': BatchNorm, 'layer_norm': LayerNorm, 'None': Norm
 
 
 def normalization(norm: str | Normalization) -> Normalization:
-    """A normalisation by its name, or the one that is given. Raises ValueError."""
+    """Returns a normalisation by its name, or the one that is given. Raises ValueError."""
     if isinstance(norm, Normalization):
         return norm
     if norm not in NORMALIZATIONS:
@@ -94,22 +94,22 @@ def normalization(norm: str | Normalization) -> Normalization:
 
 
 def are_sizes(*values) -> bool:
-    """Whether they are whole numbers, at least 1."""
+    """Whether the values are whole numbers, at least 1."""
     return all(isinstance(value, int | np.integer) and value >= 1 for value in values)
 
 
 class Network:
-    """What the networks here have in common; one of your own needs only the attributes and methods.
+    """The base of the networks here; one of your own needs only the attributes and methods.
 
-    Attributes: parameters and norm_parameters, {name: (kind of initial value, shape)}; the former
-    are adapted by the inner loop, the latter common to all tasks; dim_input and dim_output, sizes
-    of an example and of its output, without which there are no checks and no Learner. Optional:
-    takes_shared, whether `__call__` of the class that says so takes weights that tasks share;
-    compilable, whether XLA can compile it; most_tasks, that run together; reads_variables, whether
-    `__call__` does; dtype, that it needs; layer_names, {name of a parameter: its layer}, and
-    methods `features` and `head`, which together are `__call__`, for step sizes per layer and an
-    inner loop of the last one alone; head_names, the parameters of the last layer, if it is not
-    that of the last of layer_names.
+    Attributes: parameters and norm_parameters, {name: (kind of initial value, shape)}; the inner
+    loop adapts the former, and all tasks have the latter in common; dim_input and dim_output, the
+    sizes of an example and of its output, without which there are no checks and no Learner.
+    Optional: takes_shared, whether `__call__` of the class that says so takes weights that tasks
+    share; compilable, whether XLA can compile it; most_tasks, the most tasks that run together;
+    reads_variables, whether `__call__` reads variables; dtype, the only one that it works in;
+    layer_names, {name of a parameter: its layer}, and methods `features` and `head`, which together
+    are `__call__`, for step sizes per layer and an inner loop of the last one alone; head_names,
+    the parameters of the last layer, if it is not that of the last of layer_names.
     """
 
     def __init__(self, norm: str | Normalization):
@@ -118,20 +118,20 @@ class Network:
 
     @property
     def layer_names(self) -> dict[str, str]:
-        """{name of a parameter: its layer}: w1 and b1, or conv1 and b1, are of layer1."""
+        """Returns {name of a parameter: its layer}: w1 and b1, or conv1 and b1, are of layer1."""
         return {name: re.sub(r'^\D+(\d+)$', r'layer\1', name) for name in self.parameters}
 
     def prepare(self, inputs: tf.Tensor, leading: Leading = None):
-        """The part of the forward pass that no weight enters: none here."""
+        """Computes all of the forward pass that no weight enters: nothing here."""
         return inputs
 
     def _add_normalization(self, scope: str, channels: int):
-        """The parameters of a layer's normalisation, as SCOPE/beta and so on."""
+        """Adds the parameters of a layer's normalisation, as SCOPE/beta and so on."""
         for name, value in self.norm.parameters(channels).items():
             self.norm_parameters[f'{scope}/{name}'] = value
 
     def _normalize(self, x, scope: str, norms: Tensors, leading: Leading, max_pool: bool = False):
-        """x: [T, examples, ..., channels]; normalised, and pooled if asked."""
+        """Normalises x, [T, examples, ..., channels], and pools it if asked."""
         prefix = f'{scope}/'
         own = {key.removeprefix(prefix): norms[key] for key in norms if key.startswith(prefix)}
         return self.norm(x, own, leading, max_pool)
@@ -141,7 +141,7 @@ class FullyConnected(Network):
     """Affine layers, each but the last followed by normalisation and ReLU.
 
     norm: 'batch_norm', 'layer_norm', 'None' or a Normalization of your own.
-    activation: instead of ReLU, a function of a tensor. initial: of the matrices, see
+    activation: a function of a tensor instead of ReLU. initial: that of the matrices, see
     `initial_value`; the original's is a normal one of stddev 0.01, with which tanh does not learn.
     Raises ValueError for a layer without units.
     """
@@ -176,18 +176,18 @@ class FullyConnected(Network):
     def __call__(
         self, x: tf.Tensor, weights: Tensors, norms: Tensors, leading: Leading = None
     ) -> tf.Tensor:
-        """x: [T, examples, D]; weights: [T, ...] each. Returns [T, examples, out]."""
+        """Computes [T, examples, out] from x, [T, examples, D], and weights, [T, ...] each."""
         return self.head(self.features(x, weights, norms, leading), weights)
 
     def features(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
-        """All layers but the last: [T, examples, D] -> [T, examples, units]."""
+        """Computes all layers but the last: [T, examples, D] -> [T, examples, units]."""
         for i, scope in enumerate(self.scopes, start=1):
             x = dense(x, weights[f'w{i}'], weights[f'b{i}'])
             x = self.activation(self._normalize(x, scope, norms, leading))
         return x
 
     def head(self, features: tf.Tensor, weights: Tensors) -> tf.Tensor:
-        """The last layer: [T, examples, units] -> [T, examples, out]."""
+        """Computes the last layer: [T, examples, units] -> [T, examples, out]."""
         last = len(self.scopes) + 1
         return dense(features, weights[f'w{last}'], weights[f'b{last}'])
 
@@ -197,7 +197,7 @@ class Convolutional(Network):
 
     max_pool: halve by 2x2 pooling (image size rounded down), else by stride 2 (rounded up).
     flatten: the last layer sees all pixels (miniImagenet, Glorot initial values), else their mean
-    (Omniglot, normal ones). norm: as FullyConnected. Raises ValueError for impossible sizes.
+    (Omniglot, normal ones). norm: as in FullyConnected. Raises ValueError for impossible sizes.
     """
 
     takes_shared = True
@@ -234,16 +234,16 @@ class Convolutional(Network):
         self.parameters['b5'] = ('zeros', (classes,))
 
     def prepare(self, inputs: tf.Tensor, leading: Leading = None):
-        """Patches of the images [T, examples, H*W*C]: [T, examples, H', W', 9*C]."""
+        """Gathers patches of the images [T, examples, H*W*C]: [T, examples, H', W', 9*C]."""
         images = tf.reshape(inputs, [*sizes(inputs)[:2], *self.image_shape])
         return patches3x3(images, self.stride)
 
     def __call__(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
-        """x: from `prepare`; weights: [T, ...] each. Returns logits [T, examples, classes]."""
+        """Computes logits [T, examples, classes]; x: from `prepare`; weights: [T, ...] each."""
         return self.head(self.features(x, weights, norms, leading), weights)
 
     def features(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
-        """The four blocks, of what `prepare` returns: [T, examples, F]."""
+        """Computes the four blocks from the result of `prepare`: [T, examples, F]."""
         for i in range(1, 5):
             x = self.block(i, x, weights[f'conv{i}'], weights[f'b{i}'], norms, leading)
         if self.flatten:
@@ -251,11 +251,11 @@ class Convolutional(Network):
         return tf.reduce_mean(x, [2, 3])
 
     def head(self, features: tf.Tensor, weights: Tensors) -> tf.Tensor:
-        """The last layer: [T, examples, F] -> logits [T, examples, classes]."""
+        """Computes the last layer: [T, examples, F] -> logits [T, examples, classes]."""
         return dense(features, weights['w5'], weights['b5'])
 
     def block(self, i: int, x, kernel, bias, norms: Tensors, leading: Leading) -> tf.Tensor:
-        """The paper's block, section 5.2: convolution, normalisation, ReLU and pooling, if asked.
+        """Computes a block, section 5.2: convolution, normalisation, ReLU and pooling, if asked.
 
         Pooling commutes with the ReLU and comes first. A bias that the normalisation takes away
         again would change nothing but the rounding, so it is not added.

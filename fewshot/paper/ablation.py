@@ -1,4 +1,4 @@
-"""Meta-gradients as other software computes them, and what they do to training.
+"""Meta-gradients as other software computes them, and their effect on training.
 
 The variants differ in nothing but the derivative of batch normalisation's derivative; see
 scripts/paper/second_order_ablation.py.
@@ -75,7 +75,7 @@ NORMALISATIONS = {
 
 
 def case_model(case: Mapping[str, np.ndarray], variant: str) -> FastMAML:
-    """A variant's model with the initial parameters of a case."""
+    """Makes a variant's model with the initial parameters of a case."""
     flags = json.loads(str(case['flags']))
     model = make_model(
         flags['datasource'],
@@ -118,7 +118,7 @@ def check(path: str):
 
 
 class Result(NamedTuple):
-    """What a variant came to; accuracies in percent, after as many updates as in training."""
+    """A variant's results; accuracies in percent, after as many updates as in training."""
 
     validations: np.ndarray  # [n, 3]: iteration, accuracy, half of its 95 % interval
     # On the test classes, of the last checkpoint: accuracy, half of its 95 % interval.
@@ -127,7 +127,7 @@ class Result(NamedTuple):
 
 
 def read_result(folder: Path) -> Result | None:
-    """The results in the one run of a variant's folder; None if there is no validation in it."""
+    """Reads the results of the one run in a variant's folder; None if it has no validation."""
     run = next(iter(sorted(folder.glob('cls_*'))), None)
     if not run:
         return None
@@ -143,7 +143,7 @@ def read_result(folder: Path) -> Result | None:
 
 
 def draw(axes, cell: str, variant: str, result: Result | None) -> str:
-    """A variant's curve with its band; returns its row of the table."""
+    """Draws a variant's curve with its band; returns its row of the table."""
     title = re.sub(r'omniglot_(\d+)way_(\d+)shot', r'Omniglot, \1-way \2-shot', cell)
     if not result:
         return f'| {title} | {variant} | not run | | |'
@@ -163,13 +163,13 @@ def draw(axes, cell: str, variant: str, result: Result | None) -> str:
 
 
 def cells_in(folder: Path) -> list[str]:
-    """The names of the cells that have a variant's folder, short names first."""
+    """Lists the cells that have a variant's folder, short names first."""
     names = {path.parent.name for path in folder.glob('*/*') if path.name in NORMALISATIONS}
     return sorted(names, key=lambda name: (len(name), name))
 
 
 def plot(folder: Path) -> Path:
-    """Draws the accuracy of all variants over iterations, and writes the table of their ends.
+    """Draws the accuracy of all variants over iterations, and writes a table of their last ones.
 
     The picture has a panel for each cell of the folder. Returns the path of the table. Raises
     ValueError if the folder holds no runs.

@@ -19,7 +19,7 @@ class Cell(NamedTuple):
     title: str
     group: str  # cells that are drawn together
     kind: str  # title within the group
-    paper: str  # what it says
+    paper: str  # its figure, or figures
     updates: int  # the paper's number of updates in evaluation
     flags: str  # of main.py, with places that `command` fills
     published: tuple = ()  # (figure, whose) where it is not in MAML's paper; the first is `paper`
@@ -39,25 +39,25 @@ class Cell(NamedTuple):
     def numbers(self) -> list[float]:
         """The numbers in `paper`: a value and half of its interval.
 
-        Of sinusoids they are the errors after 1, 5 and 10 updates.
+        For sinusoids they are the errors after 1, 5 and 10 updates.
         """
         return [float(number) for number in re.findall(r'[\d.]+', self.paper)]
 
     @property
     def figures(self) -> dict[int, str]:
-        """{updates: what the paper says}."""
+        """The paper's figures, {updates: figure}."""
         if self.is_sinusoid:
             return dict(zip((1, 5, 10), self.paper.split(' / '))) if self.paper else {}
         return {self.updates: self.paper.replace('±', '+-')}
 
     @property
     def test_shots(self) -> int:
-        """K in the paper's evaluation; its sinusoid was trained with another."""
+        """K in the paper's evaluation; its sinusoid was trained with another K."""
         return 5 if self.is_sinusoid else self.settings['update_batch_size']
 
 
 def value_of(text: str):
-    """A flag's value: the number, truth value or None that the text is, or else the text."""
+    """Returns a flag's value: the number, truth value or None that the text is, else the text."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -76,7 +76,7 @@ PLUS_PLUS = (
     '--first_order_iterations={third} --meta_lr_decay=cosine --meta_lr_end=0.00001'
 )
 SINUSOID = '--datasource=sinusoid --norm=None --update_batch_size=10'
-# {what a cell's name begins with: its title, the updates in evaluation, the flags}
+# {beginning of a cell's name: its title, the updates in evaluation, the flags}
 TASKS = {
     'omniglot_5way': (
         'Omniglot, 5-way',
@@ -105,7 +105,7 @@ TASKS = {
         '--meta_batch_size=4 --num_filters=32 --max_pool=True',
     ),
 }
-# {what it ends with: the end of its title, more flags}
+# {end of a cell's name: the end of its title, more flags}
 VARIANTS = {
     '': ('', ''),
     '_no_conv': (', no convolutions', '--conv=False'),
@@ -116,10 +116,10 @@ VARIANTS = {
 
 
 def command(cell: Cell, iterations: str = '', given: str = '') -> list[str]:
-    """The flags that train a cell for so many iterations; '': as many as the paper.
+    """Returns the flags that train a cell for so many iterations; '': as many as the paper.
 
-    given: iterations that follow in the command, and count; joint training and schedules go by
-    them. Raises ValueError if those of a schedule are none.
+    given: the iterations that follow in the command, which count; joint training and schedules go
+    by them. Raises ValueError if those of a schedule are no number.
     """
     iterations = iterations or ('70000' if cell.is_sinusoid else '60000')
     given = given or iterations
@@ -135,9 +135,10 @@ def command(cell: Cell, iterations: str = '', given: str = '') -> list[str]:
 
 
 def images(name: str, paper: str, *others: str) -> Cell:
-    """The cell of a name such as omniglot_20way_1shot_anil.
+    """Makes the cell of a name such as omniglot_20way_1shot_anil.
 
-    others: of another paper's table whose figure it is, then more figures, each with whose.
+    others: the paper whose table has the figure, if it is another one; then more figures, each
+    followed by its source.
     """
     published = tuple(zip((paper, *others[1::2]), others[::2]))
     tasks, shots, ending = re.fullmatch(r'(\w+way)_(\d)shot(\w*)', name).groups()

@@ -28,7 +28,7 @@ AT_FOOT = dict(loc='outside lower center', fontsize='small', frameon=False)  # a
 
 
 def grouped(runs: Runs) -> dict[str, list[tuple[Cell, list[Run]]]]:
-    """{group: the cells in it that were run}; a group is a panel, or a column of them."""
+    """Returns {group: the cells in it that were run}; a group is a panel, or a column of them."""
     found = {}
     for cell in CELLS + OTHER_CELLS:
         if runs[cell.name]:
@@ -78,9 +78,9 @@ def figure_updates(path: Path, runs: Runs) -> str | None:
 
 
 def draw_updates(column: np.ndarray, cell: Cell, of: list[Run], color: str, shift: float):
-    """A cell's curves in a column's upper and lower panel.
+    """Draws a cell's curves in a column's upper and lower panel.
 
-    shift: to the right, so that intervals stand side by side.
+    shift: moves them to the right, so that intervals stand side by side.
     """
     shots = cell.settings['update_batch_size']  # a run may have been evaluated with other K too
     for style, run in zip(STYLES * len(of), of):
@@ -135,7 +135,7 @@ def draw_learning(axes, run: Run, name: str, color: str, style: str):
 
 
 def points(values: dict[int, float]) -> np.ndarray:
-    """{iteration: value} as an array, [n, 2]."""
+    """Converts {iteration: value} to an array, [n, 2]."""
     return np.array([*values.items()]).reshape(-1, 2)
 
 
@@ -161,7 +161,7 @@ def figure_fits(path: Path, runs: Runs) -> str | None:
 
 
 def draw_fits(row: np.ndarray, cell: Cell, run: Run):
-    """A run's fits to two tasks, in a panel each."""
+    """Draws a run's fits to two tasks, in a panel each."""
     is_oracle = run.flags['baseline'] == 'oracle'
     model, shots = Learner.load(run.folder).model, run.flags['update_batch_size']
     for axes, fit in zip(row, fits(model, shots, is_oracle)):
@@ -201,7 +201,7 @@ def figure_errors(path: Path, runs: Runs) -> str | None:
 
 
 def last_tables(runs: list[Run]) -> dict[int, Table]:
-    """{K: of the last checkpoints, over the seeds of those runs that are as the cell says}."""
+    """Returns {K: the last checkpoints' table, over seeds}, from runs that are as the cell says."""
     found = {}
     for run in runs:
         for (shots, kind), table in run.tables.items():
@@ -211,7 +211,7 @@ def last_tables(runs: list[Run]) -> dict[int, Table]:
 
 
 def draw_errors(axes, cell: Cell, of: dict[int, Table], shots: int, color: str):
-    """A cell's mean and median over updates for one K; of: {K: its table}."""
+    """Draws a cell's mean and median over updates for one K; of: {K: its table}."""
     if cell.name == 'sinusoid_oracle':
         for table in [*of.values()][:1]:
             axes.axhline(table.means[0], color=color, linestyle=':', label=cell.title)

@@ -1,4 +1,4 @@
-"""What the runs of the papers' cells came to, as one Markdown file with figures."""
+"""The results of the runs of the papers' cells, as one Markdown file with figures."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ from fewshot.paper.figures import FIGURES, Runs
 from fewshot.paper.runs import DIVERGED, Run, Table, pooled, read_runs
 from fewshot.runs.results import write_whole
 
-# Whose figures stand in the second table.
+# The papers whose figures stand in the second table.
 SOURCES = (
     'MAML on CIFAR-FS: [Bertinetto et al. 2019](https://arxiv.org/abs/1805.08136), the R2D2 paper; '
     "[Devos et al. 2019](https://openreview.net/forum?id=BJx0N2I6IN), the authors' program under "
@@ -22,7 +22,7 @@ SOURCES = (
 
 
 def row(*values) -> str:
-    """A line of a Markdown table."""
+    """Returns a line of a Markdown table."""
     return f'| {" | ".join(map(str, values))} |'
 
 
@@ -41,7 +41,7 @@ def percent(table: Table | None, update: int) -> str:
 
 
 def published(cell: Cell) -> str:
-    """What the paper has, or others have; with their names then."""
+    """Returns the paper's figure, or the figures of others, with their names."""
     if not cell.published:
         return cell.paper
     return '; '.join(f'{figure} ({whose})' for figure, whose in cell.published)
@@ -69,7 +69,7 @@ def accuracy_rows(cell: Cell, runs: list[Run]) -> list[str]:
 
 
 def more_rows(cell: Cell, runs: list[Run]) -> Iterator[str]:
-    """Of runs that were also evaluated on more tasks."""
+    """Yields the rows of runs that were also evaluated on more tasks."""
     shots = cell.settings['update_batch_size']
     for run in runs:
         last, best = (run.more_tables.get((shots, kind)) for kind in ('last', 'best'))
@@ -80,7 +80,7 @@ def more_rows(cell: Cell, runs: list[Run]) -> Iterator[str]:
 
 
 def on_more_tasks(runs: Runs) -> list[str]:
-    """A second table, whose intervals say more; nothing if there are no such evaluations."""
+    """Returns a second table, whose intervals say more; empty if there are no such evaluations."""
     cells = CELLS + OTHER_CELLS
     rows = [line for cell in cells for line in more_rows(cell, runs.get(cell.name, []))]
     if not rows:
@@ -127,7 +127,7 @@ def error(table: Table, update: int) -> str:
 
 
 def errors_shown(cell: Cell, table: Table) -> list[str]:
-    """Errors before and after 1, 5 and 10 updates, then the medians; the oracle needs no update."""
+    """Lists errors before and after 1, 5, 10 updates, then medians; the oracle needs no update."""
     if cell.name == 'sinusoid_oracle':
         return [error(table, 0), '–', '–', '–', '–']
     size = len(table.means)
@@ -137,7 +137,7 @@ def errors_shown(cell: Cell, table: Table) -> list[str]:
 
 
 def error_row(cell: Cell, variant: str, shots: int, runs: list[Run]) -> str:
-    """Of runs that differ in their seeds alone."""
+    """Returns the row of runs that differ in their seeds alone."""
     table = pooled([run.tables[shots, 'last'] for run in runs])
     minutes = (f'{60 * run.hours:.1f}' for run in runs if run.hours)
     machines = (run.machine for run in runs if run.machine)
@@ -154,9 +154,10 @@ def error_row(cell: Cell, variant: str, shots: int, runs: list[Run]) -> str:
 
 
 def error_rows(cell: Cell, runs: list[Run]) -> list[str]:
-    """A row for each K.
+    """Returns a row for each K.
 
-    If some seeds were trained with other settings than the others, a row for each of those too.
+    If some seeds were trained with other settings than the others, there is a row for each of those
+    too.
     """
     if not runs:
         return [f'| {cell.title} | | {cell.paper} | not run | | | | | | | | |']
@@ -194,7 +195,7 @@ def errors(runs: Runs) -> list[str]:
 
 
 def remarks_on(cell: Cell, run: Run) -> Iterator[str]:
-    """What a reader of the tables must know of a run."""
+    """Yields the remarks on a run that a reader of the tables must know."""
     if run.deviations:
         wanted = (f'--{name}={value}' for name, (_, value) in run.deviations.items())
         yield f'the cell has {", ".join(wanted)}.'
@@ -206,7 +207,7 @@ def remarks_on(cell: Cell, run: Run) -> Iterator[str]:
 
 
 def remarks(logs: Path, runs: Runs) -> list[str]:
-    """Other settings than the paper's, evaluations of earlier checkpoints, and the cells' notes.
+    """Lists other settings than the paper's, evaluations of earlier checkpoints, and cells' notes.
 
     Each is a paragraph.
     """
@@ -220,7 +221,7 @@ def remarks(logs: Path, runs: Runs) -> list[str]:
 
 
 def note(folder: Path, title: str = '') -> list[str]:
-    """What FOLDER/note.txt says, as a paragraph."""
+    """Returns the text of FOLDER/note.txt, as a paragraph."""
     path = folder / 'note.txt'
     if not path.is_file():
         return []

@@ -27,7 +27,7 @@ DIVERGED = 100.0
 # Flags that make a run another cell's, or none's; other settings make it another run of the cell.
 TELLING = {'datasource', 'num_classes', 'update_batch_size', 'conv', 'stop_grad', 'baseline'}
 
-# Of the flags that say how a run is trained; its seed and length make it no other run.
+# Those of the flags that say how a run is trained; its seed and length make it no other run.
 DEFAULTS = {flag.name: flag.default for flag in FLAGS if flag.makes_model or flag.in_name}
 del DEFAULTS['seed'], DEFAULTS['metatrain_iterations']
 
@@ -61,7 +61,7 @@ class Run(NamedTuple):
 
     @property
     def variant(self) -> str:
-        """What is to be added to the cell's title: settings that are not the cell's."""
+        """The settings that are not the cell's, to be added to its title."""
         return ''.join(f', --{name}={value}' for name, (value, _) in self.deviations.items())
 
     def evaluated(self, shots: int) -> int:
@@ -74,7 +74,7 @@ class Run(NamedTuple):
 
 
 def read_table(path: Path) -> Table:
-    """Raises ValueError if a file is not what main.py writes."""
+    """Reads the files of an evaluation. Raises ValueError if they are not what main.py writes."""
     try:
         means, _, interval = read_evaluation(path)
         with path.with_suffix('.pkl').open('rb') as file:
@@ -97,9 +97,9 @@ def read_table(path: Path) -> Table:
 
 
 def usual_evaluation(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Means and halves of intervals, over updates, of the usual evaluation; None if there is none.
+    """Reads the usual evaluation: means and halves of intervals, over updates; None without one.
 
-    It is that on test tasks as in training; the names of others tell what is not.
+    It is the one on test tasks as in training; the names of others tell how they differ.
     """
     tables = sorted(folder.glob('test_ubs?*_stepsize*.csv'))
     usual = [path for path in tables if path.stem.count('_') == 2]
@@ -112,7 +112,7 @@ def same(value, wanted) -> bool:
 
 
 def differing(trained: dict, cell: Cell) -> dict[str, tuple]:
-    """{flag: (its value, the cell's)} of the flags of a run that are not the cell's."""
+    """Returns {flag: (its value, the cell's)} for the flags of a run that are not the cell's."""
     wanted = DEFAULTS | cell.settings
     return {
         name: (trained[name], wanted[name])
@@ -122,9 +122,10 @@ def differing(trained: dict, cell: Cell) -> dict[str, tuple]:
 
 
 def paper_figures(trained: dict, shots: int) -> dict[int, str]:
-    """{updates: what the paper's tables have after as many}, for an evaluation of one of its cells.
+    """Returns {updates: the paper's figure after as many} for an evaluation of one of its cells.
 
-    trained: the flags of the run. shots: of the evaluation. Empty for other runs.
+    trained: the flags of the run. shots: that of the evaluation. The result is empty for other
+    runs.
     """
     joint = trained['metatrain_iterations'] == 0
     for cell in CELLS + SINUSOIDS:
@@ -135,7 +136,7 @@ def paper_figures(trained: dict, shots: int) -> dict[int, str]:
 
 
 def deviations(folder: Path, flags: dict, cell: Cell) -> dict[str, tuple]:
-    """{flag: (value, the cell's)} where a run has other settings.
+    """Returns {flag: (value, the cell's)} where a run has other settings.
 
     Raises ValueError if it is no run of the cell.
     """
@@ -168,7 +169,7 @@ def check_classes(folder: Path, classes: dict | None, cell: Cell):
 
 
 def training_hours(folder: Path) -> float:
-    """By the time stamps of the summaries; 0 if there are none."""
+    """Computes the hours of training by the time stamps of the summaries; 0 if there are none."""
     seconds = 0.0
     for path in event_files(folder):
         times = [tf.compat.v1.Event.FromString(record).wall_time for record in read_events(path)]
@@ -182,10 +183,10 @@ TABLE_NAME = re.compile(r'test_ubs(\d+)_stepsize([^_]+)(?:_tasks(\d+))?(_val)?(_
 
 
 def read_tables(folder: Path, update_lr: str | None) -> tuple[dict, dict]:
-    """What evaluations with this step size wrote: of 600 tasks, and of the most test tasks if more.
+    """Reads the evaluations with this step size: of 600 tasks, and of the most test tasks if more.
 
-    Each is {(shots, 'last' or 'best'): a Table}. update_lr: as in files' names; None: any.
-    Raises ValueError if a file is damaged.
+    Each is {(shots, 'last' or 'best'): a Table}. update_lr: as in files' names; None: any. Raises
+    ValueError if a file is damaged.
     """
     tables, more_tables, most = {}, {}, {}
     for path in sorted(folder.glob('test_ubs*_stepsize*.csv')):  # those of the test classes first
@@ -201,7 +202,7 @@ def read_tables(folder: Path, update_lr: str | None) -> tuple[dict, dict]:
 
 
 def read_run(folder: Path, cell: Cell) -> Run:
-    """Raises OSError, and ValueError for a run that cannot be reported.
+    """Reads a run. Raises OSError, and ValueError for a run that cannot be reported.
 
     The latter says what is missing, wrong or damaged.
     """
@@ -225,7 +226,7 @@ def read_run(folder: Path, cell: Cell) -> Run:
 
 
 def read_runs(logs: Path, cell: Cell) -> Iterator[Run]:
-    """The runs of a cell, one for each seed; says which folders are left out, and why."""
+    """Yields the runs of a cell, one for each seed; says which folders are left out, and why."""
     for folder in sorted((logs / cell.name).glob('seed*/cls_*')):
         if not folder.is_dir():
             continue
@@ -239,9 +240,9 @@ def read_runs(logs: Path, cell: Cell) -> Iterator[Run]:
 
 
 def pooled(tables: list[Table]) -> Table:
-    """Of several seeds: the mean, and its 95 % interval by Student's t over seeds.
+    """Pools the tables of several seeds: the mean, and its 95 % interval by Student's t over seeds.
 
-    Of one seed, its own table, whose interval is over tasks.
+    One seed alone has its own table, whose interval is over tasks.
     """
     if len(tables) == 1:
         return tables[0]

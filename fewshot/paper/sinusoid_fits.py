@@ -38,7 +38,7 @@ class Fit(NamedTuple):
 def fits(
     model, shots: int, oracle: bool, tasks: int = 2, seed: int = 0, resolution: int = 201
 ) -> list[Fit]:
-    """A sinusoid model before and after 1 and 10 updates on random tasks.
+    """Fits a sinusoid model to random tasks, before and after 1 and 10 updates.
 
     Its predictions are at `resolution` points all over [-5, 5].
     """
@@ -62,7 +62,7 @@ def fits(
 
 
 def draw_fit(axes, fit: Fit, updates: Iterable[int] = CURVES):
-    """updates: the numbers of updates after which predictions are shown."""
+    """Draws a fit; updates: the numbers of updates after which predictions are shown."""
     axes.plot(fit.x, fit.truth, color='tab:red', label='truth')
     for count in updates:
         axes.plot(fit.x, fit.predictions[count], **CURVES[count])
@@ -80,10 +80,10 @@ NORMS = {'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}
 
 
 def load_model(run_folder: Path, warn: Callable):
-    """(the model with the newest weights, K, whether it is the oracle), as the folder's name says.
+    """Returns (model with the newest weights, K, whether it is the oracle), by the folder's name.
 
-    Older runs have no flags in their checkpoints. warn: is told of damaged checkpoints.
-    Raises ValueError if the name is not that of a sinusoid run, or no checkpoint fits it.
+    Older runs have no flags in their checkpoints. warn: is told of damaged checkpoints. Raises
+    ValueError if the name is not that of a sinusoid run, or no checkpoint fits it.
     """
     name = RUN.fullmatch(run_folder.resolve().name)
     if not name:
@@ -112,14 +112,14 @@ def load_model(run_folder: Path, warn: Callable):
 
 
 def read_errors(run_folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{label: means and halves of the intervals, over updates 0, 1, ...} of all evaluations.
+    """Reads all evaluations: {label: means and halves of the intervals, over updates 0, 1, ...}.
 
     Raises ValueError if there is none, or a file is not what main.py writes.
     """
     found = {}
     for path in sorted(run_folder.glob('test_ubs*_stepsize*.csv')):
         shots, told = re.fullmatch(r'test_ubs(.+)_stepsize(.+)\.csv', path.name).groups()
-        label = f'{shots}-shot, α = {told.replace("_", ", ")}'  # what was not as usual follows
+        label = f'{shots}-shot, α = {told.replace("_", ", ")}'  # settings that are not usual follow
         found[label] = read_evaluation(path)[::2]
     if not found:
         raise ValueError(
@@ -130,7 +130,7 @@ def read_errors(run_folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def draw_run(all_fits: list[Fit], errors: dict[str, tuple], kind: str) -> bytes:
-    """The picture of fits, and of errors as `read_errors` has them.
+    """Draws the picture of fits, and of errors as `read_errors` returns them.
 
     kind: its format, such as 'png'. Raises ValueError if there is no such format.
     """

@@ -39,7 +39,7 @@ class Variant(NamedTuple):
         return self.seeds[0].objective == 'accuracy'
 
     def test(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Means, and half of their intervals over seeds, or over tasks of one: [1 + updates]."""
+        """Returns means and halves of intervals, over seeds or one seed's tasks: [1 + updates]."""
         seeds = [seed for seed in self.seeds if seed.test is not None]
         if len(seeds) > 1:
             values = np.array([seed.test for seed in seeds])
@@ -47,7 +47,7 @@ class Variant(NamedTuple):
         return (seeds[0].test, seeds[0].interval) if seeds else None
 
     def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Iterations that all seeds have, means over seeds, half of their intervals (one: nan)."""
+        """Returns iterations that all seeds have, their means, and half intervals (one: nan)."""
         shared = set.intersection(*({*seed.curve[:, 0]} for seed in self.seeds))
         values = np.array(
             [[row[1] for row in seed.curve if row[0] in shared] for seed in self.seeds]
@@ -57,7 +57,7 @@ class Variant(NamedTuple):
 
 
 def binned(values: dict[int, float], size: int) -> dict[int, float]:
-    """Means over so many iterations each, by the middle of them."""
+    """Averages over so many iterations each: {their middle: the mean}."""
     found = {}
     for step, value in values.items():
         found.setdefault(step // size * size + size // 2, []).append(value)
@@ -65,7 +65,7 @@ def binned(values: dict[int, float], size: int) -> dict[int, float]:
 
 
 def read_seed(run: Path) -> Seed:
-    """Raises ValueError if a folder holds no run with flags and summaries."""
+    """Reads a run. Raises ValueError if a folder holds no run with flags and summaries."""
     path = [*checkpoints(run).values()]
     flags = read_run_state(path[-1]).get('flags') if path else None
     if not flags:
@@ -86,7 +86,7 @@ def read_seed(run: Path) -> Seed:
 
 
 def read_sets(folder: Path) -> dict[str, list[Variant]]:
-    """{set: its variants}; says what cannot be read. Raises ValueError if there is no run."""
+    """Returns {set: its variants}; says what is unreadable. Raises ValueError without any run."""
     found = {}
     for run in sorted(folder.glob('*/*/seed*/cls_*')):
         try:
@@ -112,7 +112,7 @@ def read_sets(folder: Path) -> dict[str, list[Variant]]:
 
 
 def diverged(variant: Variant, means: np.ndarray) -> np.ndarray:
-    """Where a mean is ruled by tasks whose errors grow from update to update: [1 + updates]."""
+    """Tells where a mean is ruled by tasks whose errors grow with the updates: [1 + updates]."""
     highest = np.inf if variant.is_accuracy else DIVERGED
     return ~(means < highest)
 
@@ -121,7 +121,7 @@ def diverged(variant: Variant, means: np.ndarray) -> np.ndarray:
 
 
 def draw_set(column, title: str, variants: list[Variant]):
-    """Over iterations in the upper panel of a column, over inner updates in the lower one."""
+    """Draws over iterations in the upper panel of a column, over inner updates in the lower one."""
     accuracy = variants[0].is_accuracy
     scale, name = (100, 'accuracy [%]') if accuracy else (1, 'squared error')
     upper, lower = column
@@ -160,7 +160,7 @@ def draw(path: Path, sets: dict[str, list[Variant]]):
 
 
 def cells(variant: Variant) -> list[str]:
-    """The objective after SHOWN updates, with its interval."""
+    """Lists the objective after SHOWN updates, with its interval."""
     tested = variant.test()
     if not tested:
         return ['not evaluated'] * len(SHOWN)
@@ -172,7 +172,7 @@ def cells(variant: Variant) -> list[str]:
 
 
 def table(sets: dict[str, list[Variant]]) -> str:
-    """In Markdown."""
+    """Returns the table in Markdown."""
     rows = ['| | variant | iterations | ± over | ' + ' | '.join(f'after {u}' for u in SHOWN) + ' |']
     rows.append('|---' * (4 + len(SHOWN)) + '|')
     for name, variants in sets.items():

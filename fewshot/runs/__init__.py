@@ -1,1 +1,1 @@
-"""What a run is: flags, folder, checkpoints, training loop, summaries, results."""
+"""Runs: their flags, folder, checkpoints, training loop, summaries and results."""

@@ -1,7 +1,7 @@
 """Checkpoints of this program and of the TensorFlow 1 original.
 
-FOLDER/model{iteration}.index and .data-..., or FOLDER/best{iteration} of the best validation; each
-is there whole or not at all.
+They are FOLDER/model{iteration}.index and .data-..., or FOLDER/best{iteration} of the best
+validation; each is there whole or not at all.
 """
 
 import json
@@ -17,14 +17,14 @@ from maml import Arrays
 
 CHECKPOINTS_KEPT = 10
 OBJECT_GRAPH = '_CHECKPOINTABLE_OBJECT_GRAPH'  # in checkpoints of TensorFlow 2 only
-RUN_STATE = 'run/.ATTRIBUTES/VARIABLE_VALUE'  # what `write_checkpoint` adds
+RUN_STATE = 'run/.ATTRIBUTES/VARIABLE_VALUE'  # the entry that `write_checkpoint` adds
 # The group of learned step sizes belongs to their names, as they may be called after weights.
 PARAMETER_KEY = r'(?:weights/|norms/|(?=rates/))(.+)/\.ATTRIBUTES/VARIABLE_VALUE'
 OPTIMIZERS = ('metatrain_optimizer', 'pretrain_optimizer')
 
 
 def checkpoints(folder: str | Path, kind: str = 'model') -> dict[int, str]:
-    """{iteration: path without suffix} of a folder's checkpoints, the oldest first.
+    """Returns {iteration: path without suffix} of a folder's checkpoints, the oldest first.
 
     kind: 'model' or 'best'.
     """
@@ -35,7 +35,7 @@ def checkpoints(folder: str | Path, kind: str = 'model') -> dict[int, str]:
 
 
 def other_runs(folder: str | Path) -> str:
-    """Where there are runs, if a folder is none: the end of a clause, empty if nowhere near."""
+    """Tells where there are runs near a folder that is none: the end of a clause, or ''."""
     folder = Path(folder)
     text = '' if folder.is_dir() else ', since there is no such folder'
     for place in (folder, folder.parent, folder.parent.parent):
@@ -60,8 +60,8 @@ def write_checkpoint(
 ) -> str:
     """Writes FOLDER/{kind}{iteration} whole, then removes all but the newest ten (best: one).
 
-    state: what else belongs to the run, kept as JSON. The original's own checkpoints stay. Returns
-    the path. Raises OSError if it cannot be written, and ValueError as `check_plain_path`.
+    state: all else that belongs to the run, kept as JSON. The original's checkpoints stay. Returns
+    the path. Raises OSError if it cannot be written, and ValueError as `check_plain_path` does.
     """
     # tf.train.CheckpointManager would put a hyphen into the name, which the original does not have.
     path = check_plain_path(Path(folder) / f'{kind}{iteration}')
@@ -85,7 +85,7 @@ def is_plain_path(path: str | Path) -> bool:
 
 
 def check_plain_path(path: str | Path) -> str:
-    """The path. Raises ValueError if it is not plain."""
+    """Returns a path as text. Raises ValueError if it is not plain."""
     if not is_plain_path(path):
         raise ValueError(
             f'{path}: TensorFlow cannot write or read checkpoints at such a path: rename the '
@@ -95,14 +95,17 @@ def check_plain_path(path: str | Path) -> str:
 
 
 def remove_checkpoint(path: str):
-    """Its index first: what is left if the process dies is a leftover, no damaged checkpoint."""
+    """Removes a checkpoint, its index first.
+
+    If the process dies, a leftover remains, and no damaged checkpoint.
+    """
     files = Path(path).parent.glob(f'{Path(path).name}.*')
     for file in sorted(files, key=lambda file: file.suffix != '.index'):
         file.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: str | Path):
-    """Removes what a process that died, or found no space, left of checkpoints.
+    """Removes the leftovers of checkpoints from a process that died, or found no space.
 
     These are the files that have no index beside them, and TensorFlow's temporary ones.
     """
@@ -123,10 +126,10 @@ def is_own(path: str) -> bool:
 
 
 def read_run_state(path: str, whole: bool = False) -> dict:
-    """The `state` that a checkpoint was written with, and its 'iteration'; empty if it has none.
+    """Returns the `state` that a checkpoint was written with, and its 'iteration'; empty without.
 
-    whole: whether all else in it is to be undamaged too. Raises DamagedCheckpoint, also if the file
-    is that of another iteration by another name, and ValueError as `check_plain_path`.
+    whole: whether all else in it must be undamaged too. Raises DamagedCheckpoint, also if the file
+    is that of another iteration by another name, and ValueError as `check_plain_path` does.
     """
     stored = stored_values(path, *([] if whole else [RUN_STATE]))
     if RUN_STATE not in stored:
@@ -141,11 +144,11 @@ def read_run_state(path: str, whole: bool = False) -> dict:
 
 
 def stored_values(path: str, *keys: str) -> dict[str, np.ndarray]:
-    """What is in a checkpoint, by TensorFlow's keys, its checksums compared.
+    """Reads a checkpoint's values by TensorFlow's keys, and compares its checksums.
 
-    keys: those that are asked for, if they are there; all if none is named. Raises
+    keys: the keys that are asked for, if they are there; all if none is named. Raises
     DamagedCheckpoint, OSError if this process may not read it, which is no damage, and ValueError
-    as `check_plain_path`.
+    as `check_plain_path` does.
     """
     path = check_plain_path(path)
     for file in Path(path).parent.glob(f'{Path(path).name}.*'):
@@ -161,7 +164,7 @@ def stored_values(path: str, *keys: str) -> dict[str, np.ndarray]:
 
 
 def first_whole(candidates: dict[int, str], tell: Callable[[str], None]) -> tuple[int, str, dict]:
-    """The first of a run's checkpoints that is whole: iteration, path, and state of the run.
+    """Finds the first whole one of a run's checkpoints: iteration, path, and state of the run.
 
     candidates: {iteration: path}, the best choice first. tell: is told of those that are damaged.
     Raises DamagedCheckpoint if all are.
@@ -177,11 +180,11 @@ def first_whole(candidates: dict[int, str], tell: Callable[[str], None]) -> tupl
 
 
 def read_checkpoint(path: str, names: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """A checkpoint's parameters by name, and the names of the optimizers whose state it holds.
+    """Reads a checkpoint's parameters by name, and the names of optimizers whose state it holds.
 
     That is one of OPTIMIZERS, both in some of logs/results, none in those published without. names:
-    of the network's parameters, in the order in which it creates them. Raises DamagedCheckpoint,
-    and ValueError if it has parameters that are not in `names`.
+    those of the network's parameters, in the order in which it creates them. Raises
+    DamagedCheckpoint, and ValueError if it has parameters that are not in `names`.
     """
     stored = stored_values(path)
     if OBJECT_GRAPH in stored:
@@ -206,10 +209,10 @@ def read_objects(path: str, objects: dict):
 
 
 def original_parameters(stored: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
-    """Parameters by name out of the TensorFlow 1 original's checkpoint, as `read_checkpoint`.
+    """Reads parameters by name from a checkpoint of the TensorFlow 1 original.
 
-    It left its biases, and all weights of the fully connected network, without names; TensorFlow
-    called them Variable, Variable_1, ... in the order of `names`.
+    The original left its biases, and all weights of the fully connected network, without names;
+    TensorFlow called them Variable, Variable_1, ... in the order of `names`.
     """
     keys = [key for key in stored if re.match(r'model/(?!.*/Adam)', key)]
     values = {key.removeprefix('model/'): stored[key] for key in keys}

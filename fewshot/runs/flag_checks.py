@@ -1,4 +1,4 @@
-"""Flags that make no sense, alone or together, are refused by name."""
+"""Refuses flags that make no sense, alone or together, by name."""
 
 import importlib.util
 import sys
@@ -27,7 +27,7 @@ def check_flags(f: flags.FlagValues):
 
 
 def check_tasks(f: flags.FlagValues):
-    """The part of `check_flags` on what does not suit the source of the tasks."""
+    """Checks, for `check_flags`, that flags suit the source of the tasks."""
     if f.baseline == 'oracle' and f.datasource != 'sinusoid':
         raise ValueError(
             '--baseline=oracle knows amplitude and phase, so it needs --datasource=sinusoid, not '
@@ -55,7 +55,7 @@ def check_tasks(f: flags.FlagValues):
 
 
 def check_inner_loop(f: flags.FlagValues):
-    """The part of `check_flags` on what the inner loop changes, and how it is learned."""
+    """Checks, for `check_flags`, the flags on the inner loop's changes and on how it is learned."""
     if f.loss_steps_iterations and f.loss_steps == 'last':
         raise ValueError(
             f'--loss_steps_iterations={f.loss_steps_iterations} anneals the losses after all '
@@ -87,7 +87,7 @@ def check_inner_loop(f: flags.FlagValues):
 
 
 def check_network(f: flags.FlagValues):
-    """The part of `check_flags` on --network."""
+    """Checks, for `check_flags`, the flags that go with --network."""
     if source_of(f.datasource).sizes:
         raise ValueError(
             f'--network={f.network} needs images or tasks of your own: --datasource=omniglot, '
@@ -104,7 +104,7 @@ def check_network(f: flags.FlagValues):
 
 
 def check_training(f: flags.FlagValues):
-    """The part of `check_flags` on what training cannot use."""
+    """Checks, for `check_flags`, that training can use the flags."""
     for name, is_asked in {
         'run': f.run != '',
         'test_query': f.test_query != -1,

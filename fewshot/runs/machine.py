@@ -1,4 +1,4 @@
-"""Devices, memory and threads as the flags of a run want them."""
+"""Sets up devices, memory and threads as the flags of a run want them."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from fewshot.sources import source_of
 
 
 def make_replicas(f: flags.FlagValues) -> Replicas:
-    """The devices of --strategy; to be called before TensorFlow's first operation.
+    """Returns the devices of --strategy; call it before TensorFlow's first operation.
 
     Raises ValueError.
     """
@@ -36,7 +36,7 @@ def make_replicas(f: flags.FlagValues) -> Replicas:
 
 
 def worker_index(f: flags.FlagValues) -> int:
-    """Of this process among the workers of --strategy=multi_worker; 0 is the chief."""
+    """Returns this process's index among the workers of --strategy=multi_worker; 0 is the chief."""
     if f.strategy != 'multi_worker':
         return 0
     try:
@@ -46,14 +46,15 @@ def worker_index(f: flags.FlagValues) -> int:
 
 
 def tune(f: flags.FlagValues):
-    """Settings of TensorFlow that suit a run; to be called before anything of it.
+    """Sets TensorFlow up to suit a run; call it before anything else of TensorFlow.
 
-    GPUs as `set_up_gpus` says; the rest by measurement. One arena of memory for large images:
-    a step on miniImagenet took a fifth less than with several, a small one took longer. A thread
-    for each operation where tasks are tiny: handing work over takes longer than the work. XLA's
-    older generator of loops for Omniglot and for the networks here: it compiles a quarter faster
+    GPUs are set up as `set_up_gpus` says; the rest is by measurement. Large images have one arena
+    of memory: a step on miniImagenet took a fifth less than with several, a small one took longer.
+    Operations have one thread where tasks are tiny: handing work over takes longer than the work.
+    Omniglot and the networks here have XLA's older generator of loops: it compiles a quarter faster
     and into less, and a step on miniImagenet takes a tenth less; Keras models on large images were
-    not tried. XLA ends the process at options it does not know, so only in the version tried.
+    not tried. XLA ends the process at options it does not know, so only the version tried is given
+    this one.
     """
     source = source_of(f.datasource)
     keep_freed_memory(source.arenas)

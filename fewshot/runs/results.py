@@ -8,7 +8,7 @@ import scipy.special
 
 
 def confidence(values: np.ndarray) -> np.ndarray:
-    """Half of the 95 % interval of the mean of a small sample, by Student's t.
+    """Computes half of the 95 % interval of the mean of a small sample, by Student's t.
 
     values: [tasks or seeds, ...]. Returns [...]; nan where one is infinite.
     """
@@ -20,9 +20,9 @@ def confidence(values: np.ndarray) -> np.ndarray:
 
 
 def read_evaluation(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means, standard deviations and halves of the 95 % intervals out of a test_*.csv.
+    """Reads means, standard deviations and halves of the 95 % intervals out of a test_*.csv.
 
-    Each is [1 + updates]. Raises ValueError if the file is none.
+    Each is [1 + updates]. Raises ValueError if the file is no such table.
     """
     try:
         with open(path, newline='') as file:
@@ -45,7 +45,7 @@ def write_whole(path: Path, content: bytes):
 
 
 def write_together(contents: dict[Path, bytes]):
-    """The same for files that belong together: none is replaced before all are written.
+    """Writes files that belong together, whole: none is replaced before all are written.
 
     Raises OSError.
     """

@@ -26,9 +26,9 @@ from fewshot.runs.user_code import is_spec
 
 
 def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
-    """{iteration: path} of the checkpoints that may be loaded, the best choice first.
+    """Returns {iteration: path} of the checkpoints that may be loaded, the best choice first.
 
-    None if training starts afresh. Raises ValueError.
+    There are none if training starts afresh. Raises ValueError.
     """
     found = checkpoints(folder, 'best' if f.test_iter == 'best' else 'model')
     if f.train and (not f.resume or not found and f.test_iter == -1):
@@ -56,7 +56,7 @@ def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
 
 
 def take_run(f: flags.FlagValues):
-    """With --run, flags that are not given become those that the run was trained with.
+    """Sets flags that are not given to those that the run of --run was trained with.
 
     These are the ones that could not change in training, and where the data are, if they are there.
     Raises ValueError for a folder that is no run, and for flags that --run contradicts.
@@ -85,7 +85,7 @@ def take_run(f: flags.FlagValues):
 
 
 def stored_flags(folder: Path, f: flags.FlagValues) -> dict:
-    """The flags in the checkpoint of a run that --test_iter asks for.
+    """Returns the flags in the checkpoint of a run that --test_iter asks for.
 
     Raises ValueError if the folder is no run, or the run does not tell them.
     """
@@ -134,7 +134,7 @@ def tell(text: str):
 def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagValues):
     """Raises ValueError with the flags that are not those of the run up to this iteration.
 
-    stored: the flags that the checkpoint holds; one that is younger than it, it does not hold.
+    stored: the flags that the checkpoint holds; those that are younger than it are not there.
     """
     fixed = (EVALUATION, NEVER) if f.train else (NEVER,)
     stored = {'fit': 'squash'} | INNER_LOOPS | stored  # runs of 1.0.0 have no such flags
@@ -160,7 +160,7 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
 
 
 def held_by_learning(stored: dict, train: bool) -> list[str]:
-    """Flags that could change, were it not for what a run with such flags has learned."""
+    """Lists flags that could change if a run with such flags had not learned something by them."""
     held = []
     if stored.get('meta_lr_decay') == 'cosine' and train:
         held.append('metatrain_iterations')  # β so far would have been another
@@ -209,8 +209,8 @@ def check_nothing_later(folder: Path, iteration: int):
 def lock_folder(folder: Path, held: ExitStack):
     """Keeps other processes from training in a folder, until `held` is left.
 
-    It holds no longer than this process lives, and does nothing where the system has no locks.
-    Raises ValueError if another process trains there.
+    The lock holds no longer than this process lives, and does nothing where the system has no
+    locks. Raises ValueError if another process trains there.
     """
     try:
         import fcntl  # not on Windows
@@ -228,10 +228,10 @@ def lock_folder(folder: Path, held: ExitStack):
 
 
 def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
-    """Makes the run's folder, sees that it can be written, and clears what is not to stay.
+    """Makes the run's folder, checks that it can be written, and clears what must not stay.
 
-    With --overwrite that is the earlier run, else what a process that died has left of later
-    iterations. Raises OSError and ValueError.
+    With --overwrite that is the earlier run, else the files of later iterations from a process that
+    died. Raises OSError and ValueError.
     """
     try:
         if not folder.is_dir():
@@ -250,7 +250,7 @@ def open_folder(folder: Path, f: flags.FlagValues, start: int, held: ExitStack):
 
 
 def remove_run(folder: Path):
-    """Removes what a run has written, and says so; other files in the folder stay."""
+    """Removes the files that a run has written, and says so; other files in the folder stay."""
     count = len(checkpoints(folder))
     for kind in ('model', 'best'):
         for path in checkpoints(folder, kind).values():

@@ -1,4 +1,4 @@
-"""What a run prints and shows in TensorBoard, and its summaries' files."""
+"""The printed lines of a run, its pages in TensorBoard, and its summaries' files."""
 
 import datetime
 import sys
@@ -18,11 +18,11 @@ from maml import Results
 class Log:
     """Summaries for TensorBoard, the original's printed lines, and a line of progress.
 
-    objective: of the source, 'loss' or 'accuracy'. pretrain, end: iterations of joint training, and
-    of both. update: the number of inner updates whose outcome is printed, None if there are no
-    query sets to tell of it. interval: iterations between printed lines. start: the first
-    iteration; state: what `state` gave before it. folder: of the summaries, if there are to be any;
-    writer: what writes them, else None.
+    objective: the source's, 'loss' or 'accuracy'. pretrain, end: the iterations of joint training,
+    and of both. update: the inner update whose query result is printed; None without query sets.
+    interval: iterations between printed lines. start: the first iteration; state: the result of
+    `state` before it. folder: that of the summaries, if there are to be any; writer: what writes
+    them, else None.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Log:
         self.objective, self.pretrain, self.end, self.start = objective, pretrain, end, start
         self.update, self.interval = update, interval
         before, after = (state or {}).get('printing', ([], []))
-        # What the next printed line is the mean of.
+        # The next printed line shows their means.
         self.before, self.after = [*map(np.float32, before)], [*map(np.float32, after)]
         self.best = ((state or {}).get('best') or {}).get(objective, np.nan)  # of the validations
         self.folder = folder
@@ -50,7 +50,7 @@ class Log:
         return {'printing': [[*map(float, values)] for values in (self.before, self.after)]}
 
     def introduce(self, values: dict):
-        """Writes the flags of a run that begins, and says what the lines to come hold.
+        """Writes the flags of a run that begins, and explains the lines to come.
 
         TensorBoard's HPARAMS tab gets those of a run that goes on too: they may be others.
         """
@@ -109,7 +109,7 @@ class Log:
             self.before, self.after = [], []
 
     def step_sizes(self, rates: dict[str, np.ndarray], iteration: int):
-        """Writes a scalar each; of those of many weights the mean, and a histogram."""
+        """Writes each step size as a scalar; those of many weights as a mean and a histogram."""
         means = [np.float32(np.mean(value)) for value in rates.values()]
         self._write(tuple(f'update_lr/{name}' for name in rates), means, iteration)
         for name, value in rates.items():
@@ -130,7 +130,7 @@ class Log:
         self._write(tags, [*map(np.float32, (interval, after, self.best))], iteration)
 
     def steps(self, first: int, last: int, loss: float):
-        """The first step's time, compilation included; then where the run is.
+        """Prints the first step's time, compilation included; then where the run is.
 
         On a terminal that is a line that changes every second, else one after each printed line.
         """
@@ -171,16 +171,16 @@ class Log:
 
 
 def as_utf8(value) -> bool | int | float | str:
-    """The value of a flag: numbers as they are, else a text without bytes that are not UTF-8."""
+    """Returns a flag's value: numbers as they are, else a text without bytes that are not UTF-8."""
     if isinstance(value, bool | int | float):
         return value
     return str(value).encode(errors='backslashreplace').decode()
 
 
 def write_session(values: dict, run: str, end: int):
-    """The flags that tell a run from others, for TensorBoard's HPARAMS tab.
+    """Writes the flags that tell a run from others, for TensorBoard's HPARAMS tab.
 
-    values: of all flags. run: its folder. end: the iteration it is to end with; the flags are
+    values: those of all flags. run: its folder. end: the iteration it is to end with; the flags are
     written as if they belonged to it, so that a run that goes on forgets them and writes its own.
     """
     from tensorboard.plugins.hparams import summary_v2  # --log=False does without the package
@@ -192,7 +192,7 @@ def write_session(values: dict, run: str, end: int):
 
 
 def event_files(folder: str | Path) -> list[Path]:
-    """The files of a run's summaries, the oldest first."""
+    """Lists the files of a run's summaries, the oldest first."""
     found = Path(folder).glob('events.out.tfevents.*')
     return sorted(path for path in found if path.is_file())
 
@@ -200,8 +200,8 @@ def event_files(folder: str | Path) -> list[Path]:
 def forget_summaries(folder: str | Path, start: int):
     """Removes the summaries of iteration `start` and later, which are exact after a crash too.
 
-    A process that died had gone on after its last checkpoint, and the run writes these again. What
-    cannot be read, the end of a file whose writer died, goes with them.
+    A process that died had gone on after its last checkpoint, and the run writes these again. The
+    unreadable end of a file whose writer died goes with them.
     """
     for path in event_files(folder):
         records = read_events(path)  # the first one, of step 0, tells the version of the file
@@ -217,7 +217,7 @@ def forget_summaries(folder: str | Path, start: int):
 
 
 def read_events(path: Path) -> list[bytes]:
-    """The serialised events of a file, up to the first that is damaged or none."""
+    """Reads the serialised events of a file, up to the first that is damaged or none."""
     records = []
     try:
         for record in tf.data.TFRecordDataset(str(path)):
@@ -229,7 +229,7 @@ def read_events(path: Path) -> list[bytes]:
 
 
 def read_scalars(folder: str | Path) -> dict[str, dict[int, float]]:
-    """{tag: {iteration: value}} of the numbers among a run's summaries, in order of iteration."""
+    """Reads the numbers in a run's summaries: {tag: {iteration: value}} in order of iteration."""
     number = tf.float32.as_datatype_enum  # others are texts and pictures
     found = {}
     for path in event_files(folder):

@@ -1,4 +1,4 @@
-"""The tasks that flags describe."""
+"""Makes the tasks that flags describe."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from fewshot.sources import source_of
 
 
 def make_generators(f: flags.FlagValues, run: dict | None = None) -> dict[str, DataGenerator]:
-    """{'train': ..., 'val': ...} for training, {'val' or 'test': ...} for evaluation.
+    """Returns {'train': ..., 'val': ...} for training, {'val' or 'test': ...} for evaluation.
 
-    run: what the run knows of its data, see `data_of_run`.
+    run: the run's knowledge of its data, see `data_of_run`.
     """
     splits = {'test' if f.test_set else 'val': EVALUATION_SEED}
     if f.train:
@@ -43,7 +43,7 @@ def make_generators(f: flags.FlagValues, run: dict | None = None) -> dict[str, D
 
 
 def load_images(f: flags.FlagValues, splits: list[str], run: dict) -> tuple[dict, dict, str | None]:
-    """The classes of each split; and what a run is to know of its data, see `data_of_run`."""
+    """Loads the classes of each split, with the counts and `fit` that `data_of_run` keeps."""
     data_dir, cache_dir = os.path.expanduser(f.data_dir), f.cache_dir or None
     source, known = source_of(f.datasource), run.get('classes')
     if source.load is None:
@@ -58,10 +58,11 @@ def load_images(f: flags.FlagValues, splits: list[str], run: dict) -> tuple[dict
 
 
 def data_of_run(replicas: Replicas, iteration: int, state: dict) -> dict:
-    """What a run knows of its data, the same in all workers; empty of a new run.
+    """Returns a run's knowledge of its data, the same in all workers; empty for a new run.
 
     'classes': {split: {class: how many images}}, None in checkpoints from before they were kept;
-    'fit': of images of one's own. iteration, state: of the checkpoint, as from `restore_run`.
+    'fit': that of images of one's own. iteration, state: those of the checkpoint, as from
+    `restore_run`.
     """
     fit = state.get('flags', {}).get('fit') or 'squash'
     data = {'classes': state.get('classes'), 'fit': fit}
@@ -73,7 +74,7 @@ def data_of_run(replicas: Replicas, iteration: int, state: dict) -> dict:
 
 
 def query_images(f: flags.FlagValues) -> int:
-    """Q, per class: the original's, if --num_query or --test_query does not say otherwise."""
+    """Returns Q, per class: the original's, unless --num_query or --test_query says otherwise."""
     asked = f.num_query if f.train else f.test_query
     if asked != -1:
         return asked

@@ -11,10 +11,10 @@ HANG_UP = getattr(signal, 'SIGHUP', None)  # Windows has none
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP become a request to stop, while entered; the second one stops at
-    once.
+    """Turns SIGINT, SIGTERM and SIGHUP into a request to stop, while entered.
 
-    SIGHUP comes when the terminal is closed. `nohup` has it ignored, and so it stays.
+    The second one stops at once. SIGHUP comes when the terminal is closed. `nohup` has it ignored,
+    and so it stays.
     """
 
     def __init__(self):
@@ -41,7 +41,7 @@ class Signals:
 
 
 def leave_terminal():
-    """Prints to nowhere what would go to a terminal: writing to a closed one is an error."""
+    """Discards all output that would go to a terminal: writing to a closed one is an error."""
     for descriptor in (1, 2):
         with suppress(OSError):  # it may be closed
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
@@ -54,7 +54,7 @@ def keeps_programs() -> bool:
 
 
 def print_anything():
-    """From now on, what the encoding of an output has no characters for is printed as \\x...
+    """Makes outputs print characters that their encoding does not have as \\x... from now on.
 
     A file's name may not be UTF-8, and an α not in ASCII: a program does not end for that.
     """

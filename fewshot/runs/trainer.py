@@ -16,11 +16,11 @@ from fewshot.runs.checkpoints import write_checkpoint
 from fewshot.runs.results import confidence
 from maml import TASK_AXIS, Results
 
-GROUP = 10  # blocks of tiny meta-batches that are drawn together
+GROUP = 10  # how many programs' tiny meta-batches are drawn together
 
 
 class Schedule(NamedTuple):
-    """When a training run does what, in iterations, that is, outer steps."""
+    """The schedule of a training run, in iterations, that is, outer steps."""
 
     pretrain: int  # iterations of joint training, which come before meta-training
     end: int  # iterations of both
@@ -30,10 +30,10 @@ class Schedule(NamedTuple):
     save: int = 1000  # between checkpoints, likewise
 
     def stretches(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Cuts start...end into (first, last + 1) that nothing interrupts.
+        """Splits start...end into (first, last + 1) that no summary, checkpoint or validation cuts.
 
-        Summaries come before, checkpoints and validations after the first iteration of an
-        interval, and pre-training ends with iteration `pretrain` - 1.
+        Summaries come before, checkpoints and validations after the first iteration of an interval,
+        and pre-training ends with iteration `pretrain` - 1.
         """
         while start < end:
             stop = (start // self.summary + 1) * self.summary
@@ -52,11 +52,11 @@ class Trainer:
     """The training loop: outer steps, and between them summaries, validations and checkpoints.
 
     model: a FastMAML. sources: {'train': ...} and, if that one validates, {'val': ...}; each a
-    data_generator.DataGenerator or what has its attributes and methods. tasks: T. schedule: a
-    Schedule. folder: of the checkpoints; it exists. log: a summaries.Log, or None to tell nothing.
-    start: the first iteration, and state: of the checkpoint before it, if training continues.
-    settings: what checkpoints keep of how the model was made. validation_tasks: how many a
-    validation takes.
+    data_generator.DataGenerator or an object with its attributes and methods. tasks: T. schedule: a
+    Schedule. folder: that of the checkpoints; it exists. log: a summaries.Log, or None to tell
+    nothing. start: the first iteration, and state: that of the checkpoint before it, if training
+    continues. settings: the settings of the model that checkpoints keep. validation_tasks: the
+    number of tasks in a validation.
     Raises ValueError if the model's replicas cannot have equally many tasks.
     """
 
@@ -103,9 +103,9 @@ class Trainer:
         return end
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
-        """Blocks of training meta-batches [block, T, ...] with the iteration of the first.
+        """Yields groups of training meta-batches [block, T, ...] with the iteration of the first.
 
-        The next ones are drawn while those before are in use. Blocks begin at multiples of their
+        The next ones are drawn while those before are in use. Groups begin at multiples of their
         length, wherever a run is continued: then all is as if it had not been interrupted. Small
         ones are drawn ten at a time, since Python's lock makes the loop wait at either's start.
         """
@@ -127,7 +127,7 @@ class Trainer:
                     yield origin, batch
 
     def summarize(self, batches: Batch, origin: int, iteration: int):
-        """Tells what adaptation does to the meta-batch of an iteration; batches: arrays."""
+        """Logs the effect of adaptation on the meta-batch of an iteration; batches: arrays."""
         batch = Batch(*(values[iteration - origin] for values in batches))
         self.log.training(self.model.evaluate_together(batch, self.updates), iteration)
         if self.model.rates:
@@ -139,11 +139,11 @@ class Trainer:
                 self.log.picture(self.source.picture_name, picture, iteration)
 
     def outputs(self, batch: Batch) -> np.ndarray:
-        """On the query set after each update, [J, T, examples, out]."""
+        """Computes outputs on the query set after each update, [J, T, examples, out]."""
         return self.model.evaluate(batch, self.updates).outputsb.numpy()
 
     def steps(self, batches: Batch, origin: int, first: int, last: int):
-        """The iterations first...last-1, and what is due after them."""
+        """Takes the iterations first...last-1, and does all that is due after them."""
         positions, pretrain = (first - origin, last - origin), first < self.schedule.pretrain
         done, loss = self.model.steps(batches, *positions, pretrain=pretrain)
         if not np.isfinite(loss):
@@ -151,7 +151,7 @@ class Trainer:
         self.after(first, last, loss)
 
     def after(self, first: int, last: int, loss: float):
-        """What is due after the iterations first...last-1."""
+        """Logs, validates and saves as is due after the iterations first...last-1."""
         schedule = self.schedule
         if self.log:
             self.log.steps(first, last, loss)
@@ -161,7 +161,7 @@ class Trainer:
             self.save(last - 1)
 
     def validate(self, iteration: int):
-        """Validation tasks, the same every time; keeps the checkpoint with the best objective."""
+        """Evaluates the same tasks each time; keeps the checkpoint with the best objective."""
         results, objective = self.validation_results(), self.source.objective
         values = results.of(objective)[1][self.model.num_updates - 1]  # [tasks]
         mean, interval = float(np.mean(values)), float(confidence(values))
@@ -181,7 +181,7 @@ class Trainer:
             self.save(iteration, 'best')
 
     def validation_results(self) -> Results:
-        """Of as many tasks as a meta-batch has at a time, for which the evaluation is compiled."""
+        """Evaluates validation tasks by meta-batches, for which the evaluation is compiled."""
         whole = -(-self.validation_tasks // self.tasks) * self.tasks
         parts = []
         for i in range(0, whole, self.tasks):
@@ -193,7 +193,7 @@ class Trainer:
         return Results(*(values.take(kept, axis) for values, axis in zip(joined, TASK_AXIS)))
 
     def save(self, iteration: int, kind: str = 'model'):
-        """Writes a checkpoint, after what was told: nothing is missing when the run continues.
+        """Writes a checkpoint after all output: nothing is missing when the run continues.
 
         Raises OSError, and Diverged if a weight is not a number.
         """
@@ -206,14 +206,14 @@ class Trainer:
         state = {'flags': self.settings, 'best': self.best, 'machine': machine()}
         state |= {'classes': self.source.classes} if self.source.classes else {}
         if self.log:
-            self.log.flush()  # what was told so far is on the disk before the checkpoint
+            self.log.flush()  # all output so far is on the disk before the checkpoint
             state |= self.log.state()
         write_checkpoint(checkpoint, self.folder, iteration, state, kind)
         if kind == 'model':
             self.saved = iteration
 
     def stop(self, what: str):
-        """Raises Diverged."""
+        """Raises Diverged, and names the last good checkpoint."""
         last = f'{self.folder}/model{self.saved} is the last good checkpoint'
         if self.saved < 0:
             last = 'there is no checkpoint yet'
@@ -224,7 +224,7 @@ class Trainer:
 
 
 def is_better(value: float, best: float, objective: str) -> bool:
-    """Whether a loss is lower, or an accuracy higher; what is no finite number never is."""
+    """Whether a loss is lower, or an accuracy higher; a value that is not finite never is."""
     if not np.isfinite(value) or not np.isfinite(best):
         return bool(np.isfinite(value))
     return value > best if objective == 'accuracy' else value < best
@@ -238,10 +238,10 @@ def evaluate_tasks(
     num_updates: int,
     transductive: bool = True,
 ) -> Iterator[np.ndarray]:
-    """The source's objective for tasks of a split, before and after each update.
+    """Evaluates the source's objective for tasks of a split, before and after each update.
 
-    Arguments as of `Trainer` and FastMAML.evaluate. Yields [some tasks, 1 + num_updates] at a
-    time, which bounds the memory, together `tasks` of them or a few more.
+    The arguments are those of `Trainer` and FastMAML.evaluate. Yields [some tasks, 1 + num_updates]
+    at a time, which bounds the memory, together `tasks` of them or a few more.
     """
     chunk = source.tasks_at_once * model.replicas.count
     part, whole = model.replicas.slice_of(chunk), -(-tasks // chunk) * chunk
@@ -256,7 +256,7 @@ def evaluate_tasks(
 
 
 def ahead(draw: Callable, arguments: Iterable) -> Iterator:
-    """draw(argument) for each, in a thread of its own while the one before is in use."""
+    """Yields draw(argument) for each, drawn in a thread while the one before is in use."""
     with ThreadPoolExecutor(1) as thread:
         coming = None
         for argument in arguments:

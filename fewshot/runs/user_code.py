@@ -17,9 +17,10 @@ class UserCodeError(Exception):
 
 @contextmanager
 def user_code(spec: str, all_of_it: bool = True) -> Iterator[None]:
-    """What fails while entered is the code's that FILE.py:FUNCTION names: a UserCodeError.
+    """Turns a failure, while entered, of the code that FILE.py:FUNCTION names into a UserCodeError.
 
-    all_of_it: else this program runs too, and only what has a line in the file is the user's.
+    all_of_it: whether all code is the user's; else this program runs too, and only a failure with a
+    line in the file is the user's.
     """
     try:
         yield
@@ -41,10 +42,10 @@ def is_spec(text: str) -> bool:
 
 
 def user_function(spec: str) -> Callable:
-    """The function that FILE.py:FUNCTION names, out of a module of its own.
+    """Returns the function that FILE.py:FUNCTION names, out of a module of its own.
 
-    What fails in it raises UserCodeError, at the import and when it is called. Raises ValueError
-    for a spec that is none, a file that is not there, and one without the function.
+    A failure in it raises UserCodeError, at the import and when it is called. Raises ValueError for
+    a spec that is none, a file that is not there, and one without the function.
     """
     file, colon, name = spec.rpartition(':')
     if not colon or not file or not name.isidentifier():
@@ -72,7 +73,7 @@ def is_defined_in(value, module) -> bool:
 
 
 def user_module(path: Path):
-    """Runs a file as a module; its name is no other module's. It may import what lies beside it."""
+    """Runs a file as a module of a unique name. It may import files that lie beside it."""
     name = f'user_{path.stem}_{hashlib.sha1(str(path).encode()).hexdigest()[:8]}'
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:

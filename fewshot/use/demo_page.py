@@ -20,7 +20,7 @@ from fewshot.use.learner import Learner
 
 
 class Texts(NamedTuple):
-    """What the page asks for."""
+    """The texts by which the page asks for drawings."""
 
     show: str
     ask: str
@@ -38,7 +38,7 @@ PHOTOS = Texts(
     'Drop another image of one of the classes.',
 )
 READY = 'The likeliest class is bold.'
-INTERVAL = 0.05  # seconds between two messages of one who draws
+INTERVAL = 0.05  # seconds between two messages while someone draws
 PAGE_STYLE = """
 body { background: #f4f5f7; color: #1d2430; }
 .page { max-width: 1080px; margin: auto; }
@@ -69,7 +69,7 @@ class Pad(ui.element, component='demo_pad.js'):
         self.classes('pad')
 
     def show(self, image: str):
-        """An image by its address instead of strokes; '': nothing."""
+        """Shows an image by its address instead of strokes; '': nothing."""
         self.run_method('empty')
         self.show_behind(image)
 
@@ -97,7 +97,7 @@ class SlotView:
         self.show()
 
     def make_upload(self) -> ui.upload:
-        """What takes files, unseen: those that are dropped on the pad, or chosen by a button."""
+        """Makes the unseen upload of files that are dropped on the pad, or chosen by a button."""
         several = self.slot.limit > 1
         upload = ui.upload(
             multiple=several,
@@ -162,7 +162,7 @@ class SlotView:
         self.changed()
 
     def attempt(self, action: Callable[[], None]) -> bool:
-        """Whether it went well; else the page says why not."""
+        """Tries an action, and tells whether it went well; else the page says why not."""
         try:
             action()
         except ValueError as error:
@@ -175,7 +175,7 @@ class SlotView:
         self.on_change()
 
     def show(self):
-        """The images as the network sees them."""
+        """Shows the images as the network sees them."""
         current = self.slot.current
         self.current.set_visibility(current is not None)
         if current is not None:
@@ -235,7 +235,7 @@ class AnswerView:
         self.show()
 
     def set(self, answer: np.ndarray | None):
-        """answer: as of Task.answer, None if there is none."""
+        """Shows an answer, see Task.answer; None if there is none."""
         self.answer = answer
         for c, series in enumerate(self.lines.options['series']):
             series['data'] = [] if answer is None else [round(float(p), 4) for p in answer[:, c]]
@@ -255,7 +255,7 @@ class AnswerView:
 
 
 def line_options(labels: list[str]) -> dict:
-    """Of ECharts."""
+    """Returns the options of the lines, for ECharts."""
     return {
         'animation': False,
         'grid': {'left': 42, 'right': 12, 'top': 10, 'bottom': 36},
@@ -355,7 +355,7 @@ class Page:
             view.name.value = f'Class {c + 1}'
 
     def load_example(self):
-        """The characters of tests/characters; each time another one to classify."""
+        """Loads the characters of tests/characters; each time it is another one to classify."""
         support, query = next(self.examples)
         self.clear()
         for view, file in zip(self.views, support):
@@ -370,7 +370,7 @@ class Page:
             background_tasks.create(self.refresh(), name='answer')
 
     async def refresh(self):
-        """Asks the model until the answer is that to what is drawn now."""
+        """Asks the model until the answer belongs to the present drawings."""
         try:
             while self.stale:
                 self.stale = False
@@ -383,7 +383,7 @@ class Page:
 
 
 def example_files(layout: ImageLayout, ways: int) -> list[tuple[list[Path], Path]]:
-    """The characters that ship with the tests: an image of each class, and one to classify."""
+    """Lists the tests' characters: an image of each class, and one to classify."""
     support = [
         Path(file)
         for folder in sorted(CHARACTERS.glob('support/*'))[:ways]
@@ -428,7 +428,7 @@ def serve(learner: Learner, name: str, host: str, port: int, show: bool):
 
 
 def warm_up(learner: Learner):
-    """TensorFlow takes seconds for what it does for the first time."""
+    """Asks once, because TensorFlow takes seconds the first time."""
     task = Task(learner)
     for slot in (*task.classes, task.query):
         slot.current = np.zeros(task.layout.shape(1)[1:], np.uint8)

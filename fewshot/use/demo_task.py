@@ -1,4 +1,4 @@
-"""What the page of scripts/model/demo.py gathers and asks a model, without the page."""
+"""The task that the page of scripts/model/demo.py gathers, and its answers, without the page."""
 
 import io
 import tempfile
@@ -24,9 +24,9 @@ MAX_PIXELS = 50_000_000  # of an image file, decoded
 
 
 def draw(strokes: Sequence[Sequence[float]]) -> Image.Image:
-    """Black lines on white, 105x105 of 1 bit, as Omniglot's originals.
+    """Draws black lines on white, 105x105 of 1 bit, as Omniglot's originals.
 
-    strokes: for each x, y, x, y, ... from 0 to 105; a single point is a dot. Raises ValueError.
+    strokes: each is x, y, x, y, ... from 0 to 105; a single point is a dot. Raises ValueError.
     """
     if sum(map(len, strokes)) > 2 * MAX_POINTS:
         raise ValueError(f'a drawing may have at most {MAX_POINTS} points')
@@ -44,7 +44,7 @@ def draw(strokes: Sequence[Sequence[float]]) -> Image.Image:
 
 
 def read_file(name: str, data: bytes, layout: ImageLayout) -> np.ndarray:
-    """An image file as the network sees it: [height, width, channels] uint8.
+    """Reads an image file as the network sees it: [height, width, channels] uint8.
 
     Raises ValueError if it is too large or cannot be decoded.
     """
@@ -61,7 +61,7 @@ def read_file(name: str, data: bytes, layout: ImageLayout) -> np.ndarray:
 
 
 def check_pixels(name: str, data: bytes):
-    """Raises ValueError before an image is decoded that would fill the memory."""
+    """Raises ValueError for an image that would fill the memory, before it is decoded."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
@@ -74,14 +74,14 @@ def check_pixels(name: str, data: bytes):
 
 
 def read_drawing(strokes: Sequence[Sequence[float]], layout: ImageLayout) -> np.ndarray:
-    """As read_file, of strokes as for `draw`: the same way that the images of the training went."""
+    """Draws strokes, see `draw`, and reads them as a file, the way that training's images went."""
     file = io.BytesIO()
     draw(strokes).save(file, 'PNG')
     return read_file('the drawing', file.getvalue(), layout)
 
 
 def picture(x: np.ndarray, layout: ImageLayout) -> Image.Image:
-    """What a network sees, [height, width, channels] uint8, in the colours of the file."""
+    """Returns a network's input, [height, width, channels] uint8, in the colours of the file."""
     image = Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x)
     return ImageOps.invert(image) if layout.invert else image
 
@@ -98,11 +98,11 @@ class Slot:
         return self.kept + ([] if self.current is None else [self.current])
 
     def draw(self, strokes: Sequence[Sequence[float]]):
-        """The pad holds these strokes, or nothing. Raises ValueError."""
+        """Puts these strokes, or nothing, into the pad. Raises ValueError."""
         self.current = read_drawing(strokes, self.layout) if strokes else None
 
     def add(self, name: str, data: bytes):
-        """The pad holds an image file; what it held is kept if there is room for several.
+        """Puts an image file into the pad; its former image is kept if there is room for several.
 
         Raises ValueError if there is no room, or for a file that is no such image.
         """
@@ -122,7 +122,7 @@ class Slot:
         self.current = None
 
     def remove(self, index: int):
-        """One of those that are kept."""
+        """Removes one of the images that are kept."""
         del self.kept[index]
 
     def clear(self):
@@ -152,13 +152,13 @@ class Task:
 
     @property
     def lacking(self) -> str:
-        """What has to be given before there is an answer; '' if there is one."""
+        """A request for the next thing that is lacking before there is an answer; '' if none is."""
         if sum(bool(slot.images) for slot in self.classes) < 2:
             return 'It needs an example of at least two classes.'
         return '' if self.query.images else 'Now one to classify, in the large square.'
 
     def question(self) -> Question | None:
-        """What is drawn now, None as long as something is lacking."""
+        """Returns the present drawings as a Question, None as long as something is lacking."""
         if self.lacking:
             return None
         counts = [len(slot.images) for slot in self.classes]
@@ -168,10 +168,10 @@ class Task:
         )
 
     def answer(self, question: Question) -> np.ndarray:
-        """The classes' probabilities after 0 to UPDATES updates, [UPDATES + 1, N].
+        """Computes the classes' probabilities after 0 to UPDATES updates, [UPDATES + 1, N].
 
-        That of a class without examples is 0; so are all after updates that diverged. One thread
-        at a time.
+        The probability of a class without examples is 0; so are all after updates that diverged.
+        Call it from one thread at a time.
         """
         weights, parts = self.weights(question), [slice(None)]
         if self.learner.model.norm_steps:  # each has normalisation parameters of its own
@@ -188,7 +188,7 @@ class Task:
         return np.divide(outputs, total, out=np.zeros_like(outputs), where=total > 0)
 
     def weights(self, question: Question) -> dict[str, np.ndarray]:
-        """θ and the weights after each update, [UPDATES + 1, ...] each.
+        """Returns θ and the weights after each update, [UPDATES + 1, ...] each.
 
         They are those of the last question if its examples were the same.
         """

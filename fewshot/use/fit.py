@@ -17,14 +17,14 @@ from maml import Arrays, Results
 class MetaModel(keras.Model):
     """A FastMAML with Keras's `compile`, `fit` and `evaluate`, and a Learner's `adapt`.
 
-    What Keras calls a batch is a meta-batch here, see `as_dataset`; its callbacks work, and so do
+    A batch of Keras is a meta-batch here, see `as_dataset`; its callbacks work, and so do
     `save_weights` and `load_weights`.
 
-    model: a FastMAML; or a keras.Model or other network, of which one is made with `loss`,
-    `update_lr` and what else FastMAML takes. updates: how many updates the metrics tell of, at
-    least as many as in training. transductive: of evaluation, as of FastMAML.evaluate.
-    Attributes: maml, the FastMAML; learner, the Learner of it.
-    Raises ValueError for arguments that do not fit each other, and what their makers raise.
+    model: a FastMAML; or a keras.Model or other network, from which one is made with `loss`,
+    `update_lr` and FastMAML's other arguments. updates: how many updates the metrics tell of, at
+    least as many as in training. transductive: that of evaluation, as in FastMAML.evaluate.
+    Attributes: maml, the FastMAML; learner, its Learner.
+    Raises ValueError for arguments that do not fit each other, and the errors of their makers.
     """
 
     supports_jit = False  # as a whole: pieces of it are compiled
@@ -60,11 +60,11 @@ class MetaModel(keras.Model):
         steps_per_execution: int = 1,
         **others,
     ):
-        """As Keras's.
+        """Prepares for training as Keras's `compile` does.
 
-        optimizer: of the outer loop; None, the FastMAML's own, Adam. training_metrics: measure all
-        metrics of the training tasks too, which takes an evaluation per step, else the loss alone.
-        Raises ValueError for a loss or metrics: the tasks' own are taken.
+        optimizer: that of the outer loop; None, the FastMAML's own, Adam. training_metrics: whether
+        to measure all metrics of the training tasks too, which takes an evaluation per step, else
+        the loss alone. Raises ValueError for a loss or metrics: the tasks' own are taken.
         """
         if others:
             raise ValueError(
@@ -80,9 +80,10 @@ class MetaModel(keras.Model):
     def fit(
         self, x, *, steps_per_epoch=None, validation_data=None, validation_steps=None, **named
     ) -> keras.callbacks.History:
-        """As Keras's; x, validation_data: tasks, see `as_dataset`. Raises ValueError for others.
+        """Trains as Keras's `fit` does; x, validation_data: tasks, see `as_dataset`.
 
-        Tasks that never end go on from epoch to epoch, and begin again for each validation.
+        Tasks that never end go on from epoch to epoch, and begin again for each validation. Raises
+        ValueError for anything but tasks.
         """
         tasks = as_dataset(x, 'steps_per_epoch', steps_per_epoch)
         named = {'steps_per_epoch': steps_per_epoch, 'shuffle': False} | named
@@ -92,22 +93,22 @@ class MetaModel(keras.Model):
         return super().fit(tasks, **named)
 
     def evaluate(self, x=None, *, steps=None, **named):
-        """As Keras's; x: tasks, see `as_dataset`. Raises ValueError for others."""
+        """Evaluates as Keras does; x: tasks, see `as_dataset`. Raises ValueError for others."""
         return super().evaluate(as_dataset(x, 'steps', steps), steps=steps, **named)
 
     def predict(self, x, *, steps=None, **named) -> np.ndarray:
-        """What the queries of tasks are after the updates of training: [tasks, examples, out].
+        """Predicts the queries of tasks after the updates of training: [tasks, examples, out].
 
-        As Keras's; x: tasks, see `as_dataset`. Class probabilities, or outputs of regression.
-        Raises ValueError for others, and if an adaptation diverges.
+        It works as Keras's `predict`; x: tasks, see `as_dataset`. Returns class probabilities, or
+        outputs of regression. Raises ValueError for others, and if an adaptation diverges.
         """
         output = super().predict(as_dataset(x, 'steps', steps), steps=steps, **named)
         return checked_finite({'output': output}, 'the answers')['output']
 
-    # What Keras calls for each meta-batch.
+    # Keras calls these for each meta-batch.
 
     def train_step(self, data) -> dict[str, tf.Tensor]:
-        """One outer step. The metrics are of the weights before it."""
+        """Takes one outer step. The metrics are those of the weights before it."""
         batch = Batch(*data)
         if self.watches:
             self.measured.update(self.maml.evaluate(batch, self.updates))
@@ -118,7 +119,7 @@ class MetaModel(keras.Model):
         return self.measured.results(['loss'])
 
     def test_step(self, data) -> dict[str, tf.Tensor]:
-        """The metrics of a meta-batch."""
+        """Computes the metrics of a meta-batch."""
         batch = Batch(*data)
         self.measured.update(self.maml.evaluate(batch, self.updates, self.transductive))
         return self.measured.results()
@@ -130,17 +131,17 @@ class MetaModel(keras.Model):
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        """Means over the tasks of an epoch."""
+        """The means over the tasks of an epoch."""
         return [*self.measured.means.values()]
 
     # One task, from arrays.
 
     def adapt(self, *arguments, **named) -> Arrays:
-        """As Learner.adapt."""
+        """Adapts to a task, see Learner.adapt."""
         return self.learner.adapt(*arguments, **named)
 
     def predict_task(self, *arguments, **named) -> np.ndarray:
-        """As Learner.predict; Keras's `predict` takes no weights, and data in batches."""
+        """Predicts as Learner.predict; Keras's `predict` takes no weights, and data in batches."""
         return self.learner.predict(*arguments, **named)
 
     def get_config(self) -> dict:
@@ -164,7 +165,7 @@ class KerasVariables(keras.Layer):
 
 
 class TaskMeans:
-    """Means over tasks of losses and, of a classifier, accuracies.
+    """Means over tasks of losses and, for a classifier, accuracies.
 
     {'loss_0': before any update, on the support set; 'loss_1': after one, on the query set; ...;
     'loss': after as many as in training; 'accuracy_0': ...}
@@ -190,7 +191,7 @@ class TaskMeans:
 
 
 def as_maml(model, loss: Callable | None, given: dict) -> FastMAML:
-    """Arguments and errors as of MetaModel."""
+    """Returns the FastMAML of a MetaModel, whose arguments and errors it has."""
     if isinstance(model, FastMAML):
         if loss is not None or given:
             raise ValueError('a FastMAML has a loss and settings already: give none')
@@ -207,7 +208,7 @@ def as_maml(model, loss: Callable | None, given: dict) -> FastMAML:
 
 
 def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
-    """Tasks as a tf.data.Dataset of Batches.
+    """Returns tasks as a tf.data.Dataset of Batches.
 
     tasks: such a dataset, see `DataGenerator.dataset`; a Batch; or a list or generator of Batches.
     A Batch may be a dict of its four names. steps_name, steps: how many meta-batches are wanted, by
@@ -231,7 +232,7 @@ def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
 
 
 def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
-    """A dataset of a list of Batches, or of a generator, once.
+    """Makes a dataset of a list of Batches, or of a generator, once.
 
     Raises ValueError if there is none, as fitting_batch does, and if sizes differ.
     """

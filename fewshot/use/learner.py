@@ -19,9 +19,9 @@ PIXEL_TOLERANCE = 1e-5  # by which pixels may be beyond 0 and 1, from rounding
 
 
 def pixel_values(name: str, images: np.ndarray) -> np.ndarray:
-    """Values from 0 to 1, of those or of uint8. The type decides, as 0 and 1 may be either's.
+    """Returns values from 0 to 1, of those or of uint8. The type decides: 0 and 1 may be either's.
 
-    Raises ValueError, with the name, for others.
+    Raises ValueError, with the name, for other values.
     """
     if images.dtype == np.uint8:
         return images / 255
@@ -34,7 +34,7 @@ def pixel_values(name: str, images: np.ndarray) -> np.ndarray:
 
 
 def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
-    """[...] -> [..., classes]. Raises ValueError for what are no classes' numbers."""
+    """Encodes labels: [...] -> [..., classes]. Raises ValueError for anything but class numbers."""
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f'labels must be integers from 0 to {classes - 1}, but they are {labels.dtype} from '
@@ -44,7 +44,7 @@ def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 def checked_finite(arrays: Arrays, what: str) -> Arrays:
-    """Raises ValueError if adaptation has diverged, so that there are no numbers any more."""
+    """Returns the arrays. Raises ValueError if they are not finite, as adaptation has diverged."""
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise ValueError(f'{what} are NaN or infinite: adaptation diverged, try a smaller lr')
     return arrays
@@ -54,12 +54,12 @@ def checked_finite(arrays: Arrays, what: str) -> Arrays:
 
 
 def finite_tensor(model: FastMAML, name: str, array: np.ndarray) -> tf.Tensor:
-    """A tensor of the model's type. Raises ValueError, with the name, if it is not finite there."""
+    """Makes a tensor of the model's type. Raises ValueError, with the name, if it is not finite."""
     return tf.constant(finite_numbers(name, array, model.dtype.as_numpy_dtype))
 
 
 def axis_of(model: FastMAML, weights: Arrays) -> tuple:
-    """The axis of tasks of what `adapt` returns. Raises ValueError for anything else."""
+    """Returns the axis of tasks of weights from `adapt`. Raises ValueError for anything else."""
     own = model.weights
     if not isinstance(weights, Mapping) or weights.keys() != own.keys():
         kind = type(weights).__name__
@@ -73,7 +73,7 @@ def axis_of(model: FastMAML, weights: Arrays) -> tuple:
 
 
 def weights_of_tasks(model: FastMAML, weights: Arrays, axis: tuple) -> Tensors:
-    """Weights [T, ...] from what `adapt` returns. Raises ValueError if the shapes differ."""
+    """Converts weights from `adapt` to [T, ...]. Raises ValueError if the shapes differ."""
     axis_of(model, weights)
     given = {}
     for name, theta in model.weights.items():
@@ -91,15 +91,15 @@ def weights_of_tasks(model: FastMAML, weights: Arrays, axis: tuple) -> Tensors:
 class Learner:
     """A model that learns tasks of one's own from NumPy arrays.
 
-    Of one task, x is [examples, ...], y [examples] and weights [...]; of several, with an axis of
-    tasks before: x [T, examples, ...], y [T, examples], weights [T, ...]. An example is an array of
-    any shape of the network's size; its numbers go into the network as they are, as in training. Of
-    a run of main.py on images they are from 0 to 1, or uint8 from 0 to 255: the type alone says
-    which, 0 and 1 of uint8 are almost black. y are the classes' numbers, 0 to N-1; of regression,
-    the values, [(T,) examples, out].
+    For one task, x is [examples, ...], y [examples] and weights [...]; for several, there is an
+    axis of tasks before: x [T, examples, ...], y [T, examples], weights [T, ...]. An example is an
+    array of any shape of the network's size; its numbers go into the network as they are, as in
+    training. For a run of main.py on images they are from 0 to 1, or uint8 from 0 to 255: the type
+    alone says which, 0 and 1 of uint8 are almost black. y are the classes' numbers, 0 to N-1; of
+    regression, the values, [(T,) examples, out].
 
-    Attributes: model, a FastMAML; of one that was loaded also settings, the flags it was trained
-    with, and checkpoint, the path.
+    Attributes: model, a FastMAML; if it was loaded also settings, the flags it was trained with,
+    and checkpoint, the path.
     """
 
     def __init__(self, model: FastMAML, settings: dict | None = None):
@@ -125,10 +125,10 @@ class Learner:
         loss: Callable | None = None,
         inner_loop: InnerLoop | None = None,
     ) -> 'Learner':
-        """The model of a training run, or of `save`.
+        """Loads the model of a training run, or of `save`.
 
         checkpoint: an iteration, -1 for the newest, or 'best' for that of the best validation.
-        compiled: as of FastMAML, for who trains or evaluates `model`; a Learner does not need it.
+        compiled: as in FastMAML, for training or evaluating `model`; a Learner does not need it.
         network, loss, inner_loop: the run's, if they are not those of this program; a network may
         be a keras.Model. Raises ValueError if there is no such checkpoint, or it is damaged or does
         not tell its flags, or network, loss or inner_loop is missing.
@@ -166,7 +166,7 @@ class Learner:
         weights: Arrays | None = None,
         done: int = 0,
     ) -> Arrays:
-        """The weights after inner updates on the support set of a task, or of several: equation 1.
+        """Adapts to the support set of a task, or of several, and returns the weights: equation 1.
 
         steps: `num_updates` if None. lr: α; None: `update_lr` or, if they were learned, the step
         sizes of training. For a classifier it is scaled so that it means the same for any number of
@@ -199,7 +199,7 @@ class Learner:
         support_x: np.ndarray | None = None,
         done: int | None = None,
     ) -> np.ndarray:
-        """Class probabilities of the queries, [(T,) queries, N]; of regression, the outputs.
+        """Computes class probabilities of queries, [(T,) queries, N]; for regression, the outputs.
 
         weights: from `adapt`. support_x: if given, batch normalisation takes its statistics of this
         support set alone, so that an answer does not depend on the other queries; else of the
@@ -226,9 +226,9 @@ class Learner:
     def task_loss(
         self, x: np.ndarray, y: np.ndarray, weights: Arrays, done: int | None = None
     ) -> np.ndarray:
-        """The mean loss of a task's examples, a number; of several tasks, [T].
+        """Computes the mean loss of a task's examples, a number; for several tasks, [T].
 
-        Arguments and errors as of `adapt` and `predict`.
+        The arguments and errors are those of `adapt` and `predict`.
         """
         done = whole_number('done', self.model.num_updates if done is None else done)
         label, axis = self._labels(y)
@@ -241,7 +241,7 @@ class Learner:
         return loss if axis else loss[0]
 
     def example_scale(self, examples: float | tf.Tensor) -> float | tf.Tensor:
-        """What α is to be multiplied by for a support set of so many examples.
+        """Returns the factor of α for a support set of so many examples.
 
         The loss of a classifier is a sum over them divided by training's K, and α is meant for N
         times their mean, whatever their number.
@@ -253,7 +253,7 @@ class Learner:
     # Arguments, checked and made tensors; axis: see above.
 
     def _labels(self, y) -> tuple[tf.Tensor, tuple]:
-        """Labels [T, examples, out], and their axis of tasks."""
+        """Returns labels [T, examples, out], and their axis of tasks."""
         y, out = real_numbers('labels', y), self.model.network.dim_output
         own = [] if self.is_classifier else [out]  # the shape of an example's label
         axis = y.shape[: -1 - len(own)]
@@ -268,7 +268,7 @@ class Learner:
         return (label if axis else label[tf.newaxis]), axis
 
     def _examples(self, name: str, x, axis: tuple, examples: int | None = None) -> tf.Tensor:
-        """Inputs [T, examples, D]; examples: how many there must be, if that is known."""
+        """Returns inputs [T, examples, D]; examples: how many there must be, if that is known."""
         x, size, first = real_numbers(name, x), self.model.network.dim_input, len(axis)
         count, values = x.shape[first : first + 1], x.shape[first + 1 :]  # of examples; of each
         fits = x.size and x.shape[:first] == axis and values and np.prod(values) == size

@@ -1,4 +1,4 @@
-"""Trained models, as the scripts load them, and what those scripts have in common."""
+"""Loads trained models for the scripts, and has the code that those scripts share."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from fewshot.use.saved_models import find_checkpoint
 
 
 def parser_of(description: str, checkpoint: bool = True) -> argparse.ArgumentParser:
-    """A parser of RUN_FOLDER, --network and, if asked, --checkpoint: which model is meant."""
+    """Makes a parser of RUN_FOLDER, --network and, if asked, --checkpoint, which name a model."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,7 +53,7 @@ def add_adaptation(parser: argparse.ArgumentParser):
 
 
 def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, float | None]:
-    """The number and the size of gradient steps; None: as learned.
+    """Returns the number and the size of gradient steps; None: as learned.
 
     Raises ValueError if they make no sense.
     """
@@ -71,7 +71,7 @@ def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, flo
 
 
 def load(run_folder: Path, checkpoint: int | str = -1, network: str = '') -> Learner:
-    """As Learner.load, on GPUs as main.py uses them.
+    """Loads a Learner, see Learner.load, on GPUs as main.py uses them.
 
     checkpoint: 'last' is -1. network: FILE.py:FUNCTION, if the run was trained with one. Raises
     ValueError and UserCodeError.
@@ -89,7 +89,7 @@ def load(run_folder: Path, checkpoint: int | str = -1, network: str = '') -> Lea
 
 
 def load_of_images(values: argparse.Namespace) -> Learner:
-    """The model that the arguments name. Raises also ValueError if its run had no images."""
+    """Loads the model that the arguments name. Raises ValueError too if its run had no images."""
     learner = load(values.run_folder, values.checkpoint, values.network)
     if not learner.takes_images:
         raise ValueError(
@@ -100,7 +100,7 @@ def load_of_images(values: argparse.Namespace) -> Learner:
 
 @contextlib.contextmanager
 def warnings_printed():
-    """Prints warnings as a script's other sentences, each once, when it is left."""
+    """Prints warnings like a script's other sentences, each once, when it is left."""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter('always', UserWarning)
         try:

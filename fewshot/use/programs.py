@@ -33,7 +33,7 @@ def adapt(
 
 
 def output(maml: MAML, x, weights: Tensors, done, leading=None) -> tf.Tensor:
-    """Computes the outputs for x, [T, examples, out]; leading: as of MAML.forward.
+    """Computes the outputs for x, [T, examples, out]; leading: as in MAML.forward.
 
     done: how many updates the weights have had, which chooses normalisation parameters.
     """
@@ -44,7 +44,7 @@ def output(maml: MAML, x, weights: Tensors, done, leading=None) -> tf.Tensor:
 
 
 def losses(maml: MAML, x, y, weights: Tensors, done) -> tf.Tensor:
-    """Computes the loss of each task, [T]; done: as of `output`."""
+    """Computes the loss of each task, [T]; done: as in `output`."""
     return maml.loss(output(maml, x, weights, done), y)
 
 
@@ -70,7 +70,7 @@ class Programs:
 
 
 def any_size(function: Callable, maml: MAML, *signature) -> Callable:
-    """The function of a MAML as a program, or as it is if the network has to know the sizes."""
+    """Returns the function of a MAML as a program, or as it is if the network must know sizes."""
     function = functools.partial(function, maml)
     program = tf.function(function, input_signature=signature, autograph=False)
 

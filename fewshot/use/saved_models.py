@@ -1,4 +1,4 @@
-"""Models that were saved: found, described and loaded."""
+"""Finds, describes and loads models that were saved."""
 
 import contextlib
 import warnings
@@ -27,7 +27,7 @@ def of_images(settings: dict) -> bool:
 
 
 def settings_of(model: FastMAML) -> dict:
-    """What `Learner.load` must know of a model that was not made from flags."""
+    """Returns the settings that `Learner.load` needs for a model that was not made from flags."""
     shots, plain = getattr(model.loss, 'shots', None), model.loss is mean_squared_error
     inner_loop, network = model.maml.inner_loop, model.network
     known = type(inner_loop) in (InnerLoop, LearnedRates)
@@ -55,7 +55,7 @@ def settings_of(model: FastMAML) -> dict:
 
 
 def described(optimizer: keras.Optimizer) -> dict:
-    """Keras's description of an optimizer, as far as there is one."""
+    """Returns Keras's description of an optimizer, as far as there is one."""
     try:
         return keras.optimizers.serialize(optimizer)
     except NotImplementedError:  # a schedule of one's own without get_config
@@ -63,7 +63,7 @@ def described(optimizer: keras.Optimizer) -> dict:
 
 
 def stored_optimizer(description: dict, path: str) -> keras.Optimizer:
-    """The optimizer that is described. Raises ValueError for an unknown class."""
+    """Makes the optimizer that is described. Raises ValueError for an unknown class."""
     with contextlib.suppress(TypeError, ValueError):
         if description and is_known_to_keras(description):
             return keras.optimizers.deserialize(description)
@@ -89,7 +89,7 @@ def is_known_to_keras(part) -> bool:
 
 
 def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
-    """The path of a run's checkpoint; arguments and errors as of `Learner.load`.
+    """Returns the path of a run's checkpoint; arguments and errors as in `Learner.load`.
 
     Warns of newer ones that are damaged.
     """
@@ -132,9 +132,9 @@ def load_model(
     inner_loop: InnerLoop | None = None,
     compiled: bool = False,
 ) -> FastMAML:
-    """The model of a checkpoint; settings: the flags of its run.
+    """Loads the model of a checkpoint; settings: the flags of its run.
 
-    Other arguments and errors as of `Learner.load`.
+    Other arguments and errors are those of `Learner.load`.
     """
     if not settings:
         raise ValueError(
@@ -163,7 +163,7 @@ def load_model(
 
 
 def check_given(path: str, settings: dict, network, loss, inner_loop):
-    """Raises ValueError if a run had something of the user's, which a checkpoint does not hold.
+    """Raises ValueError if a run had something of the user's that its checkpoint does not hold.
 
     The file of a network is not run unasked: a checkpoint may come from anywhere.
     """

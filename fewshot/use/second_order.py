@@ -24,7 +24,7 @@ class Setting(NamedTuple):
     seed: int  # of weights and directions
 
     def maml(self, stop_grad: bool = False) -> FastMAML:
-        """With weights near the model's."""
+        """Makes a FastMAML with weights near the model's."""
         numbers, named = (self.lr, self.updates), {'dtype': tf.float64, 'compiled': False}
         model = FastMAML(self.network, self.loss, *numbers, stop_grad=stop_grad, **named)
         random = np.random.default_rng([self.seed, 1])
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 
 def plain_keras(setting: Setting, theta: list[tf.Tensor]) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """The outer loss and its gradient as one would write them with Keras, without this project."""
+    """Computes the outer loss and its gradient by Keras alone, as one would write them with it."""
     model = setting.network.model
     fixed = [variable.value for variable in model.non_trainable_variables]
     named = {'training': True} if takes_training(model) else {}
@@ -85,7 +85,7 @@ def check_losses(loss: float, keras_loss: float):
 
 
 def audit_variables(setting: Setting) -> Iterator[Row]:
-    """The variables, one by one. Raises ValueError if there is no finite loss to differentiate."""
+    """Audits variables, one by one. Raises ValueError without a finite loss to differentiate."""
     model, precision = setting.maml(), setting.network.precision
     loss, exact = model.meta_gradient(setting.batch)
     keras_loss, plain = plain_keras(setting, [v.value() for v in model.parameters])

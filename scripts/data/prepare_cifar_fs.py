@@ -42,7 +42,7 @@ IMAGES = 600  # of each class
 
 
 def fault(counts: Mapping[str, int], classes: Iterable[str], images: int) -> str | None:
-    """What {class: images} lacks of CIFAR-100; None if nothing."""
+    """Tells how {class: images} differs from CIFAR-100; None if it does not."""
     for label in sorted({*classes, *counts}):
         if label not in classes:
             return f'there is a class {label}'
@@ -52,7 +52,10 @@ def fault(counts: Mapping[str, int], classes: Iterable[str], images: int) -> str
 
 
 def split_images(found: Mapping[str, Callable[[], bytes]], splits: dict, images: int) -> dict:
-    """{SPLIT/CLASS/NAME.png: function}; PreparationError if it is not all of CIFAR-100."""
+    """Returns {SPLIT/CLASS/NAME.png: function}.
+
+    Raises PreparationError if it is not all of CIFAR-100.
+    """
     split_of = {label: split for split, labels in splits.items() for label in labels}
     counts = collections.Counter(path.partition('/')[0] for path in found)
     if wrong := fault(counts, split_of, images):
@@ -73,8 +76,8 @@ def prepare(
 ) -> str:
     """Writes the target, unless it is there already, and returns a report.
 
-    source: a folder or an archive; None: downloads `remote`. splits: {split: classes}. images: of
-    each class. Raises PreparationError.
+    source: a folder or an archive; None: `remote` is downloaded. splits: {split: classes}. images:
+    the number of each class's. Raises PreparationError.
     """
 
     def complete(paths: set[str]) -> bool:

@@ -45,7 +45,10 @@ ADVICE = (
 
 
 def pickles_of(record: str) -> list[Remote]:
-    """The files of a record of Zenodo, by its own description; PreparationError if they lack."""
+    """Returns the files of a record of Zenodo, by its own description.
+
+    Raises PreparationError if some are lacking.
+    """
     data = downloads.read_small(record, MAX_RECORD, ADVICE)
     try:
         files = {file['key']: file for file in json.loads(data)['files']}
@@ -75,7 +78,7 @@ def download(
 ) -> str:
     """Downloads miniImagenet, unless the target is there already, and returns a report.
 
-    record: an address of Zenodo; classes, images: what is complete. Raises PreparationError.
+    record: an address of Zenodo; classes, images: the complete numbers. Raises PreparationError.
     """
     complete = functools.partial(is_official, classes=classes, images=images)
     if preparation.is_prepared(target, complete, SIZE):
@@ -90,7 +93,7 @@ def download(
 
 
 def report(paths: Iterable[str], missing: int) -> str:
-    """Classes and images written per split."""
+    """Tells the classes and images written per split."""
     lines, written = [], [path.split('/') for path in paths]
     for split, number in CLASSES.items():
         labels = [label for of, label, _ in written if of == split]

@@ -38,7 +38,7 @@ RESIZED = (28, 28)
 
 
 class Counts(NamedTuple):
-    """What a complete Omniglot holds."""
+    """The numbers of a complete Omniglot."""
 
     alphabets: int = 50
     characters: int = 1623
@@ -49,9 +49,9 @@ OFFICIAL = Counts()
 
 
 def download(url: str, md5: Mapping[str, str], folder: Path) -> list[Item]:
-    """Fetches the archives into the folder.
+    """Downloads the archives into the folder, and lists their files.
 
-    PreparationError if one cannot be had or is not the one that `md5` names.
+    Raises PreparationError if one cannot be had or is not the one that `md5` names.
     """
     items = []
     for name, digest in md5.items():
@@ -61,13 +61,13 @@ def download(url: str, md5: Mapping[str, str], folder: Path) -> list[Item]:
 
 
 def images_in(folder: Path) -> list[Item]:
-    """The files ALPHABET/CHARACTER/NAME.png of a folder; none if there is no such folder."""
+    """Lists the files ALPHABET/CHARACTER/NAME.png of a folder; none if there is no such folder."""
     items = preparation.all_items(folder, depth=2)
     return [item for item in items if len(item.path.parts) == 3 and item.path.suffix == '.png']
 
 
 def find(source: Path) -> list[Item]:
-    """The images of a folder: of archives, the two folders they unpack to, or alphabets in it."""
+    """Finds images in a folder: in archives, the folders they unpack to, or alphabets in it."""
     if not source.is_dir():
         raise PreparationError(f'--source={source} is not a folder.')
     items = []
@@ -86,7 +86,7 @@ def find(source: Path) -> list[Item]:
 
 
 def fault(paths: Iterable[str], counts: Counts) -> str | None:
-    """What the files Alphabet/characterNN/name.png lack of a complete Omniglot; None if nothing."""
+    """Tells what the files Alphabet/characterNN/name.png lack of a complete Omniglot, or None."""
     images = collections.Counter(path.rpartition('/')[0] for path in paths)
     alphabets = {character.partition('/')[0] for character in images}
     if (len(alphabets), len(images)) != (counts.alphabets, counts.characters):
@@ -99,7 +99,7 @@ def fault(paths: Iterable[str], counts: Counts) -> str | None:
 
 
 def merge(items: list[Item]) -> dict[str, Item]:
-    """The images by their path in the target; archives may have any folders above the alphabets."""
+    """Returns images by their path in the target; archives may have folders above the alphabets."""
     merged = {}
     for item in items:
         if len(item.path.parts) < 3 or item.path.suffix != '.png':
@@ -113,7 +113,7 @@ def merge(items: list[Item]) -> dict[str, Item]:
 
 
 def resize(item: Item) -> bytes:
-    """The image as a 28x28 PNG of 1 bit; PreparationError if it is not one of 105x105."""
+    """Returns the image as a 28x28 PNG of 1 bit. Raises PreparationError if it is not 105x105."""
     file = io.BytesIO()
     with preparation.decoded(item, item.read(), 'PNG') as image:
         if image.size != SIZE:

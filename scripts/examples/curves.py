@@ -19,7 +19,7 @@ SPLITS = {'train': slice(0, 40), 'val': slice(40, 50), 'test': slice(50, 60)}
 
 
 class Curves:
-    """x: [points]; y: [curves, points]."""
+    """A source of tasks; x: [points]; y: [curves, points]."""
 
     iterations_at_once = 100  # tasks are tiny, so that starting a step takes longer than the step
     updates_shown = 5
@@ -28,7 +28,7 @@ class Curves:
         self.x, self.y = x, y
 
     def batch(self, split: str, iteration: int, num_tasks: int) -> Batch:
-        """Arrays [tasks, examples, 1]."""
+        """Draws a Batch of arrays [tasks, examples, 1]."""
         random = np.random.default_rng([list(SPLITS).index(split), iteration])
         curves = self.y[SPLITS[split]]
         chosen = curves[random.integers(len(curves), size=num_tasks)]  # [tasks, points]
@@ -45,7 +45,7 @@ class Curves:
 
 
 def tasks() -> Curves:
-    """The curves of curves.csv: a column per dose, a row per curve."""
+    """Reads the curves of curves.csv: a column per dose, a row per curve."""
     with open(Path(__file__).with_name('curves.csv'), newline='') as file:
         (_, *doses), *rows = csv.reader(file)
     x = np.log10(np.array(doses, float))  # -2 to 2

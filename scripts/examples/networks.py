@@ -8,7 +8,7 @@ from keras import layers
 
 
 def omniglot(image_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
-    """Four blocks of 3x3 convolution by stride 2, batch normalisation and ReLU; then affine."""
+    """Makes four blocks of 3x3 convolution by stride 2, batch normalisation, ReLU; then affine."""
     model = keras.Sequential([layers.Input(image_shape)])
     for _ in range(4):
         model.add(layers.Conv2D(64, 3, strides=2, padding='same', use_bias=False))
@@ -20,7 +20,7 @@ def omniglot(image_shape: tuple[int, int, int], num_classes: int) -> keras.Model
 
 
 def miniimagenet(image_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
-    """Four blocks of 3x3 convolution, batch normalisation, ReLU and pooling; then affine."""
+    """Makes four blocks of 3x3 convolution, batch normalisation, ReLU and pooling; then affine."""
     model = keras.Sequential([layers.Input(image_shape)])
     for _ in range(4):
         model.add(layers.Conv2D(32, 3, padding='same', use_bias=False))
@@ -33,7 +33,7 @@ def miniimagenet(image_shape: tuple[int, int, int], num_classes: int) -> keras.M
 
 
 def resnet12(image_shape: tuple[int, int, int], num_classes: int) -> keras.Model:
-    """Four residual blocks of three convolutions, as few-shot papers use it; then affine."""
+    """Makes a ResNet-12 of four residual blocks, as few-shot papers use it; then affine."""
     x = images = keras.Input(image_shape)
     for filters in (64, 128, 256, 512):
         x = residual_block(x, filters)
@@ -42,7 +42,7 @@ def resnet12(image_shape: tuple[int, int, int], num_classes: int) -> keras.Model
 
 
 def residual_block(x, filters: int):
-    """x: [examples, height, width, C]; returns half of the height and width, and `filters`."""
+    """Halves the height and width of x, [examples, height, width, C], with `filters` channels."""
     short = layers.Conv2D(filters, 1, use_bias=False)(x)
     short = layers.BatchNormalization()(short)
     for i in range(3):

@@ -54,9 +54,9 @@ from fewshot.runs.user_code import UserCodeError
 
 
 def since_start() -> float:
-    """Seconds since this process was started.
+    """Returns the seconds since this process was started.
 
-    Where the system does not tell, they are counted from when this file was.
+    Where the system does not tell, they are counted from the start of this file.
     """
     try:
         ticks = int(Path('/proc/self/stat').read_text().rpartition(')')[2].split()[19])
@@ -66,13 +66,13 @@ def since_start() -> float:
 
 
 def peak_rss_mb() -> float:
-    """Most memory this process has held. The system counts in kilobytes; macOS in bytes."""
+    """Returns the most memory this process has held. The system counts kilobytes; macOS bytes."""
     unit = 2**20 if sys.platform == 'darwin' else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
 def rss_mb() -> float:
-    """Memory this process holds now; 0 where the system does not tell."""
+    """Returns the memory that this process holds now; 0 where the system does not tell."""
     try:
         pages = int(Path('/proc/self/statm').read_text().split()[1])
         return pages * os.sysconf('SC_PAGE_SIZE') / 2**20
@@ -81,7 +81,7 @@ def rss_mb() -> float:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries."""
+    """Returns the versions of Python and of the libraries."""
     modules = {module.__name__: module.__version__ for module in (tf, keras, np)}
     return {'python': sys.version.split()[0], **modules}
 
@@ -90,7 +90,7 @@ def versions() -> dict[str, str]:
 
 
 def read_case(path: str) -> dict[str, np.ndarray]:
-    """The arrays of a case file. Raises ValueError if it is none."""
+    """Reads the arrays of a case file. Raises ValueError if it is none."""
     try:
         with np.load(path) as case:
             values = {name: case[name] for name in case.files}
@@ -107,7 +107,7 @@ def read_case(path: str) -> dict[str, np.ndarray]:
 
 
 def case_flags(path: str, values: dict) -> flags.FlagValues:
-    """main.py's flags from a case. Raises ValueError."""
+    """Reads main.py's flags from a case. Raises ValueError."""
     f = flags.FlagValues()
     run_flags.define_flags(f)
     try:
@@ -120,7 +120,7 @@ def case_flags(path: str, values: dict) -> flags.FlagValues:
 
 
 def case_array(path: str, values: dict, key: str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """An array of a case; in its shape None is any size.
+    """Returns an array of a case; None in its shape is any size.
 
     Raises ValueError if the array is missing or of another shape.
     """
@@ -138,7 +138,7 @@ def case_array(path: str, values: dict, key: str, shape: tuple[int | None, ...])
 
 
 def case_batch(path: str, values: dict, model: FastMAML, tasks: int) -> Batch:
-    """The meta-batch of a case. Raises ValueError for what is missing or of another shape."""
+    """Returns the meta-batch of a case. Raises ValueError if one is missing or of another shape."""
     network, arrays = model.network, {}
     for part in 'ab':
         sizes = tasks, None, network.dim_input
@@ -149,7 +149,7 @@ def case_batch(path: str, values: dict, model: FastMAML, tasks: int) -> Batch:
 
 
 def operations(model: FastMAML, batch: Batch) -> int:
-    """Operations of the matrix products and convolutions of one meta-training step.
+    """Counts operations of the matrix products and convolutions of one meta-training step.
 
     They are two per multiplication and addition. Per layer and example, in units of a forward pass:
     an inner update takes 3 (forward, and the gradients of inputs and of weights) and, at second
@@ -216,7 +216,7 @@ class Stopwatch:
         model.steps = self.step
 
     def step(self, batches: Batch, first: int, last: int, *more, **named) -> tuple[int, float]:
-        """FastMAML.steps, watched."""
+        """Calls FastMAML.steps, and watches it."""
         outcome = self.run_steps(batches, first, last, *more, **named)
         self.end = time.perf_counter()
         if self.first_end is None:
@@ -229,7 +229,7 @@ class Stopwatch:
         return outcome
 
     def watch(self, batches: Iterator) -> Iterator:
-        """The training data, watched, until the time is over."""
+        """Yields the training data, and watches them, until the time is over."""
         while self.first_end is None or time.perf_counter() - self.first_end < self.seconds:
             start = time.perf_counter()
             item = next(batches, None)
@@ -300,7 +300,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
 
 
 def check_arguments(arguments: list[str], f: flags.FlagValues):
-    """Raises ValueError unless they ask for exactly one of the three measurements."""
+    """Raises ValueError unless the arguments ask for exactly one of the three measurements."""
     asked = (len(arguments) == 2) + f.evaluate + f['train'].present
     if asked != 1 or len(arguments) > 2 or not (f.train or f.evaluate):
         raise ValueError('give either a case file, or --train, or --evaluate with flags of main.py')
@@ -309,7 +309,10 @@ def check_arguments(arguments: list[str], f: flags.FlagValues):
 def benchmark(
     arguments: list[str], f: flags.FlagValues = flags.FLAGS, tune: Callable = lambda f: None
 ):
-    """Prints the figures. arguments: the program and the case file, if any. tune: as main.tune."""
+    """Prints the figures.
+
+    arguments: the program and the case file, if any. tune: see machine.tune.
+    """
     try:
         check_arguments(arguments, f)
         if len(arguments) == 2:

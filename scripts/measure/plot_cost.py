@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 
 
 def variant(values: dict[str, np.ndarray], tasks: int, updates: int) -> dict[str, np.ndarray]:
-    """The case with as many tasks, its own again and again, and inner updates."""
+    """Returns the case with so many tasks, its own again and again, and so many inner updates."""
     flags = json.loads(str(values['flags'])) | {'meta_batch_size': tasks, 'num_updates': updates}
     inputs = {name: array for name, array in values.items() if name.startswith('input/')}
     resized = {name: np.resize(x, (tasks, *x.shape[1:])) for name, x in inputs.items()}
@@ -32,7 +32,7 @@ def variant(values: dict[str, np.ndarray], tasks: int, updates: int) -> dict[str
 
 
 def measure(values: dict[str, np.ndarray], tasks: int, updates: int, steps: int) -> dict:
-    """What the benchmark prints for a variant, in a process of its own.
+    """Runs the benchmark on a variant, in a process of its own, and returns its figures.
 
     Raises ValueError with its words if it fails.
     """
@@ -48,7 +48,7 @@ def measure(values: dict[str, np.ndarray], tasks: int, updates: int, steps: int)
 
 
 def draw_panel(panel, points: list[tuple], label: str, title: str):
-    """Times over a number of tasks or updates, and a line through them.
+    """Draws times over a number of tasks or updates, and a line through them.
 
     points: (number, median, fastest) each, in milliseconds.
     """
@@ -64,7 +64,7 @@ def draw_panel(panel, points: list[tuple], label: str, title: str):
 
 
 def draw(path: Path, results: list[dict], tasks: int, updates: int):
-    """Two panels: over tasks with `updates` updates each, over inner updates with `tasks` tasks."""
+    """Draws two panels: over tasks, with `updates` updates; over updates, with `tasks` tasks."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), constrained_layout=True)
 
     def points(over: str, fixed: str, value: int) -> list[tuple]:

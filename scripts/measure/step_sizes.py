@@ -43,9 +43,10 @@ UPDATES = SHOWN[-1]
 def test_tasks(
     settings: dict, shots: int, data_dir: str, classes: dict | None = None
 ) -> DataGenerator:
-    """The generator of the tasks that main.py evaluates a run with these flags on.
+    """Returns the generator of the tasks that main.py evaluates a run with these flags on.
 
-    classes: that the run knows, from its checkpoint. Raises ValueError and OSError without data.
+    classes: those that the run knows, from its checkpoint. Raises ValueError and OSError without
+    data.
     """
     values = flags.FlagValues()
     define_flags(values)
@@ -61,7 +62,7 @@ def test_tasks(
 
 
 def outcomes(learner: Learner, batch: Batch, halved: bool) -> np.ndarray:
-    """Accuracy, or mean squared error, on the query set before and after each update.
+    """Computes accuracy, or mean squared error, on the query set before and after each update.
 
     The result's shape is [1 + UPDATES, T].
     """
@@ -83,7 +84,7 @@ def outcomes(learner: Learner, batch: Batch, halved: bool) -> np.ndarray:
 
 
 def row(name: str, values: np.ndarray, is_error: bool) -> str:
-    """A line of the table; values: [seeds, 1 + UPDATES, tasks]."""
+    """Returns a line of the table; values: [seeds, 1 + UPDATES, tasks]."""
     values = values[:, list(SHOWN)] * (1 if is_error else 100)
     means = values.mean(-1)
     halves = confidence(means if len(means) > 1 else values[0].T)
@@ -99,7 +100,7 @@ def row(name: str, values: np.ndarray, is_error: bool) -> str:
 
 
 def training(learner: Learner) -> tuple:
-    """What runs have in common that are seeds of the same training."""
+    """Returns the settings that seeds of the same training have in common."""
     settings = learner.settings
     baseline = settings.get('baseline') or 'None'
     alpha, shots = learner.model.update_lr, settings['update_batch_size']
@@ -109,7 +110,7 @@ def training(learner: Learner) -> tuple:
 def table(
     models: list[Learner], shots: int | None, tasks: int, data_dir: str, classes: dict | None
 ):
-    """Prints it; classes: that the first run knows.
+    """Prints the table; classes: those that the first run knows.
 
     Raises ValueError if the runs do not belong together.
     """

@@ -42,7 +42,7 @@ HEADING = ('this project', 'plain Keras', 'difference', 'first order')
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
-    """What Keras makes while entered computes in float64."""
+    """Makes Keras's objects that are made while entered compute in float64."""
     floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx('float64')
     keras.config.set_dtype_policy('float64')
@@ -54,7 +54,7 @@ def in_float64() -> Iterator[None]:
 
 
 def make_network(options: argparse.Namespace) -> KerasNetwork:
-    """Raises ValueError for what is no model, or is refused, and UserCodeError."""
+    """Makes the network. Raises UserCodeError, and ValueError for no model, or a refused one."""
     shape, spec = options.input_shape, options.function
     keras.utils.set_random_seed(options.seed)
     model = user_function(spec)(shape, options.classes)
@@ -76,7 +76,7 @@ def make_network(options: argparse.Namespace) -> KerasNetwork:
 
 
 def random_batch(options: argparse.Namespace) -> Batch:
-    """Inputs from 0 to 1; random classes, or numbers if there is one output."""
+    """Draws inputs from 0 to 1; random classes, or numbers if there is one output."""
     random = np.random.default_rng(options.seed)
     count, outputs = (options.tasks, options.examples), options.classes
     parts = []
@@ -90,14 +90,14 @@ def random_batch(options: argparse.Namespace) -> Batch:
 
 
 def make_setting(options: argparse.Namespace) -> Setting:
-    """Raises as `make_network`."""
+    """Makes the setting of the audit. Raises as `make_network` does."""
     network, batch = make_network(options), random_batch(options)
     loss = cross_entropy(options.examples / options.classes)
     loss = mean_squared_error if options.classes == 1 else loss
     return Setting(network, batch, loss, options.updates, options.lr, options.seed)
 
 
-# What is printed ----------------------------------------------------------------------------------
+# The printed output -------------------------------------------------------------------------------
 
 
 def line(name: str, width: int, cells: list, verdict: str) -> str:
@@ -119,7 +119,7 @@ def verdict(row: Row) -> str:
 
 
 def fault(method: str, compared: Compared) -> str:
-    """Empty if there is none."""
+    """Tells how a method is wrong; empty if it is not."""
     if compared.is_right:
         return ''
     if abs(compared.difference) < compared.scale:
@@ -177,7 +177,7 @@ def report(options: argparse.Namespace) -> bool:
 
 
 def positive(convert: Callable, wanted: str) -> Callable:
-    """From a text to a finite number above 0, or several. The error of others says `wanted`."""
+    """Returns a parser of finite numbers above 0; its error for other texts says `wanted`."""
 
     def parsed(text: str):
         with contextlib.suppress(ValueError):

@@ -42,7 +42,7 @@ class Support(NamedTuple):
 
 
 def class_folders(folder: Path, ways: int) -> list[Path]:
-    """A folder per label. Raises ValueError if a model of `ways` classes cannot tell them apart."""
+    """Lists a folder per label. Raises ValueError if `ways` classes cannot tell them apart."""
     if not folder.is_dir():
         raise ValueError(
             f'there is no folder {folder}; SUPPORT_DIR must hold a folder of images for each label'
@@ -64,7 +64,7 @@ def class_folders(folder: Path, ways: int) -> list[Path]:
 
 
 def read_support(folder: Path, layout: ImageLayout, ways: int) -> Support:
-    """Raises ValueError for what makes no task for a model of `ways` classes."""
+    """Reads the labelled images. Raises ValueError if they are no task for `ways` classes."""
     classes = class_folders(folder, ways)
     files = [image_files(path, layout) for path in classes]
     for path, found in zip(classes, files):
@@ -76,9 +76,9 @@ def read_support(folder: Path, layout: ImageLayout, ways: int) -> Support:
 
 
 def read_queries(paths: list[Path], layout: ImageLayout) -> tuple[list[str], np.ndarray]:
-    """The images' paths, those in folders one by one, and the images.
+    """Returns the images' paths, those in folders one by one, and the images.
 
-    These are [queries, height, width, channels] uint8.
+    The images are [queries, height, width, channels] uint8.
     """
     files = []
     for path in paths:
@@ -93,7 +93,7 @@ def read_queries(paths: list[Path], layout: ImageLayout) -> tuple[list[str], np.
 def adapt(
     learner: Learner, support: Support, steps: int, lr: float | None
 ) -> tuple[dict, list[float]]:
-    """The adapted weights, and the loss on the support set before and after each step."""
+    """Returns the adapted weights, and the loss on the support set before and after each step."""
     weights = learner.adapt(support.x, support.y, 0)
     losses = [float(learner.task_loss(support.x, support.y, weights, 0))]
     for done in range(steps):
@@ -103,7 +103,7 @@ def adapt(
 
 
 def answer(file: str, labels: list[str], probabilities: np.ndarray) -> dict:
-    """What is told of one image; probabilities: of each label."""
+    """Returns the answer for one image; probabilities: that of each label."""
     return {
         'image': file,
         'label': labels[probabilities.argmax()],
@@ -113,7 +113,7 @@ def answer(file: str, labels: list[str], probabilities: np.ndarray) -> dict:
 
 
 def classify(values: argparse.Namespace) -> dict:
-    """What is printed as JSON: the labels, the losses of adaptation, the answers for the images.
+    """Returns the JSON to print: labels, losses of adaptation, and answers for the images.
 
     Raises ValueError.
     """

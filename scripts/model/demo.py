@@ -31,7 +31,7 @@ def check_extra():
 
 
 def free_port(port: int) -> int:
-    """The port if it is free, of 0 any that is. Raises ValueError if it is in use."""
+    """Returns the port if it is free, for 0 any that is. Raises ValueError if it is in use."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

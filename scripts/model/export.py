@@ -38,21 +38,21 @@ from maml import repeated
 
 
 def serve(function: Callable, *arguments: tf.TensorSpec) -> Callable:
-    """The function as a signature of the SavedModel."""
+    """Makes a function a signature of the SavedModel."""
     return tf.function(function, input_signature=arguments, autograph=False)
 
 
-# What is refused, as by Learner: the graph asserts it, so that a server does too ------------------
+# The checks of Learner as assertions of the graph, so that a server makes them too ----------------
 
 
 def checked(array: tf.Tensor, holds: tf.Tensor, said: list) -> tf.Tensor:
-    """The array; what is computed from it waits for the assertion."""
+    """Returns the array; all that is computed from it waits for the assertion."""
     with tf.control_dependencies([tf.debugging.Assert(holds, said, summarize=9)]):
         return tf.identity(array)
 
 
 def with_sizes(name: str, array: tf.Tensor, wanted: Sequence) -> tf.Tensor:
-    """A wanted size of 0 stands for any but 0."""
+    """Checks an array's sizes; a wanted size of 0 stands for any but 0."""
     wanted, found = tf.stack(wanted), tf.shape(array)
     holds = tf.reduce_all(tf.where(wanted == 0, found > 0, found == wanted))
     said = f'{name} must have the sizes (0: any, but not empty)'
@@ -60,7 +60,7 @@ def with_sizes(name: str, array: tf.Tensor, wanted: Sequence) -> tf.Tensor:
 
 
 def in_range(name: str, array: tf.Tensor, low: float, high: float, slack: float = 0) -> tf.Tensor:
-    """NaN is out of range too."""
+    """Checks that values are in a range; NaN is out of range too."""
     holds = tf.reduce_all((array >= low - slack) & (array <= high + slack))
     least, most = tf.reduce_min(array), tf.reduce_max(array)
     said = f'{name} must be from {low} to {high}, but they are from'
@@ -73,7 +73,7 @@ def finite(name: str, array: tf.Tensor) -> tf.Tensor:
 
 
 class Serving(NamedTuple):
-    """What the SavedModel does; tasks and examples are of unknown number."""
+    """The functions of the SavedModel; tasks and examples are of unknown number."""
 
     learner: Learner
     steps: int
@@ -81,7 +81,7 @@ class Serving(NamedTuple):
     transductive: bool
 
     def module(self, image_shape: tuple[int, ...]) -> tf.Module:
-        """To be saved."""
+        """Makes the module that is to be saved."""
         images = [None, None, *image_shape]  # [T, examples, height, width, channels]
         support = (
             tf.TensorSpec(images, tf.float32, 'support_images'),
@@ -92,21 +92,21 @@ class Serving(NamedTuple):
         module.weights = self.learner.model.weights
         module.norms, module.rates = self.learner.model.norms, self.learner.model.rates
         keras_model = getattr(self.learner.model.network, 'model', None)
-        if keras_model:  # what the graphs below read of it
+        if keras_model:  # the graphs below read them
             module.others = [variable.value for variable in keras_model.variables]
         module.adapt = serve(self.adapt, *support)
         module.adapt_and_predict = serve(self.adapt_and_predict, *support, query)
         return module
 
     def images(self, name: str, images: tf.Tensor, tasks, examples) -> tf.Tensor:
-        """Checked; tasks, examples: the numbers that are wanted, 0: any."""
+        """Checks images; tasks, examples: the numbers that are wanted, 0: any."""
         images = with_sizes(name, images, [tasks, examples, *images.shape[2:]])
         if self.learner.takes_images:
             return in_range(name, images, 0, 1, PIXEL_TOLERANCE)
         return finite(name, images)
 
     def support(self, images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Checked."""
+        """Checks the images and labels of the support set."""
         labels = with_sizes('support_labels', labels, [0, 0])
         highest = self.learner.model.network.dim_output - 1
         labels = in_range('support_labels', labels, 0, highest)

@@ -41,14 +41,14 @@ NAME = re.compile(
     r'(?P<baseline>oracle)?(?P<norm>batchnorm|layernorm|nonorm)'
 )
 NORMS = {'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}
-# What tells the datasource: the inputs of fully connected, the channels of convolutional networks.
+# These tell the datasource: inputs of fully connected, channels of convolutional networks.
 INPUTS = {1: 'sinusoid', 3: 'sinusoid', 28 * 28: 'omniglot', 84 * 84 * 3: 'miniimagenet'}
 CHANNELS = {1: 'omniglot', 3: 'miniimagenet'}
 CONVOLUTIONAL = 'conv1 b1 conv2 b2 conv3 b3 conv4 b4 w5 b5'.split()  # the names of its weights
 
 
 def locate(source: Path) -> tuple[str, int]:
-    """(path without suffix, iteration) of a checkpoint.
+    """Returns (path without suffix, iteration) of a checkpoint.
 
     source: model{iteration}, a file of it, or a folder, whose newest is taken.
     """
@@ -72,7 +72,7 @@ def locate(source: Path) -> tuple[str, int]:
 
 
 def weight_names(stored: Collection[str]) -> list[str]:
-    """The names of the weights in a checkpoint of these variables, in the network's order."""
+    """Names the weights in a checkpoint of these variables, in the network's order."""
     if 'model/conv1' in stored:
         return CONVOLUTIONAL
     variables = [key for key in stored if re.fullmatch(r'model/Variable(_\d+)?', key)]
@@ -83,13 +83,13 @@ def weight_names(stored: Collection[str]) -> list[str]:
 
 
 def norm_names(stored: Collection[str]) -> list[str]:
-    """The names of the normalisations' parameters in a checkpoint of these variables."""
+    """Names the normalisations' parameters in a checkpoint of these variables."""
     found = [key for key in stored if re.fullmatch(r'model/\d/(beta|gamma)', key)]
     return sorted(key.removeprefix('model/') for key in found)
 
 
 def read_original(path: str) -> dict:
-    """The flags that a checkpoint's variables tell.
+    """Reads the flags that a checkpoint's variables tell.
 
     Raises ValueError if they are of no network of the original's.
     """
@@ -111,9 +111,9 @@ def read_original(path: str) -> dict:
 
 
 def known_flags(weights: dict, norms: list[str]) -> dict:
-    """The flags of main.py that names and shapes of parameters tell.
+    """Returns the flags of main.py that names and shapes of parameters tell.
 
-    datasource is None if it is none of the three.
+    The flag datasource is None if it is none of the three.
     """
     flags = {'norm': 'batch_norm' if norms else 'None'}
     if '0/gamma' in norms:
@@ -122,7 +122,7 @@ def known_flags(weights: dict, norms: list[str]) -> dict:
 
 
 def convolutional(weights: dict) -> dict:
-    """The flags that the shapes of a convolutional network's weights tell."""
+    """Returns the flags that the shapes of a convolutional network's weights tell."""
     channels, filters = weights['conv1'].shape[2:]
     flags = {'datasource': CHANNELS.get(channels), 'num_classes': len(weights['b5'])}
     flags |= {'num_filters': filters, 'conv': True}
@@ -132,7 +132,7 @@ def convolutional(weights: dict) -> dict:
 
 
 def fully_connected(weights: dict) -> dict:
-    """The flags that the shapes of a fully connected network's weights tell."""
+    """Returns the flags that the shapes of a fully connected network's weights tell."""
     inputs, last_bias = len(weights['w1']), [*weights.values()][-1]
     if INPUTS.get(inputs) == 'sinusoid':
         return {'datasource': 'sinusoid', 'baseline': 'oracle' if inputs == 3 else None}
@@ -140,7 +140,7 @@ def fully_connected(weights: dict) -> dict:
 
 
 def flags_of_name(name: str) -> dict | None:
-    """The flags that a run's name tells; None if it is none."""
+    """Returns the flags that a run's name tells; None if it is no run's name."""
     match = NAME.fullmatch(name)
     if not match:
         return None
@@ -155,7 +155,7 @@ def flags_of_name(name: str) -> dict | None:
 
 
 def check_name(target: Path, path: str, known: dict) -> dict:
-    """All flags that the run's name and the checkpoint tell.
+    """Returns all flags that the run's name and the checkpoint tell.
 
     Raises ValueError if the name is none, or contradicts.
     """

@@ -32,7 +32,7 @@ SUMMARIES, PICTURES = 500, 20000  # the iterations between those that are kept
 
 
 def interval(event: tf.compat.v1.Event) -> int:
-    """The iterations between two summaries of this kind that are kept; the run's flags are kept."""
+    """Returns the iterations between two kept summaries of this kind; the run's flags are kept."""
     plugins = {value.metadata.plugin_data.plugin_name for value in event.summary.value}
     if 'hparams' in plugins:
         return 1
@@ -50,9 +50,9 @@ def thin(source: Path, target: Path):
 
 
 def training_command(settings: dict) -> str:
-    """The call of main.py that trained with these flags.
+    """Returns the call of main.py that trained with these flags.
 
-    Those that have their defaults, or name places, are left out.
+    Flags that have their defaults, or name places, are left out.
     """
     defaults = flags.FlagValues()
     define_flags(defaults)
@@ -79,7 +79,7 @@ def copy_weights(run_folder: Path, target: Path, which: int | str, network: str 
 
 
 def publish(run_folder: Path, target: Path, network: str = '') -> Path:
-    """Returns the new folder. Raises ValueError and OSError; nothing is left then."""
+    """Makes the new folder and returns it. Raises ValueError and OSError; nothing is left then."""
     folder = target / run_folder.resolve().name
     if folder.exists():
         raise ValueError(

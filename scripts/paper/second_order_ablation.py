@@ -38,7 +38,7 @@ from fewshot.runs.terminal import print_anything
 
 
 def train(variant: str, arguments: list[str]):
-    """main.py's training of a variant, in a folder of its own."""
+    """Trains a variant by main.py, in a folder of its own."""
     define_flags()
     logdir = re.findall(r'--logdir=(\S+)', ' '.join(arguments))
     more = ['--stop_grad=True'] if variant == 'first_order' else []
