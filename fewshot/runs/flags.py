@@ -127,7 +127,7 @@ FLAGS = (
     Flag('one_program', bool, None, ANYTIME,
          'compile the meta-gradient of several updates as one program: faster steps, after twice '
          'the time to compile (default: as the run has it; a new one of 2,000 iterations or '
-         'more does, if the network is convolutional)'),
+         'more does, if its convolutions are strided)'),
     # Training
     Flag('pretrain_iterations', int, 0, EVALUATION,
          'iterations of joint training on all tasks, before meta-training', lowest=0),

@@ -116,7 +116,7 @@ def wants_one_program(f: flags.FlagValues, model: FastMAML, state: dict) -> bool
         return f.one_program
     if 'flags' in state:
         return state['flags'].get('one_program') or False  # older ones do not tell
-    tried = isinstance(model.network, Convolutional)
+    tried = isinstance(model.network, Convolutional) and not f.max_pool  # else it may not pay
     return f.train and tried and f.num_updates > 1 and f.metatrain_iterations >= LONG
 
 

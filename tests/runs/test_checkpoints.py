@@ -738,7 +738,8 @@ def test_long_runs_are_one_program_and_stay_what_they_are():
     """An older run does not tell, and goes on by parts; the flag wins."""
     assert wanted({}, '--metatrain_iterations=2000')
     assert not wanted({}, '--metatrain_iterations=1999')
-    for other in ('--num_updates=1', '--conv=False', '--adapt=head', '--train=False'):
+    others = '--num_updates=1', '--conv=False', '--max_pool=True', '--adapt=head', '--train=False'
+    for other in others:
         assert not wanted({}, '--metatrain_iterations=60000', other)
     long = ['--metatrain_iterations=60000']
     assert wanted({'flags': {'one_program': True}}, '--metatrain_iterations=10')
