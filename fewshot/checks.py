@@ -1,6 +1,7 @@
 """Checks of arguments: an error is one sentence with the name of the wrong argument."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def first_line(error: Exception) -> str:
     """Returns the first line with content after TensorFlow's headings and places in the program."""
     headings = ('Graph execution error', 'Detected at node', 'File ', '<stack traces', ' ', '\t')
     said = [line for line in str(error).splitlines() if line and not line.startswith(headings)]
-    return (said or [type(error).__name__])[0]
+    # TensorFlow names the operation before and after what the system says.
+    return re.sub(r'\{\{.*?\}\} | \[Op:\w+\].*', '', (said or [type(error).__name__])[0])
 
 
 def check_choice(name: str, value, choices: Sequence[str], more: str = ''):

@@ -5,11 +5,13 @@
 
 is N processes `python main.py FLAGS --strategy=multi_worker` that talk to each other over ports of
 127.0.0.1. --pin gives each a core of its own. What the first one prints is shown, and what any of
-them has to say of errors. If one ends with an error the others are ended too. SIGINT and SIGTERM
-are passed on: the run is saved and can be continued.
+them has to say of errors. If one ends with an error the others are ended too, and all of them
+when this process is gone. SIGINT, SIGTERM and the like are passed on: the run is saved and can be
+continued.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import signal
@@ -18,6 +20,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fewshot.runs.terminal import STOPPING
 
 MAIN = Path(__file__).resolve().parents[1] / 'main.py'
 GRACE = 20  # seconds that the others have to end by themselves
@@ -44,6 +50,8 @@ def start(index: int, ports: list[int], flags: list[str], pin: bool) -> subproce
 
     def settle():
         os.setpgrp()
+        if sys.platform == 'linux':  # a worker ends when its launcher is gone
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if pin:
             os.sched_setaffinity(0, {cores[index % len(cores)]})
 
@@ -109,8 +117,8 @@ def main():
         for worker in running(workers):
             worker.send_signal(number)
 
-    signal.signal(signal.SIGINT, forward)
-    signal.signal(signal.SIGTERM, forward)
+    for number in STOPPING:
+        signal.signal(number, forward)
     try:
         ports = free_ports(values.count)
         for index in range(values.count):

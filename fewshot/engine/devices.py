@@ -62,6 +62,14 @@ def set_up_gpus(tf32: bool = False):
         )
 
 
+def process_index(cluster: dict, kind: str, index: int) -> int:
+    """Returns the number of a process among all: a chief, if there is one, comes before workers.
+
+    cluster: {kind: addresses}.
+    """
+    return int(index) + (len(cluster.get('chief', [])) if kind == 'worker' else 0)
+
+
 class Replicas:
     """The devices, of this process and of others, that have equal parts of every meta-batch.
 
@@ -74,8 +82,10 @@ class Replicas:
         self.strategy = strategy
         self.count = strategy.num_replicas_in_sync if strategy else 1
         self.local = len(strategy.extended.worker_devices) if strategy else 1
-        cluster = strategy.cluster_resolver if strategy else None
-        self.process = (cluster.task_id if cluster and cluster.cluster_spec() else None) or 0
+        cluster, self.process = strategy.cluster_resolver if strategy else None, 0
+        if cluster and cluster.cluster_spec():
+            spec = cluster.cluster_spec().as_dict()
+            self.process = process_index(spec, cluster.task_type, cluster.task_id)
         self.is_chief = self.process == 0  # the one that prints and writes
 
     def slice_of(self, tasks: int) -> slice:

@@ -6,6 +6,7 @@ validation; each is there whole or not at all.
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def remove_checkpoint(path: str):
 def remove_leftovers(folder: str | Path):
     """Removes the leftovers of checkpoints from a process that died, or found no space.
 
-    These are the files that have no index beside them, and TensorFlow's temporary ones.
+    These are files that have no index beside them, and TensorFlow's temporary files and folders.
     """
     for path in Path(folder).glob('*.data-*'):
         ours = re.fullmatch(r'((?:model|best)\d+)\.data-\d+-of-\d+(\.tempstate\d+)?', path.name)
@@ -115,6 +116,9 @@ def remove_leftovers(folder: str | Path):
             path.unlink(missing_ok=True)
     for path in Path(folder).glob('*.index.tempstate*'):
         path.unlink(missing_ok=True)
+    for path in Path(folder).glob('*_temp'):
+        if re.fullmatch(r'(model|best)\d+_temp', path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def is_own(path: str) -> bool:

@@ -2,12 +2,13 @@
 
 import json
 import os
+from contextlib import suppress
 
 import tensorflow as tf
 from absl import flags
 
 from fewshot.checks import first_line
-from fewshot.engine.devices import Replicas, keep_freed_memory, set_up_gpus
+from fewshot.engine.devices import Replicas, keep_freed_memory, process_index, set_up_gpus
 from fewshot.sources import source_of
 
 
@@ -27,6 +28,7 @@ def make_replicas(f: flags.FlagValues) -> Replicas:
             '--strategy=multi_worker needs TF_CONFIG, which tells each worker the addresses of '
             'all; `python scripts/launch_workers.py N -- FLAGS` starts N workers on this machine'
         )
+    check_cluster(os.environ['TF_CONFIG'])
     wrong = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, tf.errors.OpError)
     try:
         return Replicas(tf.distribute.MultiWorkerMirroredStrategy())
@@ -35,12 +37,26 @@ def make_replicas(f: flags.FlagValues) -> Replicas:
         raise ValueError(f'TF_CONFIG={given} gives no cluster ({reason})') from error
 
 
+def check_cluster(text: str):
+    """Raises ValueError if TF_CONFIG names processes that are neither the chief nor workers."""
+    kinds = set()
+    with suppress(ValueError, TypeError, AttributeError):  # TensorFlow tells of these
+        config = json.loads(text)
+        kinds = {*config.get('cluster', {}), config.get('task', {}).get('type', 'worker')}
+    if others := sorted(kinds - {'chief', 'worker'}):
+        raise ValueError(
+            f'TF_CONFIG names {" and ".join(others)}, but only a chief and workers train here: '
+            'leave the others out, and evaluate with --train=False'
+        )
+
+
 def worker_index(f: flags.FlagValues) -> int:
     """Returns this process's index among the workers of --strategy=multi_worker; 0 is the chief."""
     if f.strategy != 'multi_worker':
         return 0
     try:
-        return int(json.loads(os.environ['TF_CONFIG'])['task']['index'])
+        config = json.loads(os.environ['TF_CONFIG'])
+        return process_index(config['cluster'], config['task']['type'], config['task']['index'])
     except (KeyError, ValueError, TypeError):
         return 0  # a TF_CONFIG that cannot be read is refused later
 

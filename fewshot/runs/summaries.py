@@ -3,7 +3,8 @@
 import datetime
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,8 @@ class Log:
 
     def _write(self, tags: tuple[str, ...], values: list, iteration: int):
         if self.writer:
-            self._scalars(tags, tf.constant(values), tf.constant(iteration, tf.int64))
+            with no_room():
+                self._scalars(tags, tf.constant(values), tf.constant(iteration, tf.int64))
 
     @tf.function(autograph=False)  # one call for all of them takes a fifth of the time
     def _scalars(self, tags: tuple[str, ...], values: tf.Tensor, iteration: tf.Tensor):
@@ -158,16 +160,23 @@ class Log:
         print(text + ('\033[K' if sys.stdout.isatty() else ''), flush=True)
 
     def flush(self):
-        try:
+        with no_room():
             if self.writer:
                 self.writer.flush()
-        except tf.errors.OpError as error:
-            raise OSError(f'the summaries cannot be written ({first_line(error)})') from error
 
     def close(self):
         with suppress(tf.errors.OpError):
             if self.writer:
                 self.writer.close()
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Turns TensorFlow's error about a file of summaries into an OSError of one sentence."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise OSError(f'the summaries cannot be written ({first_line(error)})') from error
 
 
 def as_utf8(value) -> bool | int | float | str:

@@ -7,11 +7,14 @@ import sys
 import threading
 from contextlib import suppress
 
-HANG_UP = getattr(signal, 'SIGHUP', None)  # Windows has none
+HANG_UP = getattr(signal, 'SIGHUP', None)  # Windows has none, and none of the last two
+# SIGUSR1 or SIGUSR2: batch systems send one before they end a job.
+NAMES = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2')
+STOPPING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class Signals:
-    """Turns SIGINT, SIGTERM and SIGHUP into a request to stop, while entered.
+    """Turns the STOPPING signals into a request to stop, while entered.
 
     The second one stops at once. SIGHUP comes when the terminal is closed. `nohup` has it ignored,
     and so it stays.
@@ -22,8 +25,8 @@ class Signals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, HANG_UP):
-                if number and (number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN):
+            for number in STOPPING:
+                if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self.receive)
         return self
 

@@ -24,7 +24,9 @@ def user_code(spec: str, all_of_it: bool = True) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error.__cause__, StopIteration):  # Python's own error takes its place
+            error = error.__cause__
         file, place = str(Path(spec.rpartition(':')[0]).resolve()), error.__traceback__
         while place and place.tb_frame.f_code.co_filename != file:
             place = place.tb_next

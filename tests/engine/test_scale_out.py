@@ -1,5 +1,6 @@
 """--strategy: the same weights from one device, two of a process, and two processes."""
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from command_line import ROOT, assert_refused, command, make_omniglot, run, succ
 from data_generator import Batch
 from fewshot.engine.devices import Replicas
 from fewshot.runs.checkpoints import checkpoints
+from scripts.launch_workers import free_ports
 
 LAUNCH = 'scripts/launch_workers.py'
 TWO_DEVICES = f"""
@@ -174,6 +176,42 @@ def test_a_signal_stops_all_workers(flags, tmp_path):
     assert process.returncode == 143 and re.search(sentence, out), err[-2000:]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc to find the workers')
+@pytest.mark.parametrize('number', [signal.SIGHUP, signal.SIGKILL])
+def test_workers_end_with_their_launcher(flags, tmp_path, number):
+    """A signal is passed on; where it cannot be, nobody trains on unwatched."""
+    process = launched(*longer(flags, 100000), f'--logdir={tmp_path}/logs')
+    wait_for(tmp_path, 'logs/*/model1000.index', process)
+    workers = children(process)
+    process.send_signal(number)
+    process.communicate(timeout=120)
+    deadline = time.monotonic() + 60
+    while any(Path(f'/proc/{worker}').exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (folder,) = (tmp_path / 'logs').iterdir()
+    assert max(checkpoints(folder)) % 1000  # that of the iteration in which they were told
+
+
+@pytest.mark.slow
+def test_a_chief_is_the_first(flags, tmp_path):
+    """And a cluster of a chief and a worker trains as one of two workers."""
+    succeeded(command(LAUNCH, '2', '--', *flags, f'--logdir={tmp_path}/workers'))
+    first, second = free_ports(2)
+    cluster = {'chief': [f'127.0.0.1:{first}'], 'worker': [f'127.0.0.1:{second}']}
+    line = [sys.executable, '-B', ROOT / 'main.py', *flags, '--strategy=multi_worker']
+    processes = []
+    for kind in cluster:
+        config = json.dumps({'cluster': cluster, 'task': {'type': kind, 'index': 0}})
+        given = {'env': {**os.environ, 'TF_CONFIG': config}, 'stderr': subprocess.PIPE}
+        processes.append(subprocess.Popen([*line, f'--logdir={tmp_path}/chief'], **given))
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    assert_close(tmp_path / 'workers', tmp_path / 'chief', 0)
+
+
 # Without other processes --------------------------------------------------------------------------
 
 
@@ -201,7 +239,19 @@ def test_shares_of_the_tasks():
         FourWorkers().slice_of(25)
 
 
-@pytest.mark.parametrize('config, words', [(None, 'needs TF_CONFIG'), ('none', 'gives no cluster')])
+PS = '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "worker", "index": 0}}'
+EVALUATOR = '{"cluster": {"worker": ["a:1"]}, "task": {"type": "evaluator", "index": 0}}'
+
+
+@pytest.mark.parametrize(
+    'config, words',
+    [
+        (None, 'needs TF_CONFIG'),
+        ('none', 'gives no cluster'),
+        (PS, 'TF_CONFIG names ps, but only a chief and workers train here'),
+        (EVALUATOR, 'TF_CONFIG names evaluator, but'),
+    ],
+)
 def test_no_cluster(monkeypatch, tmp_path, config, words):
     monkeypatch.delenv('TF_CONFIG', raising=False)
     if config:

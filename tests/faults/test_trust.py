@@ -135,6 +135,7 @@ def assert_same_run(one: Path, other: Path, last: int):
         signal.SIGINT,
         pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(
@@ -159,6 +160,15 @@ def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(
 
     assert figures(once.lines) == figures(stopped.lines + continued.lines)
     assert len(figures(once.lines)) == 6
+
+
+def test_batch_systems_signals_stop_a_run(tmp_path, eager, monkeypatch):
+    """As SIGTERM does."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        with monkeypatch.context() as patch:
+            Stop(patch, number, 1)
+            outcome = run(*SINUSOID, '--metatrain_iterations=3000', f'--logdir={tmp_path}/{number}')
+        assert outcome.status == 128 + number and 'the same command continues' in outcome.out
 
 
 def test_a_second_signal_stops_at_once(tmp_path, eager, monkeypatch):
@@ -675,6 +685,16 @@ def small_disk(tmp_path):
     yield folder, {} if mounted else {'preexec_fn': limit}
     if mounted:
         subprocess.run(['umount', folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('most', [4096, 20480])
+def test_files_of_limited_size(tmp_path, most):
+    """As a full disk: of the summaries the first, of the checkpoints the second."""
+    limits = {'preexec_fn': lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))}
+    outcome = Process(*SINUSOID, '--log=True', f'--logdir={tmp_path}', **limits).finish()
+    assert_refused(outcome, 'cannot be written', 'File too large')
+    assert '{{' not in outcome.err and not [*tmp_path.rglob('*_temp')]
 
 
 @pytest.mark.slow

@@ -452,6 +452,7 @@ def test_probabilities_are_no_logits():
 
 CURVES = f'--datasource={ROOT}/scripts/examples/curves.py:tasks'
 TASKS = """
+import sys
 import numpy as np
 from data_generator import Batch
 
@@ -470,6 +471,14 @@ class Failing(Tasks):
         if iteration == 3:
             raise OSError('my disk')
         return super().batch(split, iteration, num_tasks)
+
+class Stopping(Failing):
+    def batch(self, split, iteration, num_tasks):
+        return next(iter([])) if iteration == 3 else super().batch(split, iteration, num_tasks)
+
+class Leaving(Failing):
+    def batch(self, split, iteration, num_tasks):
+        return sys.exit(5) if iteration == 3 else super().batch(split, iteration, num_tasks)
 
 class Changing(Tasks):
     def batch(self, split, iteration, num_tasks):
@@ -723,5 +732,9 @@ def test_tasks_that_fail_later(own, tmp_path, eager):
     outcome = run(f'--datasource={own}:Failing', *flags)
     assert outcome.status == 1 and 'OSError: my disk' in outcome.err
     assert f'main.py: {own}:Failing failed, not this program:' in outcome.err
+    for name, error in (('Stopping', 'StopIteration'), ('Leaving', 'SystemExit: 5')):
+        outcome = run(f'--datasource={own}:{name}', *flags)
+        assert outcome.status == 1 and outcome.err.endswith(f'{error}\n'), outcome.err
+        assert f'main.py: {own}:{name} failed' in outcome.err and 'iteration == 3' in outcome.err
     outcome = run(f'--datasource={own}:Changing', *flags)
     assert_refused(outcome, "batch('train', 1, 2)", 'inputa is [2, 5, 16], but it was [2, 6, 16]')
