@@ -170,7 +170,7 @@ class Parts(NamedTuple):
 class MAML:
     """Initial weights θ of a network, and the two loops that learn them.
 
-    network: what has the attributes of paper_networks.Network. loss: function of outputs and
+    network: an object with the attributes of fewshot.Network. loss: function of outputs and
     labels, [T, examples, out] each, to one loss per task, [T]. update_lr: α, inner step size.
     num_updates: inner updates in training. meta_lr: β, outer step size (Adam), or Keras's schedule.
     stop_grad: first-order approximation. clip: bound on each element of the meta-gradient, or None.

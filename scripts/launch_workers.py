@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fewshot.runs.terminal import STOPPING
+from fewshot.runs.terminal import stopping_signals
 
 MAIN = Path(__file__).resolve().parents[1] / 'main.py'
 GRACE = 20  # seconds that the others have to end by themselves
@@ -117,7 +117,7 @@ def main():
         for worker in running(workers):
             worker.send_signal(number)
 
-    for number in STOPPING:
+    for number in stopping_signals():
         signal.signal(number, forward)
     try:
         ports = free_ports(values.count)

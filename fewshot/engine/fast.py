@@ -18,7 +18,12 @@ from fewshot.engine.programs import Programs, make_programs
 from fewshot.engine.tracing import constant_zeros
 from fewshot.networks.checks import check_loss, check_network, check_numbers, warn_of_probabilities
 from fewshot.networks.fused import fuse
-from fewshot.networks.inner_loops import named_inner_loop, part_of, step_norms
+from fewshot.networks.inner_loops import (
+    check_inner_loop,
+    named_inner_loop,
+    part_of,
+    step_norms,
+)
 from fewshot.networks.keras_network import KerasNetwork
 from fewshot.networks.outer_losses import OuterLossSchedule
 from fewshot.runs.checkpoints import check_parameters, read_checkpoint, read_objects
@@ -45,7 +50,7 @@ class FastMAML:
         seed: of the initial weights. dtype: of everything.
         adapt: what the inner loop changes: 'all', the 'head' (last layer), or the 'body'.
         learn_lr: the step sizes that the outer loop learns, 'none', or see LearnedRates.
-        inner_loop: an InnerLoop of your own, instead.
+        inner_loop: an InnerLoop of your own, instead of `learn_lr`.
         loss_steps, loss_steps_iterations, first_order_iterations: see OuterLossSchedule.
         norm_steps: normalisation parameters for each update, instead of the same for all.
         compiled: programs are compiled by XLA, else plain TensorFlow.
@@ -63,7 +68,7 @@ class FastMAML:
     stop_grad, clip = of_maml('stop_grad', 'clip')
     weights, norms, rates = of_maml('weights', 'norms', 'rates')
     parameters, named_parameters = of_maml('parameters', 'named_parameters')
-    metatrain_optimizer = next(of_maml('metatrain_optimizer'))
+    metatrain_optimizer, inner_loop = of_maml('metatrain_optimizer', 'inner_loop')
 
     def __init__(
         self,
@@ -94,7 +99,10 @@ class FastMAML:
         check_loss(loss, network, dtype)
         warn_of_probabilities(loss, network, dtype)
         part = part_of(fuse(network), adapt)
-        inner_loop = inner_loop or named_inner_loop(learn_lr, part, update_lr, num_updates)
+        if inner_loop is None:
+            inner_loop = named_inner_loop(learn_lr, part, update_lr, num_updates)
+        else:
+            check_inner_loop(inner_loop, learn_lr)
         own = step_norms(network, adapt) if norm_steps else []
         numbers = update_lr, num_updates, meta_lr, stop_grad, clip, seed
         self.maml = MAML(part, loss, *numbers, dtype, inner_loop, own)

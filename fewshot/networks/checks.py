@@ -36,7 +36,7 @@ def check_network(network, dtype: tf.DType):
     if lacking := [name for name in needed if not hasattr(network, name)]:
         raise ValueError(
             f'the network, of {type(network).__name__}, lacks {", ".join(lacking)}; '
-            'paper_networks.Network says what one needs, and a Keras model is one as it is'
+            'fewshot.Network says what one needs, and a Keras model is one as it is'
         )
     if getattr(network, 'dtype', dtype) != dtype:
         raise ValueError(

@@ -51,6 +51,17 @@ def named_inner_loop(learn_lr: str, network, update_lr: float, num_updates: int)
     return LearnedRates(learn_lr, network, update_lr, num_updates)
 
 
+def check_inner_loop(inner_loop, learn_lr: str):
+    """Raises ValueError for what is no InnerLoop, or one of the user's own beside a `learn_lr`."""
+    if not isinstance(inner_loop, InnerLoop):
+        raise ValueError(f'inner_loop must be a maml.InnerLoop, but it is {inner_loop!r:.60}')
+    if learn_lr != 'none':
+        raise ValueError(
+            f'learn_lr={learn_lr!r} makes an inner loop, and inner_loop is another one: give one '
+            'of the two'
+        )
+
+
 class Partly:
     """A network with some weights that the inner loop adapts; the others are common to all tasks.
 

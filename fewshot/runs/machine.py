@@ -56,8 +56,9 @@ def worker_index(f: flags.FlagValues) -> int:
         return 0
     try:
         config = json.loads(os.environ['TF_CONFIG'])
-        return process_index(config['cluster'], config['task']['type'], config['task']['index'])
-    except (KeyError, ValueError, TypeError):
+        task = config['task']
+        return process_index(config['cluster'], task.get('type', 'worker'), task['index'])
+    except (KeyError, ValueError, TypeError, AttributeError):
         return 0  # a TF_CONFIG that cannot be read is refused later
 
 

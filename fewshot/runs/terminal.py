@@ -13,11 +13,16 @@ NAMES = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2')
 STOPPING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
-class Signals:
-    """Turns the STOPPING signals into a request to stop, while entered.
+def stopping_signals() -> list[int]:
+    """Lists the signals that ask to stop; not SIGHUP where `nohup` has it ignored."""
+    ignored = HANG_UP and signal.getsignal(HANG_UP) == signal.SIG_IGN
+    return [number for number in STOPPING if not (ignored and number == HANG_UP)]
 
-    The second one stops at once. SIGHUP comes when the terminal is closed. `nohup` has it ignored,
-    and so it stays.
+
+class Signals:
+    """Turns `stopping_signals` into a request to stop, while entered.
+
+    The second one stops at once. SIGHUP comes when the terminal is closed.
     """
 
     def __init__(self):
@@ -25,9 +30,8 @@ class Signals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in STOPPING:
-                if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, self.receive)
+            for number in stopping_signals():
+                self.before[number] = signal.signal(number, self.receive)
         return self
 
     def receive(self, number, _):

@@ -132,7 +132,7 @@ class Trainer:
         self.log.training(self.model.evaluate_together(batch, self.updates), iteration)
         if self.model.rates:
             rates = {name: rate.numpy() for name, rate in self.model.rates.items()}
-            self.log.step_sizes(self.model.maml.inner_loop.shown(rates), iteration)
+            self.log.step_sizes(self.model.inner_loop.shown(rates), iteration)
         if iteration % self.schedule.picture == 0 and self.log.writer:
             picture = picture_of(self.source, batch, self.outputs)
             if picture is not None:

@@ -106,9 +106,7 @@ class Learner:
         if not isinstance(model, FastMAML):
             raise ValueError(f'model must be a FastMAML, but it is a {type(model).__name__}')
         if not has_sizes(model.network):
-            raise ValueError(
-                'the network must have dim_input and dim_output, see paper_networks.Network'
-            )
+            raise ValueError('the network must have dim_input and dim_output, see fewshot.Network')
         self.model, self.settings, self.checkpoint = model, settings or {}, None
         self.is_classifier = hasattr(model.loss, 'shots')
         self.takes_images = self.is_classifier and of_images(self.settings)

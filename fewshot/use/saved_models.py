@@ -29,7 +29,7 @@ def of_images(settings: dict) -> bool:
 def settings_of(model: FastMAML) -> dict:
     """Returns the settings that `Learner.load` needs for a model that was not made from flags."""
     shots, plain = getattr(model.loss, 'shots', None), model.loss is mean_squared_error
-    inner_loop, network = model.maml.inner_loop, model.network
+    inner_loop, network = model.inner_loop, model.network
     known = type(inner_loop) in (InnerLoop, LearnedRates)
     network = network.network if isinstance(network, Partly) else network
     network = getattr(network, 'plain', network)  # as it was given
@@ -149,8 +149,7 @@ def load_model(
     made['dtype'] = tf.as_dtype(settings.get('dtype', 'float32'))
     model = make_model(**made, compiled=compiled, network='' if network is None else network)
     if 'optimizer' in settings:
-        model.maml.metatrain_optimizer = stored_optimizer(settings['optimizer'], path)
-        model.maml.metatrain_optimizer.build(model.parameters)
+        model.set_optimizer(stored_optimizer(settings['optimizer'], path))
     if loss is not None:
         check_loss(loss, model.network, model.dtype)
         model.maml.loss = loss

@@ -18,6 +18,7 @@ from command_line import ROOT, assert_refused, command, make_omniglot, run, succ
 from data_generator import Batch
 from fewshot.engine.devices import Replicas
 from fewshot.runs.checkpoints import checkpoints
+from fewshot.runs.results import read_evaluation
 from scripts.launch_workers import free_ports
 
 LAUNCH = 'scripts/launch_workers.py'
@@ -66,9 +67,9 @@ def assert_close(logdir: Path, other: Path, tolerance: float = 1e-5):
 
 
 def means(logdir: Path) -> np.ndarray:
-    """Of an evaluation's table."""
-    (path,) = logdir.glob('*/test_*.csv')
-    return np.array(path.read_text().splitlines()[1].split(','), float)
+    """Of the one evaluation in the one folder: [1 + updates]."""
+    (path,) = logdir.glob('*/*.csv')
+    return read_evaluation(path)[0]
 
 
 @pytest.mark.slow

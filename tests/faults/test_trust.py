@@ -45,7 +45,7 @@ from fewshot.runs.prepare import Options, prepare
 from fewshot.runs.run_folder import lock_folder
 from fewshot.runs.summaries import event_files, forget_summaries, read_events, read_scalars
 from fewshot.runs.tasks import make_generators
-from fewshot.runs.terminal import Signals
+from fewshot.runs.terminal import STOPPING, Signals, stopping_signals
 from fewshot.runs.trainer import Schedule, Trainer, is_better
 from fewshot.use.learner import Learner
 
@@ -169,6 +169,15 @@ def test_batch_systems_signals_stop_a_run(tmp_path, eager, monkeypatch):
             Stop(patch, number, 1)
             outcome = run(*SINUSOID, '--metatrain_iterations=3000', f'--logdir={tmp_path}/{number}')
         assert outcome.status == 128 + number and 'the same command continues' in outcome.out
+
+
+def test_nohup_keeps_a_closed_terminal_from_stopping():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert {*stopping_signals()} == {*STOPPING} - {signal.SIGHUP}
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.SIGHUP in stopping_signals()
 
 
 def test_a_second_signal_stops_at_once(tmp_path, eager, monkeypatch):

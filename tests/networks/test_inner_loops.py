@@ -727,6 +727,8 @@ def test_runs_from_before_the_flags(tmp_path, eager, monkeypatch):
     [
         (dict(adapt='heads'), "adapt must be one of 'all', 'head', 'body'"),
         (dict(learn_lr='step'), "'weight', but it is 'step'"),
+        (dict(learn_lr='layer', inner_loop=Damped()), 'give one of the two'),
+        (dict(inner_loop=0.1), 'inner_loop must be a maml.InnerLoop, but it is 0.1'),
         (dict(loss_steps='first'), "loss_steps must be one of 'last', 'all'"),
         (dict(loss_steps_iterations=3), "is for loss_steps='all'"),
         (dict(loss_steps='all', loss_steps_iterations=-3), 'loss_steps_iterations must not be'),
