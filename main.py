@@ -10,10 +10,18 @@ trains, in the folder of --logdir that is named after the flags. The same line a
 --test_set=True on 600 test tasks. scripts/paper has the line for every cell of the paper's tables.
 """
 
+import importlib.util
 import os
 import signal
 import sys
 from contextlib import ExitStack
+
+from fewshot.runs.flags import read_command_line, settings
+from fewshot.runs.terminal import Signals, keeps_programs, print_anything
+
+if __name__ == '__main__':  # --help and a wrong flag need not wait for TensorFlow
+    print_anything()
+    read_command_line(sys.argv, __doc__)
 
 import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
@@ -23,32 +31,39 @@ from absl import app, flags, logging
 
 from fewshot.checks import first_line
 from fewshot.data.user_tasks import BadTasks
-from fewshot.runs.flags import define_flags, settings
+from fewshot.paper.runs import paper_hint
 from fewshot.runs.machine import tune, worker_index
-from fewshot.runs.prepare import USUAL, Options, Prepared, make_trainer, prepare
+from fewshot.runs.prepare import USUAL, Options, Prepared, compiling, make_trainer, prepare
 from fewshot.runs.run_folder import take_run
-from fewshot.runs.terminal import Signals, keeps_programs, print_anything
 from fewshot.runs.trainer import Diverged, evaluate_tasks
 from fewshot.runs.user_code import UserCodeError, user_code
-from utils import command_again, next_steps, print_results, write_results
+
+# By its place: in a notebook `utils` may be a module of the user's.
+FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'utils.py')
+SPEC = importlib.util.spec_from_file_location('maml_utils', FILE)
+utils = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(utils)
 
 
 def train(run: Prepared, f: flags.FlagValues, options: Options = USUAL):
     """Trains to the end, or until a signal; exits with 128 + its number then."""
+    if run.start == 0 and (hint := paper_hint(f)):
+        print(hint)
     trainer = make_trainer(run, f, options)
     with Signals() as signals:
         try:
             done = trainer.run(lambda: bool(signals.received))
+            trainer.log.report(done)
         finally:
             trainer.log.close()
     end = trainer.schedule.end
     if done < end:
         print(
-            f'Saved {run.folder}/model{done - 1}; {command_again(settings(f))} continues at '
+            f'Saved {run.folder}/model{done - 1}; {utils.command_again(settings(f))} continues at '
             f'iteration {done} of {end}.'
         )
         sys.exit(128 + (signals.received or signal.SIGTERM))  # another worker's signal stops all
-    print(next_steps(run, f))
+    print(utils.next_steps(run, f))
 
 
 def test(run: Prepared, f: flags.FlagValues, options: Options = USUAL):
@@ -62,9 +77,9 @@ def test(run: Prepared, f: flags.FlagValues, options: Options = USUAL):
             print(f'{done} of {f.test_tasks} tasks', end='\033[K\r', flush=True)
     values = np.concatenate(rows)[: f.test_tasks]  # [tasks, 1 + updates]
     values = values if source.has_queries else values[:, :1]
-    statistics = print_results(run, f, values)
+    statistics = utils.print_results(run, f, values)
     if run.model.replicas.is_chief:
-        write_results(run, f, values, statistics)
+        utils.write_results(run, f, values, statistics)
 
 
 def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS, options: Options = USUAL):
@@ -86,7 +101,7 @@ def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS, options: Optio
             sys.exit(f'main.py: {error}')
         if run.generators:
             what = 'training' if f.train else 'evaluation'
-            print(f'Done initializing, starting {what}.', flush=True)
+            print(f'Done initializing, starting {what}.\n{compiling(f)}', flush=True)
             carry_out(run, f, options)
 
 
@@ -116,8 +131,8 @@ def carry_out(run: Prepared, f: flags.FlagValues, options: Options):
             raise
         print(
             f'main.py: worker {worker_index(f)} lost another one ({first_line(error)}); start all '
-            f'of them again: {command_again(settings(f))} continues from the newest checkpoint in '
-            f'{run.folder}',
+            f'of them again: {utils.command_again(settings(f))} continues from the newest '
+            f'checkpoint in {run.folder}',
             file=sys.stderr,
             flush=True,
         )
@@ -150,6 +165,4 @@ def program(arguments: list[str], options: Options = TUNED):
 
 
 if __name__ == '__main__':
-    print_anything()
-    define_flags()
     app.run(program)

@@ -17,7 +17,7 @@ from absl import flags
 from fewshot.paper.runs import paper_figures
 from fewshot.runs.flags import trained_settings
 from fewshot.runs.prepare import Prepared
-from fewshot.runs.results import write_together
+from fewshot.runs.results import guessing, write_together
 from fewshot.runs.user_code import is_spec
 from fewshot.sources import IMAGE_SOURCES, SOURCES
 
@@ -34,7 +34,8 @@ def command_again(given: dict) -> str:
 def print_results(run: Prepared, f: flags.FlagValues, values: np.ndarray) -> tuple:
     """Prints means, standard deviations and 95 % intervals, and returns them: [1 + updates] each.
 
-    They are printed as the original does, then as a table. values: [tasks, 1 + updates].
+    The original's lines follow the table if --original_output asks for them. values:
+    [tasks, 1 + updates].
     """
     ((split, source),) = run.generators.items()
     if not source.has_queries:
@@ -45,19 +46,26 @@ def print_results(run: Prepared, f: flags.FlagValues, values: np.ndarray) -> tup
     with np.errstate(invalid='ignore', over='ignore'):  # of tasks that diverge
         mean, stddev = values.mean(0), values.std(0)
     interval = 1.96 * stddev / np.sqrt(len(values))
-    print('Mean validation accuracy/loss, stddev, and confidence intervals')
-    print((mean, stddev, interval))
     objective = 'accuracy' if source.objective == 'accuracy' else 'squared error'
+    objective = 'loss' if f.loss and objective != 'accuracy' else objective
     what = f'{objective} on {len(values)} {SPLITS[split]} tasks'
     paper = {} if other_data(run, f) else figures_of_paper(run.state, f)
     print(*result_table(what, mean, interval, paper), sep='\n')
     if caution := source.caution(split):
         print(caution)
+    if poor := guessing(source, mean[-1], interval[-1]):
+        print(
+            f'The last accuracy is{poor[1:]}. A published model may do better, by '
+            'scripts/model/classify.py or --init: python -m fewshot.paper.published lists them.'
+        )
+    if f.original_output:
+        print('Mean validation accuracy/loss, stddev, and confidence intervals')
+        print((mean, stddev, interval))
     return mean, stddev, interval
 
 
 def write_results(run: Prepared, f: flags.FlagValues, values: np.ndarray, statistics: tuple):
-    """Writes an evaluation as csv and pkl; the latter has the original's `mses`.
+    """Writes an evaluation as csv and pkl, and says where; the latter has the original's `mses`.
 
     Both tell the split and the iteration of the checkpoint. statistics: the result of
     `print_results`.
@@ -71,6 +79,7 @@ def write_results(run: Prepared, f: flags.FlagValues, values: np.ndarray, statis
     csv.writer(text).writerows([header + ['split', 'iteration'], *rows])
     written = {'pkl': pickle.dumps(content), 'csv': text.getvalue().encode()}
     write_together({path.with_name(f'{path.name}.{end}'): of for end, of in written.items()})
+    print(f'Wrote {path}.csv and .pkl')
 
 
 def figures_of_paper(state: dict, f: flags.FlagValues) -> dict[int, str]:
@@ -136,11 +145,16 @@ def command_line(script: str, *arguments: str | Path) -> str:
 def next_steps(run: Prepared, f: flags.FlagValues) -> str:
     """Tells where a finished run is, and what can be done with it."""
     # The user's own files: a run names them, but they are not run unasked.
-    given = [f'--{n}={f[n].value}' for n in ('datasource', 'network') if is_spec(f[n].value)]
+    given = [
+        f'--{n}={f[n].value}' for n in ('datasource', 'network', 'loss') if is_spec(f[n].value)
+    ]
     evaluation = ['main.py', '--train=False', '--test_set=True', f'--run={run.folder}', *given]
     commands = [command_line(*evaluation)]
     if f.datasource in IMAGE_SOURCES:
-        network = [f'--network={f.network}'] if f.network else []
-        classify = ['scripts/model/classify.py', run.folder, 'SUPPORT_DIR', 'IMAGE', *network]
+        own = [text for text in given if not text.startswith('--datasource')]
+        classify = ['scripts/model/classify.py', run.folder, 'SUPPORT_DIR', 'IMAGE', *own]
         commands.append(command_line(*classify))
-    return '\n    '.join([f'The run is in {run.folder}. Test it, use it:', *commands])
+    if f.log:
+        commands.append(shlex.join(['tensorboard', f'--logdir={run.folder}']))
+    told = f'The run is in {run.folder}. Test it, use it, see its curves:'
+    return '\n    '.join([told if f.log else told.replace(', see its curves', ''), *commands])

@@ -16,3 +16,4 @@ flags=(--datasource=sinusoid --norm=None --update_batch_size=10 --metatrain_iter
 python main.py "${flags[@]}"
 python main.py "${flags[@]}" --train=False --test_set=True
 python scripts/paper/plot_sinusoid.py "${logdir}cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm"
+echo 'To type python commands in this environment: . .venv/bin/activate'

@@ -151,6 +151,10 @@ def check_command(program: str, *arguments: str):
     program = program.removeprefix('.venv/bin/')
     if program == 'python' and arguments[:2] == ('-m', 'pytest'):
         check_names(arguments[2:], PYTEST)
+    elif program == 'python' and arguments[0] == '-m':
+        importlib.import_module(arguments[1])
+    elif program == '.':  # the environment that scripts/run.sh makes
+        check_names(arguments, set())
     elif program in ('python', 'bash'):
         check_script(*arguments)
     elif program == 'pip':

@@ -177,6 +177,9 @@ def test_flags_and_defaults():
         'fit',
         'skip_small_classes',
         'one_program',
+        'original_output',
+        'init',
+        'loss',
         *INNER_LOOPS,
     }
 
@@ -476,12 +479,15 @@ def test_table_of_flags_says_what_makes_the_model():
     assert of_flags | of_tasks == {*MODEL_SETTINGS} and not of_flags & of_tasks
 
 
+LINES = r'(Pretrain )?Iteration \d+ of', r'(Pretrain )?Iteration \d+:|Validation'
+
+
 def test_lines_of_a_sinusoid(tmp_path, intervals, graphs):
     """A line every tenth summary, each the means of the losses since the line before; not at 0."""
     intervals(summary=2, line=2)
     flags = ['--metatrain_iterations=45', '--num_updates=2', f'--logdir={tmp_path}']
-    outcome = succeeded(run(*SINUSOID, *flags))
-    lines = [line for line in outcome.lines if 'Iteration' in line]
+    outcome = succeeded(run(*SINUSOID, *flags, '--original_output'))
+    shown, lines = ([x for x in outcome.lines if re.match(start, x)] for start in LINES)
     assert outcome.lines[0] == 'Done initializing, starting training.'
     assert [line.split(':')[0] for line in lines] == ['Iteration 20', 'Iteration 40']
     written = summaries(only(tmp_path))
@@ -489,6 +495,13 @@ def test_lines_of_a_sinusoid(tmp_path, intervals, graphs):
         pre, post = re.fullmatch(rf'Iteration \d+: {NUMBER}, {NUMBER}', line).groups()
         expected = means_of(written, 'loss', 2, steps)
         np.testing.assert_allclose([float(pre), float(post)], expected, rtol=1e-5)
+    for line, i, steps in zip(
+        shown, (20, 40, 45), [*map(range, (0, 22, 42), (21, 41, 46), [2] * 3)]
+    ):
+        pre, post = (f'{mean:.4g}' for mean in means_of(written, 'loss', 2, steps))
+        start = f'Iteration {i} of 45: loss {pre} before any update, {post} after 2 updates; '
+        assert line.startswith(start) and re.search(r'; [\d,.]+ (per second|s each)', line)
+    assert len(shown) == 3 and re.search(r', 0:\d\d:\d\d left$', shown[1])
 
 
 @pytest.mark.slow
@@ -496,7 +509,8 @@ def test_lines_of_images(tmp_path, data, intervals, graphs):
     """Accuracies; pre-training has its own count and name; validation classes every so often."""
     intervals(summary=2, line=4, validation=6)
     iterations = ['--pretrain_iterations=8', '--metatrain_iterations=9']
-    outcome = succeeded(run(*PLAIN, *iterations, f'--data_dir={data}', f'--logdir={tmp_path}'))
+    folders = [f'--data_dir={data}', f'--logdir={tmp_path}']
+    outcome = succeeded(run(*PLAIN, *iterations, *folders, '--original_output'))
     written = summaries(only(tmp_path))
 
     def training(*steps):
@@ -506,8 +520,7 @@ def test_lines_of_images(tmp_path, data, intervals, graphs):
         tags = ('Pre-update_accuracy', 'Post-update_accuracy__step_1')
         return [written[f'metaval_{tag}'][step] for tag in tags]
 
-    shown = '(Pretrain )?Iteration|Validation'
-    lines = [line for line in outcome.lines if re.match(shown, line)]
+    lines = [line for line in outcome.lines if re.match(LINES[1], line)]
     expected = [
         ('Pretrain Iteration 4', training(0, 2, 4)),
         ('Validation results', validation(6)),
@@ -546,7 +559,7 @@ def tags(prefix: str, kinds: list[str], updates: int) -> set[str]:
 def test_tags_of_a_sinusoid(tmp_path, graphs):
     succeeded(run(*SINUSOID, '--metatrain_iterations=201', f'--logdir={tmp_path}'))
     written = summaries(only(tmp_path))
-    assert written.keys() == tags('metatrain', ['loss'], 5) | {'last_training_loss'}
+    assert written.keys() == tags('metatrain', ['loss'], 5) | {'training/loss'}
     assert all([*values] == [0, 100, 200] for values in written.values())
     assert all(np.isfinite([*values.values()]).all() for values in written.values())
 
@@ -557,10 +570,9 @@ def test_tags_of_images(tmp_path, data, intervals, graphs):
     folders = [f'--data_dir={data}', f'--logdir={tmp_path}']
     succeeded(run(*PLAIN, '--metatrain_iterations=101', *folders))
     written = summaries(only(tmp_path))
-    training = tags('metatrain', ['loss', 'accuracy'], 10) | {'last_training_accuracy'}
+    training = tags('metatrain', ['loss', 'accuracy'], 10) | {'training/accuracy'}
     validation = tags('metaval', ['loss', 'accuracy'], 10)
-    validation |= {'metaval_Post-update_accuracy_interval'}
-    validation |= {'last_validation_accuracy', 'best_validation_accuracy'}
+    validation |= {f'validation/{name}accuracy' for name in ('', 'interval_', 'best_')}
     assert written.keys() == training | validation
     assert all([*written[tag]] == [0, 100] for tag in training)
     assert all([*written[tag]] == [100] for tag in validation)
@@ -593,7 +605,7 @@ def test_updates_shown_of_miniimagenet(tmp_path, data):
         flags = [*MINIIMAGENET, f'--num_updates={updates}', f'--data_dir={data}']
         succeeded(run(*flags, '--metatrain_iterations=1', f'--logdir={logdir}'))
         written = summaries(only(logdir))
-        expected = tags('metatrain', ['loss', 'accuracy'], updates) | {'last_training_accuracy'}
+        expected = tags('metatrain', ['loss', 'accuracy'], updates) | {'training/accuracy'}
         assert written.keys() == expected
 
 
@@ -646,9 +658,9 @@ def test_runs_are_compared_by_flags_and_accuracies(tmp_path, data, intervals):
         validated = written[f'metaval_Post-update_accuracy__step_{updates}']
         trained = written[f'metatrain_Post-update_accuracy__step_{updates}']
         assert max(validated) == max(trained) == ends[updates] - 1
-        metric = metrics['last_validation_accuracy']
+        metric = metrics['validation/accuracy']
         assert (metric['trainingStep'], metric['value']) == [*validated.items()][-1]
-        assert metrics['best_validation_accuracy']['value'] == max(validated.values())
+        assert metrics['validation/best_accuracy']['value'] == max(validated.values())
 
 
 @pytest.mark.slow
@@ -659,7 +671,7 @@ def test_runs_are_compared_by_errors(tmp_path, intervals):
     ((name, (hparams, metrics)),) = compared(tmp_path).items()
     losses = summaries(tmp_path / name)['metatrain_Post-update_loss__step_1']
     expected = np.mean([losses[step] for step in (11, 12)])
-    assert metrics['last_training_loss']['value'] == pytest.approx(expected, rel=1e-5)
+    assert metrics['training/loss']['value'] == pytest.approx(expected, rel=1e-5)
     assert hparams['norm'] == 'None'
 
 
@@ -701,7 +713,7 @@ def once(tmp_path, data) -> list[str]:
 def test_evaluation_of_a_sinusoid(tmp_path):
     train = [*SINUSOID, '--metatrain_iterations=20', f'--logdir={tmp_path}', '--log=False']
     succeeded(run(*train))
-    outcome = succeeded(run(*train, '--train=False'))
+    outcome = succeeded(run(*train, '--train=False', '--original_output'))
     values = results(only(tmp_path), 'test_ubs5_stepsize0.001_val')
     stored = pickle.loads((only(tmp_path) / 'test_ubs5_stepsize0.001_val.pkl').read_bytes())
     assert (stored['iteration'], stored['split']) == (19, 'val')  # what was evaluated on what
@@ -709,7 +721,7 @@ def test_evaluation_of_a_sinusoid(tmp_path):
     assert outcome.lines[1] == 'Done initializing, starting evaluation.'
     expected = [values.mean(0), values.std(0), 1.96 * values.std(0) / 600**0.5]
     np.testing.assert_allclose(printed(outcome), expected, rtol=1e-4)
-    again = succeeded(run(*train, '--train=False'))
+    again = succeeded(run(*train, '--train=False', '--original_output'))
     assert again.out == outcome.out  # the same tasks
     suffixes = {path.suffix for path in only(tmp_path).iterdir()}
     assert suffixes == {'.index', '.data-00000-of-00001', '.csv', '.pkl'}
@@ -728,7 +740,7 @@ def test_evaluation_of_tasks_that_diverge(tmp_path, monkeypatch, eager):
             '--train_update_lr=0.001',
         )
     )
-    assert not outcome.err and outcome.lines[-1].split() == ['10', '-', '-']
+    assert not outcome.err and outcome.lines[-2].split() == ['10', '-', '-']
 
 
 @pytest.mark.slow
@@ -768,9 +780,9 @@ def test_evaluation_with_other_shots_and_step_size(tmp_path, data, monkeypatch):
 
 
 def table(outcome: Outcome) -> tuple[str, list[list[str]]]:
-    """The title of the table that follows the three vectors, and the words of its rows."""
-    _, _, text = outcome.out.partition('))\n')
-    title, head, *rows = text.splitlines()
+    """The title of the table, and the words of its rows."""
+    _, title, text = re.split(r'^(Mean .* tasks.*)$', outcome.out, flags=re.MULTILINE)
+    _, head, *rows = text.splitlines()
     assert head.split() == ['updates', 'mean', '95', '%', 'interval']
     return title, [row.split() for row in rows if row[:7].strip().isdigit()]  # cautions follow
 
@@ -850,10 +862,11 @@ def test_evaluation_of_a_run_by_its_folder(tmp_path, data, monkeypatch):
     train = [*once(tmp_path / 'logs', data), '--conv=False']
     train += ['--seed=3', '--num_updates=2', '--log=True', '--test_set=True']
     succeeded(run(*train))
+    train += ['--original_output']
     usual = succeeded(run(*train, '--train=False', '--test_set=False'))
     folder = only(tmp_path / 'logs').rename(tmp_path / 'elsewhere')
     before = listing(folder)
-    outcome = succeeded(run('--train=False', f'--run={folder}'))
+    outcome = succeeded(run('--train=False', f'--run={folder}', '--original_output'))
     assert printed(outcome).tolist() == printed(usual).tolist()
     assert table(outcome) == table(usual)
     assert listing(folder).keys() == before.keys() and {*tmp_path.iterdir()} == {
@@ -886,7 +899,7 @@ def test_folder_that_is_no_run(tmp_path):
 @pytest.mark.slow
 def test_test_classes_are_others(tmp_path, data, monkeypatch):
     evaluate_few(monkeypatch, 20)
-    train = once(tmp_path, data)
+    train = [*once(tmp_path, data), '--original_output']
     succeeded(run(*train))
     validation = printed(succeeded(run(*train, '--train=False')))
     test = printed(succeeded(run(*train, '--train=False', '--test_set=True')))
@@ -915,7 +928,7 @@ def test_plain_network_on_miniimagenet(tmp_path, data, monkeypatch):
     settle(monkeypatch, intervals={'validation': 1, 'summary': 1}, printing=1)
     evaluate_few(monkeypatch, 8)
     train = [*MINIIMAGENET, '--metatrain_iterations=0', '--pretrain_iterations=2']
-    train += [f'--data_dir={data}', f'--logdir={tmp_path}']
+    train += [f'--data_dir={data}', f'--logdir={tmp_path}', '--original_output']
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         trained = succeeded(run(*train))
@@ -959,8 +972,12 @@ def test_default_command(tmp_path):
 
 
 def test_endless_run(capsys):
-    Log('loss', 0, 10**30, 1, 1).steps(1, 1000, 0.5)
-    assert f'1000 of {10**30} iterations' in capsys.readouterr().out
+    log = Log('loss', 0, 10**30, None, 1)
+    log.steps(0, 1, 0.5)
+    log.steps(1, 1000, 0.5)
+    log.before = [0.5]
+    log.report(1000)
+    assert f'Iteration 1000 of {10**30}: loss 0.5 before any' in capsys.readouterr().out
 
 
 # Starting again -----------------------------------------------------------------------------------

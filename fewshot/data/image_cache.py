@@ -20,10 +20,11 @@ import numpy as np
 
 from data_generator import listed
 from fewshot.data.image_files import ImageLayout, read_image
-from fewshot.engine.devices import cores
+from fewshot.engine.cores import cores
 
 CACHE_FORMAT = 3  # raise it when what the cache holds changes
 CHUNK = 256  # images decoded and written together
+DARK = 64  # what 14 bits come to if a file says that it has 16
 
 
 def tell(text: str):
@@ -46,6 +47,8 @@ def cache_places(folder: Path, *parts: str, cache_dir: str | None = None) -> lis
     if cache_dir:
         return [Path(cache_dir).expanduser() / name]
     home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    if home.startswith('~'):  # HOME is not set, and the system does not know the user
+        return [beside]
     return [beside, Path(home) / 'maml-tf2' / name]
 
 
@@ -70,10 +73,22 @@ def cached_images(
     why = f': {unusable[0]} is out of date or damaged' if unusable else ''
     tell(f'Decoding the {len(files)} images of {folder}{why}.')
 
-    def decoded() -> Iterator[np.ndarray]:
-        return _decode_all(files, lambda file: read_image(file.path, layout, command))
+    failures, dark = [], set()
 
-    failures = []
+    def decode(file: os.DirEntry) -> np.ndarray:
+        image = read_image(file.path, layout, command)
+        if image.max() < DARK and not layout.prepared:
+            dark.add(file.path)
+        return image
+
+    def decoded() -> Iterator[np.ndarray]:
+        yield from _decode_all(files, decode)
+        if dark:
+            tell(
+                f'{len(dark)} images are nearly black, with no value above {DARK - 1} of 255: '
+                f'{listed(sorted(dark))}.'
+            )
+
     for cache in places:
         try:
             images = _write_cache(cache, key, shape, decoded())
@@ -96,6 +111,7 @@ def cached_images(
 def _fingerprint(folder: Path, layout: ImageLayout, files: list[os.DirEntry]) -> str:
     """Computes a text that changes with the layout, and any file's name, size or time of change."""
     stored = layout._replace(suffixes=())  # the files tell those that matter
+    stored = repr(stored).replace(', bits=16', '')  # as before there were others
     digest = hashlib.sha256(f'({CACHE_FORMAT}, {stored})'.encode())
     for file in files:
         status = file.stat()

@@ -1,13 +1,17 @@
 """Describes how images lie on disk, and decodes an image file."""
 
+import contextlib
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
+
+from fewshot.data.entries import visible
 
 FITS = ('crop', 'pad', 'squash')
 
@@ -25,10 +29,12 @@ class ImageLayout(NamedTuple):
     # The treatment of images of another shape: 'crop' cuts off the longer side at both ends alike,
     # 'pad' fills the shorter one with white, 'squash' stretches.
     fit: str = 'squash'
+    bits: int | None = 16  # of values in grey files of 16 bits; None: see `bits_of`
 
     def name(self) -> str:
         """Returns a text that tells the caches of a folder apart, such as '84x84x3.crop'."""
-        return f'{"x".join(map(str, self.shape(1)[1:]))}.{self.fit}'
+        bits = '' if self.bits == 16 else f'.{self.bits}bits'
+        return f'{"x".join(map(str, self.shape(1)[1:]))}.{self.fit}{bits}'
 
     def shape(self, total: int) -> tuple:
         """Returns the shape of the array that holds `total` images."""
@@ -41,48 +47,32 @@ OMNIGLOT = ImageLayout(
 MINIIMAGENET = ImageLayout((84, 84), 'RGB', ('.jpg', '.jpeg', '.png'), prepared=True)
 
 
-def folder_layout(image_size: int, channels: int, fit: str = 'crop') -> ImageLayout:
+def folder_layout(
+    image_size: int, channels: int, fit: str = 'crop', bits: int | None = 16
+) -> ImageLayout:
     """Returns the layout of class folders of any images.
 
-    channels: 1 (grey) or 3 (colour). fit: one of FITS.
+    channels: 1 (grey) or 3 (colour). fit: one of FITS. bits: see ImageLayout.
     """
     Image.init()  # Pillow knows few of its formats before
     formats = Image.registered_extensions().items()
     suffixes = tuple(sorted(suffix for suffix, name in formats if name in Image.OPEN))
     size, mode = (image_size, image_size), 'L' if channels == 1 else 'RGB'
-    return ImageLayout(size, mode, suffixes, fit=fit)
+    return ImageLayout(size, mode, suffixes, fit=fit, bits=bits)
 
 
 def run_layout(settings: Mapping) -> ImageLayout:
     """Returns the layout of images given to a trained model: any file, any size.
 
-    settings: the flags it was trained with, of which datasource, image_size, channels and fit
-    count. Runs from before `fit` was a flag squash, and the original's data were squashed too.
+    settings: the flags it was trained with, of which datasource, image_size, channels, fit and
+    bits count. Runs from before `fit` was a flag squash, and the original's data were squashed too.
     """
     if settings['datasource'] == 'omniglot':
         return OMNIGLOT._replace(prepared=False, suffixes=folder_layout(28, 1).suffixes)
     if settings['datasource'] == 'miniimagenet':
         return folder_layout(84, 3, 'squash')
-    fit = settings.get('fit') or 'squash'
-    return folder_layout(settings['image_size'], settings['channels'], fit)
-
-
-def visible(folder: str | Path) -> list[os.DirEntry]:
-    """Lists the entries of a folder, without the hidden ones, sorted by name."""
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith('.')]
-    return sorted(visible, key=lambda entry: entry.name)
-
-
-def class_folders(folder: str | Path, depth: int) -> list[tuple[str, str]]:
-    """Lists (relative name, path) of the folders `depth` levels below, sorted level by level."""
-    found = [('', str(folder))]
-    for _ in range(depth):
-        parents, found = found, []
-        for parent, path in parents:
-            folders = [entry for entry in visible(path) if entry.is_dir()]
-            found += [(f'{parent}/{entry.name}'.lstrip('/'), entry.path) for entry in folders]
-    return found
+    fit, bits = settings.get('fit') or 'squash', settings.get('bits') or 16
+    return folder_layout(settings['image_size'], settings['channels'], fit, bits)
 
 
 def image_files(folder: str | Path, layout: ImageLayout) -> list[str]:
@@ -94,6 +84,28 @@ def image_entries(folder: str | Path, layout: ImageLayout) -> list[os.DirEntry]:
     """Lists the same images as entries, which know the size and the time of change."""
     files = [entry for entry in visible(folder) if entry.name.lower().endswith(layout.suffixes)]
     return [entry for entry in files if entry.is_file()]
+
+
+def bits_of(images: Sequence[Sequence[os.DirEntry]]) -> int:
+    """Returns how many bits hold the values of a data set's grey images of 16 bits: 8 to 16.
+
+    Cameras and scanners write 10, 12 or 14, which would look black as 16. images: the files of each
+    class; others than the first are read only if some of these have 16 bits.
+    """
+    largest = 0
+    if any(largest_value(files[0]) for files in images if files):
+        for file in itertools.chain(*images):
+            largest = max(largest, largest_value(file))
+            if largest >> 14:
+                break
+    return next(bits for bits in (8, 10, 12, 14, 16) if largest < 2**bits) if largest else 16
+
+
+def largest_value(file: os.DirEntry) -> int:
+    """Returns the largest value of a grey image of 16 bits; 0 of all others."""
+    with contextlib.suppress(Exception), Image.open(file.path) as image:  # as in read_image
+        return int(np.max(image)) if image.mode.startswith('I;') else 0
+    return 0
 
 
 def read_image(path: str, layout: ImageLayout, command: str | None = None) -> np.ndarray:
@@ -139,7 +151,10 @@ def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:
     if not layout.prepared:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I;'):  # 16 bits, which Pillow's conversion would cut off at 255
-        image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
+        values = np.asarray(image)
+        if values.max() >> layout.bits:
+            raise ValueError(f'{values.max()} is more than the {layout.bits} bits of the others')
+        image = Image.fromarray(np.uint8(values >> layout.bits - 8))
     if image.has_transparency_data and not layout.prepared:
         white = Image.new('RGBA', image.size, 'white')
         image = Image.alpha_composite(white, image.convert('RGBA'))

@@ -7,15 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_generator import SPLITS, ClassImages, split_classes
+from data_generator import SPLITS, ClassImages, listed, split_classes
+from fewshot.data.entries import class_folders
 from fewshot.data.image_cache import cache_places, cached_images
-from fewshot.data.image_files import (
-    MINIIMAGENET,
-    OMNIGLOT,
-    ImageLayout,
-    class_folders,
-    image_entries,
-)
+from fewshot.data.image_files import MINIIMAGENET, OMNIGLOT, ImageLayout, image_entries
 
 Classes = Mapping[str, list[os.DirEntry]]  # {class: its image files}
 
@@ -83,7 +78,8 @@ def load_class_folders(
     check_folder(folder, command)
     found = class_folders(folder, layout.depth)
     classes = {name: image_entries(path, layout) for name, path in found}
-    check_classes(classes, folder, command)
+    if fault := no_classes(classes, folder, command):
+        raise ValueError(fault)
     return load_classes(folder, layout, classes, places, command)
 
 
@@ -114,26 +110,17 @@ def check_folder(folder: Path, command: str | None = None):
         raise FileNotFoundError(f'there is no folder {folder}; {remedy}')
 
 
-def check_classes(
-    classes: Classes, folder: Path, command: str | None = None, skip_empty: bool = False
-):
-    """Raises ValueError if there are no classes, or one has no images and is not to be skipped.
-
-    For the user's own classes it also does so if they lie at different depths.
-    """
+def no_classes(classes: Classes, folder: Path, command: str | None = None) -> str:
+    """Says that there are no classes in a folder, or some have no images; '' if neither is so."""
     again = f'move {folder} away and make it again with {command}'
     if not classes:
         remedy = again if command else 'it needs a folder of images for each class'
-        raise ValueError(f'{folder} holds no class folders; {remedy}')
-    for name in [name for name, files in classes.items() if not files]:
-        if not command and class_folders(folder / name, 1):
-            raise ValueError(
-                f'{folder / name} holds no images but folders, and other classes of {folder} hold '
-                'images: move folders so that all classes lie at one depth'
-            )
-        if not skip_empty:
-            remedy = again if command else 'leave it out with --skip_small_classes'
-            raise ValueError(
-                f'{folder / name} holds no images of a format that is read here; add some, or '
-                f'remove it if it is no class, or {remedy}'
-            )
+        return f'{folder} holds no class folders; {remedy}'
+    empty = [str(folder / name) for name, files in classes.items() if not files]
+    fill = 'add some, or remove what is no class, or leave them out with --skip_small_classes'
+    if not empty:
+        return ''
+    return (
+        f'{listed(empty)} holds no images of a format that is read here; '
+        f'{again if command else fill}'
+    )

@@ -14,29 +14,12 @@ from data_generator import (
     held_out,
     listed,
 )
+from fewshot.data.entries import class_folders, visible
 from fewshot.data.image_cache import cache_places, tell
-from fewshot.data.image_files import (
-    ImageLayout,
-    class_folders,
-    folder_layout,
-    image_entries,
-    visible,
-)
-from fewshot.data.image_folders import (
-    Classes,
-    check_classes,
-    check_folder,
-    count_images,
-    load_classes,
-)
+from fewshot.data.image_files import ImageLayout, bits_of, folder_layout
+from fewshot.data.image_folders import Classes, count_images, load_classes, no_classes
+from fewshot.data.own_folders import Tree, find_classes, leaf
 from fewshot.data.run_classes import Counts, classes_of_run
-
-SPLIT_FOLDERS = {  # what people call them
-    'train': ('train',),
-    'val': ('val', 'valid', 'validation', 'dev'),
-    'test': ('test',),
-}
-MAX_DEPTH = 5  # of class folders
 
 
 def load_folder(
@@ -58,7 +41,7 @@ def load_folder(
     Raises FileNotFoundError and ValueError as OwnImages does, and ValueError if an image cannot be
     read.
     """
-    own = OwnImages(folder, folder_layout(image_size, channels, fit), splits)
+    own = OwnImages(folder, folder_layout(image_size, channels, fit, bits=None), splits)
     own.choose(proportions)
     return own.load(cache_dir)
 
@@ -66,27 +49,25 @@ def load_folder(
 class OwnImages:
     """The classes in a folder of one's own images, checked before any image is decoded.
 
-    A class is a folder of images at any one depth below the folder, and is called after its path.
-    Either folders `train`, `val` (or `valid`, `validation`, `dev`) and `test` hold the classes, or
-    these are dealt out by their names alone.
+    A class is a folder of images at any one depth below the folder, and is called after its path,
+    in Unicode's form NFC. The folders of the splits, or lists, assign the classes to the splits,
+    see find_classes; without these they are dealt out by their names alone.
 
-    splits: the splits that are needed; other folders need not exist, and may hold too little.
+    layout: if its bits are None, `load` finds them. splits: the splits that are needed; other
+    folders need not exist, and may hold too little.
     Attributes: classes, {split: {class: its image files}}, from `choose` on; counts, {split:
     {class: how many images}}, which a run keeps in its checkpoints.
-    Raises FileNotFoundError if there is no such folder, and ValueError if two are the same split's.
+    Raises FileNotFoundError and ValueError as find_classes does.
     """
 
     def __init__(self, folder: str | Path, layout: ImageLayout, splits: Iterable[str] = SPLITS):
         self.folder, self.layout, self.splits = Path(folder), layout, [*splits]
-        check_folder(self.folder)
-        self.paths = split_folders(self.folder)
-        self.dealt = not self.paths
-        self.paths = self.paths or dict.fromkeys(SPLITS, self.folder)
-        for split in self.splits:
-            check_folder(self.paths.setdefault(split, self.folder / split))
-        found = {path: own_classes(path, layout) for path in {*self.paths.values()}}
-        self.found = {split: found[path] for split, path in self.paths.items()}
+        self.trees, self.dealt = find_classes(self.folder, layout, self.splits)
         self.classes, self.counts = {}, {}
+
+    @property
+    def found(self) -> dict[str, Classes]:
+        return {split: tree.classes for split, tree in self.trees.items()}
 
     def choose(
         self,
@@ -100,15 +81,29 @@ class OwnImages:
         proportions: see deal_classes. size: that of the tasks. skip_small: whether to leave out
         classes that are too small for them. known: the counts of a run that goes on or is
         evaluated, see classes_of_run: it keeps its classes, and those added since are left out.
-        Raises ValueError if there are no classes or they lie at different depths, if they are too
-        few or too small for the splits that are needed, or are not those of the run.
+        Raises ValueError, with all that is wrong, if there are no classes or they lie at different
+        depths, if they are too few or too small for the splits that are needed, or are not those of
+        the run.
         """
-        for split in self.splits:
-            lenient = skip_small or bool(known)
-            check_classes(self.found[split], self.paths[split], skip_empty=lenient)
+        self._leave_out_twins(known or {})
         if not known:
             self._tell_of_files()
+        faults = self._faults(lenient=skip_small or bool(known))
         found = {split: count_images(classes) for split, classes in self.found.items()}
+        if faults:
+            found = {split: {n: c for n, c in part.items() if c} for split, part in found.items()}
+        try:
+            self.counts = self._chosen(found, proportions, size, skip_small, known)
+            self._check_sizes(self.counts, size, first=not known)
+        except ValueError as error:
+            faults.append(str(error))
+        if faults:
+            raise ValueError('; '.join(faults))
+        for split, names in self.counts.items():
+            self.classes[split] = {name: self.found[split][name] for name in names}
+
+    def _chosen(self, found: dict[str, Counts], proportions, size, skip_small, known) -> dict:
+        """Chooses among {split: {class: how many images}}; other arguments as of `choose`."""
         chosen = classes_of_run(found, self.splits, known, self.folder) if known else None
         if chosen and skip_small:
             chosen |= self._large({split: chosen[split] for split in self.splits}, size)
@@ -118,16 +113,21 @@ class OwnImages:
                 names = [*chosen['train']]
                 dealt = deal_classes(names, proportions, size.ways, self.splits, self.folder)
                 chosen = {split: {n: found[split][n] for n in dealt[split]} for split in dealt}
-        self._check_sizes(chosen, size, first=not known)
-        self.counts = chosen
-        for split, names in chosen.items():
-            self.classes[split] = {name: self.found[split][name] for name in names}
+        return chosen
 
     def load(self, cache_dir: str | None = None) -> dict[str, ClassImages]:
         """Decodes the splits that are needed, or all if the classes were dealt out.
 
         Raises ValueError if an image cannot be read. cache_dir: see cache_places.
         """
+        if self.layout.bits is None:
+            files = [files for classes in self.found.values() for files in classes.values()]
+            self.layout = self.layout._replace(bits=bits_of(files))
+            if self.layout.bits < 16:
+                tell(
+                    f'No grey image of 16 bits in {self.folder} has a value of more than '
+                    f'{self.layout.bits} bits, so that {2**self.layout.bits - 1} is white.'
+                )
         if self.dealt:
             chosen = {name for classes in self.classes.values() for name in classes}
             found = self.found['train'].items()
@@ -138,7 +138,7 @@ class OwnImages:
     def _load(self, classes: Classes, cache_dir: str | None, *split: str) -> ClassImages:
         """Loads the images of some classes, of one split or of all."""
         places = cache_places(self.folder, *split, self.layout.name(), cache_dir=cache_dir)
-        folder = self.paths[split[0]] if split else self.folder
+        folder = self.trees[split[0]].folder if split else self.folder
         return load_classes(folder, self.layout, classes, places)
 
     def _large(self, counts: dict[str, Counts], size: TaskSize) -> dict[str, Counts]:
@@ -156,25 +156,82 @@ class OwnImages:
         }
 
     def _check_sizes(self, counts: dict[str, Counts], size: TaskSize, first: bool):
-        """Raises ValueError if a split that is needed cannot fill a task.
+        """Raises ValueError, with all of them, if splits that are needed cannot fill a task.
 
         Before the first training it warns of other splits: a run keeps the classes it begins with.
         """
+        faults = []
         for split, classes in counts.items():
             try:
                 check_split(split, self.folder, classes, size, own=True)
             except ValueError as error:
                 if split in self.splits:
-                    raise
-                if first and 'train' in self.splits:
+                    faults.append(str(error))
+                elif first and 'train' in self.splits:
                     tell(f'Training can do without, but an evaluation cannot: {error}.')
+        if faults:
+            raise ValueError('; '.join(faults))
+
+    def _faults(self, lenient: bool) -> list[str]:
+        """Tells of classes without images in the splits that are needed, unless `lenient`.
+
+        Raises ValueError if there are no classes, or they lie at different depths.
+        """
+        faults = []
+        for split in self.splits:
+            classes, folder = self.found[split], self.trees[split].folder
+            if not classes:
+                raise ValueError(no_classes(classes, folder))
+            folders = self.trees[split].folders
+            empty = [folders[name] for name, files in classes.items() if not files]
+            if mixed := [path for path in empty if class_folders(path, 1)]:
+                raise ValueError(
+                    f'{listed(mixed)} holds no images but folders, and other classes of {folder} '
+                    'hold images: move folders so that all classes lie at one depth'
+                )
+            if empty and not lenient:
+                faults.append(no_classes(classes, folder))
+        return [*dict.fromkeys(faults)]
+
+    def _different(self) -> list[Tree]:
+        """Lists the trees, of which all splits may have the same."""
+        return [*{id(tree): tree for tree in self.trees.values()}.values()]
+
+    def _leave_out_twins(self, known: Mapping[str, Counts]):
+        """Leaves out what is beside a folder `images` and has its classes, as CUB's masks are.
+
+        Says so, and which other folders hold classes of the same names. known: see `choose`.
+        """
+        used = {name for classes in known.values() for name in classes}
+        for tree in self._different():
+            count = Counter(map(leaf, tree.classes))
+            twins = {
+                name: name.rpartition('/')[0] for name in tree.classes if count[leaf(name)] > 1
+            }
+            others = {name: parent for name, parent in twins.items() if leaf(parent) != 'images'}
+            if not twins or used & others.keys():
+                continue
+            parents = listed([*dict.fromkeys(others.values())])
+            if len(others) < len(twins):
+                tell(f'{parents} in {tree.folder} is left out: images has classes of these names.')
+                for name in others:
+                    del tree.classes[name]
+            elif not known:
+                tell(
+                    f'{parents} in {tree.folder} have classes of the same names: '
+                    f'{listed([*dict.fromkeys(map(leaf, twins))])}. They are taken for '
+                    'different classes; if they are the same ones, give --data_dir one of these.'
+                )
 
     def _tell_of_files(self):
-        """Says which files of classes are no images, and which classes of splits share a name."""
-        others = []
-        for split in ['train'] if self.dealt else self.paths:
-            for name in self.found[split]:
-                files = [entry for entry in visible(self.paths[split] / name) if entry.is_file()]
+        """Says what was read, what is left out, and which splits share the name of a class."""
+        others, idle = [], []
+        if lists := [str(tree.file) for tree in self._different() if tree.file]:
+            tell(f'Classes and splits are those that {", ".join(lists)} tell.')
+        for tree in self._different():
+            idle += tree.idle
+            for name, path in tree.folders.items():
+                files = [entry for entry in visible(path) if entry.is_file()]
                 strange = [e for e in files if not e.name.lower().endswith(self.layout.suffixes)]
                 others += [f'{name}/{entry.name}' for entry in strange]
         if others:
@@ -182,6 +239,8 @@ class OwnImages:
                 f'{len(others)} files in {self.folder} are left out, since Pillow reads no such '
                 f'files: {listed(others)}.'
             )
+        if idle:
+            tell(f'Folders in {self.folder} without images are left out: {listed(idle)}.')
         splits = Counter(name for classes in self.found.values() for name in classes)
         namesakes = [name for name, count in splits.items() if count > 1]
         if namesakes and not self.dealt:
@@ -190,43 +249,6 @@ class OwnImages:
                 f'{listed(namesakes)}. They are taken for different classes; if they are the same '
                 'ones, put the images of a class into one folder: MAML is tested on new classes.'
             )
-
-
-def split_folders(folder: Path) -> dict[str, Path]:
-    """Returns {split: its folder of classes}; empty if none of them holds any.
-
-    Raises ValueError if two are the same split's, or all lie one level further down.
-    """
-    found = {}
-    for split, names in SPLIT_FOLDERS.items():
-        there = [folder / name for name in names if (folder / name).is_dir()]
-        holding = [path for path in there if class_folders(path, 1)]
-        if len(holding) > 1:
-            raise ValueError(
-                f'{holding[0]} and {holding[1]} both hold validation classes: move those of one '
-                'into the other, and remove it'
-            )
-        if holding:
-            found[split] = holding[0]
-    inside = class_folders(folder, 1)
-    if not found and len(inside) == 1 and split_folders(Path(inside[0][1])):
-        raise ValueError(f'the folders of the splits lie in {inside[0][1]}: give it as --data_dir')
-    return found
-
-
-def own_classes(folder: Path, layout: ImageLayout) -> Classes:
-    """Finds the class folders at the first depth that has images, sorted level by level.
-
-    Folders above that hold nothing at all are among them, as classes without images.
-    """
-    empty = {}
-    for depth in range(1, MAX_DEPTH + 1):
-        found = class_folders(folder, depth)
-        classes = {name: image_entries(path, layout) for name, path in found}
-        if any(classes.values()):
-            return empty | classes
-        empty |= {name: [] for name, path in found if not class_folders(path, 1)}
-    return empty
 
 
 def deal_classes(

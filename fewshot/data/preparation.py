@@ -27,6 +27,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fewshot.data.entries import is_stray
+
 DAMAGE = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -79,8 +81,8 @@ def blaming(what: str) -> Iterator[None]:
 
 
 def hidden(path: PurePosixPath) -> bool:
-    """Whether a path is hidden, or one that macOS adds to archives and folders."""
-    return any(part.startswith('.') or part == '__MACOSX' for part in path.parts)
+    """Whether a path is hidden, or one that a system adds to archives and folders."""
+    return any(map(is_stray, path.parts))
 
 
 def is_web_page(data: bytes) -> bool:
@@ -122,11 +124,16 @@ def source_items(source: Path, depth: int) -> list[Item]:
 
     Raises PreparationError if there is neither.
     """
+    check_source(source)
     if source.is_file():
         return [file_item(source, PurePosixPath(source.name))]
-    if not source.is_dir():
-        raise PreparationError(f'--source={source} is neither a folder nor an archive.')
     return all_items(source, depth)
+
+
+def check_source(source: Path | None):
+    """Raises PreparationError if there is no --source, but one is given."""
+    if source and not source.is_dir() and not source.is_file():
+        raise PreparationError(f'--source={source} is neither a folder nor an archive.')
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -178,10 +185,11 @@ def is_prepared(target: Path, complete: Callable[[set[str]], bool], size: tuple[
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Lists all files below a folder, but for those whose names begin with a dot."""
+    """Lists the files below a folder that may be data."""
     found = []
-    for parent, _, files in os.walk(folder):
-        found += [Path(parent, file) for file in files if file[0] != '.']
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_stray(name)]
+        found += [Path(parent, file) for file in files if not is_stray(file)]
     return found
 
 
@@ -284,7 +292,11 @@ def read_csv(item: Item, columns: tuple[str, ...]) -> list[list[str]]:
 
 
 def as_path(flag: str) -> Path:
-    return Path(os.path.expanduser(flag))  # shells leave --source=~/data as it is
+    """Returns the path that a flag names. Exits if the home folder in it is not known."""
+    path = os.path.expanduser(flag)  # shells leave --source=~/data as it is
+    if path.startswith('~'):
+        sys.exit(f'{Path(sys.argv[0]).name}: the home folder in {flag} is not known: set HOME')
+    return Path(path)
 
 
 def run(arguments: list[str], prepare: Callable[[], str]) -> None:

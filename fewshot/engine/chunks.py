@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from data_generator import Batch
-from fewshot.engine.devices import cores
+from fewshot.engine.cores import cores
 
 CHUNK_SIZE = 2**14  # input values of the tasks that run together, see `chunk_size`
 

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_generator import Batch
+from fewshot.engine.cores import cores
 
 ASKING_INTERVAL = 5  # iterations between the workers' checks whether one of them is to stop
 
@@ -31,13 +32,6 @@ def keep_freed_memory(arenas: int):
         settings = {trim_threshold: -1, mmap_max: 0, arena_max: arenas}  # -1: never
         for setting, value in settings.items():
             ctypes.CDLL(None).mallopt(setting, value)
-
-
-def cores() -> int:
-    """Returns how many cores this process may use, which not every system tells."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def set_up_gpus(tf32: bool = False):

@@ -1,6 +1,8 @@
 """Class FastMAML: a MAML, compiled, in chunks, on several devices."""
 
+import difflib
 import functools
+import inspect
 import operator
 import warnings
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from fewshot.networks.checks import check_loss, check_network, check_numbers, wa
 from fewshot.networks.fused import fuse
 from fewshot.networks.inner_loops import (
     check_inner_loop,
+    last_layer,
     named_inner_loop,
     part_of,
     step_norms,
@@ -28,6 +31,31 @@ from fewshot.networks.keras_network import KerasNetwork
 from fewshot.networks.outer_losses import OuterLossSchedule
 from fewshot.runs.checkpoints import check_parameters, read_checkpoint, read_objects
 from maml import MAML, TASK_AXIS, InnerLoop, Results
+
+
+def tells_names(*targets: Callable) -> Callable:
+    """Decorates a function: its error for an unknown argument tells the one that may be meant.
+
+    targets: where the function passes other named arguments on.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        signatures = [inspect.signature(target).parameters for target in (function, *targets)]
+        parts = [part for each in signatures for part in each.values()]
+        known = {part.name for part in parts if part.kind != part.VAR_KEYWORD}
+        known = sorted(known - {'self', 'cls'})
+
+        @functools.wraps(function)
+        def call(*arguments, **named):
+            for name in named.keys() - known:
+                near = difflib.get_close_matches(name, known, 1)
+                remedy = f'did you mean {near[0]}?' if near else f'there are {", ".join(known)}'
+                raise TypeError(f'there is no argument {name}; {remedy}')
+            return function(*arguments, **named)
+
+        return call
+
+    return decorate
 
 
 def of_maml(*names: str):
@@ -70,6 +98,7 @@ class FastMAML:
     parameters, named_parameters = of_maml('parameters', 'named_parameters')
     metatrain_optimizer, inner_loop = of_maml('metatrain_optimizer', 'inner_loop')
 
+    @tells_names()
     def __init__(
         self,
         network,
@@ -311,10 +340,26 @@ class FastMAML:
             read_objects(path, state)
         return bool(state)
 
+    def begin_from(self, path: str) -> list[str]:
+        """Loads the weights of a checkpoint of another run, but those of a last layer that differs.
+
+        Returns the names of these. Raises ValueError, with nothing loaded, if others differ.
+        """
+        variables = self.weights | self.norms
+        values, _ = read_checkpoint(path, [*self.named_parameters])
+        shapes = {name: value.shape for name, value in values.items()}
+        last = [name for name in last_layer(self.network) if name in shapes]
+        left = [name for name in last if shapes[name] != tuple(variables[name].shape)]
+        kept = {name: variable for name, variable in variables.items() if name not in left}
+        check_parameters(path, values, kept)
+        for name, variable in kept.items():
+            variable.assign(tf.cast(values[name], variable.dtype))
+        return left
+
 
 def can_compile(network) -> bool:
     """Whether XLA compiles a network; says so if not."""
     possible = getattr(network, 'compilable', True)
     if not possible:
-        warnings.warn('XLA cannot compile this network, so it runs uncompiled', stacklevel=3)
+        warnings.warn('XLA cannot compile this network, so it runs uncompiled', stacklevel=4)
     return possible

@@ -1,14 +1,18 @@
 """Builds the model of a run from its settings."""
 
 import contextlib
+import functools
 import inspect
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
+import tensorflow as tf
 
-from fewshot.engine.fast import FastMAML
+from fewshot.engine.fast import FastMAML, tells_names
+from fewshot.networks.audit import compare
+from fewshot.networks.checks import PROBE
 from fewshot.networks.keras_network import KerasNetwork
 from fewshot.networks.paper_networks import Convolutional, FullyConnected, Normalization
 from fewshot.runs.user_code import user_code, user_function
@@ -37,6 +41,56 @@ def example_shape(settings: dict) -> tuple[int, ...]:
     return size, size, channels
 
 
+def number_of_outputs(settings: dict) -> int:
+    """Returns the number of a network's outputs; settings: the flags."""
+    sizes = source_of(settings['datasource']).sizes
+    default = sizes(settings.get('baseline'))[1] if sizes else settings.get('num_classes', 5)
+    return settings.get('dim_output') or default
+
+
+def is_regression(datasource: str, objective: str | None) -> bool:
+    return (objective or source_of(datasource).generator.objective) == 'loss'
+
+
+def user_loss(spec: str, settings: dict) -> Callable:
+    """Returns the loss that FILE.py:FUNCTION names, checked; settings: the run's flags.
+
+    Raises UserCodeError, and ValueError if for some outputs and labels it is not one finite number
+    for each task, or its second derivative, which meta-gradients need, is wrong.
+    """
+    loss, random = user_function(spec), np.random.default_rng(0)
+    shape = (*PROBE, number_of_outputs(settings))
+    x = tf.Variable(random.standard_normal(shape), dtype=tf.float32)
+    labels, along, direction = (np.float32(random.standard_normal(shape)) for _ in range(3))
+    if not is_regression(settings['datasource'], settings.get('objective')):
+        labels = np.float32(labels == labels.max(2, keepdims=True))
+    labels = tf.constant(labels)
+
+    def slope() -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            value = tf.reduce_sum(loss(tf.convert_to_tensor(x), labels))
+        return tf.reduce_sum(along * tape.gradient(value, x, unconnected_gradients='zero'))
+
+    values = np.asarray(loss(tf.convert_to_tensor(x), labels))
+    if values.shape != PROBE[:1] or not np.isfinite(values).all():
+        raise ValueError(
+            f'{spec} must return a finite number for each task, [tasks], of outputs and labels '
+            f'[tasks, examples, out], but for {[*shape]} it returned {values.tolist()!r:.80}'
+        )
+    with tf.GradientTape() as tape:
+        value = slope()
+    gradient = tape.gradient(value, x, unconnected_gradients='zero')
+    compared = compare(slope, [x], [gradient], [direction], 1e-3, 'float32')
+    if not (value and compared.is_right or compared.spread > 0.01 * compared.scale):
+        raise ValueError(
+            f'{spec} has a wrong derivative, without which a meta-gradient is wrong: the first is '
+            f'{value:.4g}; the second {compared.derivative:.4g}, by differences '
+            f'{compared.difference:.4g}. Write it without tf.stop_gradient, tf.custom_gradient and '
+            'what has no derivative, such as tf.argmax'
+        )
+    return loss
+
+
 def user_network(spec: str, settings: dict, audit: bool | None = True):
     """Returns the network that FILE.py:FUNCTION makes for a run; settings: the run's flags.
 
@@ -46,8 +100,7 @@ def user_network(spec: str, settings: dict, audit: bool | None = True):
     Raises UserCodeError, and ValueError for other sizes and all that `user_function` and
     `KerasNetwork` refuse.
     """
-    shape = example_shape(settings)
-    outputs = settings.get('dim_output') or settings.get('num_classes', 5)
+    shape, outputs = example_shape(settings), number_of_outputs(settings)
     function, seed = user_function(spec), settings.get('seed', 0)
     with random_seed(seed), user_code(spec, all_of_it=False):
         made = function(shape, outputs)
@@ -98,6 +151,7 @@ def make_network(
     return Convolutional(size, channels, num_filters, num_classes, norm, max_pool, source.flatten)
 
 
+@tells_names(FastMAML, make_network)
 def make_model(
     datasource: str,
     update_batch_size: int = 5,
@@ -110,6 +164,7 @@ def make_model(
     meta_lr_decay: str = 'none',
     meta_lr_end: float = 0.0,
     metatrain_iterations: int = 15000,
+    loss: Callable | None = None,
     **settings,
 ) -> FastMAML:
     """Makes a model with the paper's network, loss and clipping.
@@ -117,10 +172,14 @@ def make_model(
     The arguments are the flags; `settings` are those of `make_network` and of FastMAML. network:
     another network, or a keras.Model. objective, shots: for the user's own tasks, 'loss' or
     'accuracy', and the K that the loss of a classifier is divided by. meta_lr_decay: 'cosine' lets
-    the outer step size fall to meta_lr_end over metatrain_iterations.
+    the outer step size fall to meta_lr_end over metatrain_iterations. loss: another one; of a
+    classifier it counts as a sum over examples divided by K where other numbers of them are given.
     """
-    is_regression = (objective or source_of(datasource).generator.objective) == 'loss'
-    loss = mean_squared_error if is_regression else cross_entropy(shots or update_batch_size)
+    shots = None if is_regression(datasource, objective) else shots or update_batch_size
+    usual = cross_entropy(shots) if shots else mean_squared_error
+    loss = functools.partial(loss) if loss else usual
+    if shots:
+        loss.shots = shots
     of_network = {name: settings.pop(name) for name in NETWORK_SETTINGS & settings.keys()}
     made = make_network(datasource, **of_network) if isinstance(network, str) else network
     if meta_lr_decay == 'cosine':
@@ -136,7 +195,7 @@ def arguments_of(function, *without: str) -> set[str]:
 
 NETWORK_SETTINGS = arguments_of(make_network, 'datasource')
 # The settings of a run that `make_model` takes.
-MODEL_SETTINGS = NETWORK_SETTINGS | arguments_of(make_model, 'network', 'settings')
+MODEL_SETTINGS = NETWORK_SETTINGS | arguments_of(make_model, 'network', 'loss', 'settings')
 NOT_SETTINGS = (
     'network',
     'loss',

@@ -109,5 +109,5 @@ def warn_of_probabilities(loss: Callable, network, dtype: tf.DType):
         warnings.warn(
             "the network's outputs are probabilities already, but cross_entropy takes logits: "
             'leave the softmax at its end away (activation=None, or classifier_activation=None)',
-            stacklevel=3,
+            stacklevel=4,  # beyond FastMAML, and what names its arguments
         )

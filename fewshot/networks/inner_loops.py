@@ -62,6 +62,13 @@ def check_inner_loop(inner_loop, learn_lr: str):
         )
 
 
+def last_layer(network) -> list[str]:
+    """Lists the names of the weights of a network's last layer; none if it does not tell."""
+    layers = getattr(network, 'layer_names', None) or {}
+    of_last = [name for name in network.parameters if layers.get(name) == [*layers.values()][-1]]
+    return getattr(network, 'head_names', of_last)
+
+
 class Partly:
     """A network with some weights that the inner loop adapts; the others are common to all tasks.
 
@@ -77,9 +84,7 @@ class Partly:
                 f'adapt={adapt!r} needs to know the layers of the network: give it an attribute '
                 'layer_names, {name of a parameter: its layer}'
             )
-        last = [*layers.values()][-1]
-        of_last = [name for name in network.parameters if layers.get(name) == last]
-        head = getattr(network, 'head_names', of_last)
+        head = last_layer(network)
         names = [name for name in network.parameters if (name in head) == (adapt == 'head')]
         if not names:
             raise ValueError(

@@ -133,9 +133,12 @@ def read_result(folder: Path) -> Result | None:
         return None
     summaries, tag = read_scalars(run), 'metaval_Post-update_accuracy'
     updates = int(re.search(r'numstep([0-9]+)', run.name)[1])
+    halves = {}
+    for name in (f'{tag}_interval', 'validation/interval_accuracy'):  # the former in older runs
+        halves |= summaries.get(name, {})
     values = []
     for step, value in summaries.get(f'{tag}__step_{updates}', {}).items():
-        values.append([step, 100 * value, 100 * summaries[f'{tag}_interval'][step]])
+        values.append([step, 100 * value, 100 * halves[step]])
     test = usual_evaluation(run)
     if test:
         test = tuple(100 * values[updates] for values in test)

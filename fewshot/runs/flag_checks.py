@@ -1,6 +1,7 @@
 """Refuses flags that make no sense, alone or together, by name."""
 
 import importlib.util
+import os
 import sys
 
 from absl import flags
@@ -15,6 +16,9 @@ def check_flags(f: flags.FlagValues):
         value = f[flag.name].value
         if flag.rule and not flag.rule.holds(value):
             raise ValueError(f'--{flag.name} must be {flag.rule.text}, but it is {value}')
+    for name in ('data_dir', 'cache_dir', 'logdir'):
+        if os.path.expanduser(f[name].value).startswith('~'):  # else a folder ~ would be made
+            raise ValueError(f'--{name}={f[name].value}: the home folder is not known; set HOME')
     check_tasks(f)
     check_inner_loop(f)
     if f.train:

@@ -1,16 +1,18 @@
 """The flags of a run, all of them in one table, and what a run is called after them."""
 
+import itertools
 import os
+import re
+import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
-from absl import flags
+from absl import app, flags
 
+from fewshot.data.entries import nfc
 from fewshot.data.image_files import FITS
-from fewshot.networks.inner_loops import LEARNED_RATES
-from fewshot.runs.checkpoints import check_plain_path
 from fewshot.runs.user_code import is_spec
 from fewshot.sources import SOURCES
 
@@ -96,8 +98,7 @@ FOLDER = Rule(lambda value: '://' not in value, 'a folder, not an address')
 TEST_QUERY = Rule(lambda value: value == -1 or value >= 1, 'at least 1, or -1 for as many as shots')
 # Symbols are the paper's. The flags that name a run stand in the order of the name.
 # fmt: off
-FLAGS = (
-    # The tasks
+TASKS = (
     Flag('datasource', Parser(source_named, f'{", ".join(SOURCES)}, or FILE.py:FUNCTION'),
          'sinusoid', NEVER,
          'where tasks come from: sinusoid, omniglot, miniimagenet, folder, or FILE.py:FUNCTION, '
@@ -117,18 +118,12 @@ FLAGS = (
     Flag('cache_dir', str, '', ANYTIME,
          "where decoded images are kept (default: beside the data or, if that cannot be written, "
          "in the user's cache folder)"),
+)
+TRAINING = (
     Flag('seed', int, 0, EVALUATION,
          'random seed of initial weights and training tasks', lowest=0, makes_model=True),
-    Flag('strategy', ('none', 'mirrored', 'multi_worker'), 'none', ANYTIME,
-         'devices that share the tasks: mirrored: all of this machine; multi_worker: of several '
-         'processes, by TF_CONFIG'),
-    Flag('tf32', bool, False, ANYTIME,
-         'let GPUs round the factors of float32 products to 10 bits: faster, other numbers'),
-    Flag('one_program', bool, None, ANYTIME,
-         'compile the meta-gradient of several updates as one program: faster steps, after twice '
-         'the time to compile (default: as the run has it; a new one of 2,000 iterations or '
-         'more does, if its convolutions are strided)'),
-    # Training
+    Flag('init', str, '', EVALUATION,
+         'folder of a run, or a published model, whose weights training begins with'),
     Flag('pretrain_iterations', int, 0, EVALUATION,
          'iterations of joint training on all tasks, before meta-training', lowest=0),
     Flag('metatrain_iterations', int, 15000, ANYTIME,
@@ -152,7 +147,8 @@ FLAGS = (
          in_name='.updatelr{}'.format),
     Flag('meta_lr', float, 1e-3, EVALUATION,
          'β, step size of the outer loop (Adam)', STEP_SIZE, makes_model=True),
-    # The model
+)
+MODEL = (
     Flag('num_filters', int, 64, NEVER,
          'filters per convolution: 64 for Omniglot, 32 for miniImagenet', POSITIVE,
          makes_model=True, in_name=lambda value: '' if value == 64 else f'hidden{value}'),
@@ -173,11 +169,15 @@ FLAGS = (
          'FILE.py:FUNCTION, which takes (image_shape, num_classes) and returns a Keras model to '
          'use instead (not for sinusoid)', NETWORK,
          in_name=lambda value: f'.{value.rpartition(":")[2]}' if value else ''),
-    # Inner loops that grew from MAML's
+    Flag('loss', str, '', NEVER,
+         'FILE.py:FUNCTION, a loss of (outputs, labels), [T, examples, out] each, to [T]', NETWORK,
+         in_name=lambda value: f'.loss_{value.rpartition(":")[2]}' if value else ''),
+)
+VARIANTS = (
     Flag('adapt', ('all', 'head', 'body'), 'all', NEVER,
          'what the inner loop changes: all; head: the last layer (ANIL); body: the others (BOIL)',
          makes_model=True, in_name=lambda value: '' if value == 'all' else f'.{value}'),
-    Flag('learn_lr', ('none', *LEARNED_RATES), 'none', NEVER,
+    Flag('learn_lr', ('none', 'layer', 'layer_step', 'weight'), 'none', NEVER,
          'learn α, from --update_lr on: one per layer; per layer and update (MAML++); per weight '
          '(Meta-SGD)', makes_model=True,
          in_name=lambda value: '' if value == 'none' else f'.lr_{value}'),
@@ -201,17 +201,23 @@ FLAGS = (
     Flag('meta_lr_end', float, 0.0, EVALUATION,
          'β at the end of --meta_lr_decay', STEP_SIZE, makes_model=True,
          in_name=lambda value: f'{value}' if value else ''),
-    # Logging, saving, testing
+)
+OUTPUT = (
     Flag('log', bool, True, ANYTIME, 'write summaries for TensorBoard'),
+    Flag('original_output', bool, False, ANYTIME,
+         "print the original program's lines too, for programs that read them"),
     Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders', FOLDER),
     Flag('resume', bool, True, ANYTIME, 'continue from the newest checkpoint of the same run'),
     Flag('overwrite', bool, False, ANYTIME,
          'with --resume=False: remove the earlier run of the same name'),
     Flag('validation_tasks', int, 100, EVALUATION,
          'tasks of a validation during training (images only)', lowest=2),
+)
+EVALUATING = (
     Flag('train', bool, True, ANYTIME, 'train, else evaluate'),
     Flag('run', str, '', ANYTIME,
-         'folder of the run to evaluate, which knows its flags; others that are given count'),
+         'folder of the run to evaluate, or a published model; it knows its flags; others that are '
+         'given count'),
     Flag('test_iter', Parser(checkpoint_named, 'an iteration, -1 or best'), -1, ANYTIME,
          'iteration of the checkpoint to load; -1: the newest; best: that of the best validation'),
     Flag('test_set', bool, False, ANYTIME,
@@ -227,7 +233,40 @@ FLAGS = (
     Flag('train_update_lr', float, -1, ANYTIME,
          'α used in training, when evaluating with another α (-1: the same)', TRAIN_STEP_SIZE),
 )
+DEVICES = (
+    Flag('strategy', ('none', 'mirrored', 'multi_worker'), 'none', ANYTIME,
+         'devices that share the tasks: mirrored: all of this machine; multi_worker: of several '
+         'processes, by TF_CONFIG'),
+    Flag('tf32', bool, False, ANYTIME,
+         'let GPUs round the factors of float32 products to 10 bits: faster, other numbers'),
+    Flag('one_program', bool, None, ANYTIME,
+         'compile the meta-gradient of several updates as one program: faster steps, after twice '
+         'the time to compile (default: as the run has it; a new one of 2,000 iterations or '
+         'more does, if its convolutions are strided)'),
+)
 # fmt: on
+GROUPS = {
+    'Tasks': TASKS,
+    'Training': TRAINING,
+    'The network': MODEL,
+    "Inner loops that grew from MAML's": VARIANTS,
+    'Runs and what they write': OUTPUT,
+    'Evaluation': EVALUATING,
+    'Devices and speed': DEVICES,
+}
+FLAGS = tuple(itertools.chain(*GROUPS.values()))
+FIRST = (  # that most runs need
+    'datasource',
+    'data_dir',
+    'num_classes',
+    'update_batch_size',
+    'update_lr',
+    'num_updates',
+    'meta_batch_size',
+    'metatrain_iterations',
+    'train',
+    'logdir',
+)
 
 
 # What runs of 1.0.0 did, among them seven cells of logs/results, which do not have these flags.
@@ -243,6 +282,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     """The command line."""
     kinds = {int: 'integer', float: 'float', bool: 'boolean', str: 'string'}
     for flag in FLAGS:
+        if values.find_module_defining_flag(flag.name) == __name__:
+            delattr(values, flag.name)  # of an earlier run in this process, as %run has it
         given = {'name': flag.name, 'default': flag.default, 'help': flag.meaning}
         given |= {'flag_values': values}
         if isinstance(flag.kind, tuple):
@@ -252,6 +293,32 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
         else:
             lowest = {} if flag.lowest is None else {'lower_bound': flag.lowest}
             getattr(flags, f'DEFINE_{kinds[flag.kind]}')(**given, **lowest)
+
+
+def help_text(program: str) -> str:
+    """Returns what --help prints: what the program does, and the flags by purpose."""
+    by_name = {flag.name: flag for flag in FLAGS}
+    groups = {'The ten that matter': [by_name[name] for name in FIRST]} | GROUPS
+    lines = [program.rstrip()]
+    for title, members in groups.items():
+        lines += ['', f'{title}:']
+        for flag in members:
+            default = '' if flag.default is None else flag.default
+            text = f'--{flag.name}={default}'.ljust(32) + flag.meaning
+            lines.append(textwrap.fill(text, 100, initial_indent='  ', subsequent_indent=' ' * 34))
+    return '\n'.join(lines)
+
+
+def read_command_line(arguments: list[str], program: str):
+    """Defines and reads the flags; answers --help. Call it before TensorFlow takes seconds to load.
+
+    arguments: with the program's name. program: its description.
+    """
+    define_flags()
+    if {'--help', '-help', '-h', '--helpshort', '--helpfull'} & {*arguments}:
+        print(help_text(program))
+        sys.exit()
+    app.parse_flags_with_usage(arguments)
 
 
 def settings(f: flags.FlagValues) -> dict:
@@ -275,14 +342,22 @@ def trained_settings(f: flags.FlagValues) -> dict:
 
 def run_name(f: flags.FlagValues) -> str:
     """The name of the run's folder, after the flags it was trained with."""
+    return original_name(f) + tasks_in_name(f)
+
+
+def original_name(f: flags.FlagValues) -> str:
+    """The name as the original has it, which says nothing of the tasks and of the seed."""
     trained = trained_settings(f)
     return ''.join(flag.in_name(trained[flag.name]) for flag in FLAGS if flag.in_name)
 
 
-def run_folder(f: flags.FlagValues) -> Path:
-    """Of --run or after the name. Raises ValueError if no checkpoints can be there."""
-    folder = f.run or os.path.join(f.logdir, run_name(f))
-    return Path(check_plain_path(os.path.expanduser(folder)))
+def tasks_in_name(f: flags.FlagValues) -> str:
+    """The end of the name: tasks that the original does not have, and a seed other than 0."""
+    place = f.data_dir if f.datasource == 'folder' else ''
+    place = f.datasource.rpartition(':')[2] if is_spec(f.datasource) else place
+    name = nfc(os.path.basename(os.path.abspath(place))) if place else ''
+    name = re.sub(r'[^\w.-]', '_', name)
+    return f'{name and "."}{name[:60]}' + (f'.seed{f.seed}' if f.seed else '')
 
 
 def iterations(f: flags.FlagValues) -> tuple[int, int]:

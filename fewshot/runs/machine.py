@@ -77,7 +77,8 @@ def tune(f: flags.FlagValues):
     keep_freed_memory(source.arenas)
     set_up_gpus(f.tf32)
     if source.threads:
-        tf.config.threading.set_intra_op_parallelism_threads(source.threads)
+        with suppress(RuntimeError):  # in a notebook that has used TensorFlow before
+            tf.config.threading.set_intra_op_parallelism_threads(source.threads)
     if bool(f.network) in source.fusion_tried and tf.__version__.startswith('2.21.'):
         others = os.environ.get('XLA_FLAGS', '')
         os.environ['XLA_FLAGS'] = f'--xla_cpu_use_fusion_emitters=false {others}'

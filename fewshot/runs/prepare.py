@@ -11,17 +11,18 @@ from absl import flags
 from data_generator import DataGenerator
 from fewshot.engine.devices import Replicas
 from fewshot.engine.fast import FastMAML
-from fewshot.networks.build import make_model, user_network
+from fewshot.networks.build import make_model, user_loss, user_network
 from fewshot.networks.paper_networks import Convolutional, Normalization
 from fewshot.runs.checkpoints import DamagedCheckpoint, checkpoints, read_run_state
 from fewshot.runs.flag_checks import check_flags
-from fewshot.runs.flags import iterations, model_settings, run_folder, settings
+from fewshot.runs.flags import iterations, model_settings, settings
 from fewshot.runs.machine import make_replicas
-from fewshot.runs.run_folder import open_folder, restore_run
+from fewshot.runs.run_folder import begin_from, open_folder, restore_run, run_folder
 from fewshot.runs.summaries import Log
 from fewshot.runs.tasks import data_of_run, make_generators
 from fewshot.runs.trainer import Schedule, Trainer
 from fewshot.runs.user_code import is_spec
+from fewshot.sources import source_of
 
 
 class Options(NamedTuple):
@@ -62,6 +63,7 @@ def make_trainer(run: Prepared, f: flags.FlagValues, options: Options = USUAL) -
         run.start,
         run.state,
         run.folder if f.log and run.model.replicas.is_chief else None,
+        f.original_output,
     )
     log.introduce(settings(f))
     return Trainer(
@@ -90,6 +92,8 @@ def prepare(f: flags.FlagValues, held: ExitStack, options: Options = USUAL) -> P
     own = make_generators(f) if is_spec(f.datasource) else {}
     model = build_model(f, own, replicas, options, trained_seed(folder, f))
     iteration, state = restore_run(model, folder, f, held) if replicas.is_chief else (-1, {})
+    if f.train and f.init and iteration < 0 and replicas.is_chief:
+        begin_from(model, f)
     start = int(replicas.agree([np.int64(iteration)])[0]) + 1
     model.agree()
     f.one_program = bool(replicas.agree([np.int64(wants_one_program(f, model, state))])[0])
@@ -100,8 +104,6 @@ def prepare(f: flags.FlagValues, held: ExitStack, options: Options = USUAL) -> P
     generators = own or make_generators(f, data_of_run(replicas, iteration, state))
     if replicas.is_chief:
         open_folder(folder, f, start, held)
-    if f.train and f.one_program:
-        print('The meta-gradient is compiled as one program, which takes a minute or two.')
     if f.train and start > 0:
         print(f'Continuing at iteration {start} of {total}.')
     return Prepared(model, generators, folder, start, state)
@@ -118,6 +120,13 @@ def wants_one_program(f: flags.FlagValues, model: FastMAML, state: dict) -> bool
         return state['flags'].get('one_program') or False  # older ones do not tell
     tried = isinstance(model.network, Convolutional) and not f.max_pool  # else it may not pay
     return f.train and tried and f.num_updates > 1 and f.metatrain_iterations >= LONG
+
+
+def compiling(f: flags.FlagValues) -> str:
+    """Says about how long compilation takes on two cores."""
+    if f.train and f.one_program:
+        return 'Compiling as one program, a minute or two.'
+    return f'Compiling, about {"30" if source_of(f.datasource).has_images else "10"} s.'
 
 
 def complete(done: int, f: flags.FlagValues) -> str:
@@ -148,7 +157,9 @@ def build_model(
     made |= {'norm': options.norm} if options.norm else {}
     made |= {} if seed is None else {'seed': seed}
     network = user_network(f.network, made, audit=f.train or None) if f.network else ''
-    return make_model(**made, compiled=options.compiled, replicas=replicas, network=network)
+    loss = user_loss(f.loss, made) if f.loss else None
+    given = dict(replicas=replicas, network=network, loss=loss)
+    return make_model(**made, compiled=options.compiled, **given)
 
 
 def trained_seed(folder: Path, f: flags.FlagValues) -> int:

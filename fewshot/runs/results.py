@@ -19,6 +19,21 @@ def confidence(values: np.ndarray) -> np.ndarray:
     return standard_error * scipy.special.stdtrit(count - 1, 0.975)
 
 
+def shown_value(objective: str, value: float) -> str:
+    """Formats an accuracy in percent, or a loss, for people."""
+    return f'{100 * value:.1f} %' if objective == 'accuracy' else f'{value:.4g}'
+
+
+def guessing(source, mean: float, interval: float) -> str:
+    """Tells that an accuracy is no better than guessing: the end of a clause, '' if it is better.
+
+    source: of the tasks, a data_generator.DataGenerator.
+    """
+    if source.objective != 'accuracy' or mean - interval > 1 / source.dim_output:
+        return ''
+    return f'; no better than guessing, which is {100 / source.dim_output:.1f} %'
+
+
 def read_evaluation(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reads means, standard deviations and halves of the 95 % intervals out of a test_*.csv.
 

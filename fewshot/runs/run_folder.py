@@ -4,25 +4,76 @@ import os
 import shlex
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from absl import flags
 
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.inner_loops import LEARNED_RATES
+from fewshot.paper.published import known_names, run_named
 from fewshot.runs.checkpoints import (
     DamagedCheckpoint,
+    check_plain_path,
     checkpoints,
     first_whole,
     other_runs,
+    read_run_state,
     remove_checkpoint,
     remove_leftovers,
 )
-from fewshot.runs.flags import ANYTIME, EVALUATION, FLAGS, INNER_LOOPS, NEVER, run_folder
+from fewshot.runs.flags import (
+    ANYTIME,
+    EVALUATION,
+    FLAGS,
+    INNER_LOOPS,
+    NEVER,
+    original_name,
+    run_name,
+)
 from fewshot.runs.summaries import event_files, forget_summaries
 from fewshot.runs.trainer import Schedule
 from fewshot.runs.user_code import is_spec
+
+
+def run_folder(f: flags.FlagValues) -> Path:
+    """Returns the folder of --run, or the one that is named after the flags.
+
+    Runs of 1.0.0 have the original's names for all tasks and seeds, and keep them. Raises
+    ValueError if no checkpoints can be there.
+    """
+    if f.run:
+        return Path(check_plain_path(run_named(f.run)))
+    logdir = Path(check_plain_path(os.path.expanduser(f.logdir)))
+    folder, older = logdir / run_name(f), logdir / original_name(f)
+    if checkpoints(folder) or not checkpoints(older):
+        return folder
+    with suppress(DamagedCheckpoint):
+        stored = read_run_state([*checkpoints(older).values()][-1]).get('flags', {})
+        names = ('datasource', 'seed') if f.train else ()
+        return older if all(stored.get(name) == f[name].value for name in names) else folder
+    return folder
+
+
+def begin_from(model: FastMAML, f: flags.FlagValues):
+    """Gives a new run the weights of --init; a last layer that does not fit begins afresh.
+
+    Raises ValueError if it is no run, or other layers do not fit.
+    """
+    folder = run_named(f.init)
+    found = checkpoints(folder)
+    if not found:
+        raise ValueError(
+            f'--init={f.init} must be a folder that main.py trained in, but it has no checkpoint'
+            f'{other_runs(folder)}{known_names()}'
+        )
+    _, path, _ = first_whole(dict(reversed(found.items())), tell)
+    try:
+        left = model.begin_from(path)
+    except ValueError as error:
+        raise ValueError(f'{error}; give the flags of that run for the network') from error
+    afresh = f'; {" and ".join(left)} begin afresh, since they do not fit' if left else ''
+    print(f'Beginning with the weights of {path}{afresh}')
 
 
 def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
@@ -68,9 +119,11 @@ def take_run(f: flags.FlagValues):
         raise ValueError(f'--run={f.run} names the folder already: leave {given[0]} away')
     stored = stored_flags(run_folder(f), f)
     for name in ('data_dir', 'cache_dir'):
-        if not os.path.isdir(os.path.expanduser(stored.get(name, ''))):
-            stored.pop(name, None)  # of another machine
-    for name in ('datasource', 'network'):
+        # Of another machine. A folder of one's own is told of; prepared data are the same anywhere.
+        own = name == 'data_dir' and stored.get('datasource') == 'folder'
+        if not own and not os.path.isdir(os.path.expanduser(stored.get(name, ''))):
+            stored.pop(name, None)
+    for name in ('datasource', 'network', 'loss'):
         # A checkpoint may come from anywhere: no file is run because it names it.
         if is_spec(stored.get(name, '')) and not f[name].present:
             raise ValueError(
@@ -92,7 +145,7 @@ def stored_flags(folder: Path, f: flags.FlagValues) -> dict:
     if not any(checkpoints(folder, kind) for kind in ('model', 'best')):
         raise ValueError(
             f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but it has '
-            f'no checkpoint{other_runs(folder)}'
+            f'no checkpoint{other_runs(folder)}{known_names()}'
         )
     _, _, state = first_whole(find_checkpoints(folder, f), lambda _: None)  # `load` tells of others
     if not state.get('flags'):
@@ -137,7 +190,8 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
     stored: the flags that the checkpoint holds; those that are younger than it are not there.
     """
     fixed = (EVALUATION, NEVER) if f.train else (NEVER,)
-    stored = {'fit': 'squash'} | INNER_LOOPS | stored  # runs of 1.0.0 have no such flags
+    # Runs of 1.0.0 have no such flags.
+    stored = {'fit': 'squash', 'loss': ''} | INNER_LOOPS | stored
     held = held_by_learning(stored, f.train)
     names = [flag.name for flag in FLAGS if flag.may_change in fixed or flag.name in held]
     pretrained = min(stored.get('pretrain_iterations', 0), f.pretrain_iterations)

@@ -13,17 +13,18 @@ from google.protobuf.message import DecodeError
 
 from fewshot.checks import first_line
 from fewshot.runs.flags import ANYTIME, FLAGS
+from fewshot.runs.results import shown_value
 from maml import Results
 
 
 class Log:
-    """Summaries for TensorBoard, the original's printed lines, and a line of progress.
+    """Summaries for TensorBoard, the printed lines of a run, and a line of progress.
 
     objective: the source's, 'loss' or 'accuracy'. pretrain, end: the iterations of joint training,
     and of both. update: the inner update whose query result is printed; None without query sets.
     interval: iterations between printed lines. start: the first iteration; state: the result of
     `state` before it. folder: that of the summaries, if there are to be any; writer: what writes
-    them, else None.
+    them, else None. original: whether the original's lines are printed too.
     """
 
     def __init__(
@@ -36,14 +37,15 @@ class Log:
         start: int = 0,
         state: dict | None = None,
         folder: Path | None = None,
+        original: bool = False,
     ):
         self.objective, self.pretrain, self.end, self.start = objective, pretrain, end, start
-        self.update, self.interval = update, interval
+        self.update, self.interval, self.original = update, interval, original
         before, after = (state or {}).get('printing', ([], []))
         # The next printed line shows their means.
         self.before, self.after = [*map(np.float32, before)], [*map(np.float32, after)]
         self.best = ((state or {}).get('best') or {}).get(objective, np.nan)  # of the validations
-        self.folder = folder
+        self.folder, self.done = folder, start
         self.clock = self.shown = time.perf_counter()
         self.writer = tf.summary.create_file_writer(str(folder)) if folder else None
 
@@ -51,7 +53,7 @@ class Log:
         return {'printing': [[*map(float, values)] for values in (self.before, self.after)]}
 
     def introduce(self, values: dict):
-        """Writes the flags of a run that begins, and explains the lines to come.
+        """Writes the flags of a run that begins.
 
         TensorBoard's HPARAMS tab gets those of a run that goes on too: they may be others.
         """
@@ -64,12 +66,6 @@ class Log:
                     rows = [f'`--{name}` | {value}' for name, value in shown.items()]
                     text = '\n'.join(['flag | value', '--- | ---', *rows])
                     tf.summary.text('flags', text, step=0)
-        updates = '1 update' if self.update == 1 else f'{self.update} updates'
-        after = f', and on the query sets after {updates}' if self.update else ''
-        self.line(
-            f'To be printed every {self.interval} iterations: mean {self.objective} on the support '
-            f'sets before any update{after}.'
-        )
 
     def summaries(self, prefix: str, results: Results, iteration: int) -> list[float]:
         """Writes the scalars of one meta-batch under the original's tags.
@@ -101,14 +97,29 @@ class Log:
         for shown, mean in zip((self.before, self.after), means):
             shown.append(mean)
         if self.update:
-            self._write((f'last_training_{self.objective}',), [np.mean(self.after)], iteration)
+            self._write((f'training/{self.objective}',), [np.mean(self.after)], iteration)
         if iteration % self.interval == 0 and iteration != 0:
-            label = f'Iteration {iteration - self.pretrain}'
-            if iteration < self.pretrain:
-                label = f'Pretrain Iteration {iteration}'
-            means = [np.mean(shown) for shown in (self.before, self.after) if shown]
-            self.line(f'{label}: {", ".join(map(str, means))}')
+            self.report(iteration, self.original)
             self.before, self.after = [], []
+
+    def report(self, iteration: int, original: bool = False):
+        """Prints where the run is, and the means since the last line; nothing if there are none.
+
+        original: whether the original's line follows.
+        """
+        means = [np.mean(shown) for shown in (self.before, self.after) if shown]
+        if not means:
+            return
+        label, end = f'Iteration {iteration - self.pretrain}', self.end - self.pretrain
+        if iteration < self.pretrain:
+            label, end = f'Pretrain Iteration {iteration}', self.pretrain
+        texts = [f'{shown_value(self.objective, means[0])} before any update']
+        if len(means) > 1:
+            updates = '1 update' if self.update == 1 else f'{self.update} updates'
+            texts.append(f'{shown_value(self.objective, means[1])} after {updates}')
+        self.line(f'{label} of {end}: {self.objective} {", ".join(texts)}{self.progress()}')
+        if original:
+            self.line(f'{label}: {", ".join(map(str, means))}')
 
     def step_sizes(self, rates: dict[str, np.ndarray], iteration: int):
         """Writes each step size as a scalar; those of many weights as a mean and a histogram."""
@@ -120,37 +131,38 @@ class Log:
                     tf.summary.histogram(f'update_lr/{name}/all', value, step=iteration)
 
     def validation(self, results: Results, interval: float, iteration: int):
+        """Writes the summaries of a validation; prints the original's line if it is asked for."""
         before, after = self.summaries('metaval', results, iteration)
-        self.line(f'Validation results: {before}, {after}')
+        if self.original:
+            self.line(f'Validation results: {before}, {after}')
         better = np.fmax if self.objective == 'accuracy' else np.fmin  # a nan is never the best
         self.best = better(self.best, after)
-        tags = (
-            f'metaval_Post-update_{self.objective}_interval',
-            f'last_validation_{self.objective}',
-            f'best_validation_{self.objective}',
-        )
-        self._write(tags, [*map(np.float32, (interval, after, self.best))], iteration)
+        tags = [f'validation/{name}{self.objective}' for name in ('', 'interval_', 'best_')]
+        self._write(tuple(tags), [*map(np.float32, (after, interval, self.best))], iteration)
 
     def steps(self, first: int, last: int, loss: float):
-        """Prints the first step's time, compilation included; then where the run is.
-
-        On a terminal that is a line that changes every second, else one after each printed line.
-        """
+        """Tells how long the first step took; on a terminal, shows where the run is, too."""
         now = time.perf_counter()
         if first == self.start:
-            self.line(f'The first step took {now - self.clock:.1f} s, compilation included.')
+            self.line(f'Compiled in {now - self.clock:.0f} s.')
             self.clock = now  # of the steps after it
-        iteration, done = last - 1, last - 1 - self.start
-        due = iteration % self.interval == 0 and iteration != 0
-        if sys.stdout.isatty():
-            due = now - self.shown > 1
-        if done and due:
-            self.shown, rate = now, done / (now - self.clock)
-            left = min((self.end - last) / rate, datetime.timedelta.max.total_seconds() / 2)
-            left = datetime.timedelta(seconds=round(left))
-            where = f'{last} of {self.end} iterations, {rate:.3g} per second, {left} left'
-            end = '\033[K\r' if sys.stdout.isatty() else '\n'
-            print(f'{where}, loss {loss:.4g}', end=end, flush=True)
+        self.done = last
+        if sys.stdout.isatty() and now - self.shown > 1:
+            self.shown = now
+            where = f'Iteration {last} of {self.end}: loss {loss:.4g}{self.progress()}'
+            print(where, end='\033[K\r', flush=True)
+
+    def progress(self) -> str:
+        """Tells the speed and the time left: the end of a line, '' before the second step."""
+        steps = self.done - self.start - 1
+        if steps < 1:
+            return ''
+        rate = steps / (time.perf_counter() - self.clock)
+        seconds = min((self.end - self.done) / rate, datetime.timedelta.max.total_seconds() / 2)
+        left = datetime.timedelta(seconds=round(seconds))
+        speed = f'{rate:,.0f} per second' if rate >= 10 else f'{rate:.1f} per second'
+        speed = f'{1 / rate:.1f} s each' if rate < 1 else speed
+        return f'; {speed}, {left} left' if self.done < self.end else f'; {speed}'
 
     def picture(self, name: str, picture: np.ndarray, iteration: int):
         with self.writer.as_default():

@@ -13,7 +13,7 @@ from fewshot.data.pictures import picture_of
 from fewshot.engine.devices import machine
 from fewshot.engine.fast import FastMAML
 from fewshot.runs.checkpoints import write_checkpoint
-from fewshot.runs.results import confidence
+from fewshot.runs.results import confidence, guessing, shown_value
 from maml import TASK_AXIS, Results
 
 GROUP = 10  # how many programs' tiny meta-batches are drawn together
@@ -168,7 +168,8 @@ class Trainer:
         best = self.best or {objective: np.nan}
         verdict = 'none was finite so far'
         if np.isfinite(best[objective]):
-            verdict = f'the best was {best[objective]:.4f} at iteration {best["iteration"]}'
+            shown = shown_value(objective, best[objective])
+            verdict = f'the best was {shown} at iteration {best["iteration"]}'
         better = is_better(mean, best[objective], objective)
         if better:
             verdict = 'the best so far'
@@ -176,7 +177,8 @@ class Trainer:
         if self.log:
             self.log.validation(results, interval, iteration)
             what = f'{objective.capitalize()} on {self.validation_tasks} validation tasks'
-            self.log.line(f'{what}: {mean:.4f} +- {interval:.4f}, {verdict}.')
+            shown = f'{shown_value(objective, mean)} +- {shown_value(objective, interval)}'
+            self.log.line(f'{what}: {shown}, {verdict}{guessing(self.source, mean, interval)}.')
         if better:
             self.save(iteration, 'best')
 

@@ -5,7 +5,7 @@ export default {
     <canvas
       ref="canvas"
       :style="{
-        width: size + 'px', height: size + 'px', touchAction: 'none', cursor: 'crosshair',
+        width: '100%', aspectRatio: 1, touchAction: 'none', cursor: 'crosshair',
         background: image ? 'white url(' + image + ') center/contain no-repeat' : 'white',
         imageRendering: 'pixelated',
       }"
@@ -15,10 +15,10 @@ export default {
       @pointercancel="end"
     ></canvas>
   `,
-  props: { size: Number, grid: Number, pen: Number, image: String },
+  props: { grid: Number, pen: Number, image: String },
   data: () => ({ strokes: [], drawing: false }),
   mounted() {
-    this.resize();
+    new ResizeObserver(() => this.resize()).observe(this.$refs.canvas);
   },
   updated() {
     this.resize();
@@ -26,7 +26,7 @@ export default {
   methods: {
     resize() {
       const canvas = this.$refs.canvas;
-      const pixels = Math.round(this.size * (window.devicePixelRatio || 1));
+      const pixels = Math.round(canvas.clientWidth * (window.devicePixelRatio || 1));
       if (canvas.width !== pixels) canvas.width = canvas.height = pixels;
       this.paint();
     },

@@ -1,6 +1,7 @@
 """The page of scripts/model/demo.py, in NiceGUI."""
 
 import base64
+import contextlib
 import io
 from collections.abc import Callable
 from itertools import cycle
@@ -9,13 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 from nicegui import app, background_tasks, events, run, ui
-from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fewshot.data.image_files import ImageLayout, image_files
-from fewshot.use.demo_task import GRID, MAX_BYTES, PEN, UPDATES, Slot, Task, picture
+from fewshot.use.demo_guard import Guard
+from fewshot.use.demo_task import GRID, MAX_BYTES, PEN, UPDATES, Slot, Task, picture, title
 from fewshot.use.learner import Learner
 
 
@@ -30,20 +29,23 @@ CHARACTERS = Path(__file__).resolve().parents[2] / 'tests' / 'characters'
 COLOURS = ('#4269d0', '#e08a00', '#d6402f', '#3a9e8f', '#8a56c2')
 COLOURS += ('#2f7d32', '#c2518d', '#8c6239', '#5b7083', '#2e9bd6')
 DRAWINGS = Texts(
-    'Draw a character in each square, or drop image files on it.',
-    'Draw one of the characters again.',
+    'Draw a different character in each square, or drop image files on it.',
+    'Draw one of your characters again.',
 )
 PHOTOS = Texts(
     'Drop an image file on each square, or draw in it.',
     'Drop another image of one of the classes.',
 )
-READY = 'The likeliest class is bold.'
+READY = 'The most likely class is bold.'
 INTERVAL = 0.05  # seconds between two messages while someone draws
 PAGE_STYLE = """
 body { background: #f4f5f7; color: #1d2430; }
 .page { max-width: 1080px; margin: auto; }
 .card { background: white; border-radius: 12px; padding: 16px 20px;
         box-shadow: 0 1px 3px rgb(0 0 0 / 12%); }
+.classes { display: grid; gap: 12px 20px;
+           --share: calc((100% - 20px * var(--columns)) / var(--columns));
+           grid-template-columns: repeat(auto-fill, minmax(max(132px, var(--share)), 1fr)); }
 .pad { border: 2px solid var(--colour); border-radius: 8px; overflow: hidden; display: block; }
 .seen { border: 1px solid #d5d9e0; border-radius: 3px; image-rendering: pixelated; }
 .tools { min-height: 34px; }
@@ -51,7 +53,9 @@ body { background: #f4f5f7; color: #1d2430; }
 .step { font-size: 17px; font-weight: 600; }
 .groove { background: #eef0f3; border-radius: 4px; }
 .bar { height: 18px; border-radius: 4px; background: var(--colour); }
-.bar-name { max-width: 170px; overflow-wrap: anywhere; }
+.bar-name { max-width: min(170px, 30vw); overflow-wrap: anywhere; }
+.answers { flex: 1; min-width: min(380px, 100%); }
+@media (max-width: 760px) { .card { width: 100%; padding: 12px 14px; } }
 """
 # A file that misses the squares would take the place of the page.
 STAY = """<script>
@@ -62,9 +66,9 @@ for (const type of ['dragover', 'drop']) addEventListener(type, (event) => event
 class Pad(ui.element, component='demo_pad.js'):
     """A square to draw in; on_draw is called with the strokes, see demo_task.draw."""
 
-    def __init__(self, size: int, on_draw: Callable[[list], None]):
+    def __init__(self, on_draw: Callable[[list], None]):
         super().__init__()
-        self._props.update(size=size, grid=GRID, pen=PEN, image='')
+        self._props.update(grid=GRID, pen=PEN, image='')
         self.on('draw', lambda event: on_draw(event.args), throttle=INTERVAL)
         self.classes('pad')
 
@@ -84,8 +88,9 @@ class SlotView:
 
     def __init__(self, slot: Slot, size: int, colour: str, on_change: Callable[[], None]):
         self.slot, self.on_change = slot, on_change
-        with ui.column().classes('gap-1').style(f'--colour: {colour}'):
-            self.pad = Pad(size, self.draw)
+        width = f'max-width: {size}px'
+        with ui.column().classes('gap-1 w-full').style(f'--colour: {colour}; {width}'):
+            self.pad = Pad(self.draw)
             self.upload = self.make_upload()
             with ui.row().classes('tools w-full items-center no-wrap gap-0'):
                 self.make_buttons()
@@ -93,7 +98,7 @@ class SlotView:
                 if slot.limit == 1:
                     ui.label('What the network sees').classes('hint mr-2')
                 self.current = self.thumbnail()
-            self.kept = ui.row().classes('gap-1 justify-end').style(f'width: {size}px')
+            self.kept = ui.row().classes('gap-1 justify-end w-full')
         self.show()
 
     def make_upload(self) -> ui.upload:
@@ -125,10 +130,10 @@ class SlotView:
 
         button('undo', 'Undo the last stroke', lambda: self.pad.run_method('undo'))
         button('delete_outline', 'Clear', self.clear)
-        pick = button('upload_file', 'Choose image files, or drop them on the square')
+        pick = button('upload_file', 'Use image files; you can also drop them on the square')
         pick.on('click', js_handler=f'() => getElement({self.upload.id}).$refs.qRef.pickFiles()')
         if self.slot.limit > 1:
-            button('add', 'Keep this example and draw another of the class', self.keep)
+            button('add', 'Add another example of this class', self.keep)
 
     def draw(self, strokes: list):
         if self.attempt(lambda: self.slot.draw(strokes)):
@@ -190,7 +195,7 @@ class SlotView:
             for index, image in enumerate(self.slot.kept):
                 shown = self.thumbnail().style('cursor: pointer')
                 shown.props['src'] = self.address(image)
-                shown.props['title'] = 'A kept example; a click removes it'
+                shown.props['title'] = 'An example of this class; click to remove it'
                 shown.on('click', lambda index=index: self.remove(index))
 
     def thumbnail(self) -> ui.element:
@@ -212,14 +217,15 @@ class AnswerView:
 
     def __init__(self, labels: list[str], updates: int):
         self.labels, self.answer = labels, None  # [UPDATES + 1, N]
+        self.shown = [False] * len(labels)  # the classes that have examples
         with ui.row().classes('items-center no-wrap w-full gap-4'):
             self.title = ui.label().classes('hint').style('min-width: 118px')
             self.updates = ui.slider(
                 min=0, max=UPDATES, value=min(updates, UPDATES), on_change=self.show
             ).props('markers snap color=blue-grey-7 aria-label="Updates"')
-        with ui.grid(columns='auto 1fr 3.2em').classes('w-full items-center gap-x-3 gap-y-1'):
+        with ui.grid(columns='auto 1fr 4.6em').classes('w-full items-center gap-x-3 gap-y-1'):
             self.rows = [self.make_row(c) for c in range(len(labels))]
-        ui.label('The same over 0 to 10 updates').classes('hint mt-2')
+        ui.label(f'Probabilities after 0 to {UPDATES} updates').classes('hint mt-2')
         self.lines = ui.echart(line_options(labels)).classes('w-full').style('height: 190px')
         self.show()
 
@@ -227,18 +233,19 @@ class AnswerView:
         name = ui.label().classes('bar-name text-sm')
         with ui.element('div').classes('groove'):
             bar = ui.element('div').classes('bar').style(f'--colour: {colour(c)}; width: 0')
-        return name, bar, ui.label().classes('text-sm text-right')
+        return name, bar, ui.label().classes('text-sm text-right text-no-wrap')
 
     def rename(self, c: int, label: str):
         self.labels[c] = label
         self.lines.options['series'][c]['name'] = label
         self.show()
 
-    def set(self, answer: np.ndarray | None):
-        """Shows an answer, see Task.answer; None if there is none."""
-        self.answer = answer
+    def set(self, answer: np.ndarray | None, shown: list[bool]):
+        """Shows an answer, see Task.answer; None if there is none. shown: [N]."""
+        self.answer, self.shown = answer, shown
         for c, series in enumerate(self.lines.options['series']):
-            series['data'] = [] if answer is None else [round(float(p), 4) for p in answer[:, c]]
+            known = answer is not None and shown[c]
+            series['data'] = [round(float(p), 4) for p in answer[:, c]] if known else []
         self.lines.update()
         self.show()
 
@@ -246,12 +253,14 @@ class AnswerView:
         updates = int(self.updates.value)
         self.title.text = f'After {updates} update' + ('' if updates == 1 else 's')
         row = np.zeros(len(self.labels)) if self.answer is None else self.answer[updates]
-        for (name, bar, percent), label, p in zip(self.rows, self.labels, row):
+        for (name, bar, percent), label, p, shown in zip(self.rows, self.labels, row, self.shown):
             wins = p > 0 and p == row.max()
             name.text = label
             name.style('font-weight: ' + ('700' if wins else '400'))
             bar.style(f'width: {100 * p:.1f}%')
-            percent.text = f'{100 * p:.0f} %' if row.any() else ''
+            percent.text = (f'{100 * p:.0f} %' if row.any() else '') if shown else 'not shown'
+            for part in (name, percent):
+                part.classes(**{'remove' if shown else 'add': 'text-grey-7'})
 
 
 def line_options(labels: list[str]) -> dict:
@@ -283,7 +292,7 @@ def colour(c: int) -> str:
 class Page:
     """One browser tab: the classes, the query, and the answers, which follow every change."""
 
-    def __init__(self, learner: Learner, name: str):
+    def __init__(self, learner: Learner):
         self.task, self.stale, self.busy = Task(learner), False, False
         self.texts = DRAWINGS if self.task.layout.mode == 'L' else PHOTOS
         self.labels = [f'Class {c + 1}' for c in range(len(self.task.classes))]
@@ -291,23 +300,23 @@ class Page:
         ui.add_css(PAGE_STYLE)
         ui.add_body_html(STAY)
         with ui.column().classes('page w-full items-stretch gap-4'):
-            self.make_head(name)
+            self.make_head(title(learner))
             with ui.element('div').classes('card'):
                 self.make_classes()
             with ui.row().classes('gap-4 items-stretch w-full'):
                 with ui.element('div').classes('card'):
                     self.make_query()
-                with ui.element('div').classes('card').style('flex: 1; min-width: 380px'):
+                with ui.element('div').classes('card answers'):
                     self.make_answers(learner.model.num_updates)
 
     def make_head(self, name: str):
         ways = len(self.task.classes)
-        with ui.row().classes('items-center w-full no-wrap'):
-            with ui.column().classes('gap-0').style('flex: 1'):
-                ui.label('Learning from a few examples').classes('text-2xl font-semibold')
+        with ui.row().classes('items-center w-full'):
+            with ui.column().classes('gap-0').style('flex: 1 1 300px'):
+                ui.label(name).classes('text-2xl font-semibold')
                 ui.label(
-                    f'A model that was meta-trained by MAML learns {ways} new classes from what '
-                    f'you show it, by a few gradient steps. Run: {name}'
+                    f'MAML has trained this model to learn {ways} new classes from a few examples. '
+                    'Show it yours.'
                 ).classes('hint')
             if self.texts is DRAWINGS and CHARACTERS.is_dir():
                 self.examples = cycle(example_files(self.task.layout, ways))
@@ -316,32 +325,34 @@ class Page:
             ui.button('Clear all', on_click=self.clear).props('no-caps no-wrap outline')
 
     def make_classes(self):
-        ui.label('1  Show it each class').classes('step')
+        ui.label('1  Teach the model').classes('step')
         ui.label(
-            f'{self.texts.show} The small picture is what the network sees. More examples make it '
-            'surer: + keeps one and takes another.'
-        ).classes('hint mb-2')
-        with ui.row().classes('gap-5'):
-            self.views = [self.make_class(c) for c in range(len(self.task.classes))]
+            f'{self.texts.show} The small picture is what the network sees. Press + to add another '
+            'example of a class: more examples make better answers.'
+        ).classes('hint mb-3')
+        few = len(self.labels) <= 5
+        with ui.element('div').classes('classes').style(f'--columns: {5 if few else 7}'):
+            self.views = [self.make_class(c, 188 if few else 132) for c in range(len(self.labels))]
 
-    def make_class(self, c: int) -> SlotView:
-        size = 188 if len(self.labels) <= 5 else 128
-        with ui.column().classes('gap-1'):
+    def make_class(self, c: int, size: int) -> SlotView:
+        with ui.column().classes('gap-1 w-full'):
             name = ui.input(value=self.labels[c])
             name.on_value_change(lambda event: self.rename(c, event.value))
-            name.props('dense borderless maxlength=30 aria-label="Name of the class"')
-            name.props('input-class="font-semibold"').style(f'width: {size}px')
+            name.props('dense outlined maxlength=30 aria-label="Name of the class"')
+            name.style(f'width: 100%; max-width: {size}px')
+            with name.add_slot('append'):
+                ui.icon('edit', size='16px')
             view = SlotView(self.task.classes[c], size, colour(c), self.changed)
             view.name = name
         return view
 
     def make_query(self):
-        ui.label('2  Ask').classes('step')
+        ui.label('2  Test it').classes('step')
         ui.label(self.texts.ask).classes('hint mb-2')
         self.query = SlotView(self.task.query, 280, '#1d2430', self.changed)
 
     def make_answers(self, updates: int):
-        ui.label('3  What the model takes it for').classes('step')
+        ui.label('3  See its answer').classes('step')
         self.hint = ui.label(self.task.lacking).classes('hint mb-2')
         self.answers = AnswerView(self.labels, updates)
 
@@ -375,8 +386,9 @@ class Page:
             while self.stale:
                 self.stale = False
                 question = self.task.question()
+                shown = [bool(slot.images) for slot in self.task.classes]
                 answer = await run.io_bound(self.task.answer, question) if question else None
-                self.answers.set(answer)
+                self.answers.set(answer, shown)
                 self.hint.text = self.task.lacking or READY
         finally:
             self.busy = False
@@ -394,37 +406,22 @@ def example_files(layout: ImageLayout, ways: int) -> list[tuple[list[Path], Path
     return [(support, query) for query in queries if query.name.startswith(names)]
 
 
-class UploadLimit:
-    """Refuses requests with more bytes than an upload may have, before they are read."""
-
-    def __init__(self, app: ASGIApp, limit: int):
-        self.app, self.limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send):
-        if scope['type'] == 'http' and scope['method'] not in ('GET', 'HEAD', 'OPTIONS'):
-            length = Headers(scope=scope).get('content-length', '')
-            if not length.isdecimal() or int(length) > self.limit:
-                answer = PlainTextResponse(f'At most {self.limit} bytes are taken.', 413)
-                await answer(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-def serve(learner: Learner, name: str, host: str, port: int, show: bool):
+def serve(learner: Learner, host: str, port: int, show: bool):
     """Shows the page until the program is ended; show: open it in the browser."""
-    app.add_middleware(UploadLimit, limit=MAX_BYTES + 2**16)
+    app.add_middleware(Guard, limit=MAX_BYTES + 2**16)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, 'localhost'])
     app.on_startup(lambda: print(f'Open http://{host}:{port} (Ctrl-C ends this).', flush=True))
     warm_up(learner)
-    ui.run(
-        lambda: Page(learner, name),
-        host=host,
-        port=port,
-        title='MAML',
-        show=show,
-        reload=False,
-        show_welcome_message=False,
-    )
+    with contextlib.suppress(KeyboardInterrupt):
+        ui.run(
+            lambda: Page(learner),
+            host=host,
+            port=port,
+            title=title(learner),
+            show=show,
+            reload=False,
+            show_welcome_message=False,
+        )
 
 
 def warm_up(learner: Learner):

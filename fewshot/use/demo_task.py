@@ -1,6 +1,7 @@
 """The task that the page of scripts/model/demo.py gathers, and its answers, without the page."""
 
 import io
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ MAX_POINTS = 20_000  # of one drawing
 MAX_EXAMPLES = 10  # of one class
 MAX_BYTES = 20 * 2**20  # of an image file
 MAX_PIXELS = 50_000_000  # of an image file, decoded
+TITLES = {'omniglot': 'Omniglot', 'miniimagenet': 'miniImagenet'}
 
 
 def draw(strokes: Sequence[Sequence[float]]) -> Image.Image:
@@ -129,6 +131,15 @@ class Slot:
         self.kept, self.current = [], None
 
 
+def title(learner: Learner) -> str:
+    """Names a run by its images, N and K, and the iterations that trained it."""
+    source, folder = (learner.settings.get(name, '') for name in ('datasource', 'data_dir'))
+    images = TITLES.get(source) or Path(folder).name or 'Own images'
+    found = f'{images}, {learner.model.network.dim_output}-way {learner.model.loss.shots}-shot'
+    last = int(re.search(r'\d*$', learner.checkpoint)[0])
+    return found + (f', {last + 1:,} iterations' if last else '')  # Learner.save writes 0
+
+
 class Question(NamedTuple):
     """A task whose query is to be classified."""
 
@@ -154,8 +165,8 @@ class Task:
     def lacking(self) -> str:
         """A request for the next thing that is lacking before there is an answer; '' if none is."""
         if sum(bool(slot.images) for slot in self.classes) < 2:
-            return 'It needs an example of at least two classes.'
-        return '' if self.query.images else 'Now one to classify, in the large square.'
+            return 'First give examples of at least two classes.'
+        return '' if self.query.images else 'Now give it one to recognise, in the large square.'
 
     def question(self) -> Question | None:
         """Returns the present drawings as a Question, None as long as something is lacking."""

@@ -1,6 +1,8 @@
 """Class MetaModel: Keras's fit, evaluate and callbacks."""
 
+import functools
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import keras
@@ -9,9 +11,33 @@ import tensorflow as tf
 
 from data_generator import Batch, whole_number
 from fewshot.data.batches import fitting_batch, named_batch
-from fewshot.engine.fast import FastMAML
+from fewshot.engine.fast import FastMAML, tells_names
 from fewshot.use.learner import Learner, checked_finite
 from maml import Arrays, Results
+
+# What Keras takes beside examples.
+OTHERS = ('batch_size', 'sample_weight', 'class_weight', 'validation_split')
+
+
+def takes_tasks(function: Callable) -> Callable:
+    """Decorates a method of Keras: errors of data, and data other than tasks, are ValueErrors."""
+
+    @functools.wraps(function)
+    def call(self, x=None, y=None, **named):
+        if any(part is not None for part in (y, *map(named.get, OTHERS))):
+            raise ValueError(
+                'tasks are whole meta-batches: give each as a Batch or a tuple (support_x, '
+                f'support_y, query_x, query_y), and neither y nor {", ".join(OTHERS)}'
+            )
+        try:
+            return function(self, x, **named)
+        except tf.errors.InvalidArgumentError as error:  # of a generator, from within a graph
+            found = re.search('(?:Value|Type)Error: (.+?)\nTraceback', str(error), re.DOTALL)
+            if not found:
+                raise
+            raise ValueError(found[1]) from error
+
+    return call
 
 
 class MetaModel(keras.Model):
@@ -29,6 +55,7 @@ class MetaModel(keras.Model):
 
     supports_jit = False  # as a whole: pieces of it are compiled
 
+    @tells_names(FastMAML)
     def __init__(
         self,
         model,
@@ -44,7 +71,7 @@ class MetaModel(keras.Model):
         updates = whole_number('updates', updates)
         self.updates, self.transductive = max(updates, maml.num_updates), transductive
         self.measured = TaskMeans(self.updates, maml, self.learner.is_classifier)
-        self.watches = True
+        self.watches, self.sizes = True, {}
         self.theta = KerasVariables(maml.weights, 'theta')
         if maml.norms:
             self.norms = KerasVariables(maml.norms, 'norms')
@@ -52,9 +79,11 @@ class MetaModel(keras.Model):
             self.rates = KerasVariables(maml.rates, 'rates')
         self.built = True
 
+    @tells_names(keras.Model.compile)
     def compile(
         self,
         optimizer=None,
+        *,
         training_metrics: bool = True,
         run_eagerly: bool = False,
         steps_per_execution: int = 1,
@@ -77,6 +106,8 @@ class MetaModel(keras.Model):
         given = {'run_eagerly': run_eagerly, 'steps_per_execution': steps_per_execution}
         super().compile(optimizer=self.maml.metatrain_optimizer, jit_compile=False, **given)
 
+    @tells_names(keras.Model.fit)
+    @takes_tasks
     def fit(
         self, x, *, steps_per_epoch=None, validation_data=None, validation_steps=None, **named
     ) -> keras.callbacks.History:
@@ -90,26 +121,60 @@ class MetaModel(keras.Model):
         if validation_data is not None:
             data = as_dataset(validation_data, 'validation_steps', validation_steps)
             named |= {'validation_data': data, 'validation_steps': validation_steps}
+        self.sized('train', tasks.element_spec)
         return super().fit(tasks, **named)
 
+    @takes_tasks
     def evaluate(self, x=None, *, steps=None, **named):
         """Evaluates as Keras does; x: tasks, see `as_dataset`. Raises ValueError for others."""
-        return super().evaluate(as_dataset(x, 'steps', steps), steps=steps, **named)
+        tasks = as_dataset(x, 'steps', steps)
+        self.sized('test', tasks.element_spec)
+        return super().evaluate(tasks, steps=steps, **named)
 
+    @takes_tasks
     def predict(self, x, *, steps=None, **named) -> np.ndarray:
         """Predicts the queries of tasks after the updates of training: [tasks, examples, out].
 
         It works as Keras's `predict`; x: tasks, see `as_dataset`. Returns class probabilities, or
         outputs of regression. Raises ValueError for others, and if an adaptation diverges.
         """
-        output = super().predict(as_dataset(x, 'steps', steps), steps=steps, **named)
+        tasks = as_dataset(x, 'steps', steps)
+        self.sized('predict', tasks.element_spec)
+        output = super().predict(tasks, steps=steps, **named)
         return checked_finite({'output': output}, 'the answers')['output']
+
+    # Keras's, of which x is a meta-batch, see `as_batch`.
+
+    @takes_tasks
+    def train_on_batch(self, x, **named):
+        return super().train_on_batch(self.sized('train', x), **named)
+
+    @takes_tasks
+    def test_on_batch(self, x, **named):
+        return super().test_on_batch(self.sized('test', x), **named)
+
+    @takes_tasks
+    def predict_on_batch(self, x) -> np.ndarray:
+        output = super().predict_on_batch(self.sized('predict', x))
+        return checked_finite({'output': output}, 'the answers')['output']
+
+    def sized(self, kind: str, tasks) -> Batch:
+        """Returns a Batch. For other sizes than the last Keras makes its function of a kind anew.
+
+        It would go on with unknown sizes, and programs need to know them.
+        """
+        batch = as_batch(tasks)
+        sizes = [tuple(part.shape) for part in batch]
+        if self.sizes.get(kind, sizes) != sizes:
+            getattr(self, f'make_{kind}_function')(force=True)
+        self.sizes[kind] = sizes
+        return batch
 
     # Keras calls these for each meta-batch.
 
     def train_step(self, data) -> dict[str, tf.Tensor]:
         """Takes one outer step. The metrics are those of the weights before it."""
-        batch = Batch(*data)
+        batch = batch_in(data)
         if self.watches:
             self.measured.update(self.maml.evaluate(batch, self.updates))
         loss = self.maml.metatrain_step(batch)
@@ -120,12 +185,12 @@ class MetaModel(keras.Model):
 
     def test_step(self, data) -> dict[str, tf.Tensor]:
         """Computes the metrics of a meta-batch."""
-        batch = Batch(*data)
+        batch = batch_in(data)
         self.measured.update(self.maml.evaluate(batch, self.updates, self.transductive))
         return self.measured.results()
 
     def predict_step(self, data) -> tf.Tensor:
-        maml, batch = self.maml, Batch(*data)
+        maml, batch = self.maml, batch_in(data)
         output = maml.evaluate(batch, maml.num_updates, self.transductive).outputsb[-1]
         return tf.nn.softmax(output) if self.learner.is_classifier else output
 
@@ -207,19 +272,45 @@ def as_maml(model, loss: Callable | None, given: dict) -> FastMAML:
     return model
 
 
+def batch_in(data) -> Batch:
+    """Returns the meta-batch in what Keras hands to a step: it, or (it, None, None)."""
+    return Batch(*(data[0] if isinstance(data[0], tuple) else data))
+
+
+def is_plain(tasks) -> bool:
+    """Whether these are four arrays, tensors or specs without names."""
+    return type(tasks) is tuple and len(tasks) == 4 and all(hasattr(x, 'shape') for x in tasks)
+
+
+def as_batch(values, *words: str) -> Batch:
+    """Returns a Batch, a dict of its names or (support_x, support_y, query_x, query_y) as a Batch.
+
+    words: those of named_batch. Raises ValueError as fitting_batch does, and for a tuple if inputs
+    and labels have the same size, so that no check would find them in another order.
+    """
+    batch = fitting_batch(Batch(*values) if is_plain(values) else named_batch(values, *words))
+    if is_plain(values) and batch.inputa.shape[2] == batch.labela.shape[2] is not None:
+        raise ValueError(
+            'inputs and labels have the same size, so nothing tells the order in a tuple: write '
+            'Batch(inputa=support_x, labela=support_y, inputb=query_x, labelb=query_y)'
+        )
+    return batch
+
+
 def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
     """Returns tasks as a tf.data.Dataset of Batches.
 
     tasks: such a dataset, see `DataGenerator.dataset`; a Batch; or a list or generator of Batches.
-    A Batch may be a dict of its four names. steps_name, steps: how many meta-batches are wanted, by
-    the name of the argument that says so. Raises ValueError for tuples without names, if sizes are
-    not known, or tasks never end and nothing says how many are wanted.
+    For a Batch, see `as_batch`. steps_name, steps: how many meta-batches are wanted, by the name of
+    the argument that says so. Raises ValueError as `as_batch` does, if sizes are not known, or
+    tasks never end and nothing says how many are wanted.
     """
     if not isinstance(tasks, tf.data.Dataset):
-        tasks = dataset_of_batches([tasks] if isinstance(tasks, Batch | Mapping) else tasks)
+        is_one = isinstance(tasks, Batch | Mapping) or is_plain(tasks)
+        tasks = dataset_of_batches([tasks] if is_one else tasks)
     remedy = 'dataset.map(lambda a, b, c, d: Batch(inputa=a, labela=b, inputb=c, labelb=d))'
-    spec = named_batch(tasks.element_spec, 'what a dataset of tasks holds must be', remedy)
-    if any(None in part.shape for part in fitting_batch(spec)):
+    spec = as_batch(tasks.element_spec, 'what a dataset of tasks holds must be', remedy)
+    if any(None in part.shape for part in spec):
         raise ValueError(
             'the sizes of tasks must be fixed (batch(T, drop_remainder=True) fixes their number), '
             f'but they are {spec}'
@@ -234,17 +325,17 @@ def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
 def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
     """Makes a dataset of a list of Batches, or of a generator, once.
 
-    Raises ValueError if there is none, as fitting_batch does, and if sizes differ.
+    Raises ValueError if there is none, as as_batch does, and if sizes differ.
     """
     fixed = isinstance(batches, Sequence)
     if fixed:
-        batches = [*map(fitting_batch, batches)]
+        batches = [*map(as_batch, batches)]
         sizes = {tuple(tuple(values.shape) for values in batch) for batch in batches}
         if len(sizes) > 1:
             raise ValueError(f'all Batches must have the same sizes, but there are {sizes}')
     try:
         iterator = iter(batches)
-        first = fitting_batch(next(iterator))
+        first = as_batch(next(iterator))
     except (TypeError, StopIteration):
         raise ValueError(
             'tasks must be a tf.data.Dataset, as source.dataset(split, num_tasks) is, a Batch, or '
@@ -252,5 +343,5 @@ def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
         ) from None
     rest = batches if fixed else itertools.chain([first], iterator)
     spec = Batch(*(tf.TensorSpec(values.shape, values.dtype) for values in first))
-    made = tf.data.Dataset.from_generator(lambda: map(fitting_batch, rest), output_signature=spec)
+    made = tf.data.Dataset.from_generator(lambda: map(as_batch, rest), output_signature=spec)
     return made.apply(tf.data.experimental.assert_cardinality(len(batches))) if fixed else made

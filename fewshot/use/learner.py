@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from data_generator import whole_number
 from fewshot.checks import finite_numbers, folder_path, real_number, real_numbers
-from fewshot.engine.fast import FastMAML
+from fewshot.engine.fast import FastMAML, tells_names
 from fewshot.networks.checks import has_sizes
 from fewshot.runs.checkpoints import checkpoints, read_run_state, write_checkpoint
 from fewshot.use.programs import Programs
@@ -113,6 +113,7 @@ class Learner:
         self.programs = Programs(model.maml)
 
     @classmethod
+    @tells_names()
     def load(
         cls,
         run_folder: str | Path,
@@ -155,6 +156,7 @@ class Learner:
         settings = settings | {'trained_on': sorted(self.model.trained_on)}
         return write_checkpoint(self.model.checkpoint, folder, 0, {'flags': settings})
 
+    @tells_names()
     def adapt(
         self,
         support_x: np.ndarray,
@@ -190,6 +192,7 @@ class Learner:
         checked_finite(arrays, f'after {steps} step{"s" * (steps != 1)} with {sizes} the weights')
         return arrays if axis else {name: value[0] for name, value in arrays.items()}
 
+    @tells_names()
     def predict(
         self,
         query_x: np.ndarray,

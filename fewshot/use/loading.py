@@ -9,7 +9,8 @@ from pathlib import Path
 import tensorflow as tf
 
 from fewshot.engine.devices import set_up_gpus
-from fewshot.networks.build import user_network
+from fewshot.networks.build import user_loss, user_network
+from fewshot.paper.published import run_named
 from fewshot.runs.checkpoints import read_run_state
 from fewshot.runs.user_code import UserCodeError
 from fewshot.use.learner import Learner
@@ -23,12 +24,20 @@ def parser_of(description: str, checkpoint: bool = True) -> argparse.ArgumentPar
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('run_folder', type=Path, metavar='RUN_FOLDER')
+    parser.add_argument(
+        'run_folder', type=run_named, metavar='RUN_FOLDER', help='or the name of a published model'
+    )
     parser.add_argument(
         '--network',
         default='',
         metavar='FILE.py:FUNCTION',
         help='if the run was trained with --network: what makes its network',
+    )
+    parser.add_argument(
+        '--loss',
+        default='',
+        metavar='FILE.py:FUNCTION',
+        help='if the run was trained with --loss: its loss',
     )
     if checkpoint:
         parser.add_argument(
@@ -70,27 +79,31 @@ def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, flo
 # Models -------------------------------------------------------------------------------------------
 
 
-def load(run_folder: Path, checkpoint: int | str = -1, network: str = '') -> Learner:
+def load(
+    run_folder: Path, checkpoint: int | str = -1, network: str = '', loss: str = ''
+) -> Learner:
     """Loads a Learner, see Learner.load, on GPUs as main.py uses them.
 
-    checkpoint: 'last' is -1. network: FILE.py:FUNCTION, if the run was trained with one. Raises
-    ValueError and UserCodeError.
+    checkpoint: 'last' is -1. network, loss: FILE.py:FUNCTION, if the run was trained with one.
+    Raises ValueError and UserCodeError.
     """
     set_up_gpus()
-    checkpoint = -1 if checkpoint == 'last' else checkpoint
+    checkpoint, own = -1 if checkpoint == 'last' else checkpoint, {}
     with warnings_printed():
-        if not network:
-            return Learner.load(run_folder, checkpoint)
         settings = read_run_state(find_checkpoint(run_folder, checkpoint)).get('flags', {})
-        if not settings.get('network'):
-            raise ValueError(f'{run_folder} was trained without --network, so it takes none')
-        made = user_network(network, settings, audit=None)
-        return Learner.load(run_folder, checkpoint, network=made)
+        for name, spec in {'network': network, 'loss': loss}.items():
+            if spec and not settings.get(name):
+                raise ValueError(f'{run_folder} was trained without --{name}, so it takes none')
+        if network:
+            own['network'] = user_network(network, settings, audit=None)
+        if loss:
+            own['loss'] = user_loss(loss, settings)
+        return Learner.load(run_folder, checkpoint, **own)
 
 
 def load_of_images(values: argparse.Namespace) -> Learner:
     """Loads the model that the arguments name. Raises ValueError too if its run had no images."""
-    learner = load(values.run_folder, values.checkpoint, values.network)
+    learner = load(values.run_folder, values.checkpoint, values.network, values.loss)
     if not learner.takes_images:
         raise ValueError(
             f'{values.run_folder} is a run on {learner.settings["datasource"]}, which has no images'

@@ -16,6 +16,7 @@ from fewshot.networks.build import MODEL_SETTINGS, make_model
 from fewshot.networks.checks import check_loss
 from fewshot.networks.inner_loops import LEARNED_RATES, LearnedRates, Partly
 from fewshot.networks.keras_network import KerasNetwork
+from fewshot.paper.published import known_names, run_named
 from fewshot.runs.checkpoints import DamagedCheckpoint, checkpoints, first_whole, other_runs
 from fewshot.sources import IMAGE_SOURCES
 from maml import InnerLoop, mean_squared_error
@@ -96,9 +97,11 @@ def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
     if not isinstance(checkpoint, str | int | np.integer) or checkpoint not in ('best', -1):
         text = "checkpoint, if it is not 'best' or -1 for the newest,"
         checkpoint = whole_number(text, checkpoint)
-    folder = folder_path('run_folder', run_folder)
+    folder = run_named(folder_path('run_folder', run_folder))
     if not folder.is_dir():
-        raise ValueError(f'there is no folder {folder}: give one that main.py trained in')
+        raise ValueError(
+            f'there is no folder {folder}: give one that main.py trained in{known_names()}'
+        )
     found = checkpoints(folder, 'best' if checkpoint == 'best' else 'model')
     there = [*checkpoints(folder)]
     if not found and not there:
@@ -147,12 +150,12 @@ def load_model(
     made = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
     made |= {} if inner_loop is None else {'inner_loop': inner_loop, 'learn_lr': 'none'}
     made['dtype'] = tf.as_dtype(settings.get('dtype', 'float32'))
-    model = make_model(**made, compiled=compiled, network='' if network is None else network)
+    made |= {'network': '' if network is None else network, 'loss': loss}
+    model = make_model(**made, compiled=compiled)
     if 'optimizer' in settings:
         model.set_optimizer(stored_optimizer(settings['optimizer'], path))
     if loss is not None:
         check_loss(loss, model.network, model.dtype)
-        model.maml.loss = loss
     model.maml.clip = settings.get('clip', model.clip)  # of models that were made in Python
     model.make_programs()
     images = ['float'] if of_images(settings) else []

@@ -85,6 +85,7 @@ def prepare(
         wanted = [f'{split}/{label}' for split, labels in splits.items() for label in labels]
         return fault(counts, wanted, images) is None
 
+    preparation.check_source(source)
     if preparation.is_prepared(target, complete, SIZE):
         return f'{target} is complete already; nothing to do.'
     if source:

@@ -3,9 +3,9 @@
     python scripts/data/prepare_omniglot.py                   # downloads them (16 MB)
     python scripts/data/prepare_omniglot.py --source=FOLDER   # has them there
 
-FOLDER holds images_background.zip and images_evaluation.zip, or the two folders they unpack to, or
-all alphabets. The result is TARGET/<Alphabet>/<characterNN>/*.png: all 50 alphabets, 1623
-characters of 20 images, 28x28, 1 bit.
+FOLDER, or a folder in it, holds images_background.zip and images_evaluation.zip, or the two folders
+they unpack to, or all alphabets. The result is TARGET/<Alphabet>/<characterNN>/*.png: all 50
+alphabets, 1623 characters of 20 images, 28x28, 1 bit.
 """
 
 import collections
@@ -24,6 +24,7 @@ from PIL import Image
 from fewshot.data import downloads, preparation
 from fewshot.data.archives import archive_items
 from fewshot.data.downloads import Remote
+from fewshot.data.entries import class_folders
 from fewshot.data.preparation import Item, PreparationError
 
 URL = 'https://raw.githubusercontent.com/brendenlake/omniglot/master/python'
@@ -66,17 +67,24 @@ def images_in(folder: Path) -> list[Item]:
     return [item for item in items if len(item.path.parts) == 3 and item.path.suffix == '.png']
 
 
-def find(source: Path) -> list[Item]:
-    """Finds images in a folder: in archives, the folders they unpack to, or alphabets in it."""
-    if not source.is_dir():
-        raise PreparationError(f'--source={source} is not a folder.')
+def items_in(folder: Path) -> list[Item]:
+    """Lists images in a folder: in archives, the folders they unpack to, or alphabets in it."""
     items = []
     for name in MD5:
-        if (source / name).is_file():
-            items += archive_items(source / name, str(source / name))
+        if (folder / name).is_file():
+            items += archive_items(folder / name, str(folder / name))
         else:
-            items += images_in(source / Path(name).stem)
-    items = items or images_in(source)
+            items += images_in(folder / Path(name).stem)
+    return items or images_in(folder)
+
+
+def find(source: Path) -> list[Item]:
+    """Finds images in a folder or, as torchvision's lie in omniglot-py, in a folder of it."""
+    if not source.is_dir():
+        raise PreparationError(f'--source={source} is not a folder.')
+    items = items_in(source)
+    inside = [] if items else class_folders(source, 1)
+    items = items or next(filter(None, (items_in(Path(path)) for _, path in inside)), [])
     if not items:
         archives = ' and '.join(MD5)
         raise PreparationError(
@@ -150,6 +158,7 @@ def prepare(
 
     Raises PreparationError.
     """
+    preparation.check_source(source)
     if preparation.is_prepared(target, lambda paths: fault(paths, counts) is None, RESIZED):
         return f'{target} is complete already; nothing to do.'
     if source:

@@ -48,6 +48,7 @@ install() {
         fail "The packages could not be installed into $PWD/.venv; see pip's lines above, then" \
              "run this again (if that does not help, after removing .venv)."
     fingerprint > "$stamp.$$" && mv "$stamp.$$" "$stamp"
+    echo "Installed. To type python and pip commands in it: . .venv/bin/activate" >&2
 }
 
 set_up() {

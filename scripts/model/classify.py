@@ -21,6 +21,7 @@ import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
 import numpy as np
 
+from fewshot.data.entries import visible
 from fewshot.data.image_files import ImageLayout, image_files, read_image, run_layout
 from fewshot.runs.terminal import print_anything
 from fewshot.use.learner import Learner
@@ -47,8 +48,7 @@ def class_folders(folder: Path, ways: int) -> list[Path]:
         raise ValueError(
             f'there is no folder {folder}; SUPPORT_DIR must hold a folder of images for each label'
         )
-    folders = [path for path in folder.iterdir() if path.is_dir()]
-    classes = sorted(path for path in folders if not path.name.startswith('.'))
+    classes = [Path(entry.path) for entry in visible(folder) if entry.is_dir()]
     if len(classes) < 2:
         found = '1 class folder' if classes else 'no class folders'
         raise ValueError(

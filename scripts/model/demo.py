@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None):
         learner = load_of_images(values)
     from fewshot.use import demo_page  # imports NiceGUI, which is an extra
 
-    demo_page.serve(learner, values.run_folder.name, HOST, port, not values.no_browser)
+    demo_page.serve(learner, HOST, port, not values.no_browser)
 
 
 if __name__ == '__main__':

@@ -159,7 +159,7 @@ def save(module: tf.Module, out: Path) -> None:
 
 def export(values: argparse.Namespace) -> str:
     """Writes the SavedModel and returns a report. Raises ValueError and OSError."""
-    learner = load(values.run_folder, values.checkpoint, values.network)
+    learner = load(values.run_folder, values.checkpoint, values.network, values.loss)
     if not learner.is_classifier:
         source = learner.settings['datasource']
         raise ValueError(f'{values.run_folder} is a run on {source}; only classifiers are exported')

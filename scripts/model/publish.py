@@ -64,12 +64,12 @@ def training_command(settings: dict) -> str:
     return shlex.join(['python', 'main.py', *given])
 
 
-def copy_weights(run_folder: Path, target: Path, which: int | str, network: str = '') -> dict:
+def copy_weights(run_folder: Path, target: Path, which: int | str, *own: str) -> dict:
     """Writes a checkpoint of the run, without Adam's state. Returns its flags.
 
-    which, network: see `load`.
+    which, own: as `load` takes them.
     """
-    learner = load(run_folder, which, network)
+    learner = load(run_folder, which, *own)
     target.mkdir(parents=True, exist_ok=True)
     weights = tf.train.Checkpoint(**learner.model.groups)
     state = read_run_state(learner.checkpoint)
@@ -78,7 +78,7 @@ def copy_weights(run_folder: Path, target: Path, which: int | str, network: str 
     return learner.settings
 
 
-def publish(run_folder: Path, target: Path, network: str = '') -> Path:
+def publish(run_folder: Path, target: Path, network: str = '', loss: str = '') -> Path:
     """Makes the new folder and returns it. Raises ValueError and OSError; nothing is left then."""
     folder = target / run_folder.resolve().name
     if folder.exists():
@@ -88,9 +88,9 @@ def publish(run_folder: Path, target: Path, network: str = '') -> Path:
     beside = folder.with_name(folder.name + '.part')
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        settings = copy_weights(run_folder, beside, -1, network)
+        settings = copy_weights(run_folder, beside, -1, network, loss)
         if checkpoints(run_folder, 'best'):  # none of sinusoids
-            copy_weights(run_folder, beside, 'best', network)
+            copy_weights(run_folder, beside, 'best', network, loss)
         for path in [*run_folder.glob('test_ubs*.csv'), *run_folder.glob('test_ubs*.pkl')]:
             shutil.copy(path, beside)
         for path in event_files(run_folder):
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument('target', type=Path, metavar='TARGET')
     values = parser.parse_args(arguments)
     with refusals(__file__):
-        print(publish(values.run_folder, values.target, values.network))
+        print(publish(values.run_folder, values.target, values.network, values.loss))
 
 
 if __name__ == '__main__':

@@ -159,6 +159,39 @@ def test_omniglot_unpacked(omniglot, target, tmp_path, place):
     assert contents(target) == contents(expected)
 
 
+@pytest.mark.parametrize('unpacked', [False, True])
+def test_omniglot_as_torchvision_has_it(omniglot, target, tmp_path, unpacked):
+    """One folder further down."""
+    folder = tmp_path / 'root' / 'omniglot-py'
+    folder.mkdir(parents=True)
+    for archive in omniglot.iterdir():
+        if unpacked:
+            zipfile.ZipFile(archive).extractall(folder)
+        else:
+            archive.rename(folder / archive.name)
+    assert '3 alphabets, 4 characters, 8 images' in prepare(folder.parent, target)
+
+
+@pytest.mark.parametrize('stray', ['Thumbs.db', '@eaDir/Greek/x.png', '__MACOSX/a', '._x'])
+def test_what_systems_leave_in_a_target(omniglot, target, stray):
+    prepare(omniglot, target)
+    (target / stray).parent.mkdir(parents=True, exist_ok=True)
+    (target / stray).write_bytes(b'')
+    assert 'complete already' in prepare(omniglot, target)
+
+
+def test_a_source_that_is_not_there_beside_a_complete_target(omniglot, target, tmp_path):
+    prepare(omniglot, target)
+    with pytest.raises(PreparationError, match='--source=.*absent is neither a folder nor'):
+        prepare(tmp_path / 'absent', target)
+
+
+def test_a_home_that_is_not_known(monkeypatch):
+    monkeypatch.setattr(os.path, 'expanduser', lambda path: path)
+    with pytest.raises(SystemExit, match='the home folder in ~/data is not known'):
+        preparation.as_path('~/data')
+
+
 def test_grey_copies_become_one_bit(omniglot, target, tmp_path):
     prepare(omniglot, tmp_path / 'expected')
 

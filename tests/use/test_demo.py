@@ -3,6 +3,7 @@
 The browser is the system's Chromium, driven by Playwright: `pip install -e '.[demo_test]'`.
 """
 
+import asyncio
 import contextlib
 import http.client
 import importlib.util
@@ -26,6 +27,7 @@ from scipy import ndimage
 from fewshot.data.image_files import OMNIGLOT, folder_layout, read_image
 from fewshot.networks.build import make_model
 from fewshot.runs.checkpoints import write_checkpoint
+from fewshot.use.demo_guard import Guard
 from fewshot.use.demo_task import (
     MAX_EXAMPLES,
     MAX_POINTS,
@@ -34,6 +36,7 @@ from fewshot.use.demo_task import (
     Task,
     read_drawing,
     read_file,
+    title,
 )
 from fewshot.use.learner import Learner
 from scripts.model import demo
@@ -155,6 +158,7 @@ def test_answers():
     """The published run tells drawings apart; answers are those of Learner, 0 without examples."""
     learner = Learner.load(RUN)
     task = Task(learner)
+    assert title(learner) == 'Omniglot, 5-way 1-shot, 60,000 iterations'
     assert 'two classes' in task.lacking and task.question() is None
     names = list(GLYPHS)[:4]
     for slot, name in zip(task.classes[1:], names):  # the first class has none
@@ -198,6 +202,37 @@ def test_demo_refuses(tmp_path, monkeypatch):
             assert_refused(outcome, 'demo.py: ', words)
 
 
+def statuses(kind: str, method: str = 'GET', **headers: str) -> list[int]:
+    """The statuses by which a request to 127.0.0.1:8765 is refused; 200 if it is not."""
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({'type': 'served', 'status': 200})
+
+    async def send(message):
+        sent.append(message)
+
+    headers = {'host': '127.0.0.1:8765', **headers}
+    told = [(name.replace('_', '-').encode(), value.encode()) for name, value in headers.items()]
+    scope = {'type': kind, 'method': method, 'headers': told}
+    asyncio.run(Guard(app, limit=100)(scope, None, send))
+    return [message['status'] for message in sent if 'status' in message]
+
+
+def test_other_origins_are_refused():
+    """A page may ask its own server alone, and a socket must say whose page it is."""
+    own = 'http://127.0.0.1:8765'
+    for kind in ('http', 'websocket'):
+        assert statuses(kind, origin=own) == [200]
+        others = ('http://evil.org', 'http://127.0.0.1:80', 'http://localhost:8765', 'null')
+        for other in (*others, 'https://127.0.0.1:8765', ''):
+            assert statuses(kind, origin=other) == [403], (kind, other)
+    assert statuses('websocket') == [403] and statuses('http') == [200]
+    assert statuses('http', host='localhost:9000', origin='http://localhost:9000') == [200]
+    for length, expected in [('100', 200), ('101', 413), ('-1', 413), ('', 413)]:
+        assert statuses('http', 'POST', origin=own, content_length=length) == [expected]
+
+
 # The page -----------------------------------------------------------------------------------------
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
@@ -238,6 +273,7 @@ def browsing(address: str) -> Iterator:
         page.on('request', lambda asked: local.match(asked.url) or faults.append(asked.url))
         page.on('requestfailed', lambda failed: faults.append(failed.url))
         page.on('response', lambda answer: answer.ok or faults.append(answer.url))
+        page.on('console', lambda told: told.type == 'error' and faults.append(told.text))
         page.on('pageerror', lambda error: faults.append(str(error)))
         page.goto(address)
         page.wait_for_selector('canvas.pad')
@@ -291,8 +327,30 @@ def test_drawing_on_the_page():
                 draw_on(page, query, moved(strokes))
                 expect_winner(page, c)  # while the mouse is down still
                 page.mouse.up()
+            check_phone(page, query)
             drop_characters(page, pads, query)
         check_limits(address)
+
+
+def check_phone(page, query):
+    """It fits 400 pixels; one draws there too; names can be edited; what was not shown is grey."""
+    assert page.title() == 'Omniglot, 5-way 1-shot, 60,000 iterations'
+    page.set_viewport_size({'width': 400, 'height': 800})
+    page.get_by_label('Clear', exact=True).nth(4).click()
+    page.get_by_label('Clear', exact=True).last.click()
+    page.get_by_label('Name of the class').nth(1).fill('Ring')
+    query.scroll_into_view_if_needed()
+    draw_on(page, query, moved(GLYPHS['O']))
+    page.mouse.up()
+    expect_winner(page, 1)
+    assert page.locator('.bar-name').all_text_contents()[1] == 'Ring'
+    assert page.get_by_text('not shown', exact=True).count() == 1
+    colours = page.locator('.bar-name').evaluate_all(
+        'all => all.map(x => getComputedStyle(x).color)'
+    )
+    assert len(set(colours[:4])) == 1 and colours[4] != colours[0]
+    assert page.evaluate('document.documentElement.scrollWidth') == 400
+    page.set_viewport_size({'width': 1200, 'height': 960})
 
 
 def drop_characters(page, pads: list, query):
@@ -315,8 +373,18 @@ def check_limits(address: str):
     port = int(address.rpartition(':')[2])
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(('127.0.0.2', port))
-    for headers, status in [({'Content-Length': str(21 * 2**20)}, 413), ({'Host': 'a.org'}, 400)]:
+    upgrade = {'Connection': 'Upgrade', 'Upgrade': 'websocket', 'Sec-WebSocket-Version': '13'}
+    upgrade |= {'Sec-WebSocket-Key': 'AAAAAAAAAAAAAAAAAAAAAA=='}
+    for method, headers, status in [
+        ('POST', {'Content-Length': str(21 * 2**20)}, 413),
+        ('POST', {'Host': 'a.org'}, 400),
+        ('GET', {'Origin': 'http://a.org'}, 403),
+        ('GET', {**upgrade, 'Origin': 'http://a.org'}, 403),
+        ('GET', upgrade, 403),
+        ('GET', {**upgrade, 'Origin': address}, 101),
+    ]:
         connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
-        connection.request('POST', '/', headers=headers)
-        assert connection.getresponse().status == status
+        socket_path = '/_nicegui_ws/socket.io/?EIO=4&transport=websocket'
+        connection.request(method, '/' if method == 'POST' else socket_path, headers=headers)
+        assert connection.getresponse().status == status, (method, headers)
         connection.close()

@@ -1,18 +1,24 @@
 """Keras's fit, evaluate and callbacks around MAML, and the notebook that shows them."""
 
 import csv
+import os
 import re
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import flags
 from command_line import ROOT
 
 from data_generator import Batch, ClassImages, ImageGenerator, SinusoidGenerator
 from fewshot.engine.fast import FastMAML
+from fewshot.networks.build import make_model
 from fewshot.networks.keras_network import KerasNetwork
 from fewshot.networks.paper_networks import FullyConnected
+from fewshot.runs.flags import define_flags
 from fewshot.runs.summaries import read_scalars
 from fewshot.use.fit import MetaModel
 from fewshot.use.learner import Learner
@@ -281,6 +287,50 @@ def test_names_count_not_the_order(form):
     assert np.mean(model.maml.evaluate(turned, 2).losses2[1]) == expected
 
 
+def test_tuples_in_the_order_of_a_batch():
+    """Support set first, inputs first; everywhere in place of a Batch."""
+    batch = SinusoidGenerator(3, 3, oracle=True).batch('val', 0, TASKS)
+    plain, network = tuple(batch), FullyConnected(3, (5,), 1)
+    model = MetaModel(FastMAML(network, mean_squared_error, 0.1, compiled=False))
+    model.compile(keras.optimizers.SGD(0.0))
+    expected = model.evaluate(batch, verbose=0)
+    for tasks in plain, [plain], iter([plain]), tf.data.Dataset.from_tensors(plain):
+        assert model.evaluate(tasks, verbose=0) == expected
+    history = model.fit(plain, validation_data=plain, verbose=0).history
+    assert history['val_loss'] == history['loss'] == [expected[0]]
+    np.testing.assert_array_equal(*(model.predict(x, verbose=0) for x in (plain, batch)))
+    four = model.fit((batch,) * 4, verbose=0).history  # four Batches are no tuple of arrays
+    assert four['loss'] == [expected[0]]
+
+
+def test_meta_batches_one_by_one():
+    """As Keras's names promise."""
+    model, other = MetaModel(of_sinusoids()), MetaModel(of_sinusoids())
+    for each in model, other:
+        each.compile()
+    batch = sinusoids().batch('train', 0, TASKS)
+    history = other.fit(batch, verbose=0).history
+    found = model.train_on_batch(batch, return_dict=True)
+    assert found == {name: values[0] for name, values in history.items()}
+    assert_same(values(model.maml), values(other.maml))
+    assert model.test_on_batch(batch._asdict()) == other.evaluate(batch, verbose=0)
+    answers = other.predict(batch, verbose=0)
+    np.testing.assert_array_equal(model.predict_on_batch(batch), answers)
+    with pytest.raises(ValueError, match='diverged'):
+        model.predict_on_batch(batch._replace(inputa=1e30 * batch.inputa))
+
+
+def test_sizes_may_change_from_call_to_call(graph):
+    """Keras would take them for unknown from the second call on."""
+    model, other = MetaModel(of_sinusoids()), of_sinusoids()
+    model.compile(training_metrics=False)
+    for i, train in enumerate((model.train_on_batch, model.fit, model.train_on_batch)):
+        batch = sinusoids().batch('train', i, TASKS - i)
+        train(batch, **({'verbose': 0} if train == model.fit else {}))
+        other.metatrain_step(batch)
+        assert_same(values(model.maml), values(other))
+
+
 @pytest.mark.slow
 def test_what_fit_was_given_is_what_a_task_may_be():
     """Bytes go into the network as they are; of a model that was trained on floats, refused."""
@@ -428,14 +478,26 @@ REFUSED = {
     'without end': (lambda: pictures().dataset('train', TASKS), 'steps_per_epoch'),
     'unknown sizes': (unknown_sizes, 'drop_remainder'),
     'pairs': (lambda: in_data_set('train').map(lambda *parts: parts[:2]), 'four arrays'),
-    'tuples': (
-        lambda: in_data_set('train').map(lambda *parts: parts),
+    'five': (
+        lambda: in_data_set('train').map(lambda *parts: (*parts, parts[0])),
         'of type tuple: write dataset.map(lambda a, b, c, d: Batch(inputa=a, labela=b, inputb=c, '
         'labelb=d))',
     ),
     'other names': (lambda: {'inputa': 0, 'a': 0}, 'but the names are inputa, a: write Batch('),
-    'a tuple': (lambda: [tuple(pictures().batch('train', 0, TASKS))], 'type tuple: write Batch('),
-    'arrays': (lambda: tuple(pictures().batch('train', 0, TASKS)), 'type ndarray: write Batch('),
+    'another order': (
+        lambda: tuple(pictures().batch('train', 0, TASKS))[::-1],
+        'the network takes',
+    ),
+    'an order that sizes do not tell': (
+        lambda: tuple(sinusoids().batch('train', 0, TASKS)),
+        'write Batch(inputa=support_x, labela=support_y, inputb=query_x, labelb=query_y)',
+    ),
+    'an array': (lambda: np.zeros((4, 2, 9)), 'type ndarray: write Batch('),
+    'other sizes later': (
+        lambda: (pictures().batch('train', 0, tasks) for tasks in (2, 3)),
+        'an element of shape (3, 2, 9) where an element of shape (2, 2, 9) was expected',
+    ),
+    'another type later': (lambda: iter([pictures().batch('val', 0, 2), 5]), 'but it is of type'),
     'masks': (lambda: masked(pictures().batch('train', 0, TASKS)), 'inputa must be real numbers'),
     'labels too few': (lambda: shorter('labela'), 'inputa has 2 examples per task, but labela has'),
     'queries too small': (lambda: narrower('inputb'), 'inputa has 9 values per example, but'),
@@ -452,6 +514,55 @@ def test_refused_tasks(name):
     model.compile()
     with pytest.raises(ValueError, match=re.escape(words)):
         model.fit(make(), verbose=0)
+
+
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda model, x, y: model.fit(x, y),
+        lambda model, x, y: model.fit(x, batch_size=2),
+        lambda model, x, y: model.evaluate(x, y),
+        lambda model, x, y: model.train_on_batch(x, y),
+        lambda model, x, y: model.test_on_batch(x, y),
+        lambda model, x, y: model.train_on_batch(x, class_weight={0: 2.0}),
+    ],
+)
+def test_examples_and_labels_in_place_of_tasks(call):
+    model, batch = of_pictures(), pictures().batch('train', 0, TASKS)
+    model.compile()
+    with pytest.raises(ValueError, match=r'tuple \(support_x, support_y, query_x, query_y\), and'):
+        call(model, batch, batch.labela)
+    with pytest.raises(ValueError, match='but it is of type'):
+        model.predict_on_batch(batch.inputa)
+
+
+@pytest.mark.parametrize(
+    'call, words',
+    [
+        (
+            lambda: FastMAML(None, mean_squared_error, updte_lr=0.1),
+            'did you mean update_lr?',
+        ),
+        (
+            lambda: MetaModel(None, mean_squared_error, updte_lr=0.1),
+            'did you mean update_lr?',
+        ),
+        (lambda: MetaModel(of_sinusoids(), update=2), 'did you mean updates?'),
+        (
+            lambda: make_model('sinusoid', nrm='None'),
+            'no argument nrm; did you mean norm?',
+        ),
+        (lambda: make_model('sinusoid', zzz=1), 'zzz; there are adapt, baseline, channels'),
+        (lambda: Learner.load('.', chekpoint=1), 'did you mean checkpoint?'),
+        (lambda: Learner(of_sinusoids()).adapt(1, 2, step=3), 'did you mean steps?'),
+        (lambda: MetaModel(of_sinusoids()).adapt(1, 2, step=3), 'did you mean steps?'),
+        (lambda: MetaModel(of_sinusoids()).compile(optimiser='adam'), 'did you mean optimizer?'),
+        (lambda: MetaModel(of_sinusoids()).fit([], epoch=3), 'did you mean epochs?'),
+    ],
+)
+def test_names_of_arguments(call, words):
+    with pytest.raises(TypeError, match=re.escape(words)):
+        call()
 
 
 def test_refused_validation_without_end():
@@ -493,7 +604,64 @@ def test_a_keras_model_as_it_is():
     assert isinstance(batch, Batch) and model.predict(batch, verbose=0).shape == (4, 4, 2)
 
 
-# The notebook -------------------------------------------------------------------------------------
+# A folder of the user's, and notebooks ------------------------------------------------------------
+
+
+def in_folder(folder, code: str) -> subprocess.CompletedProcess:
+    """Python in a folder with a utils.py and a main.py of the user's."""
+    for name in ('utils', 'main'):
+        (folder / f'{name}.py').write_text('raise ImportError("this one is the user\'s own")\n')
+    line, env = [sys.executable, '-B', '-c', code], os.environ | {'PYTHONPATH': str(ROOT)}
+    return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_a_model_in_the_user_s_folder(tmp_path):
+    Learner(of_sinusoids()).save(tmp_path / 'saved')
+    code = 'import fewshot; from maml import MAML; from fewshot import FastMAML, Learner; '
+    network = 'fewshot.FullyConnected(1, (5,), 1)'
+    done = in_folder(tmp_path, f'{code}print(Learner.load("saved", network={network}).checkpoint)')
+    assert (done.stdout, done.returncode) == ('saved/model0\n', 0), done.stderr
+
+
+def test_a_file_of_the_user_s_with_a_name_of_ours(tmp_path):
+    (tmp_path / 'data_generator.py').touch()
+    done = in_folder(tmp_path, 'from fewshot import Learner')
+    sentence = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and str(tmp_path / 'data_generator.py') in sentence
+    assert sentence.endswith('that fewshot needs: give it another name')
+
+
+def test_flags_of_a_second_run_in_one_process():
+    """Those of the first do not count."""
+    found = flags.FlagValues()
+    for line in ['--num_updates=3', '--noresume'], []:
+        define_flags(found)
+        found(['main.py', *line])
+    assert found.num_updates == 1 and found.resume
+    assert found['num_updates'].using_default_value
+
+
+RUNS = """
+from IPython.testing.globalipapp import start_ipython
+shell = start_ipython()
+shell.run_cell('import tensorflow; tensorflow.ones(3);')
+for more in '--num_updates=2', '', '--train=False --test_tasks=10':
+    shell.run_line_magic('run', f'{line} {more}')
+import sys; print('utils' in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_main_runs_again_in_a_notebook(tmp_path):
+    """With TensorFlow in use before, and a `utils` that is the user's."""
+    pytest.importorskip('IPython')
+    logs = tmp_path / 'logs'
+    line = f'{ROOT}/main.py --norm=None --metatrain_iterations=1 --log=False --logdir={logs}'
+    done = in_folder(tmp_path, f'line = {line!r}\n{RUNS}')
+    folders = sorted(folder.name for folder in logs.iterdir())
+    assert [re.search(r'numstep\d', name)[0] for name in folders] == ['numstep1', 'numstep2']
+    assert '10 validation tasks' in done.stdout and 'Error' not in done.stdout, done.stdout
+    assert done.stdout.splitlines()[-1] == 'False'
 
 
 @pytest.mark.slow
