@@ -177,8 +177,8 @@ def make_model(
     """
     shots = None if is_regression(datasource, objective) else shots or update_batch_size
     usual = cross_entropy(shots) if shots else mean_squared_error
-    loss = functools.partial(loss) if loss else usual
-    if shots:
+    loss = functools.partial(loss) if callable(loss) else loss or usual
+    if shots and callable(loss):  # FastMAML tells of others
         loss.shots = shots
     of_network = {name: settings.pop(name) for name in NETWORK_SETTINGS & settings.keys()}
     made = make_network(datasource, **of_network) if isinstance(network, str) else network

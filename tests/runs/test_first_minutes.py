@@ -14,7 +14,6 @@ from fewshot import Learner
 from fewshot.networks.inner_loops import LEARNED_RATES
 from fewshot.paper.published import published, table
 from fewshot.paper.runs import paper_hint
-from fewshot.runs.checkpoints import checkpoints
 from fewshot.runs.flags import FIRST, FLAGS, original_name, run_name
 from fewshot.runs.results import guessing
 
