@@ -143,7 +143,7 @@ def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(
 ):
     """Status 128 + signal, a checkpoint of that very iteration; printed lines go on, too."""
     settle(monkeypatch, intervals={'save': 1000})
-    train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=35']
+    train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=35', '--original_output']
     once = succeeded(run(*train, f'--logdir={tmp_path}/once'))
     with monkeypatch.context() as patch:
         Stop(patch, number, 23)
@@ -156,7 +156,7 @@ def test_a_signal_ends_the_iteration_and_the_run_continues_exactly(
     assert_same_run(folder_of(tmp_path / 'once', *train), folder, 34)
 
     def figures(lines):
-        return [line for line in lines if re.match('Iteration|Validation|Accuracy', line)]
+        return [line for line in lines if re.match(r'Iteration \d+:|Validation|Accuracy', line)]
 
     assert figures(once.lines) == figures(stopped.lines + continued.lines)
     assert len(figures(once.lines)) == 6
@@ -423,7 +423,7 @@ def test_best_checkpoint(tmp_path, eager, data, often):
     train += ['--metatrain_iterations=46', '--meta_lr=.01', '--conv=False']
     train += ['--validation_tasks=20']
     outcome = succeeded(run(*train))
-    printed = map(float, re.findall(r'validation tasks: ([\d.]+) \+-', outcome.out))
+    printed = map(float, re.findall(r'validation tasks: ([\d.]+) % \+-', outcome.out))
     accuracies = dict(zip((15, 30, 45), printed, strict=True))
     best = max(accuracies, key=accuracies.get)
     folder = folder_of(tmp_path, *train)
@@ -638,7 +638,7 @@ def killed_again_and_again(train: list[str], kills: int, seconds: float, interva
     """Kills a run at random moments, `kills` times, and lets it finish. Returns how many hit it."""
     dice, hits = random.Random(0), 0
     for _ in range(kills):
-        text = dice.choice(['starting training', *3 * ['The first step']])
+        text = dice.choice(['starting training', *3 * ['Compiled in']])
         hits += Process(*train, intervals=intervals).kill_after(text, dice.uniform(0, seconds))
     succeeded(Process(*train, intervals=intervals).finish())
     return hits

@@ -516,7 +516,7 @@ def test_own_tasks_stop_and_continue_exactly(tmp_path, eager, often, monkeypatch
     best = read_run_state(f'{once}/model33')['best']
     assert best['loss'] > 0 and [*checkpoints(once, 'best')] == [best['iteration']]
     outcome = succeeded(run(*flags, '--train=False', f'--logdir={tmp_path}/once'))
-    assert 'Mean validation accuracy/loss' in outcome.out
+    assert 'Mean squared error on' in outcome.out
     learner, batch = Learner.load(once), curves.tasks().batch('test', 0, 3)
     weights = learner.adapt(*batch[:2], steps=3)
     assert learner.task_loss(*batch[:2], weights).shape == (3,)
@@ -532,7 +532,7 @@ def test_own_classification(own, tmp_path, eager, often):
         outcome = succeeded(run(*source, *more, '--metatrain_iterations=16'))
         assert 'Accuracy on 4 validation tasks' in outcome.out
         assert 'Continuing' in succeeded(run(*source, *more, '--metatrain_iterations=17')).out
-        assert 'Mean validation' in succeeded(run(*source, *more, '--train=False')).out
+        assert 'Mean ' in succeeded(run(*source, *more, '--train=False')).out
     plain, convolutional = sorted((tmp_path / 'logs').iterdir(), key=lambda path: len(path.name))
     learner = Learner.load(plain)
     assert learner.model.loss.shots == 2 and learner.model.network.dim_input == 16
