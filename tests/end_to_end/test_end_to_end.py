@@ -135,7 +135,11 @@ def test_sinusoid(tmp_path):
     flags = ['--norm=None', '--update_batch_size=10', f'--logdir={tmp_path}']
     folder = tmp_path / 'cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm'
     outcome = run(*flags, '--metatrain_iterations=1001')
-    assert re.search(rf'^Iteration 1000 of 1001: loss {NUMBER} before any update, {NUMBER} ', outcome.out, re.MULTILINE)
+    assert re.search(
+        rf'^Iteration 1000 of 1001: loss {NUMBER} before any update, {NUMBER} ',
+        outcome.out,
+        re.MULTILINE,
+    )
     run(*flags, '--train=False')
     losses = results(folder, 'test_ubs10_stepsize0.001_val').mean(0)
     assert losses[10] < losses[1] < losses[0]

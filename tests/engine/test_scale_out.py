@@ -26,11 +26,12 @@ TWO_DEVICES = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import main
+from fewshot.runs.flags import define_flags
 import tensorflow as tf
 from absl import app
 cpu, = tf.config.list_physical_devices('CPU')
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-main.define_flags()
+define_flags()
 app.run(main.program)
 """
 

@@ -72,7 +72,8 @@ import sys
 sys.path.insert(0, {root!r})
 from absl import app
 import main
-main.define_flags()
+from fewshot.runs.flags import define_flags
+define_flags()
 options = main.TUNED._replace(**{intervals!r})
 app.run(lambda arguments: main.program(arguments, options))
 """
@@ -556,7 +557,7 @@ def trained(tmp_path_factory):
 def evaluated(*arguments: str) -> tuple[Outcome, str]:
     """An evaluation, and the figures it printed."""
     outcome = run(*arguments, '--train=False')
-    return outcome, outcome.out.partition('confidence intervals\n')[2]
+    return outcome, outcome.out.partition('interval\n')[2].rpartition('Wrote')[0]
 
 
 @pytest.mark.slow
