@@ -745,9 +745,7 @@ def test_memory_of_100000_iterations(tmp_path, monkeypatch):
     growth = max(size for first, size in sizes.items() if first > 5000) - warm
     print(f'memory after 5,000 iterations {warm:.1f} MB, largest growth {growth:.1f} MB')
     assert growth < 20
-    names = ('_steps', '_evaluate', 'metatrain_step')
+    names = ('_steps', '_evaluate')
     programs = {name: getattr(models[0], name) for name in names}
     counts = {name: p.experimental_get_tracing_count() for name, p in programs.items()}
-    # The step is traced for a checkpoint's single iteration and within the program of many.
-    expected = {'_steps': 1, '_evaluate': 1, 'metatrain_step': 2}
-    assert counts == expected or counts['metatrain_step'] == 1, counts
+    assert counts == {'_steps': 1, '_evaluate': 1}
