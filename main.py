@@ -47,7 +47,8 @@ SPEC.loader.exec_module(utils)
 
 def train(run: Prepared, f: flags.FlagValues, options: Options = USUAL):
     """Trains to the end, or until a signal; exits with 128 + its number then."""
-    if run.start == 0 and (hint := paper_hint(f)):
+    given = {name for name in settings(f) if f[name].present}
+    if run.start == 0 and (hint := paper_hint(settings(f), given)):
         print(hint)
     trainer = make_trainer(run, f, options)
     with Signals() as signals:

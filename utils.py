@@ -55,7 +55,7 @@ def print_results(run: Prepared, f: flags.FlagValues, values: np.ndarray) -> tup
         print(caution)
     if poor := guessing(source, mean[-1], interval[-1]):
         print(
-            f'The last accuracy is{poor[1:]}. A published model may do better, by '
+            f'The last accuracy is {poor}. A published model may do better, by '
             'scripts/model/classify.py or --init: python -m fewshot.paper.published lists them.'
         )
     if f.original_output:
@@ -156,5 +156,5 @@ def next_steps(run: Prepared, f: flags.FlagValues) -> str:
         commands.append(command_line(*classify))
     if f.log:
         commands.append(shlex.join(['tensorboard', f'--logdir={run.folder}']))
-    told = f'The run is in {run.folder}. Test it, use it, see its curves:'
-    return '\n    '.join([told if f.log else told.replace(', see its curves', ''), *commands])
+    uses = 'Test it, use it, see its curves:' if f.log else 'Test it, use it:'
+    return '\n    '.join([f'The run is in {run.folder}. {uses}', *commands])

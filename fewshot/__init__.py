@@ -1,6 +1,6 @@
 """The additions to the original program: `from fewshot import FastMAML, Learner, MetaModel`."""
 
-import importlib.util
+import importlib
 import os
 import sys
 
@@ -41,20 +41,8 @@ def __getattr__(name: str):
     """Imports a name when it is first asked for, and no more: TensorFlow takes seconds."""
     if name not in PLACES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    check_beside()
     importlib.import_module('fewshot.start')
     return getattr(importlib.import_module(f'fewshot.{PLACES[name]}'), name)
-
-
-def check_beside():
-    """Raises ImportError if a file of the user's hides a module that stands beside this package."""
-    here = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    for name in ('special_grads', 'data_generator', 'maml'):
-        found = importlib.util.find_spec(name)
-        if found and os.path.dirname(os.path.realpath(found.origin)) != here:
-            raise ImportError(
-                f'{found.origin} hides the {name}.py that fewshot needs: give it another name'
-            )
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,11 @@
 """Checks of arguments: an error is one sentence with the name of the wrong argument."""
 
+import difflib
+import functools
+import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +88,28 @@ def float_type(dtype) -> tf.DType:
     if found not in (tf.float32, tf.float64):
         raise ValueError(f'dtype must be float32 or float64, but it is {dtype!r:.60}')
     return found
+
+
+def tells_names(*targets: Callable) -> Callable:
+    """Decorates a function: its error for an unknown argument tells the one that may be meant.
+
+    targets: where the function passes other named arguments on.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        signatures = [inspect.signature(target).parameters for target in (function, *targets)]
+        parts = [part for each in signatures for part in each.values()]
+        known = {part.name for part in parts if part.kind != part.VAR_KEYWORD}
+        known = sorted(known - {'self', 'cls'})
+
+        @functools.wraps(function)
+        def call(*arguments, **named):
+            for name in named.keys() - known:
+                near = difflib.get_close_matches(name, known, 1)
+                remedy = f'did you mean {near[0]}?' if near else f'there are {", ".join(known)}'
+                raise TypeError(f'there is no argument {name}; {remedy}')
+            return function(*arguments, **named)
+
+        return call
+
+    return decorate

@@ -4,6 +4,7 @@ Import it before anything else imports TensorFlow: its C++ prints while it is lo
 level counts.
 """
 
+import importlib.util
 import os
 import re
 import sys
@@ -49,6 +50,17 @@ def without_lines(patterns: tuple[str, ...]) -> Iterator[None]:
                     os.write(2, line)
 
 
+def check_beside():
+    """Raises ImportError if a file of the user's hides a module that stands beside this package."""
+    here = Path(__file__).resolve().parents[1]
+    for name in ('special_grads', 'data_generator', 'maml'):
+        found = importlib.util.find_spec(name)
+        if found and found.origin and Path(found.origin).resolve().parent != here:
+            raise ImportError(
+                f'{found.origin} hides the {name}.py that fewshot needs: give it another name'
+            )
+
+
 def settle_keras(came_first: bool):
     """Sets Keras up as this project needs it, whatever ~/.keras/keras.json says.
 
@@ -71,6 +83,7 @@ def settle_keras(came_first: bool):
         )
 
 
+check_beside()
 ALL_LINES = os.environ['TF_CPP_MIN_LOG_LEVEL'] == '0' or 'tensorflow' in sys.modules
 DROPPED = IDLE_LINES if has_nvidia_gpu() else IDLE_LINES + LINES_WITHOUT_GPU
 with nullcontext() if ALL_LINES else without_lines(DROPPED):

@@ -11,7 +11,7 @@ import secrets
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -73,25 +73,10 @@ def cached_images(
     why = f': {unusable[0]} is out of date or damaged' if unusable else ''
     tell(f'Decoding the {len(files)} images of {folder}{why}.')
 
-    failures, dark = [], set()
-
-    def decode(file: os.DirEntry) -> np.ndarray:
-        image = read_image(file.path, layout, command)
-        if image.max() < DARK and not layout.prepared:
-            dark.add(file.path)
-        return image
-
-    def decoded() -> Iterator[np.ndarray]:
-        yield from _decode_all(files, decode)
-        if dark:
-            tell(
-                f'{len(dark)} images are nearly black, with no value above {DARK - 1} of 255: '
-                f'{listed(sorted(dark))}.'
-            )
-
+    failures = []
     for cache in places:
         try:
-            images = _write_cache(cache, key, shape, decoded())
+            images = _write_cache(cache, key, shape, _decode_all(files, layout, command))
         except OSError as error:
             failures.append(f'{cache} ({error.strerror or error})')
             continue
@@ -103,7 +88,7 @@ def cached_images(
         'every start. --cache_dir=FOLDER keeps them elsewhere.'
     )
     images = np.empty(shape, np.uint8)
-    for i, chunk in enumerate(decoded()):
+    for i, chunk in enumerate(_decode_all(files, layout, command)):
         images[i * CHUNK : (i + 1) * CHUNK] = chunk
     return images
 
@@ -179,18 +164,25 @@ def _remove_leftovers(cache: Path):
             leftover.unlink()
 
 
-def _decode_all(files: list[os.DirEntry], decode: Callable) -> Iterator[np.ndarray]:
+def _decode_all(
+    files: list[os.DirEntry], layout: ImageLayout, command: str | None
+) -> Iterator[np.ndarray]:
     """Yields the decoded files, [CHUNK, height, width, channels] uint8; all cores decode.
 
-    Raises ValueError at the end if some cannot be decoded, so that all can be replaced at once.
+    Says which images of the user's own are nearly black. Raises ValueError at the end if some
+    cannot be decoded, so that all can be replaced at once.
     """
-    failed = []  # (path, error)
+    failed, dark = [], []  # (path, error), paths
 
     def decoded(file: os.DirEntry) -> np.ndarray | None:
         try:
-            return decode(file)
+            image = read_image(file.path, layout, command)
         except ValueError as error:
             failed.append((file.path, error))
+            return None
+        if image.max() < DARK and not layout.prepared:
+            dark.append(file.path)
+        return image
 
     with ThreadPoolExecutor(cores()) as pool:
         for first in range(0, len(files), CHUNK):
@@ -205,3 +197,8 @@ def _decode_all(files: list[os.DirEntry], decode: Callable) -> Iterator[np.ndarr
         (_, error), *others = sorted(failed)
         more = f' ({len(others)} more cannot be read: {listed([path for path, _ in others])})'
         raise ValueError(f'{error}{more if others else ""}') from error
+    if dark:
+        tell(
+            f'{len(dark)} images are nearly black, with no value above {DARK - 1} of 255: '
+            f'{listed(sorted(dark))}.'
+        )

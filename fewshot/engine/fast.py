@@ -1,8 +1,6 @@
 """Class FastMAML: a MAML, compiled, in chunks, on several devices."""
 
-import difflib
 import functools
-import inspect
 import operator
 import warnings
 from collections.abc import Callable
@@ -12,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_generator import Batch, whole_number
-from fewshot.checks import float_type
+from fewshot.checks import float_type, tells_names
 from fewshot.data.batches import as_tensors, checked_batch
 from fewshot.engine.chunks import in_a_loop, pairwise_sum
 from fewshot.engine.devices import Replicas
@@ -31,31 +29,6 @@ from fewshot.networks.keras_network import KerasNetwork
 from fewshot.networks.outer_losses import OuterLossSchedule
 from fewshot.runs.checkpoints import check_parameters, read_checkpoint, read_objects
 from maml import MAML, TASK_AXIS, InnerLoop, Results
-
-
-def tells_names(*targets: Callable) -> Callable:
-    """Decorates a function: its error for an unknown argument tells the one that may be meant.
-
-    targets: where the function passes other named arguments on.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        signatures = [inspect.signature(target).parameters for target in (function, *targets)]
-        parts = [part for each in signatures for part in each.values()]
-        known = {part.name for part in parts if part.kind != part.VAR_KEYWORD}
-        known = sorted(known - {'self', 'cls'})
-
-        @functools.wraps(function)
-        def call(*arguments, **named):
-            for name in named.keys() - known:
-                near = difflib.get_close_matches(name, known, 1)
-                remedy = f'did you mean {near[0]}?' if near else f'there are {", ".join(known)}'
-                raise TypeError(f'there is no argument {name}; {remedy}')
-            return function(*arguments, **named)
-
-        return call
-
-    return decorate
 
 
 def of_maml(*names: str):

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from fewshot.engine.fast import FastMAML, tells_names
+from fewshot.checks import tells_names
+from fewshot.engine.fast import FastMAML
 from fewshot.networks.audit import compare
 from fewshot.networks.checks import PROBE
 from fewshot.networks.keras_network import KerasNetwork

@@ -36,6 +36,11 @@ class Cell(NamedTuple):
         return self.group == 'Sinusoid'
 
     @property
+    def iterations(self) -> int:
+        """The paper's iterations of training."""
+        return 70000 if self.is_sinusoid else 60000
+
+    @property
     def numbers(self) -> list[float]:
         """The numbers in `paper`: a value and half of its interval.
 
@@ -121,7 +126,7 @@ def command(cell: Cell, iterations: str = '', given: str = '') -> list[str]:
     given: the iterations that follow in the command, which count; joint training and schedules go
     by them. Raises ValueError if those of a schedule are no number.
     """
-    iterations = iterations or ('70000' if cell.is_sinusoid else '60000')
+    iterations = iterations or str(cell.iterations)
     given = given or iterations
     parts = {}
     if '{third}' in cell.flags:

@@ -6,15 +6,15 @@ prints their table. A name stands for the folder of its run in Learner.load, in 
 --run and in --init.
 """
 
+import os
 from pathlib import Path
 
 import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
-from fewshot.paper.cells import CELLS, OTHER_CELLS
+from fewshot.paper.cells import CELLS, OTHER_CELLS, Cell
 from fewshot.paper.runs import usual_evaluation
 
 RESULTS = Path(__file__).parents[2] / 'logs/results/paper'
-COMPLETE = 59999  # the last iteration of the paper's training on images
 # What the images of a data set are, and their terms; the models have this project's licence.
 IMAGES = {
     'omniglot': 'characters, 28 pixels, MIT',
@@ -25,13 +25,20 @@ IMAGES = {
 
 def published() -> dict[str, Path]:
     """Returns {name: folder of a run} of the models on images that were trained to the end."""
-    found = sorted(RESULTS.glob(f'*/seed0/cls_*/model{COMPLETE}.index'))
-    return {path.parts[-4].replace('_', '-'): path.parent for path in found}
+    return {name: folder for name, (_, folder) in complete_runs().items()}
+
+
+def complete_runs() -> dict[str, tuple[Cell, Path]]:
+    found = {}
+    for cell in CELLS + OTHER_CELLS:
+        for path in RESULTS.glob(f'{cell.name}/seed0/cls_*/model{cell.iterations - 1}.index'):
+            found[cell.name.replace('_', '-')] = cell, path.parent
+    return found
 
 
 def run_named(run: str | Path) -> Path:
     """Returns the folder of a run that is named by its path or, if there is none, as published."""
-    folder = Path(run).expanduser()
+    folder = Path(os.path.expanduser(run))
     return folder if folder.exists() else published().get(str(run), folder)
 
 
@@ -43,9 +50,8 @@ def known_names() -> str:
 def table() -> list[str]:
     """Returns the lines of the models' table; accuracies are those on 600 test tasks."""
     lines = ['| name | images | way | shot | accuracy, % | size |', '|---|---|---|---|---|---|']
-    cells = {cell.name.replace('_', '-'): cell for cell in CELLS + OTHER_CELLS}
-    for name, folder in published().items():
-        cell, size = cells[name], sum(file.stat().st_size for file in folder.glob('model*'))
+    for name, (cell, folder) in complete_runs().items():
+        size = sum(file.stat().st_size for file in folder.glob('model*'))
         means, halves = (100 * values for values in usual_evaluation(folder))
         accuracy = f'{means[cell.updates]:.1f} ± {halves[cell.updates]:.1f}'
         images = next(text for source, text in IMAGES.items() if cell.name.startswith(source))

@@ -11,14 +11,13 @@ import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
 import numpy as np
 import tensorflow as tf
-from absl import flags
 
 from fewshot.checks import first_line
 from fewshot.data import unpickling
 from fewshot.data.cifar100 import SPLITS
 from fewshot.paper.cells import CELLS, SINUSOIDS, Cell
 from fewshot.runs.checkpoints import DamagedCheckpoint, checkpoints, read_run_state
-from fewshot.runs.flags import FLAGS, settings
+from fewshot.runs.flags import FLAGS
 from fewshot.runs.results import confidence, read_evaluation
 from fewshot.runs.summaries import event_files, read_events
 
@@ -136,16 +135,19 @@ def paper_figures(trained: dict, shots: int) -> dict[int, str]:
     return {}
 
 
-def paper_hint(f: flags.FlagValues) -> str:
-    """Tells what the paper's cell has where a run is left with defaults; '' if it has the same."""
-    hints, given = [], settings(f)
+def paper_hint(trained: dict, given: set[str]) -> str:
+    """Tells what the paper's cell has where a run is left with defaults; '' if it has the same.
+
+    trained: the flags of the run. given: the names of those that are not left to their defaults.
+    """
+    hints = []
     for cell in CELLS + SINUSOIDS:
-        found = differing(given, cell)
+        found = differing(trained, cell)
         if TELLING & found.keys():
             continue
         wanted = {name: value for name, (_, value) in found.items()}
-        wanted['metatrain_iterations'] = 70000 if cell.is_sinusoid else 60000
-        left = [f'--{name}={value}' for name, value in wanted.items() if not f[name].present]
+        wanted['metatrain_iterations'] = cell.iterations
+        left = [f'--{name}={value}' for name, value in wanted.items() if name not in given]
         script = f'bash scripts/paper/{cell.name}.sh'
         hints.append(left and f'The paper has {" ".join(left)} for {cell.title}: {script}')
     return hints[0] if hints and all(hints) else ''

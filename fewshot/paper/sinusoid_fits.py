@@ -74,7 +74,7 @@ def draw_fit(axes, fit: Fit, updates: Iterable[int] = CURVES):
 
 RUN = re.compile(
     r'cls_\d+\.mbs_\d+\.ubs_(\d+)\.numstep(\d+)\.updatelr([-+.\de]+?)(?:hidden\d+)?(?:maxpool)?'
-    r'(stopgrad)?(oracle)?(batchnorm|layernorm|nonorm)(?:\.\d+)?'
+    r'(stopgrad)?(oracle)?(batchnorm|layernorm|nonorm)(?:\.\d+)?(?:\.seed\d+)?'
 )
 NORMS = {'batchnorm': 'batch_norm', 'layernorm': 'layer_norm', 'nonorm': 'None'}
 

@@ -25,13 +25,14 @@ def shown_value(objective: str, value: float) -> str:
 
 
 def guessing(source, mean: float, interval: float) -> str:
-    """Tells that an accuracy is no better than guessing: the end of a clause, '' if it is better.
+    """Tells that an accuracy of queries is no better than guessing: a clause, '' if it is better.
 
     source: of the tasks, a data_generator.DataGenerator.
     """
-    if source.objective != 'accuracy' or mean - interval > 1 / source.dim_output:
+    measured = source.objective == 'accuracy' and source.has_queries
+    if not measured or mean - interval > 1 / source.dim_output:
         return ''
-    return f'; no better than guessing, which is {100 / source.dim_output:.1f} %'
+    return f'no better than guessing, which is {100 / source.dim_output:.1f} %'
 
 
 def read_evaluation(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -111,7 +111,7 @@ class Log:
         if not means:
             return
         label, end = f'Iteration {iteration - self.pretrain}', self.end - self.pretrain
-        if iteration < self.pretrain:
+        if min(iteration, self.end - 1) < self.pretrain:
             label, end = f'Pretrain Iteration {iteration}', self.pretrain
         texts = [f'{shown_value(self.objective, means[0])} before any update']
         if len(means) > 1:

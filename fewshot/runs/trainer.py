@@ -178,7 +178,8 @@ class Trainer:
             self.log.validation(results, interval, iteration)
             what = f'{objective.capitalize()} on {self.validation_tasks} validation tasks'
             shown = f'{shown_value(objective, mean)} +- {shown_value(objective, interval)}'
-            self.log.line(f'{what}: {shown}, {verdict}{guessing(self.source, mean, interval)}.')
+            poor = guessing(self.source, mean, interval)
+            self.log.line(f'{what}: {shown}, {verdict}{poor and f"; {poor}"}.')
         if better:
             self.save(iteration, 'best')
 

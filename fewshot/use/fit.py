@@ -10,8 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 from data_generator import Batch, whole_number
+from fewshot.checks import tells_names
 from fewshot.data.batches import fitting_batch, named_batch
-from fewshot.engine.fast import FastMAML, tells_names
+from fewshot.engine.fast import FastMAML
 from fewshot.use.learner import Learner, checked_finite
 from maml import Arrays, Results
 

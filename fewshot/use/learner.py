@@ -7,8 +7,8 @@ import numpy as np
 import tensorflow as tf
 
 from data_generator import whole_number
-from fewshot.checks import finite_numbers, folder_path, real_number, real_numbers
-from fewshot.engine.fast import FastMAML, tells_names
+from fewshot.checks import finite_numbers, folder_path, real_number, real_numbers, tells_names
+from fewshot.engine.fast import FastMAML
 from fewshot.networks.checks import has_sizes
 from fewshot.runs.checkpoints import checkpoints, read_run_state, write_checkpoint
 from fewshot.use.programs import Programs

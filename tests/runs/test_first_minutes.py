@@ -14,7 +14,8 @@ from fewshot import Learner
 from fewshot.networks.inner_loops import LEARNED_RATES
 from fewshot.paper.published import published, table
 from fewshot.paper.runs import paper_hint
-from fewshot.runs.flags import FIRST, FLAGS, original_name, run_name
+from fewshot.paper.sinusoid_fits import RUN
+from fewshot.runs.flags import FIRST, FLAGS, original_name, run_name, settings
 from fewshot.runs.results import guessing
 
 pytestmark = pytest.mark.usefixtures('eager')
@@ -67,7 +68,8 @@ def test_learned_rates_are_those_of_the_flag():
 )
 def test_the_cell_of_the_paper_is_told(flags, told):
     """Of flags that were not given."""
-    hint = paper_hint(parsed(*flags))
+    f = parsed(*flags)
+    hint = paper_hint(settings(f), {name for name in settings(f) if f[name].present})
     assert told in hint and bool(told) == bool(hint)
     assert '--metatrain_iterations' not in hint or '--metatrain_iterations=5' not in flags
 
@@ -76,6 +78,9 @@ def test_guessing_is_told():
     source = ImageGenerator.__new__(ImageGenerator)
     source.dim_output = 4
     assert '25.0 %' in guessing(source, 0.3, 0.06)
+    source.has_queries = False  # then it is that of the support sets before any update
+    assert not guessing(source, 0.3, 0.06)
+    source.has_queries = True
     assert not guessing(source, 0.3, 0.04) and not guessing(SinusoidGenerator(1, 1), 0.1, 1)
 
 
@@ -92,6 +97,11 @@ def test_names_tell_tasks_and_seeds():
     assert {flags: run_name(parsed(*flags.split())) for flags in names} == {
         flags: usual + end for flags, end in names.items()
     }
+
+
+@pytest.mark.parametrize('more', ['', '--seed=1', '--baseline=oracle --seed=12'])
+def test_plots_know_the_names_of_sinusoids(more):
+    assert RUN.fullmatch(run_name(parsed('--norm=None', *more.split())))
 
 
 def test_older_runs_keep_their_names(tmp_path, data):
@@ -111,6 +121,7 @@ def test_published_models_by_name(monkeypatch, tmp_path):
     names = published()
     assert {'omniglot-5way-1shot', 'miniimagenet-5way-1shot'} <= names.keys()
     assert len(table()) == 2 + len(names)
+    assert '\n'.join(table()) in (ROOT / 'scripts/README.md').read_text()
     monkeypatch.chdir(tmp_path)
     learner = Learner.load('omniglot-5way-1shot')
     assert Path(learner.checkpoint).parent == names['omniglot-5way-1shot']
@@ -137,3 +148,10 @@ def test_training_begins_with_another_run(tmp_path, data):
     other = run(*train, '--num_filters=4', f'--init={first}', logdir)
     assert_refused(other, 'of another architecture', 'flags of that run')
     assert listing(tmp_path) == before
+
+
+def test_the_last_line_of_joint_training(tmp_path):
+    """Which goes on to the end: it is no line of meta-training."""
+    joint = ['--norm=None', '--meta_batch_size=2', '--pretrain_iterations=3']
+    outcome = succeeded(run(*joint, '--metatrain_iterations=0', f'--logdir={tmp_path}'))
+    assert 'Pretrain Iteration 3 of 3: loss' in outcome.out
