@@ -422,9 +422,11 @@ def test_best_checkpoint(tmp_path, eager, data, often):
     """
     train = [*OMNIGLOT, f'--data_dir={data}', f'--logdir={tmp_path}']
     train += ['--metatrain_iterations=46', '--meta_lr=.01', '--conv=False']
-    train += ['--validation_tasks=20']
+    train += ['--validation_tasks=20', '--original_output']
     outcome = succeeded(run(*train))
-    printed = map(float, re.findall(r'validation tasks: ([\d.]+) % \+-', outcome.out))
+    found = re.findall(r'^Validation results: \S+, (\S+)\n.*: ([\d.]+) % \+-', outcome.out, re.M)
+    assert all(shown == f'{100 * float(exact):.1f}' for exact, shown in found)
+    printed = (round(float(exact), 4) for exact, _ in found)
     accuracies = dict(zip((15, 30, 45), printed, strict=True))
     best = max(accuracies, key=accuracies.get)
     folder = folder_of(tmp_path, *train)
@@ -670,9 +672,12 @@ def test_ten_kills_of_a_sinusoid_run(tmp_path):
 def test_two_processes_with_one_seed(tmp_path, data):
     """The same weights to the last bit; another seed gives others."""
     train = [*OMNIGLOT, f'--data_dir={data}', '--metatrain_iterations=120']
+    found = []
     for name, seed in [('a', 7), ('b', 7), ('c', 8)]:
-        succeeded(Process(*train, f'--seed={seed}', f'--logdir={tmp_path}/{name}').finish())
-    a, b, c = (contents(folder_of(tmp_path / name, *train) / 'model119') for name in 'abc')
+        flags = [*train, f'--seed={seed}']
+        succeeded(Process(*flags, f'--logdir={tmp_path}/{name}').finish())
+        found.append(contents(folder_of(tmp_path / name, *flags) / 'model119'))
+    a, b, c = found
     assert_same(a, b)
     assert any((a[key] != c[key]).any() for key in a)
 

@@ -32,6 +32,7 @@ from fewshot.networks.paper_networks import FullyConnected
 from fewshot.runs import trainer
 from fewshot.runs.checkpoints import checkpoints, read_run_state, write_checkpoint
 from fewshot.runs.flags import run_name
+from fewshot.runs.results import read_evaluation
 from fewshot.runs.user_code import user_function
 from fewshot.use.learner import Learner
 from maml import cross_entropy, mean_squared_error, repeated
@@ -286,9 +287,11 @@ def test_initial_values_are_a_function_of_the_seed(folder):
 @pytest.mark.slow
 def test_frozen_layers_have_the_values_of_training(folder, tmp_path, eager):
     """Whatever --seed an evaluation is given: they are in no checkpoint."""
-    flags = [*flags_of(folder, 'half_frozen'), '--log=False', f'--logdir={tmp_path}']
-    succeeded(run(*flags, '--seed=3', '--metatrain_iterations=1'))
-    tables = [succeeded(run(*flags, '--train=False', f'--seed={seed}')).out for seed in (3, 0)]
+    flags, logdir = [*flags_of(folder, 'half_frozen'), '--log=False'], tmp_path / 'logs'
+    succeeded(run(*flags, '--seed=3', '--metatrain_iterations=1', f'--logdir={logdir}'))
+    (trained,) = logdir.iterdir()
+    test = [*flags, '--train=False', f'--run={trained}']
+    tables = [succeeded(run(*test, f'--seed={seed}')).out for seed in (3, 0)]
     assert tables[0] == tables[1]
 
 
@@ -552,7 +555,7 @@ def test_example_learns(tmp_path):
     succeeded(command('main.py', *flags, '--metatrain_iterations=3001'))
     succeeded(command('main.py', *flags, '--train=False', '--test_set=True'))
     (path,) = tmp_path.glob('*/test_*.csv')
-    means = [float(value) for value in path.read_text().splitlines()[1].split(',')]
+    means = read_evaluation(path)[0]
     assert means[0] > 0.1 and means[3] < 0.05
 
 
