@@ -41,10 +41,8 @@ def whole_number(name: str, value, lowest: int = 0) -> int:
     """Returns a count as an int. Raises ValueError, with the argument's name, if it is no count."""
     try:
         found = operator.index(value)
-    except TypeError:  # also of 2.0, which may be a mistake
-        found = None
-    if found is None:
-        raise ValueError(f'{name} must be a whole number, but it is {value!r:.60}')
+    except TypeError as error:  # also of 2.0, which may be a mistake
+        raise ValueError(f'{name} must be a whole number, but it is {value!r:.60}') from error
     if found < lowest:
         wanted = f'be at least {lowest}' if lowest > 0 else 'not be negative'
         raise ValueError(f'{name} must {wanted}, but it is {value}')
@@ -107,9 +105,8 @@ class DataGenerator:
     ) -> Batch:
         """Returns the meta-batch of an iteration, a pure function of (seed, split, iteration).
 
-        split: 'train', 'val' or 'test'; iteration: not negative.
-        num_tasks: T. Task i is the same whatever T is.
-        tasks: the slice of the T tasks to return; the others cost nothing.
+        split: 'train', 'val' or 'test'; iteration: not negative. num_tasks: T. Task i is the same
+        whatever T is. tasks: the slice of the T tasks to return; the others cost nothing.
         """
         return self._tasks(split, self._draw(split, iteration, num_tasks)[tasks])
 
@@ -135,14 +132,13 @@ class DataGenerator:
         import tensorflow as tf  # nothing else here needs it
 
         first = self.batch(split, first_iteration, num_tasks)  # its sizes are those of all
-        types = [values.dtype for values in first]
 
         def arrays(iteration: np.ndarray) -> Batch:
             return self.batch(split, int(iteration), num_tasks)
 
         @tf.autograph.experimental.do_not_convert
         def draw(iteration: tf.Tensor) -> Batch:
-            batch = Batch(*tf.numpy_function(arrays, [iteration], types))
+            batch = Batch(*tf.numpy_function(arrays, [iteration], [part.dtype for part in first]))
             for drawn, values in zip(batch, first):
                 drawn.set_shape(values.shape)
             return batch
@@ -206,10 +202,7 @@ class ImageGenerator(DataGenerator):
     A task draws N classes without replacement, K + Q images of each without replacement (the first
     K are the support set) and, with `rotate`, a rotation by 0, 90, 180 or 270 degrees
     (counter-clockwise) for each class. Class i of those drawn has the label i; within each shot
-    the classes are shuffled.
-
-    Generators are cheap and hold no copy of the images: make a second one on the same `folders`
-    for another number of query images.
+    the classes are shuffled. Generators on the same `folders` share the images.
 
     folders: the decoded classes of each split, from load_omniglot, load_miniimagenet, load_folder.
     num_classes: N. num_support: K, images per class. num_query: Q, images per class; may be 0.
@@ -348,7 +341,7 @@ def check_split(
             f'--num_classes={size.ways} is more than the {len(counts)} classes of the {split} '
             f'split in {folder}: use a smaller --num_classes, or give the split more classes'
         )
-    small = small_classes(counts, size)
+    small = sorted((name for name in counts if counts[name] < size.images), key=counts.get)
     if not small:
         return
     more = f' (too few have also {listed(small[1:])})' if small[1:] else ''
@@ -360,11 +353,6 @@ def check_split(
         f'a task takes {size.images} of each class ({size.support} for support, {size.query} for '
         f'query){more}: add images to it, or {leave}{fewer}'
     )
-
-
-def small_classes(counts: Mapping[str, int], size: TaskSize) -> list[str]:
-    """Lists the classes that have too few images for a task, the smallest first."""
-    return sorted((name for name in counts if counts[name] < size.images), key=counts.get)
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

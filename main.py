@@ -5,9 +5,9 @@ r"""Trains and evaluates MAML on sinusoids, Omniglot, miniImagenet, folders and 
     python main.py --datasource=omniglot --metatrain_iterations=60000 --meta_batch_size=32 \
         --update_batch_size=1 --update_lr=0.4 --num_updates=1 --logdir=logs/omniglot5way/
 
-trains, in the folder of --logdir that is named after the flags. The same line again continues; with
+trains in a folder of --logdir that is named after the flags. Repeat the command to continue; with
 --train=False it evaluates the newest checkpoint on 600 validation tasks, with --train=False
---test_set=True on 600 test tasks. scripts/paper has the line for every cell of the paper's tables.
+--test_set=True on 600 test tasks. scripts/paper has a command for each result of the paper.
 """
 
 import importlib.util
@@ -84,10 +84,7 @@ def test(run: Prepared, f: flags.FlagValues, options: Options = USUAL):
 
 
 def main(arguments: list[str], f: flags.FlagValues = flags.FLAGS, options: Options = USUAL):
-    """Trains or evaluates.
-
-    arguments: the program and the rest of the command line, without the flags.
-    """
+    """Trains or evaluates; arguments: the program and what else is there beside the flags."""
     logging.set_verbosity(logging.ERROR)
     if worker_index(f) > 0:
         sys.stdout = open(os.devnull, 'w', errors='ignore')  # the first one prints
@@ -113,9 +110,7 @@ def carry_out(run: Prepared, f: flags.FlagValues, options: Options):
             (train if f.train else test)(run, f, options)
     except BrokenPipeError:
         raise
-    except (UserCodeError, BadTasks) as error:
-        sys.exit(f'main.py: {error}')
-    except (OSError, Diverged) as error:  # the disk is full, the folder is gone
+    except (UserCodeError, BadTasks, Diverged, OSError) as error:  # the disk is full, say
         sys.exit(f'main.py: {error}')
     except (MemoryError, tf.errors.ResourceExhaustedError) as error:
         sys.exit(

@@ -65,7 +65,7 @@ def accuracy(output: tf.Tensor, label: tf.Tensor) -> tf.Tensor:
 
 
 class MetaParameters(NamedTuple):
-    """Everything that the outer loop learns: variables, their values or gradients, by name."""
+    """What the outer loop learns: variables, values or gradients, {name: [...]}, without tasks."""
 
     weights: dict  # θ, which the inner loop adapts
     norms: dict  # shared by all tasks: normalisation parameters, and weights that are not adapted
@@ -85,13 +85,13 @@ class InnerLoop:
     def rates(self, values: Tensors, step: int | tf.Tensor):
         """Returns α of update number `step`, counted from 0, for the method `step`.
 
-        None stands for `update_lr`. values: of `parameters`, {name: tensor}. Evaluations take more
+        None stands for `update_lr`. values: of `parameters`, {name: [...]}. Evaluations take more
         updates than training.
         """
         return None
 
     def shown(self, values: Arrays) -> Arrays:
-        """Names the parameters for TensorBoard: {label: scalar or array}."""
+        """Names the parameters for TensorBoard: {label: scalar or array [...]}."""
         return values
 
     def step(self, theta: Tensors, gradients: Tensors, alpha) -> Tensors:
@@ -422,7 +422,7 @@ def repeated(theta: Tensors, tasks: int | tf.Tensor) -> Tensors:
 
 
 def weighted_sum(losses: list[tf.Tensor], weights: Callable | None) -> tf.Tensor:
-    """The last of the losses after each update; or all of them, weighted."""
+    """The last of the losses [] after each update; or the sum of all, by weights() [] each."""
     if weights is None:
         return losses[-1]
     return tf.add_n([weight * loss for weight, loss in zip(weights(), losses)])

@@ -22,13 +22,11 @@ FEW_ROWS = 16  # up to so many, sums of products of numbers beat products of mat
 
 
 def sizes(x: tf.Tensor) -> list:
-    """Returns the lengths of x's axes: numbers where a trace knows them, else scalar tensors."""
+    """Returns the lengths of x's axes: numbers where a trace knows them, else tensors []."""
     if x.shape.is_fully_defined():
         return x.shape.as_list()
-    return [
-        known if known is not None else length
-        for known, length in zip(x.shape, tf.unstack(tf.shape(x), x.shape.rank))
-    ]
+    lengths = tf.unstack(tf.shape(x), x.shape.rank)
+    return [length if known is None else known for known, length in zip(x.shape, lengths)]
 
 
 def number(n: int | tf.Tensor, like: tf.Tensor) -> int | tf.Tensor:
@@ -109,7 +107,7 @@ def patches3x3(x: tf.Tensor, stride: int) -> tf.Tensor:
 
 
 def padded(x: tf.Tensor, stride: int) -> tf.Tensor:
-    """Pads the images with zeros, for patches ('SAME')."""
+    """Pads images with zeros for patches ('SAME'): [T, examples, H, W, C] to [..., H', W', C]."""
     height, width = (same_padding(size, stride) for size in x.shape[2:4])
     return tf.pad(x, [[0, 0], [0, 0], height, width, [0, 0]])
 
@@ -254,9 +252,8 @@ def sum_rows(x: tf.Tensor):
         return tf.reduce_sum(x, axis=1, keepdims=True), lambda gradient: spread(gradient, rows)
     parts = divisor_near_root(rows)
     blocks = tf.reshape(x, [tasks, parts, rows // parts, columns])
-    sums = tf.reshape(
-        tf.ones([tasks, parts, 1, rows // parts], x.dtype) @ blocks, [tasks, parts, columns]
-    )
+    ones = tf.ones([tasks, parts, 1, rows // parts], x.dtype)
+    sums = tf.reshape(ones @ blocks, [tasks, parts, columns])
     return tf.ones([tasks, 1, parts], x.dtype) @ sums, lambda gradient: spread(gradient, rows)
 
 
@@ -414,9 +411,7 @@ def batch_norm(
 ) -> tf.Tensor:
     """Applies batch normalisation per channel, over examples and space, then pooling if asked.
 
-    The statistics are always those of the batch at hand, the variance the biased one; there is an
-    offset but no gain. `tf.nn.moments` is not used: its second derivatives are silently wrong, see
-    `moments`.
+    The statistics are those of the batch at hand, see `moments`; there is an offset but no gain.
 
     x: [T, examples, ..., channels]; beta: [channels], the same for all tasks and inner steps;
     leading: how many of the examples, from the first on, give the statistics (None: all).

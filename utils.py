@@ -67,8 +67,8 @@ def print_results(run: Prepared, f: flags.FlagValues, values: np.ndarray) -> tup
 def write_results(run: Prepared, f: flags.FlagValues, values: np.ndarray, statistics: tuple):
     """Writes an evaluation as csv and pkl, and says where; the latter has the original's `mses`.
 
-    Both tell the split and the iteration of the checkpoint. statistics: the result of
-    `print_results`.
+    Both tell the split and the iteration of the checkpoint. values: [tasks, 1 + updates].
+    statistics: the result of `print_results`.
     """
     ((split, _),) = run.generators.items()
     path = run.folder / f'{evaluation_name(f)}{other_data(run, f)}'
@@ -83,10 +83,7 @@ def write_results(run: Prepared, f: flags.FlagValues, values: np.ndarray, statis
 
 
 def figures_of_paper(state: dict, f: flags.FlagValues) -> dict[int, str]:
-    """Returns {updates: the paper's figure} if the evaluation is like that of one of its cells.
-
-    state: the checkpoint's, with the flags that it was trained with.
-    """
+    """Returns {updates: the paper's figure} of such an evaluation; state: the checkpoint's."""
     trained = trained_settings(f) | state.get('flags', {})
     as_usual = f.test_query == -1 and f.transductive and f.update_lr == trained['update_lr']
     return paper_figures(trained, f.update_batch_size) if as_usual else {}

@@ -5,7 +5,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +72,7 @@ def first_line(error: Exception) -> str:
     return re.sub(r'\{\{.*?\}\} | \[Op:\w+\].*', '', (said or [type(error).__name__])[0])
 
 
-def check_choice(name: str, value, choices: Sequence[str], more: str = ''):
+def check_choice(name: str, value, choices: Collection[str], more: str = ''):
     """Raises ValueError, with the argument's name, if the value is none of the choices."""
     if value not in choices:
         known = ', '.join(map(repr, choices))

@@ -66,25 +66,21 @@ def running(workers: list[subprocess.Popen]) -> list[subprocess.Popen]:
     return [worker for worker in workers if worker.poll() is None]
 
 
-def first_failure(workers: list[subprocess.Popen]) -> int:
-    """Returns the first status that is not zero, in the workers' order; 0 if there is none."""
-    return next((worker.returncode for worker in workers if worker.returncode), 0)
-
-
 def wait(workers: list[subprocess.Popen]) -> int:
     """Waits until all have ended, and returns the first status that is not zero.
 
     -9 of a process that was killed becomes 137, as in a shell.
     """
-    status = 0
-    while any(worker.poll() is None for worker in workers):
+    status, ended = 0, False
+    while not ended:
         time.sleep(0.1)
+        ended = all(worker.poll() is not None for worker in workers)
         if not status:
-            status, deadline = first_failure(workers), time.monotonic() + GRACE
+            status = next((worker.returncode for worker in workers if worker.returncode), 0)
+            deadline = time.monotonic() + GRACE
         if status and time.monotonic() > deadline:
             for worker in running(workers):
                 worker.kill()
-    status = status or first_failure(workers)
     return 128 - status if status < 0 else status
 
 

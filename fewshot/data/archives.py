@@ -8,28 +8,30 @@ import bz2
 import functools
 import gzip
 import lzma
+import re
 import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from fewshot.data import unpickling
-from fewshot.data.preparation import (
-    MAX_BYTES,
-    Item,
-    PreparationError,
-    blaming,
-    check_no_page,
-    hidden,
-)
+from fewshot.data import preparation, unpickling
+from fewshot.data.preparation import Item, PreparationError, blaming
 
+# An archive's name: that of the folder it stands for, and a suffix.
+ARCHIVE = re.compile(r'(.+?)(\.zip|\.tar(\.gz|\.bz2|\.xz)?|\.tgz|\.tbz2|\.txz)', re.I | re.S)
 COMPRESSED = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\0': lzma.open}
 MAX_ARCHIVE = 256 * 2**30  # bytes of one within another; ImageNet's classes have 0.1 GB each
 MAX_MEMBERS = 2 * 10**6  # ImageNet has 1.3 million images
+PICKLES = ('train', 'test', 'meta')  # of CIFAR-100; others are called NAME.pkl
+LIMITS = {  # {suffix: bytes of a file}; what is no image is read piece by piece, or not at all
+    '.pkl': unpickling.MAX_BYTES,
+    '.npz': MAX_ARCHIVE,
+    '.npy': MAX_ARCHIVE,  # in these
+    '.txt': 2**30,  # CUB's attributes of its images have a tenth of that
+}
 PIECE = 2**24  # bytes; tarfile asks for as many at once as a header claims
-SUFFIXES = ('.zip', '.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tbz2', '.tar.xz', '.txz')
 UNPACKABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -43,26 +45,16 @@ class Member(NamedTuple):
     open: functools.partial
 
 
-def is_safe(name: str) -> bool:
-    """Whether a member's path stays within the archive, on every system."""
-    printable = bool(name) and name.isprintable() and not set('\\:') & set(name)
-    return printable and not name.startswith('/') and '..' not in PurePosixPath(name).parts
-
-
-def limit(name: str) -> int:
-    """Returns the most bytes that a member may have."""
-    if name.lower().endswith('.pkl'):
-        return unpickling.MAX_BYTES
-    return MAX_ARCHIVE if archive_suffix(PurePosixPath(name)) else MAX_BYTES
-
-
-def check_member(member: Member, archive: str, max_bytes: int) -> None:
+def check_member(member: Member, archive: str) -> None:
     """Raises PreparationError on a member that a plain archive of images does not have."""
-    fault = member.fault
-    if not is_safe(member.name):
+    fault, path = member.fault, PurePosixPath(member.name)
+    suffix = '.pkl' if path.name in PICKLES else path.suffix.lower()
+    most = LIMITS.get(suffix, preparation.MAX_BYTES)
+    most = MAX_ARCHIVE if ARCHIVE.fullmatch(path.name) else most
+    if not preparation.is_safe(member.name):
         fault = 'has an unsafe path'
-    elif not fault and member.size > max_bytes:
-        fault = f'unpacks to more than {max_bytes // 2**20} MiB'
+    elif not fault and member.size > most:
+        fault = f'unpacks to more than {most // 2**20} MiB'
     if fault:
         raise PreparationError(f'{archive} is refused: its member {member.name!r} {fault}.')
 
@@ -115,28 +107,24 @@ def tar_members(file: BinaryIO, head: bytes) -> Iterator[Member]:
         raise tarfile.ReadError('it goes on after its end')
 
 
-def archive_items(
-    file: Path | BinaryIO, name: str, limit: Callable[[str], int] = limit
-) -> list[Item]:
+def archive_items(file: BinaryIO, name: str) -> list[Item]:
     """Lists the files in an archive, after every member is checked and before the first is read.
 
-    name: stands for the archive in messages. limit: maps a member's name to the bytes that it may
-    have.
+    name: stands for the archive in messages.
     """
     items = []
     with blaming(name):
-        opened = file.open('rb') if isinstance(file, Path) else file
-        head = opened.read(tarfile.BLOCKSIZE)
-        opened.seek(0)
-        check_no_page(head, name)
+        head = file.read(tarfile.BLOCKSIZE)
+        file.seek(0)
+        preparation.check_no_page(head, name)
         if head.startswith(b'PK') or name.lower().endswith('.zip'):
-            members = zip_members(opened)
+            members = zip_members(file)
         else:
-            members = tar_members(opened, head)
+            members = tar_members(file, head)
         for member in members:
-            check_member(member, name, limit(member.name))
+            check_member(member, name)
             path = PurePosixPath(member.name)
-            if not member.is_folder and not hidden(path):
+            if not member.is_folder and not preparation.hidden(path):
                 items.append(Item(path, f'{name}: {path}', name, member.open))
             if len(items) > MAX_MEMBERS:
                 raise PreparationError(f'{name} is refused: it has over {MAX_MEMBERS} files.')
@@ -144,9 +132,7 @@ def archive_items(
 
 
 def unpack(
-    items: Iterable[Item],
-    left_out: Callable[[str], bool] = lambda folder: False,
-    limit: Callable[[str], int] = limit,
+    items: Iterable[Item], left_out: Callable[[str], bool] = lambda folder: False
 ) -> list[Item]:
     """Replaces archives among the items by what they hold, each in a folder of the archive's name.
 
@@ -154,19 +140,13 @@ def unpack(
     """
     unpacked = []
     for item in items:
-        suffix = archive_suffix(item.path)
-        folder = item.path.with_name(item.path.name[: -len(suffix)]) if suffix else item.path
-        if not suffix:
+        archive = ARCHIVE.fullmatch(item.path.name)
+        if not archive:
             unpacked.append(item)
-        elif not left_out(folder.name):
+        elif not left_out(archive[1]):
             with blaming(item.origin):
                 file = item.open()
-            inside = archive_items(file, item.where, limit)
+            inside = archive_items(file, item.where)
+            folder = item.path.with_name(archive[1])
             unpacked += [inner._replace(path=folder / inner.path) for inner in inside]
     return unpacked
-
-
-def archive_suffix(path: PurePosixPath) -> str:
-    """Returns the suffix of an archive's name; '' if the name is no archive's."""
-    endings = [suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)]
-    return max(endings, key=len, default='')

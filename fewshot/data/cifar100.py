@@ -5,10 +5,9 @@
 """
 
 import functools
-import importlib.resources
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -16,21 +15,12 @@ from fewshot.data import archives, preparation, unpickling
 from fewshot.data.preparation import Item, PreparationError
 
 # {cifar_fs (Bertinetto et al. 2019) or fc100 (Oreshkin et al. 2018): {split: classes}}
-SPLITS = json.loads(
-    importlib.resources.files('fewshot.data').joinpath('cifar100_splits.json').read_text()
-)
+SPLITS = json.loads(Path(__file__).with_name('cifar100_splits.json').read_text())
 PARTS = ('train', 'test')  # of CIFAR-100; the splits are others
 SIZE = (32, 32)
 DEPTH = 6  # of folders
 NESTED = 2  # archives, and archives in these
-MAX_PICKLE = 512 * 2**20  # bytes; the larger one has 155 million
 MAX_COPIED = 16 * 2**10  # bytes of a PNG; 3,072 numbers have no use for more
-
-
-def limit(name: str) -> int:
-    """Returns the most bytes that an archive's member may have."""
-    is_pickle = PurePosixPath(name).name in (*PARTS, 'meta')
-    return MAX_PICKLE if is_pickle else archives.limit(name)
 
 
 def find(source: Path) -> dict[str, Callable[[], bytes]]:
@@ -38,9 +28,9 @@ def find(source: Path) -> dict[str, Callable[[], bytes]]:
 
     Raises PreparationError if there are no images.
     """
-    items = preparation.source_items(source, DEPTH)
+    items = preparation.all_items(source, DEPTH)
     for _ in range(NESTED):
-        items = archives.unpack(items, limit=limit)
+        items = archives.unpack(items)
     images = png_images(items) or pickled_images(items)
     if not images:
         raise PreparationError(
@@ -62,10 +52,7 @@ def png_images(items: Iterable[Item]) -> dict[str, Callable[[], bytes]]:
 
 
 def add(images: dict, path: tuple[str, str], contents: Callable[[], bytes], where: str):
-    """Adds the image of (class, name) to the images.
-
-    Raises PreparationError on the second of a name, or a name that is not plain.
-    """
+    """Adds the image of (class, name). Raises PreparationError on a second, or no plain name."""
     joined = '/'.join(path)
     if not all(map(preparation.is_plain, path)) or not joined.endswith('.png'):
         text = ascii(joined)[1:81].removesuffix("'")
@@ -94,10 +81,10 @@ def pickled_images(items: Iterable[Item]) -> dict[str, Callable[[], bytes]]:
     files = {}
     for item in items:
         name = item.path.name
-        if name in (*PARTS, 'meta') and files.setdefault(name, item) is not item:
+        if name in archives.PICKLES and files.setdefault(name, item) is not item:
             both = f'{files[name].where} and {item.where}'
             raise PreparationError(f'{both} are both called {name}; take one away.')
-    if set(files) != {*PARTS, 'meta'}:
+    if set(files) != {*archives.PICKLES}:
         return {}
     names = class_names(files['meta'])
     images = {}

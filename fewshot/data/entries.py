@@ -18,8 +18,7 @@ def nfc(name: str) -> str:
 
 def is_stray(name: str) -> bool:
     """Whether a name is never that of data: a hidden one, a system's, a cache's or a download's."""
-    hidden = name.startswith('.') or name.lower() in SYSTEM
-    return hidden or OWN.fullmatch(name) is not None
+    return bool(name.startswith('.') or name.lower() in SYSTEM or OWN.fullmatch(name))
 
 
 def is_output(entry: os.DirEntry) -> bool:
@@ -30,9 +29,8 @@ def is_output(entry: os.DirEntry) -> bool:
         return False
     with os.scandir(entry.path) as entries:
         inside = [inner for inner in entries if not inner.name.startswith('.')]
-    if any(OF_RUN.fullmatch(inner.name) for inner in inside):
-        return True
-    return bool(inside) and all(map(is_output, inside))
+    of_run = any(OF_RUN.fullmatch(inner.name) for inner in inside)
+    return of_run or bool(inside) and all(map(is_output, inside))
 
 
 def visible(folder: str | Path) -> list[os.DirEntry]:

@@ -35,10 +35,9 @@ def tell(text: str):
 def cache_places(folder: Path, *parts: str, cache_dir: str | None = None) -> list[Path]:
     """Lists files that may keep the decoded images of a folder, the first choice first.
 
-    The first is beside the folder, whose content belongs to the user, or to the script that
-    prepares the data. The second is in the user's cache folder. cache_dir: a folder instead of
-    both. Away from the data the name tells where they are, since folders of one name may be
-    different data. parts: go into the file's name.
+    The first is beside the folder, the second in the user's cache folder. Away from the data the
+    name tells where they are, since folders of one name may be different data. cache_dir: a folder
+    instead of both. parts: go into the file's name.
     """
     folder = Path(os.path.abspath(folder))  # '.' has no name
     beside = folder.with_name('.'.join([folder.name, *parts, 'cache.npy']))
@@ -61,8 +60,8 @@ def cached_images(
 ) -> np.ndarray:
     """Returns the images of `files` in order, [total, height, width, channels] uint8.
 
-    They are mapped from a cache in one of the `places`, see cache_places, or decoded. command: see
-    read_image. Raises ValueError, with all their names, if images cannot be read.
+    They are mapped from a cache in one of the `places`, or decoded; other arguments as in
+    load_class_folders. Raises ValueError, with all their names, if images cannot be read.
     """
     key, shape = _fingerprint(folder, layout, files), layout.shape(len(files))
     for cache in places:
@@ -77,12 +76,11 @@ def cached_images(
     for cache in places:
         try:
             images = _write_cache(cache, key, shape, _decode_all(files, layout, command))
+            if failures:
+                tell(f'The decoded images cannot be kept in {failures[0]}, but are in {cache}.')
+            return images
         except OSError as error:
             failures.append(f'{cache} ({error.strerror or error})')
-            continue
-        if failures:
-            tell(f'The decoded images cannot be kept in {failures[0]}, but are in {cache}.')
-        return images
     tell(
         f'The decoded images cannot be kept in {" or ".join(failures)}; they will be decoded at '
         'every start. --cache_dir=FOLDER keeps them elsewhere.'
@@ -120,11 +118,9 @@ def _read_cache(cache: Path, key: str, shape: tuple) -> np.ndarray | None:
         with open(cache, 'rb') as file:
             file.seek(-len(_seal(key, 0)), os.SEEK_END)
             seal = file.read()
-        if not seal.startswith(key.encode()):
-            return None
         images = np.asarray(np.load(cache, mmap_mode='r'))
-        whole = images.shape == shape and images.dtype == np.uint8
-        return images if whole and seal == _seal(key, zlib.crc32(images)) else None
+        fits = seal.startswith(key.encode()) and images.shape == shape and images.dtype == np.uint8
+        return images if fits and seal == _seal(key, zlib.crc32(images)) else None
     except Exception:  # whatever is wrong with a cache, it can be made again
         return None
 

@@ -20,7 +20,7 @@ class ImageLayout(NamedTuple):
     """The layout of a data set on disk, and the form in which its images are to be stored."""
 
     size: tuple  # (height, width) of the stored images
-    mode: str  # Pillow mode they are converted to: 'L' (one channel) or 'RGB' (three)
+    mode: str  # Pillow mode they are converted to, 'L' or 'RGB'; each letter is a channel
     suffixes: tuple  # of its image files, lower case
     depth: int = 1  # of the class folders: 1 for <class>/, 2 for <Alphabet>/<character>/
     invert: bool = False  # store 255 - pixel
@@ -38,7 +38,7 @@ class ImageLayout(NamedTuple):
 
     def shape(self, total: int) -> tuple:
         """Returns the shape of the array that holds `total` images."""
-        return (total, *self.size, len(Image.new(self.mode, (1, 1)).getbands()))
+        return (total, *self.size, len(self.mode))
 
 
 OMNIGLOT = ImageLayout(
@@ -119,7 +119,10 @@ def read_image(path: str, layout: ImageLayout, command: str | None = None) -> np
         remedy = f'replace it, or move the data away and make it again with {command}'
     try:
         with Image.open(path) as image:
-            size, mode, fits = image.size[::-1], image.mode, _fits(image, layout)
+            size, mode = image.size[::-1], image.mode
+            fits = mode not in ('I', 'F')  # of 32 bits; those that begin with I; have 16
+            if layout.prepared:
+                fits = fits and size == layout.size and not mode.startswith('I;')
             pixels = _pixels(image, layout) if fits else None
     except Exception as error:  # on damaged files OSError, SyntaxError, struct.error and others
         raise ValueError(f'{path} cannot be decoded ({error}); {remedy}') from error
@@ -130,17 +133,6 @@ def read_image(path: str, layout: ImageLayout, command: str | None = None) -> np
             f'channel are expected; {remedy}'
         )
     return ~pixels if layout.invert else pixels
-
-
-def _fits(image: Image.Image, layout: ImageLayout) -> bool:
-    """Whether an image has the layout's size, if that is for prepared images, and few enough bits.
-
-    I and F are Pillow's modes of 32 bits; modes that begin with I; have 16.
-    """
-    if image.mode in ('I', 'F'):
-        return False
-    fits = image.size[::-1] == layout.size and not image.mode.startswith('I;')
-    return fits or not layout.prepared
 
 
 def _pixels(image: Image.Image, layout: ImageLayout) -> np.ndarray:

@@ -63,17 +63,13 @@ def _preparation(script: str, folder: Path) -> str:
 
 
 def load_class_folders(
-    folder: Path, layout: ImageLayout, places: Sequence[Path], command: str | None = None
+    folder: Path, layout: ImageLayout, places: Sequence[Path], command: str
 ) -> ClassImages:
-    """Loads all images of a folder of class folders, sorted by class and file name.
+    """Loads the visible images of a folder of class folders, sorted by class and file name.
 
-    Hidden and stray files are ignored.
-
-    folder: the data set, or one split of it. layout: how it lies on disk. places: those of the
-    cache, see cache_places. command: the command that makes the data, for messages; None if they
-    are the user's own.
-    Raises FileNotFoundError if there is no such folder, and ValueError if it holds no classes, a
-    class holds no images, or an image is damaged or has another size.
+    places: those of the cache, see cache_places. command: the command that makes the data, for
+    messages. Raises FileNotFoundError if there is no such folder, and ValueError if it holds no
+    classes, a class holds no images, or an image is damaged or has another size.
     """
     check_folder(folder, command)
     found = class_folders(folder, layout.depth)
@@ -93,13 +89,8 @@ def load_classes(
     """Loads the images of classes found in a folder; other arguments as in load_class_folders."""
     files = [file for images in classes.values() for file in images]
     images = cached_images(folder, layout, files, places, command)
-    counts = np.array([*count_images(classes).values()])
+    counts = np.array([len(files) for files in classes.values()])
     return ClassImages(str(folder), list(classes), np.cumsum(counts) - counts, counts, images)
-
-
-def count_images(classes: Classes) -> dict[str, int]:
-    """Returns {class: number of images}."""
-    return {name: len(files) for name, files in classes.items()}
 
 
 def check_folder(folder: Path, command: str | None = None):
@@ -112,15 +103,13 @@ def check_folder(folder: Path, command: str | None = None):
 
 def no_classes(classes: Classes, folder: Path, command: str | None = None) -> str:
     """Says that there are no classes in a folder, or some have no images; '' if neither is so."""
-    again = f'move {folder} away and make it again with {command}'
-    if not classes:
-        remedy = again if command else 'it needs a folder of images for each class'
-        return f'{folder} holds no class folders; {remedy}'
     empty = [str(folder / name) for name, files in classes.items() if not files]
-    fill = 'add some, or remove what is no class, or leave them out with --skip_small_classes'
-    if not empty:
+    if classes and not empty:
         return ''
-    return (
-        f'{listed(empty)} holds no images of a format that is read here; '
-        f'{again if command else fill}'
-    )
+    fault, remedy = f'{folder} holds no class folders', 'it needs a folder of images for each class'
+    if empty:
+        fault = f'{listed(empty)} holds no images of a format that is read here'
+        remedy = 'add some, or remove what is no class, or leave them out with --skip_small_classes'
+    if command:
+        remedy = f'move {folder} away and make it again with {command}'
+    return f'{fault}; {remedy}'

@@ -58,10 +58,6 @@ class Found(NamedTuple):
 # The contents of a source -------------------------------------------------------------------------
 
 
-def split_of(name: str) -> str | None:
-    return SPLITS.get(name.lower())
-
-
 def files_of_splits(items: Iterable[Item], pattern: str) -> dict[str, Item]:
     """Returns {split: the file of a name that matches}, the one that is the least deep in folders.
 
@@ -70,13 +66,12 @@ def files_of_splits(items: Iterable[Item], pattern: str) -> dict[str, Item]:
     found = {}
     for item in sorted(items, key=lambda item: len(item.path.parts)):
         match = re.fullmatch(pattern, item.path.name, re.IGNORECASE)
-        if not match or not (split := split_of(match[1])):
+        if not match or not (split := SPLITS.get(match[1].lower())):
             continue
         first = found.setdefault(split, item)
         if first is not item and len(first.path.parts) == len(item.path.parts):
-            raise PreparationError(
-                f'{first.where} and {item.where} are both of {split}; take one away.'
-            )
+            both = f'{first.where} and {item.where}'
+            raise PreparationError(f'{both} are both of {split}; take one away.')
     return {split: found[split] for split in CLASSES if split in found}
 
 
@@ -85,30 +80,14 @@ def read_rows(items: list[Item]) -> list[Row]:
     rows, seen = [], set()
     for split, item in files_of_splits(items, r'(\w+)\.csv').items():
         for filename, label in preparation.read_csv(item, ('filename', 'label')):
-            if not filename.lower().endswith(JPEG):
-                raise PreparationError(
-                    f'{item.where}: {filename!r} is not the name of a JPEG file.'
-                )
+            fault = None if filename.lower().endswith(JPEG) else 'is not the name of a JPEG file'
             if filename in seen:
-                raise PreparationError(
-                    f'{item.where}: {filename!r} is listed twice, here or in another of the csv '
-                    'files.'
-                )
+                fault = 'is listed twice, here or in another of the csv files'
+            if fault:
+                raise PreparationError(f'{item.where}: {filename!r} {fault}.')
             seen.add(filename)
             rows.append(Row(split, filename, label))
     return rows
-
-
-def contents(source: Path) -> tuple[list[Item], list[Row]]:
-    """Returns the files of a source, images/ before other folders, and its csv files' rows."""
-    items = preparation.source_items(source, DEPTH)
-    items.sort(key=lambda item: item.path.parts[0] != 'images')
-    rows = read_rows(items)
-    for _ in range(NESTED):
-        labels = {row.label for row in rows}
-        items = archives.unpack(items, functools.partial(is_not_listed, labels))
-        rows = rows or read_rows(items)
-    return items, rows
 
 
 def is_not_listed(labels: set[str], folder: str) -> bool:
@@ -118,7 +97,13 @@ def is_not_listed(labels: set[str], folder: str) -> bool:
 
 def find(source: Path) -> Found:
     """Finds the images of a source. Raises PreparationError if it has none of the forms."""
-    items, rows = contents(source)
+    items = preparation.all_items(source, DEPTH)
+    items.sort(key=lambda item: item.path.parts[0] != 'images')  # before other folders
+    rows = read_rows(items)
+    for _ in range(NESTED):
+        labels = {row.label for row in rows}
+        items = archives.unpack(items, functools.partial(is_not_listed, labels))
+        rows = rows or read_rows(items)
     pictures = [item for item in items if item.path.name.lower().endswith(SUFFIXES)]
     listed = listed_images(rows, pictures) if rows and pictures else None
     if listed and listed.images:
@@ -129,14 +114,14 @@ def find(source: Path) -> Found:
         return Found(images, [], 0)
     if listed:
         return listed
-    lacking = (
-        'no .jpg images, which train.csv, val.csv or test.csv list'
-        if rows
-        else 'no miniImagenet: no train.csv, val.csv or test.csv that lists an image, no '
-        'mini-imagenet-cache-train.pkl or the like, and no folders train, val and test with a '
-        'folder of images for each class'
+    lists = 'train.csv, val.csv or test.csv'
+    if rows:
+        raise PreparationError(f'--source={source} has no .jpg images, which {lists} list.')
+    raise PreparationError(
+        f'--source={source} has no miniImagenet: no {lists} that lists an image, no mini-imagenet-'
+        'cache-train.pkl or the like, and no folders train, val and test with a folder of images '
+        'for each class.'
     )
-    raise PreparationError(f'--source={source} has {lacking}.')
 
 
 # Images and csv files -----------------------------------------------------------------------------
@@ -168,10 +153,8 @@ def by_name(wanted: Mapping[str, Row], pictures: list[Item]) -> dict[str, Item]:
         place = item.path.parts[0] == 'images' if item.origin == item.where else item.origin
         first_place, first = found.setdefault(name, (place, item))
         if first is not item and first_place == place:
-            raise PreparationError(
-                f'{item.where} and {first.where} have the same file name; the csv files cannot '
-                'tell them apart.'
-            )
+            fault = 'have the same file name; the csv files cannot tell them apart'
+            raise PreparationError(f'{item.where} and {first.where} {fault}.')
     return {name: item for name, (_, item) in found.items()}
 
 
@@ -203,30 +186,25 @@ def by_number(rows: list[Row], pictures: list[Item]) -> dict[str, Item]:
 # Pickles ------------------------------------------------------------------------------------------
 
 
-class Cache(NamedTuple):
-    """The images and classes in the pickle of a split."""
+def read_cache(item: Item) -> tuple[np.ndarray, dict[str, list[int]]]:
+    """Reads a split's images, [total, 84, 84, 3] uint8, and {class: places of its images}.
 
-    images: np.ndarray  # [total, 84, 84, 3] uint8
-    classes: dict[str, list[int]]  # the places of each class's images
-
-
-def read_cache(item: Item) -> Cache:
-    """Reads a split's pickle. Raises PreparationError if it is none, or would call something."""
+    Raises PreparationError if it is no pickle of these, or would call something.
+    """
     content = unpickling.read_dictionary(item)
     images, places = content.get('image_data'), content.get('class_dict')
     fault = fault_of_images(images) or fault_of_classes(places, images)
     if fault:
         raise PreparationError(f'{item.where} is not miniImagenet as it should be: {fault}.')
-    return Cache(images, {text(name): [*map(int, where)] for name, where in places.items()})
+    return images, {text(name): [*map(int, where)] for name, where in places.items()}
 
 
 def fault_of_images(images) -> str | None:
     if not isinstance(images, np.ndarray):
         return 'it has no array image_data'
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (*SIZE, 3):
-        return (
-            f'image_data is {[*images.shape]} of {images.dtype}, not [images, 84, 84, 3] of uint8'
-        )
+    if images.dtype != np.uint8 or images.shape[1:] != (*SIZE, 3):
+        found = f'{[*images.shape]} of {images.dtype}'
+        return f'image_data is {found}, not [images, 84, 84, 3] of uint8'
     return None
 
 
@@ -253,11 +231,11 @@ def pickled_images(pickles: Mapping[str, Item]) -> dict[str, Callable[[], bytes]
     read = functools.lru_cache(maxsize=1)(lambda split: read_cache(pickles[split]))
 
     def png(split: str, place: int) -> bytes:
-        return preparation.png(read(split).images[place])
+        return preparation.png(read(split)[0][place])
 
     images = {}
     for split in pickles:
-        for name, places in read(split).classes.items():
+        for name, places in read(split)[1].items():
             for k, place in enumerate(places):
                 path = f'{split}/{name}/{name}{k + 1:08d}.png'
                 images[path] = functools.partial(png, split, place)
@@ -274,16 +252,15 @@ def tree_images(pictures: list[Item]) -> dict[str, Callable[[], bytes]]:
     """
     found, folders = {}, {}
     for item in pictures:
-        if len(item.path.parts) < 3 or not (split := split_of(item.path.parts[-3])):
+        *_, split, _, _ = ('', '', *item.path.parts)
+        if not (split := SPLITS.get(split.lower())):
             continue
         folder, path = item.path.parents[1], '/'.join((split, *item.path.parts[-2:]))
         if folders.setdefault(split, folder) != folder:
             raise PreparationError(
                 f'Both {folders[split]} and {folder} hold images of {split}; take one away.'
             )
-        if not preparation.is_plain(item.path.parts[-2]) or not preparation.is_plain(
-            item.path.name
-        ):
+        if not all(map(preparation.is_plain, item.path.parts[-2:])):
             raise PreparationError(f'{item.where} has no plain name; give it one.')
         if found.setdefault(path, item) is not item:
             raise PreparationError(f'{found[path].where} and {item.where} are both the same image.')
@@ -297,18 +274,20 @@ def tree_images(pictures: list[Item]) -> dict[str, Callable[[], bytes]]:
     return {path: functools.partial(resize, item) for path, item in found.items()}
 
 
-def resize(item: Item) -> bytes:
-    """Returns the image as 84x84 RGB: PNG if its name is a PNG's, otherwise JPEG."""
+def resize(item: Item, box: tuple[float, ...] | None = None) -> bytes:
+    """Returns the image as 84x84 RGB: PNG if its name is a PNG's, otherwise JPEG.
+
+    box: the left, upper, right and lower edge of the part to take; None takes all.
+    """
     data, file = item.read(), io.BytesIO()
     # ImageNet has a PNG under a JPEG's name.
     with preparation.decoded(item, data, 'JPEG', 'PNG') as image:
         image.load()
         as_wanted = (image.mode, image.size) == ('RGB', SIZE)
-        if as_wanted and len(data) <= MAX_COPIED:
+        if as_wanted and not box and len(data) <= MAX_COPIED:
             return data
-        resized = image.convert('RGB').resize(SIZE, Image.Resampling.LANCZOS)
-        if item.path.suffix.lower() == '.png':
-            resized.save(file, 'PNG')
-        else:
-            resized.save(file, 'JPEG', quality=95, subsampling=0)
+        box = box and [min(max(edge, 0), most) for edge, most in zip(box, image.size * 2)]
+        resized = image.convert('RGB').resize(SIZE, Image.Resampling.LANCZOS, box)
+        form = 'PNG' if item.path.suffix.lower() == '.png' else 'JPEG'
+        resized.save(file, form, quality=95, subsampling=0)  # PNG has no such options
     return file.getvalue()

@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from posixpath import basename
 from typing import NamedTuple
 
 from data_generator import SPLITS, listed
@@ -17,13 +18,12 @@ from fewshot.data.image_cache import tell
 from fewshot.data.image_files import ImageLayout, image_entries
 from fewshot.data.image_folders import Classes, check_folder
 
-SPLIT_NAMES = {  # what people call them
-    'train': ('train', 'training'),
-    'val': ('val', 'valid', 'validation', 'dev'),
-    'test': ('test', 'testing'),
+SPLIT_NAMES = {  # {what people call them: split}
+    **dict.fromkeys(['train', 'training', 'base'], 'train'),
+    **dict.fromkeys(['val', 'valid', 'validation', 'dev'], 'val'),
+    **dict.fromkeys(['test', 'testing', 'novel'], 'test'),
 }
-BASE_NAMES = {'train': ('base',), 'test': ('novel',)}  # if there are both
-NAMES = (*SPLIT_NAMES.values(), *BASE_NAMES.values())
+PAIR = {'base', 'novel'}  # one alone is a class like others
 MAX_DEPTH = 5  # of class folders
 MAX_LIST = 2**20  # characters of a list of classes
 COLUMNS = ('filename', 'label')
@@ -39,14 +39,12 @@ class Tree(NamedTuple):
     file: Path | None = None  # that lists them
 
 
-def find_classes(
-    folder: Path, layout: ImageLayout, splits: Iterable[str]
-) -> tuple[dict[str, Tree], bool]:
-    """Finds the classes of each split, and tells whether they are yet to be dealt out.
+def find_classes(folder: Path, layout: ImageLayout, splits: Iterable[str]) -> dict[str, Tree]:
+    """Finds the classes of each split; the splits share one tree if they are yet to be dealt out.
 
-    splits: those that are needed. Then the splits share one tree. Raises FileNotFoundError if there
-    is no such folder, and ValueError if a split has no classes though others have, two folders or
-    lists are the same split's, or a list names what is not there.
+    splits: those that are needed. Raises FileNotFoundError if there is no such folder, and
+    ValueError if a split has no classes though others have, two folders or lists are the same
+    split's, or a list names what is not there.
     """
     check_folder(folder)
     trees = {s: own_classes(path, layout) for s, path in split_folders(folder).items()}
@@ -62,23 +60,26 @@ def find_classes(
             f'{folder} has classes for {" and ".join(trees)}, but none for {" and ".join(missing)}:'
             f' move some of {there} to {" and ".join(wanted)}; no class may be in two of them'
         )
-    return trees, len({id(tree) for tree in trees.values()}) == 1 < len(trees)
+    return trees
+
+
+def different(trees: Iterable[Tree]) -> list[Tree]:
+    """Lists the trees of splits, which may share one."""
+    return [*{id(tree): tree for tree in trees}.values()]
 
 
 def of_splits(paths: Mapping[str, Path]) -> dict[str, Path]:
-    """Returns {split: its path}, of {name in lower case: path}. Raises ValueError if two are."""
-    more = BASE_NAMES if {'base', 'novel'} <= paths.keys() else {}
-    found = {}
-    for split, names in SPLIT_NAMES.items():
-        there = [paths[name] for name in (*names, *more.get(split, ())) if name in paths]
-        if len(there) > 1:
-            word = {'val': 'validation'}.get(split, split)
+    """Returns {split: its path}, of {name in SPLIT_NAMES: path}. Raises ValueError if two are."""
+    alone, found = set() if PAIR <= paths.keys() else PAIR, {}
+    for name in [name for name in SPLIT_NAMES if name in paths and name not in alone]:
+        split = SPLIT_NAMES[name]
+        first = found.setdefault(split, paths[name])
+        if first != paths[name]:
+            word = 'validation' if split == 'val' else split
             raise ValueError(
-                f'{there[0]} and {there[1]} both hold {word} classes: move those of one into the '
+                f'{first} and {paths[name]} both hold {word} classes: move those of one into the '
                 'other, and remove it'
             )
-        if there:
-            found[split] = there[0]
     return found
 
 
@@ -91,8 +92,8 @@ def split_folders(folder: Path) -> dict[str, Path]:
     Raises ValueError if two are the same split's, or all lie one level further down.
     """
     inside = {Path(path).name.lower(): Path(path) for _, path in class_folders(folder, 1)}
-    names = {name for names in NAMES for name in names} & inside.keys()
-    found = of_splits({name: inside[name] for name in names if class_folders(inside[name], 1)})
+    named = {name: path for name, path in inside.items() if name in SPLIT_NAMES}
+    found = of_splits({name: path for name, path in named.items() if class_folders(path, 1)})
     if not found and len(inside) == 1 and split_folders(*inside.values()):
         (only,) = inside.values()
         raise ValueError(f'the folders of the splits lie in {only}: give it as --data_dir')
@@ -119,7 +120,7 @@ def own_classes(folder: Path, layout: ImageLayout) -> Tree:
 
 def lists_in(folder: Path, suffix: str) -> dict[str, Path]:
     """Returns {split: its list}."""
-    paths = {name: folder / f'{name}{suffix}' for names in NAMES for name in names}
+    paths = {name: folder / f'{name}{suffix}' for name in SPLIT_NAMES}
     return of_splits({name: path for name, path in paths.items() if path.is_file()})
 
 
@@ -147,10 +148,9 @@ def read_csv(path: Path) -> Tree | None:
     if rows is None:
         return tell(f'{path} is not read, since it has no columns {" and ".join(COLUMNS)}.')
     found, missing, files_of = {}, [], functools.cache(files_in)
-    for filename, label in sorted(
-        {tuple(nfc(row[c] or '').strip() for c in COLUMNS) for row in rows}
-    ):
-        starts = [path.parent / 'images', path.parent]
+    starts = [path.parent / 'images', path.parent]
+    rows = {tuple(nfc(row[column] or '').strip() for column in COLUMNS) for row in rows}
+    for filename, label in sorted(rows):
         places = [p for start in starts for p in (start / filename, start / label / filename)]
         entries = [files_of(place.parent).get(place.name) for place in places]
         entry = next(filter(None, entries), None) if filename and label else None
@@ -175,38 +175,31 @@ def listed_classes(folder: Path, tree: Tree) -> dict[str, Tree]:
     name no class are something else. Raises ValueError if there are several such lists, or one
     names classes that are not there.
     """
-    names = {*tree.classes, *map(leaf, tree.classes)}
+    names = {*tree.classes, *map(basename, tree.classes)}
     for start in (folder, Path(os.path.abspath(folder)).parent):
-        found = []
-        for place in (start, start / 'splits', *sorted((start / 'splits').glob('*'))):
-            lists = {split: (p, read_list(p)) for split, p in lists_in(place, '.txt').items()}
-            if any(names.intersection(lines) for _, lines in lists.values()):
-                found.append(lists)
+        places = (start, start / 'splits', *sorted((start / 'splits').glob('*')))
+        found = [lists_in(place, '.txt') for place in places]
+        found = [lists for lists in found if any(names & read_list(p) for p in lists.values())]
         if len(found) > 1:
-            several = ' and '.join(str(next(iter(lists.values()))[0]) for lists in found)
+            several = ' and '.join(str(next(iter(lists.values()))) for lists in found)
             raise ValueError(f'{several} both list classes of {folder}: take one of them away')
         if found:
-            return {split: chosen(tree, *given) for split, given in found[0].items()}
+            return {split: chosen(tree, path) for split, path in found[0].items()}
     return {}
 
 
-def read_list(path: Path) -> list[str]:
+def read_list(path: Path) -> set[str]:
     with path.open(encoding='utf-8-sig', errors='replace') as file:
         lines = nfc(file.read(MAX_LIST)).splitlines()
-    return [*filter(None, (line.strip().rstrip('/') for line in lines))]
+    return {line.strip().rstrip('/') for line in lines} - {''}
 
 
-def chosen(tree: Tree, path: Path, lines: list[str]) -> Tree:
+def chosen(tree: Tree, path: Path) -> Tree:
     """Returns the listed classes of a tree, in its order. Raises ValueError if some are missing."""
-    wanted = {*lines}
-    classes = {n: f for n, f in tree.classes.items() if not wanted.isdisjoint((n, leaf(n)))}
-    if missing := sorted(wanted - classes.keys() - {*map(leaf, classes)}):
+    wanted = read_list(path)
+    classes = {n: f for n, f in tree.classes.items() if not wanted.isdisjoint((n, basename(n)))}
+    if missing := sorted(wanted - classes.keys() - {*map(basename, classes)}):
         raise ValueError(
             f'{path} names classes that {tree.folder} does not have: {listed(missing)}'
         )
     return tree._replace(classes=classes, folders={n: tree.folders[n] for n in classes}, file=path)
-
-
-def leaf(name: str) -> str:
-    """Returns the last part of a class's name, that of its folder."""
-    return name.rpartition('/')[2]

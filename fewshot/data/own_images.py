@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from posixpath import basename, dirname
 
 from data_generator import (
     SMALLEST_TASK,
@@ -17,8 +18,8 @@ from data_generator import (
 from fewshot.data.entries import class_folders, visible
 from fewshot.data.image_cache import cache_places, tell
 from fewshot.data.image_files import ImageLayout, bits_of, folder_layout
-from fewshot.data.image_folders import Classes, count_images, load_classes, no_classes
-from fewshot.data.own_folders import Tree, find_classes, leaf
+from fewshot.data.image_folders import Classes, load_classes, no_classes
+from fewshot.data.own_folders import different, find_classes
 from fewshot.data.run_classes import Counts, classes_of_run
 
 
@@ -36,10 +37,8 @@ def load_folder(
     Any format that Pillow reads will do; images become image_size x image_size, grey (channels 1)
     or colour (3), and transparency becomes white. The pixels are kept beside the folder.
 
-    proportions: see deal_classes. fit: see ImageLayout. cache_dir: see cache_places.
-    splits: the splits that are needed; other folders need not exist.
-    Raises FileNotFoundError and ValueError as OwnImages does, and ValueError if an image cannot be
-    read.
+    proportions: see deal_classes. splits: see OwnImages. fit: see ImageLayout. cache_dir: see
+    cache_places. Raises FileNotFoundError and ValueError as OwnImages and its methods do.
     """
     own = OwnImages(folder, folder_layout(image_size, channels, fit, bits=None), splits)
     own.choose(proportions)
@@ -62,12 +61,10 @@ class OwnImages:
 
     def __init__(self, folder: str | Path, layout: ImageLayout, splits: Iterable[str] = SPLITS):
         self.folder, self.layout, self.splits = Path(folder), layout, [*splits]
-        self.trees, self.dealt = find_classes(self.folder, layout, self.splits)
+        self.trees = find_classes(self.folder, layout, self.splits)
+        self.dealt = len(different(self.trees.values())) == 1 < len(self.trees)
+        self.found = {split: tree.classes for split, tree in self.trees.items()}
         self.classes, self.counts = {}, {}
-
-    @property
-    def found(self) -> dict[str, Classes]:
-        return {split: tree.classes for split, tree in self.trees.items()}
 
     def choose(
         self,
@@ -81,20 +78,20 @@ class OwnImages:
         proportions: see deal_classes. size: that of the tasks. skip_small: whether to leave out
         classes that are too small for them. known: the counts of a run that goes on or is
         evaluated, see classes_of_run: it keeps its classes, and those added since are left out.
-        Raises ValueError, with all that is wrong, if there are no classes or they lie at different
-        depths, if they are too few or too small for the splits that are needed, or are not those of
-        the run.
+        Raises ValueError, with all that is wrong, if classes lie at different depths, are too few
+        or too small for the splits that are needed, or are not those of the run.
         """
         self._leave_out_twins(known or {})
         if not known:
             self._tell_of_files()
         faults = self._faults(lenient=skip_small or bool(known))
-        found = {split: count_images(classes) for split, classes in self.found.items()}
-        if faults:
-            found = {split: {n: c for n, c in part.items() if c} for split, part in found.items()}
+        found = {
+            split: {name: len(files) for name, files in classes.items() if files or not faults}
+            for split, classes in self.found.items()
+        }
         try:
             self.counts = self._chosen(found, proportions, size, skip_small, known)
-            self._check_sizes(self.counts, size, first=not known)
+            faults += self._unfilled(size, first=not known)
         except ValueError as error:
             faults.append(str(error))
         if faults:
@@ -155,13 +152,13 @@ class OwnImages:
             for split, part in counts.items()
         }
 
-    def _check_sizes(self, counts: dict[str, Counts], size: TaskSize, first: bool):
-        """Raises ValueError, with all of them, if splits that are needed cannot fill a task.
+    def _unfilled(self, size: TaskSize, first: bool) -> list[str]:
+        """Tells which splits that are needed cannot fill a task.
 
         Before the first training it warns of other splits: a run keeps the classes it begins with.
         """
         faults = []
-        for split, classes in counts.items():
+        for split, classes in self.counts.items():
             try:
                 check_split(split, self.folder, classes, size, own=True)
             except ValueError as error:
@@ -169,8 +166,7 @@ class OwnImages:
                     faults.append(str(error))
                 elif first and 'train' in self.splits:
                     tell(f'Training can do without, but an evaluation cannot: {error}.')
-        if faults:
-            raise ValueError('; '.join(faults))
+        return faults
 
     def _faults(self, lenient: bool) -> list[str]:
         """Tells of classes without images in the splits that are needed, unless `lenient`.
@@ -178,24 +174,19 @@ class OwnImages:
         Raises ValueError if there are no classes, or they lie at different depths.
         """
         faults = []
-        for split in self.splits:
-            classes, folder = self.found[split], self.trees[split].folder
-            if not classes:
-                raise ValueError(no_classes(classes, folder))
-            folders = self.trees[split].folders
-            empty = [folders[name] for name, files in classes.items() if not files]
+        for tree in different(self.trees[split] for split in self.splits):
+            fault = no_classes(tree.classes, tree.folder)
+            if not tree.classes:
+                raise ValueError(fault)
+            empty = [tree.folders[name] for name, files in tree.classes.items() if not files]
             if mixed := [path for path in empty if class_folders(path, 1)]:
                 raise ValueError(
-                    f'{listed(mixed)} holds no images but folders, and other classes of {folder} '
-                    'hold images: move folders so that all classes lie at one depth'
+                    f'{listed(mixed)} holds no images but folders, and other classes of '
+                    f'{tree.folder} hold images: move folders so that all classes lie at one depth'
                 )
-            if empty and not lenient:
-                faults.append(no_classes(classes, folder))
+            if fault and not lenient:
+                faults.append(fault)
         return [*dict.fromkeys(faults)]
-
-    def _different(self) -> list[Tree]:
-        """Lists the trees, of which all splits may have the same."""
-        return [*{id(tree): tree for tree in self.trees.values()}.values()]
 
     def _leave_out_twins(self, known: Mapping[str, Counts]):
         """Leaves out what is beside a folder `images` and has its classes, as CUB's masks are.
@@ -203,15 +194,13 @@ class OwnImages:
         Says so, and which other folders hold classes of the same names. known: see `choose`.
         """
         used = {name for classes in known.values() for name in classes}
-        for tree in self._different():
-            count = Counter(map(leaf, tree.classes))
-            twins = {
-                name: name.rpartition('/')[0] for name in tree.classes if count[leaf(name)] > 1
-            }
-            others = {name: parent for name, parent in twins.items() if leaf(parent) != 'images'}
-            if not twins or used & others.keys():
+        for tree in different(self.trees.values()):
+            count = Counter(map(basename, tree.classes))
+            twins = [name for name in tree.classes if count[basename(name)] > 1]
+            others = [name for name in twins if basename(dirname(name)) != 'images']
+            if not twins or not used.isdisjoint(others):
                 continue
-            parents = listed([*dict.fromkeys(others.values())])
+            parents = listed([*dict.fromkeys(map(dirname, others))])
             if len(others) < len(twins):
                 tell(f'{parents} in {tree.folder} is left out: images has classes of these names.')
                 for name in others:
@@ -219,16 +208,17 @@ class OwnImages:
             elif not known:
                 tell(
                     f'{parents} in {tree.folder} have classes of the same names: '
-                    f'{listed([*dict.fromkeys(map(leaf, twins))])}. They are taken for '
+                    f'{listed([*dict.fromkeys(map(basename, twins))])}. They are taken for '
                     'different classes; if they are the same ones, give --data_dir one of these.'
                 )
 
     def _tell_of_files(self):
         """Says what was read, what is left out, and which splits share the name of a class."""
         others, idle = [], []
-        if lists := [str(tree.file) for tree in self._different() if tree.file]:
+        trees = different(self.trees.values())
+        if lists := [str(tree.file) for tree in trees if tree.file]:
             tell(f'Classes and splits are those that {", ".join(lists)} tell.')
-        for tree in self._different():
+        for tree in trees:
             idle += tree.idle
             for name, path in tree.folders.items():
                 files = [entry for entry in visible(path) if entry.is_file()]

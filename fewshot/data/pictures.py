@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 from data_generator import EVALUATION_SEED, Batch, ImageGenerator, SinusoidGenerator
 
 MARGIN = 14  # pixels, for a line of text
+FIT_SIZE = (480, 320)  # width and height of the picture of a fit
 
 
 def picture_of(source, batch: Batch, evaluate: Callable[[Batch], np.ndarray]) -> np.ndarray | None:
@@ -63,52 +64,44 @@ def task_picture(batch: Batch, image_shape: tuple[int, int, int], task: int = 0)
     batch: arrays; image_shape: (height, width, channels).
     """
     ways = batch.labela.shape[2]
-    first = np.s_[task, : 2 * ways]  # [examples, D] of the inputs, [examples, N] of the labels
-    support = batch.inputa[first], batch.labela[first]
-    query = batch.inputb[first], batch.labelb[first]
-    rows = sum(len(labels) // ways for _, labels in (support, query))
+    # [examples, D] of the inputs, [examples, N] of the labels
+    inputa, labela, inputb, labelb = (array[task, : 2 * ways] for array in batch)
+    rows = len(labela) // ways + len(labelb) // ways
     width, height = image_shape[1] + 4, image_shape[0] + MARGIN + 2  # of an image and its label
     canvas = Image.new('RGB', (ways * width, rows * height + 2 * MARGIN), 'white')
-    top = 0
-    for title, (inputs, labels) in (('support', support), ('query', query)):
-        ImageDraw.Draw(canvas).text((2, top), title, fill='red')
+    draw, top = ImageDraw.Draw(canvas), 0
+    for title, inputs, labels in (('support', inputa, labela), ('query', inputb, labelb)):
+        draw.text((2, top), title, fill='red')
         top += MARGIN
-        for i, (image, label) in enumerate(zip(inputs, labels)):
-            corner = i % ways * width, top + i // ways * height
-            _paste(canvas, corner, image.reshape(image_shape), str(label.argmax()))
+        pixels = np.uint8(255 * inputs).reshape(-1, *image_shape)
+        for i, (image, label) in enumerate(zip(pixels, labels)):
+            x, y = i % ways * width, top + i // ways * height
+            draw.text((x + 2, y), str(label.argmax()), fill='black')
+            colours = np.broadcast_to(image, (*image_shape[:2], 3))  # grey in colours
+            canvas.paste(Image.fromarray(np.ascontiguousarray(colours)), (x, y + MARGIN))
         top += len(labels) // ways * height
     return np.asarray(canvas)
 
 
-def _paste(canvas: Image.Image, corner: tuple[int, int], image: np.ndarray, label: str):
-    """Puts an image [height, width, channels], values 0 to 1, below its label."""
-    x, y = corner
-    pixels = np.broadcast_to(np.uint8(255 * image), (*image.shape[:2], 3))  # grey in colours
-    ImageDraw.Draw(canvas).text((x + 2, y), label, fill='black')
-    canvas.paste(Image.fromarray(np.ascontiguousarray(pixels)), (x, y + MARGIN))
-
-
-def fit_picture(
-    curves: dict[str, np.ndarray], points: np.ndarray, size: tuple[int, int] = (480, 320)
-) -> np.ndarray:
+def fit_picture(curves: dict[str, np.ndarray], points: np.ndarray) -> np.ndarray:
     """Draws curves and points of a regression task, x in [-5, 5] and y in [-6, 6].
 
-    curves: {colour and name, as 'red truth': [n, 2]}; points: [K, 2]; size: (width, height).
+    curves: {colour and name, as 'red truth': [n, 2]}; points: [K, 2].
     """
-    canvas = Image.new('RGB', size, 'white')
+    canvas = Image.new('RGB', FIT_SIZE, 'white')
     draw = ImageDraw.Draw(canvas)
-    draw.line(_places(np.array([[-5, 0], [5, 0]]), size), fill='lightgray')
+    draw.line(_places(np.array([[-5, 0], [5, 0]])), fill='lightgray')
     for i, (name, curve) in enumerate(curves.items()):
         colour, _, text = name.partition(' ')
-        draw.line(_places(curve, size), fill=colour, width=2)
+        draw.line(_places(curve), fill=colour, width=2)
         draw.text((4, 2 + i * MARGIN), text, fill=colour)
-    for x, y in _places(points, size):
+    for x, y in _places(points):
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill='purple')
     return np.asarray(canvas)
 
 
-def _places(points: np.ndarray, size: tuple[int, int]) -> list[tuple[float, float]]:
-    """Returns where points [n, 2] of the plane stand in a picture."""
-    width, height = size
+def _places(points: np.ndarray) -> list[tuple[float, float]]:
+    """Returns where points [n, 2] of the plane stand in the picture of a fit."""
+    width, height = FIT_SIZE
     places = (np.clip(points, -6, 6) * [1, -1] + [5, 6]) / [10, 12] * [width - 1, height - 1]
     return [tuple(place) for place in places]

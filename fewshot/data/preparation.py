@@ -5,23 +5,20 @@ memory; nothing is unpacked to disk. One thread does it all, in seconds: with im
 of the work is Python's own, and more threads, which take turns at it, are slower.
 """
 
+import collections
 import contextlib
 import csv
 import functools
 import io
-import lzma
 import os
 import signal
-import struct
 import sys
-import tarfile
 import tempfile
 import time
 import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import filterfalse
+from pathlib import Path, PurePath, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -29,18 +26,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fewshot.data.entries import is_stray
 
-DAMAGE = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    struct.error,
-    ArithmeticError,
-    RuntimeError,
-    ValueError,
-    OSError,
-)
+SPLITS = ('train', 'val', 'test')
 MAX_BYTES = 32 * 2**20  # of one image; ImageNet's largest has half of that
 
 
@@ -67,20 +53,18 @@ class Item(NamedTuple):
 
 
 @contextlib.contextmanager
-def blaming(what: str) -> Iterator[None]:
-    """Turns the errors of reading a damaged archive or file into a PreparationError.
-
-    They are far more than BadZipFile.
-    """
+def blaming(what: str, fault: str = 'is damaged or cannot be read') -> Iterator[None]:
+    """Turns the errors of reading a damaged archive or file, nearly any, into PreparationError."""
     try:
         yield
-    except DAMAGE as error:
-        raise PreparationError(
-            f'{what} is damaged or cannot be read ({error}); get it again.'
-        ) from error
+    except PreparationError:
+        raise
+    except Exception as error:
+        reason = 'of no format it may have' if isinstance(error, UnidentifiedImageError) else error
+        raise PreparationError(f'{what} {fault} ({reason}); get it again.') from error
 
 
-def hidden(path: PurePosixPath) -> bool:
+def hidden(path: PurePath) -> bool:
     """Whether a path is hidden, or one that a system adds to archives and folders."""
     return any(map(is_stray, path.parts))
 
@@ -100,34 +84,19 @@ def check_no_page(data: bytes, name: str) -> None:
         )
 
 
-def file_item(path: Path, inner: PurePosixPath) -> Item:
-    """Returns the Item of a file; inner: its path within the source."""
-    return Item(inner, str(path), str(path), functools.partial(path.open, 'rb'))
-
-
-def all_items(folder: Path, depth: int) -> list[Item]:
-    """Lists the files of a folder and of `depth` levels below it, links followed, in order."""
-    items = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        inner = PurePosixPath(Path(parent).relative_to(folder).as_posix())
-        visible = [name for name in folders if not hidden(PurePosixPath(name))]
+def all_items(source: Path, depth: int) -> list[Item]:
+    """Lists a file, or those in a folder and `depth` levels below it, links followed, in order."""
+    files = [(source, PurePosixPath(source.name))] if source.is_file() else []
+    for parent, folders, names in os.walk(source, followlinks=True):
+        inner = PurePosixPath(Path(parent).relative_to(source).as_posix())
         # A link may lead in circles.
-        folders[:] = sorted(visible) if len(inner.parts) < depth else []
-        for name in sorted(files):
-            if not hidden(PurePosixPath(name)):
-                items.append(file_item(Path(parent, name), inner / name))
-    return items
-
-
-def source_items(source: Path, depth: int) -> list[Item]:
-    """Lists the files of --source, a folder or a file; depth: as in `all_items`.
-
-    Raises PreparationError if there is neither.
-    """
-    check_source(source)
-    if source.is_file():
-        return [file_item(source, PurePosixPath(source.name))]
-    return all_items(source, depth)
+        folders[:] = sorted(filterfalse(is_stray, folders)) if len(inner.parts) < depth else []
+        visible = sorted(filterfalse(is_stray, names))
+        files += [(Path(parent, name), inner / name) for name in visible]
+    return [
+        Item(inner, str(path), str(path), functools.partial(path.open, 'rb'))
+        for path, inner in files
+    ]
 
 
 def check_source(source: Path | None):
@@ -150,18 +119,10 @@ def png(pixels: np.ndarray) -> bytes:
 def decoded(item: Item, data: bytes, *formats: str) -> Iterator[Image.Image]:
     """Opens the image in the data of an item, of one of the formats, without loading it.
 
-    Pillow may raise nearly anything on it, here and while entered: that becomes a PreparationError
-    that names the image.
+    Errors, here and while entered, become a PreparationError that names the image.
     """
-    try:
+    with blaming(item.where, 'cannot be decoded'):
         yield Image.open(io.BytesIO(data), formats=formats)
-    except PreparationError:
-        raise
-    except Exception as error:
-        reason = 'of no format it may have' if isinstance(error, UnidentifiedImageError) else error
-        raise PreparationError(
-            f'{item.where} cannot be decoded ({reason}); get it again.'
-        ) from error
 
 
 def is_prepared(target: Path, complete: Callable[[set[str]], bool], size: tuple[int, int]) -> bool:
@@ -170,27 +131,15 @@ def is_prepared(target: Path, complete: Callable[[set[str]], bool], size: tuple[
     complete: judges the relative paths; size: each image's. Returns False if there is nothing yet.
     Raises PreparationError if there is anything else, which is never overwritten.
     """
-    if not target.exists():
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
-    if target.is_dir():
-        if not any(target.iterdir()):
-            return False
-        found = visible_files(target)
-        paths = {path.relative_to(target).as_posix() for path in found}
-        if complete(paths) and all(has_size(path, size) for path in found):
-            return True
+    files = (path.relative_to(target) for path in target.rglob('*') if not path.is_dir())
+    paths = {path.as_posix() for path in files if not hidden(path)}
+    if complete(paths) and all(has_size(target / path, size) for path in paths):
+        return True
     raise PreparationError(
         f'{target} exists and is not the complete data; move it away, or name another --target.'
     )
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """Lists the files below a folder that may be data."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not is_stray(name)]
-        found += [Path(parent, file) for file in files if not is_stray(file)]
-    return found
 
 
 def has_size(path: Path, size: tuple[int, int]) -> bool:
@@ -259,14 +208,52 @@ def write_images(target: Path, images: Mapping[str, Callable[[], bytes]]) -> Non
             progress.show(f'{count}/{len(images)} images', last=count == len(images))
 
 
+def classes_of(paths: Iterable[str]) -> collections.Counter:
+    """Returns {split: its number of classes} of paths SPLIT/CLASS/NAME."""
+    labels = {path.rpartition('/')[0] for path in paths}
+    return collections.Counter(label.partition('/')[0] for label in labels)
+
+
+def fault_of_classes(paths: Iterable[str], classes: Mapping[str, int]) -> str | None:
+    """Tells which split of paths SPLIT/CLASS/NAME lacks classes or has too many; None if none."""
+    counts = classes_of(paths)
+    for split in {**classes, **counts}:
+        if counts[split] != (wanted := classes.get(split, 0)):
+            return f'{counts[split]} classes of {split} instead of {wanted}'
+    return None
+
+
+def write_splits(target: Path, images: Mapping[str, Callable[[], bytes]], size: tuple) -> str:
+    """Writes the images {SPLIT/CLASS/NAME: function}, unless they are there; returns a report."""
+    if is_prepared(target, lambda paths: paths == images.keys(), size):
+        return f'{target} is complete already; nothing to do.'
+    write_images(target, images)
+    classes, counts = classes_of(images), collections.Counter(path.split('/')[0] for path in images)
+    sizes = [f'{split} {classes[split]} classes, {counts[split]} images' for split in SPLITS]
+    return f'{target}: {"; ".join(sizes)}.'
+
+
+def by_path(found: Iterable[tuple[str, Item]]) -> dict[str, Item]:
+    """Returns {path: item}. Raises PreparationError if two have the same, or it is no plain one."""
+    items = {}
+    for path, item in found:
+        if not all(map(is_plain, path.split('/'))):
+            raise PreparationError(f'{item.where} has no plain name; give it one.')
+        if (first := items.setdefault(path, item)) is not item:
+            both = f'{first.where} and {item.where}'
+            raise PreparationError(f'{both} are both the same image; take one away.')
+    return items
+
+
+def is_safe(name: str) -> bool:
+    """Whether a path stays within its archive or folder, on every system."""
+    printable = bool(name) and name.isprintable() and not set('\\:') & set(name)
+    return printable and not name.startswith('/') and '..' not in PurePosixPath(name).parts
+
+
 def is_plain(name: str) -> bool:
-    """Whether a name is that of a file, without folders, on every system."""
-    return (
-        bool(name)
-        and not name.startswith('.')
-        and name.isprintable()
-        and not set('/\\:') & set(name)
-    )
+    """Whether a name is that of a visible file, without folders, on every system."""
+    return is_safe(name) and not name.startswith('.') and '/' not in name
 
 
 def read_csv(item: Item, columns: tuple[str, ...]) -> list[list[str]]:
@@ -274,18 +261,15 @@ def read_csv(item: Item, columns: tuple[str, ...]) -> list[list[str]]:
     rows, where, data = [], item.where, item.read()
     check_no_page(data, where)
     try:
-        file = io.StringIO(data.decode('utf-8-sig'), newline='')
-        for row in (reader := csv.DictReader(file)):
+        reader = csv.DictReader(io.StringIO(data.decode('utf-8-sig'), newline=''))
+        for row in reader:
             rows.append([row[column] for column in columns])
-            for name in rows[-1]:
-                if not is_plain(name):
-                    line = f'{where}, line {reader.line_num}'
-                    raise PreparationError(f'{line}: {name!r} is not a plain name.')
+            for name in filterfalse(is_plain, rows[-1]):
+                line = f'{where}, line {reader.line_num}'
+                raise PreparationError(f'{line}: {name!r} is not a plain name.')
     except KeyError as error:
-        wanted = ' and '.join(columns)
-        raise PreparationError(
-            f'{where} has no column {error}; it should have {wanted}.'
-        ) from error
+        fault = f'has no column {error}; it should have {" and ".join(columns)}'
+        raise PreparationError(f'{where} {fault}.') from error
     except (csv.Error, ValueError) as error:
         raise PreparationError(f'{where} is not a csv file ({error}); get it again.') from error
     return rows

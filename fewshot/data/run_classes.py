@@ -10,9 +10,7 @@ Counts = Mapping[str, int]  # {class: how many images}
 
 
 def as_in_run(
-    folders: Mapping[str, ClassImages],
-    splits: Iterable[str],
-    known: Mapping[str, Counts] | None,
+    folders: Mapping[str, ClassImages], splits: Iterable[str], known: Mapping[str, Counts] | None
 ) -> dict[str, ClassImages]:
     """Returns the prepared data's classes that a run knows; raises the errors of classes_of_run."""
     folder = next(iter(folders.values())).folder
@@ -61,11 +59,8 @@ def differences(split: str, found: Counts, known: Mapping[str, Counts]) -> list[
     if split not in known:
         used = [name for name in found if any(name in classes for classes in known.values())]
         return [f'it knows no {split} classes, and used {listed(used)} otherwise']
-    texts, wanted = [], known[split]
+    wanted = known[split]
     missing = [name for name in wanted if name not in found]
-    if missing:
-        texts.append(f'of {len(wanted)} {split} classes it misses {listed(missing)}')
-    for name, count in wanted.items():
-        if found.get(name, count) != count:
-            texts.append(f'{name} has {found[name]} images and had {count}')
-    return texts
+    texts = [f'of {len(wanted)} {split} classes it misses {listed(missing)}'] if missing else []
+    others = [name for name in wanted if found.get(name, wanted[name]) != wanted[name]]
+    return texts + [f'{n} has {found[n]} images and had {wanted[n]}' for n in others]

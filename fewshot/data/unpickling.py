@@ -12,14 +12,16 @@ import io
 import pickle
 import pickletools
 import re
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
 
 from fewshot.data.preparation import Item, PreparationError, blaming, check_no_page
 
-MAX_BYTES = 4 * 2**30  # of a file; miniImagenet's largest has 0.8
-MAX_READS = 2**20  # of its pieces, two or three to an instruction; miniImagenet's has 120,000
+MAX_BYTES = 16 * 2**30  # of a file; tieredImageNet's largest has 8
+MAX_READS = 2**21  # of its pieces, up to six to an instruction; miniImagenet's has at most 240,000
+PER_READ = 128  # bytes that allow one piece more; tieredImageNet's have at least 200 on average
 PIECE = 2**24  # bytes read at once: claims of more are only believed as they come true
 NUMBERS = re.compile(r'[<>=|]?(\?|b1|[iu][1248]|f[248])')  # names of dtypes
 KEYS = (str, bytes, int, float, type(None))  # tuples as keys may take for ever to hash
@@ -56,20 +58,28 @@ def load(file: BinaryIO):
         ) from error
 
 
-def read_dictionary(item: Item) -> dict:
-    """Reads the dictionary in a pickle, its keys as texts; empty if the pickle is something else.
+def read(item: Item):
+    """Returns the content of a pickle.
 
     Raises PreparationError if the file is none, is damaged, or would call something.
     """
     with blaming(item.origin), item.open() as file:
         check_no_page(file.read(512), item.where)
-    try:
-        with blaming(item.origin), item.open() as file:
-            stored = load(file)
-    except pickle.UnpicklingError as error:
-        raise PreparationError(
-            f'{item.where} {error}; get it again from where you trust it.'
-        ) from error
+        file.seek(0)
+        try:
+            return load(file)
+        except pickle.UnpicklingError as error:
+            raise PreparationError(
+                f'{item.where} {error}; get it again from where you trust it.'
+            ) from error
+
+
+def read_dictionary(item: Item) -> dict:
+    """Reads the dictionary in a pickle, its keys as texts; empty if the pickle is something else.
+
+    Raises PreparationError as `read`.
+    """
+    stored = read(item)
     return {text(key): value for key, value in stored.items()} if type(stored) is dict else {}
 
 
@@ -91,35 +101,24 @@ class Pieces:
 
     def read(self, size: int) -> bytes:
         """Reads exactly so many bytes; raises EOFError and UnpicklingError."""
-        self._count()
-        if size <= PIECE:
-            data = self._read(self.file.read, size)
-        else:
-            buffer = io.BytesIO()
-            while buffer.tell() < size:
-                piece = self._read(self.file.read, min(PIECE, size - buffer.tell()))
-                if not piece:
-                    break
-                buffer.write(piece)
-            data = buffer.getvalue()
-        if len(data) < size:
+        data = io.BytesIO()
+        while piece := self._read(self.file.read, min(PIECE, size - data.tell())):
+            data.write(piece)
+        if data.tell() < size:
             raise EOFError
-        return data
+        return data.getvalue()
 
     def readline(self) -> bytes:
         """Reads to the next line feed; raises EOFError and UnpicklingError."""
-        self._count()
         line = self._read(self.file.readline, MAX_BYTES + 1)
         if not line.endswith(b'\n'):
             raise EOFError
         return line
 
-    def _count(self):
-        self.reads += 1
-        if self.reads > MAX_READS:
-            raise pickle.UnpicklingError('is refused: it has too many parts')
-
     def _read(self, method, size: int) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS + self.total // PER_READ:
+            raise pickle.UnpicklingError('is refused: it has too many parts')
         try:
             data = method(size)
         except Exception as error:
@@ -134,29 +133,26 @@ class Pieces:
 class Unpickler(pickle._Unpickler):
     """Reads one pickle; see `load`."""
 
-    dispatch = {}  # {an instruction's code: what it does}
-
     def __init__(self, file: Pieces, **options):
         super().__init__(file, **options)
         self.file = file
         self.made = 0  # bytes of what `copied` was given
         self.admitted = {
-            ('numpy', 'ndarray'): 'numpy.ndarray',  # only an argument of the next
-            ('numpy.core.multiarray', '_reconstruct'): self.empty_array,
-            ('numpy._core.multiarray', '_reconstruct'): self.empty_array,
-            ('numpy.core.numeric', '_frombuffer'): self.array,
-            ('numpy._core.numeric', '_frombuffer'): self.array,
-            ('numpy.core.multiarray', 'scalar'): self.scalar,
-            ('numpy._core.multiarray', 'scalar'): self.scalar,
-            ('numpy', 'dtype'): self.dtype,
-            ('_codecs', 'encode'): self.encode,
+            'numpy.ndarray': 'numpy.ndarray',  # only an argument of the next
+            'numpy.core.multiarray._reconstruct': self.empty_array,
+            'numpy.core.numeric._frombuffer': self.array,
+            'numpy.core.multiarray.scalar': self.scalar,
+            'numpy.dtype': self.dtype,
+            '_codecs.encode': self.encode,
         }
 
     def find_class(self, module: str, name: str):
-        if (module, name) not in self.admitted:
-            text = ascii(f'{module}.{name}')[1:101].removesuffix("'")
+        called = f'{module}.{name}'
+        admitted = self.admitted.get(re.sub(r'^numpy\._core\.', 'numpy.core.', called))
+        if not admitted:
+            text = ascii(called)[1:101].removesuffix("'")
             raise pickle.UnpicklingError(f'is refused: it would call {text}')
-        return self.admitted[module, name]
+        return admitted
 
     def copied(self, data: str | bytes) -> str | bytes:
         """Returns data that a call may copy. Data read once may be copied twice, but not often.
@@ -254,9 +250,6 @@ class Unpickler(pickle._Unpickler):
                 raise pickle.UnpicklingError('is refused: a key is no text and no number')
             dictionary[key] = value
 
-    def refuse(self, name: str):
-        raise pickle.UnpicklingError(f'is refused: it has the instruction {name}')
-
 
 def check_types(data, dtype):
     """Raises TypeError for data that NumPy takes too: arrays whose memory is not theirs to keep."""
@@ -264,18 +257,15 @@ def check_types(data, dtype):
         raise TypeError('not as NumPy writes it')
 
 
-def _dispatch() -> dict:
-    """Maps each of Python's instructions to its method, one of the above, or a refusal."""
-    table = {}
-    for opcode in pickletools.opcodes:
-        code, method = ord(opcode.code), f'load_{opcode.name.lower()}'
-        if opcode.name in PLAIN:
-            table[code] = pickle._Unpickler.dispatch[code]
-        elif method in vars(Unpickler):
-            table[code] = vars(Unpickler)[method]
-        else:
-            table[code] = lambda self, name=opcode.name: self.refuse(name)
-    return table
+def method_of(opcode: pickletools.OpcodeInfo) -> Callable:
+    """Returns what one of Python's instructions does: Python's method, one above, or a refusal."""
+
+    def refuse(_):
+        raise pickle.UnpicklingError(f'is refused: it has the instruction {opcode.name}')
+
+    if opcode.name in PLAIN:
+        return pickle._Unpickler.dispatch[ord(opcode.code)]
+    return vars(Unpickler).get(f'load_{opcode.name.lower()}', refuse)
 
 
-Unpickler.dispatch = _dispatch()
+Unpickler.dispatch = {ord(opcode.code): method_of(opcode) for opcode in pickletools.opcodes}

@@ -56,22 +56,18 @@ class UserTasks(DataGenerator):
         for attribute in OPTIONAL:
             if hasattr(tasks, attribute):
                 setattr(self, attribute, getattr(tasks, attribute))
-        shots = labels[0].shape[1] / self.dim_output if self.objective == 'accuracy' else None
-        self.model_settings = {
-            'example_shape': self._example_shape(),
-            'dim_output': self.dim_output,
-            'objective': self.objective,
-            'shots': shots,
-        }
-
-    def _example_shape(self) -> list[int]:
-        shape = [*map(int, getattr(self.source, 'example_shape', None) or [self.dim_input])]
+        shape = [*map(int, getattr(tasks, 'example_shape', None) or [self.dim_input])]
         if math.prod(shape) != self.dim_input:
             raise BadTasks(
-                f'{self.name}: example_shape is {shape}, but inputa has {self.dim_input} values '
-                'per example'
+                f'{name}: example_shape is {shape}, but inputa has {self.dim_input} values per '
+                'example'
             )
-        return shape
+        self.model_settings = {
+            'example_shape': shape,
+            'dim_output': self.dim_output,
+            'objective': self.objective,
+            'shots': labels[0].shape[1] / self.dim_output if self.objective == 'accuracy' else None,
+        }
 
     def batch(
         self, split: str, iteration: int, num_tasks: int, tasks: slice = slice(None)
@@ -91,6 +87,7 @@ class UserTasks(DataGenerator):
         num_tasks: int,
         tasks: slice = slice(None),
     ) -> Batch:
+        """Returns `batch` of `count` successive iterations, stacked: [count, T, ...]."""
         iterations = range(first_iteration, first_iteration + count)
         drawn = [self.batch(split, i, num_tasks, tasks) for i in iterations]
         return Batch(*map(np.stack, zip(*drawn)))
@@ -115,7 +112,13 @@ class UserTasks(DataGenerator):
                     )
         if split not in self.shapes:
             again = user_batch(self.source.batch(split, iteration, num_tasks), num_tasks, where)
-            check_same(batch, again, where)
+            for name, one, other in zip(Batch._fields, batch, again):
+                if not np.array_equal(one, other):
+                    raise BadTasks(
+                        f'{where}: {name} was another one the second time, but it must be a '
+                        'function of these arguments; draw random numbers from '
+                        'np.random.default_rng([seed, iteration])'
+                    )
             self.shapes[split] = shapes
         return batch
 
@@ -136,16 +139,6 @@ def user_batch(values, num_tasks: int, where: str) -> Batch:
         if not array.size:
             raise BadTasks(f'{where}: {name} must not be empty, but it is {[*array.shape]}')
     return Batch(*map(np.array, arrays))
-
-
-def check_same(batch: Batch, again: Batch, where: str):
-    """Raises BadTasks if two draws of the same batch differ."""
-    for name, one, other in zip(Batch._fields, batch, again):
-        if not np.array_equal(one, other):
-            raise BadTasks(
-                f'{where}: {name} was another one the second time, but it must be a function of '
-                'these arguments; draw random numbers from np.random.default_rng([seed, iteration])'
-            )
 
 
 def is_one_hot(labels: np.ndarray) -> bool:

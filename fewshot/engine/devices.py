@@ -57,10 +57,7 @@ def set_up_gpus(tf32: bool = False):
 
 
 def process_index(cluster: dict, kind: str, index: int) -> int:
-    """Returns the number of a process among all: a chief, if there is one, comes before workers.
-
-    cluster: {kind: addresses}.
-    """
+    """Returns the number of a process of a cluster, {kind: addresses}; a chief precedes workers."""
     return int(index) + (len(cluster.get('chief', [])) if kind == 'worker' else 0)
 
 
@@ -96,7 +93,7 @@ class Replicas:
         return slice(self.process * each, (self.process + 1) * each)
 
     def place(self, batch: Batch) -> Batch:
-        """Places this process's tasks on its devices, for `mean` and `gather`."""
+        """Places this process's tasks [T, ...] on its devices, for `mean` and `gather`."""
         if self.strategy is None:
             return batch
         each, first = batch.inputa.shape[0] // self.local, self.process * self.local
@@ -109,7 +106,7 @@ class Replicas:
         return self.strategy.experimental_distribute_values_from_function(part)
 
     def mean(self, function: Callable, batch: Batch) -> list[tf.Tensor]:
-        """Averages the tensors that function(a replica's part) returns over the replicas.
+        """Averages the tensors that function(a replica's part [T, ...]) returns over the replicas.
 
         batch: the result of `place`.
         """
@@ -147,7 +144,7 @@ class Replicas:
         return tf.reshape(total, [total.shape[0], -1])
 
     def agree(self, values: list[np.ndarray]) -> list[np.ndarray]:
-        """Returns the first process's values in all processes."""
+        """Returns the first process's values, arrays [...], in all processes."""
         if self.strategy is None or self.count == self.local:
             return values
         return [self._sum(value if self.is_chief else np.zeros_like(value)) for value in values]
@@ -181,9 +178,7 @@ class Replicas:
 
 def machine() -> str:
     """Describes the hardware and software of this process in a few words."""
-    count, gpus = cores(), len(tf.config.list_physical_devices('GPU'))
-    parts = [f'{count} core{"s" * (count != 1)}']
-    if gpus:
-        parts.append(f'{gpus} GPU{"s" * (gpus != 1)}')
+    counts = {'core': cores(), 'GPU': len(tf.config.list_physical_devices('GPU'))}
+    parts = [f'{count} {thing}{"s" * (count != 1)}' for thing, count in counts.items() if count]
     parts += [platform.machine(), f'Python {platform.python_version()}']
     return ', '.join([*parts, f'TensorFlow {tf.__version__}'])

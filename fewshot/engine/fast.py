@@ -18,13 +18,7 @@ from fewshot.engine.programs import Programs, make_programs
 from fewshot.engine.tracing import constant_zeros
 from fewshot.networks.checks import check_loss, check_network, check_numbers, warn_of_probabilities
 from fewshot.networks.fused import fuse
-from fewshot.networks.inner_loops import (
-    check_inner_loop,
-    last_layer,
-    named_inner_loop,
-    part_of,
-    step_norms,
-)
+from fewshot.networks.inner_loops import last_layer, named_inner_loop, part_of, step_norms
 from fewshot.networks.keras_network import KerasNetwork
 from fewshot.networks.outer_losses import OuterLossSchedule
 from fewshot.runs.checkpoints import check_parameters, read_checkpoint, read_objects
@@ -45,10 +39,13 @@ class FastMAML:
     Args:
         network: FullyConnected, Convolutional, a Keras model, or what has Network's attributes.
         loss: function of outputs and labels, [T, examples, out] each, to one loss per task, [T].
-        update_lr: α, inner step size. meta_lr: β, outer step size (Adam), or Keras's schedule.
-        num_updates: inner updates in training. stop_grad: first-order approximation.
+        update_lr: α, inner step size.
+        num_updates: inner updates in training.
+        meta_lr: β, outer step size (Adam), or Keras's schedule.
+        stop_grad: first-order approximation.
         clip: bound on each element of the meta-gradient, or None.
-        seed: of the initial weights. dtype: of everything.
+        seed: seed of the initial weights.
+        dtype: type of all numbers.
         adapt: what the inner loop changes: 'all', the 'head' (last layer), or the 'body'.
         learn_lr: the step sizes that the outer loop learns, 'none', or see LearnedRates.
         inner_loop: an InnerLoop of your own, instead of `learn_lr`.
@@ -101,10 +98,7 @@ class FastMAML:
         check_loss(loss, network, dtype)
         warn_of_probabilities(loss, network, dtype)
         part = part_of(fuse(network), adapt)
-        if inner_loop is None:
-            inner_loop = named_inner_loop(learn_lr, part, update_lr, num_updates)
-        else:
-            check_inner_loop(inner_loop, learn_lr)
+        inner_loop = named_inner_loop(learn_lr, part, update_lr, num_updates, inner_loop)
         own = step_norms(network, adapt) if norm_steps else []
         numbers = update_lr, num_updates, meta_lr, stop_grad, clip, seed
         self.maml = MAML(part, loss, *numbers, dtype, inner_loop, own)
@@ -138,12 +132,9 @@ class FastMAML:
         self._traced_means = graph(lambda batch: self._means(self.programs, batch))
         self._evaluate, self._evaluate_replicas = graph(self._results), graph(self._table)
         self._steps = program(self._loop)
-        self.checkpoint = tf.train.Checkpoint(
-            **self.groups, metatrain_optimizer=self.metatrain_optimizer
-        )
-        self.pretrain_checkpoint = tf.train.Checkpoint(
-            **self.groups, pretrain_optimizer=self.pretrain_optimizer
-        )
+        kept = functools.partial(tf.train.Checkpoint, **self.groups)
+        self.checkpoint = kept(metatrain_optimizer=self.metatrain_optimizer)
+        self.pretrain_checkpoint = kept(pretrain_optimizer=self.pretrain_optimizer)
 
     @property
     def groups(self) -> dict[str, dict[str, tf.Variable]]:
@@ -158,7 +149,7 @@ class FastMAML:
     # Outer steps.
 
     def meta_gradient(self, batch: Batch) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """As MAML's; batch: from `replicas.place`. Raises ValueError for a wrong shape or type."""
+        """MAML's, of a batch [T, ...] from `replicas.place`. Raises ValueError for a wrong one."""
         # Called at once, TensorFlow would look for the derivative of the last program's gradient.
         eagerly = tf.executing_eagerly()
         loss, *gradients = (
@@ -183,7 +174,7 @@ class FastMAML:
         return self.schedule.choose(calls, self.metatrain_optimizer.iterations)
 
     def training_batch(self, batch: Batch) -> Batch:
-        """As `checked_batch`; a Learner asks later of which type the inputs were."""
+        """A batch [T, ...], checked; a Learner asks later of which type the inputs were."""
         batch = as_tensors(batch, self.network)
         kind = batch.inputa.dtype
         self.trained_on |= {'float' if kind.is_floating else kind.name}
@@ -247,7 +238,7 @@ class FastMAML:
     # Evaluation.
 
     def evaluate(self, batch: Batch, num_updates: int, transductive: bool = True) -> Results:
-        """As MAML's. Raises ValueError for a wrong shape or type, or fewer than one update."""
+        """MAML's, of a batch [T, ...]. Raises ValueError for a wrong one, or without updates."""
         num_updates = whole_number('num_updates', num_updates, lowest=1)
         return self._evaluate(as_tensors(batch, self.network), num_updates, transductive)
 
@@ -260,18 +251,16 @@ class FastMAML:
         return Results(*map(tf.concat, zip(*of_chunks), TASK_AXIS))
 
     def evaluate_together(self, batch: Batch, num_updates: int, transductive: bool = True):
-        """Evaluates the tasks of all processes, of which `batch` has this one's.
+        """Evaluates the tasks of all processes, of which `batch` [T, ...] has this one's.
 
         Arguments as of `evaluate`. There are no outputs if there are replicas.
         """
         if not self.replicas.strategy:
             return self.evaluate(batch, num_updates, transductive)
         table = self._evaluate_replicas(self.replicas.place(batch), num_updates, transductive)
-        rows = tf.split(table, [1, num_updates, 1, num_updates])  # of [2 + 2J, T]
-        loss1, losses2, accuracy1, accuracies2 = rows
-        none = tf.zeros([table.shape[1], 0, 0], self.dtype)
-        outputs = none, tf.stack([none] * num_updates)
-        return Results(loss1[0], losses2, accuracy1[0], accuracies2, *outputs)
+        losses, accuracies = tf.split(table, 2)  # [1 + J, T] each
+        rows = losses, accuracies, tf.zeros([*losses.shape, 0, 0], self.dtype)
+        return Results(*(part for values in rows for part in (values[0], values[1:])))
 
     def _table(self, batch: Batch, num_updates: int, transductive: bool) -> tf.Tensor:
         def rows(part):
@@ -303,15 +292,11 @@ class FastMAML:
         Returns whether Adam's state came with the weights. Raises ValueError, with nothing loaded,
         if the parameters in it are not those of this network.
         """
-        variables = self.named_parameters
-        values, optimizers = read_checkpoint(path, [*variables])
-        check_parameters(path, values, variables)
-        for name, variable in variables.items():
-            variable.assign(tf.cast(values[name], variable.dtype))
-        state = {name: getattr(self, name) for name in optimizers}
-        if state:
-            read_objects(path, state)
-        return bool(state)
+        values, optimizers = read_checkpoint(path, [*self.named_parameters])
+        assign(path, values, self.named_parameters)
+        if optimizers:
+            read_objects(path, {name: getattr(self, name) for name in optimizers})
+        return bool(optimizers)
 
     def begin_from(self, path: str) -> list[str]:
         """Loads the weights of a checkpoint of another run, but those of a last layer that differs.
@@ -320,14 +305,17 @@ class FastMAML:
         """
         variables = self.weights | self.norms
         values, _ = read_checkpoint(path, [*self.named_parameters])
-        shapes = {name: value.shape for name, value in values.items()}
-        last = [name for name in last_layer(self.network) if name in shapes]
-        left = [name for name in last if shapes[name] != tuple(variables[name].shape)]
-        kept = {name: variable for name, variable in variables.items() if name not in left}
-        check_parameters(path, values, kept)
-        for name, variable in kept.items():
-            variable.assign(tf.cast(values[name], variable.dtype))
+        last = [name for name in last_layer(self.network) if name in values]
+        left = [name for name in last if values[name].shape != tuple(variables[name].shape)]
+        assign(path, values, {name: variables[name] for name in variables if name not in left})
         return left
+
+
+def assign(path: str, values: dict[str, np.ndarray], variables: dict[str, tf.Variable]):
+    """Sets variables to the values of a checkpoint. Raises ValueError if they do not fit."""
+    check_parameters(path, values, variables)
+    for name, variable in variables.items():
+        variable.assign(tf.cast(values[name], variable.dtype))
 
 
 def can_compile(network) -> bool:

@@ -33,7 +33,11 @@ def make_programs(phases: list[MAML], whole: bool, program: Callable) -> Program
     if whole:
         sums = [whole_sums(phase, program) for phase in phases]
     else:
-        sums = [sums_by_parts(phase, in_phase(phase, maml, parts, program)) for phase in phases]
+        sums = []
+        for phase in phases:
+            own = parts if phase.stop_grad == maml.stop_grad else compiled_parts(phase, program)
+            own = own._replace(prepare=parts.prepare, outcome=parts.outcome)
+            sums.append(sums_by_parts(phase, own))
     return Programs(parts, sums, program(maml.descend))
 
 
@@ -63,18 +67,8 @@ def sums_by_parts(maml: MAML, parts: Parts) -> Callable:
     return sums
 
 
-def in_phase(phase: MAML, maml: MAML, parts: Parts, program: Callable) -> Parts:
-    """The parts in a phase of training: a MAML's, unless its order differs."""
-    if phase.stop_grad == maml.stop_grad:
-        return parts
-    return compiled_parts(phase, program)._replace(prepare=parts.prepare, outcome=parts.outcome)
-
-
 def compiled_parts(maml: MAML, program: Callable) -> Parts:
-    """A MAML's parts as programs.
-
-    The last update and the loss after it are one, with its gradient.
-    """
+    """A MAML's parts as programs; the last update and the loss after it are one, with gradient."""
     prepare, update, outcome = map(program, (maml.prepare, maml.update, maml.outcome))
 
     @program

@@ -39,15 +39,14 @@ STRIDE = 0.02  # size of an audit's inner update, relative to the weights
 def in_float64(model: keras.Model) -> Iterator[None]:
     """Lets a float32 model compute in float64 while entered, with values that are given to it."""
     policy, is_float, changes = keras.DTypePolicy('float64'), keras.backend.is_float_dtype, []
-    layers = model._flatten_layers()
+    layers, typed = model._flatten_layers(), [*model.variables]
     inner = [getattr(layer, '_functional', None) for layer in layers]  # what a Sequential calls
     for layer in [*layers, *filter(None, inner)]:
         if is_float(layer.compute_dtype):
             changes.append((layer, '_dtype_policy', policy))
-        typed = [layer] if isinstance(layer, keras.layers.InputLayer) else []
+        typed += [layer] if isinstance(layer, keras.layers.InputLayer) else []
         typed += getattr(layer, '_inputs', None) or []
-        changes += [(thing, '_dtype', 'float64') for thing in typed if is_float(thing.dtype)]
-    changes += [(own, '_dtype', 'float64') for own in model.variables if is_float(own.dtype)]
+    changes += [(thing, '_dtype', 'float64') for thing in typed if is_float(thing.dtype)]
     with attributes(changes):
         yield
 
@@ -62,10 +61,8 @@ def rounds(graph: tf.Graph) -> bool:
 
 
 def narrows(cast) -> bool:
-    to = tf.as_dtype(cast.attr['DstT'].type)
-    return cast.attr['SrcT'].type == tf.float64.as_datatype_enum and (
-        to.is_floating and to != tf.float64
-    )
+    source, to = (tf.as_dtype(cast.attr[name].type) for name in ('SrcT', 'DstT'))
+    return source == tf.float64 and to.is_floating and to != tf.float64
 
 
 def nodes(graph: tf.Graph) -> list:
@@ -87,8 +84,7 @@ def moved(value: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def probe_inputs(model: keras.Model, shape: Sequence[int], seed: int) -> Iterator[np.ndarray]:
     """Yields random inputs a model may take, the likelier first; shape: [..., examples, *input]."""
     random, layers = np.random.default_rng(seed), model._flatten_layers(include_self=False)
-    sizes = [getattr(layer, 'input_dim', None) for layer in layers]
-    sizes += [getattr(layer, 'num_tokens', None) for layer in layers]
+    sizes = [getattr(layer, name, 0) for layer in layers for name in ('input_dim', 'num_tokens')]
     if sizes := [size for size in sizes if size]:
         yield random.integers(0, min(sizes), shape).astype(float)
     x = random.random(shape)
@@ -196,7 +192,10 @@ def audit(network, inputs: Callable) -> Compared:
     model = MAML(network, mean_squared_error, update_lr=1.0, dtype=dtype)
     for variable in model.parameters:
         variable.assign(moved(variable.numpy(), random))
-    batch = random_tasks(network, inputs, random)
+    x, z = inputs(2), inputs(3)
+    shape = (*x.shape[:2], network.dim_output)
+    y, label = (tf.constant(random.standard_normal(shape), x.dtype) for _ in range(2))
+    batch = Batch(inputa=x, labela=y, inputb=z, labelb=label)
     model.update_lr = step_size(model, batch)
     _, *gradient = model.gradient_of_sum(batch)
     sizes = [rms(variable.numpy()) for variable in model.parameters]
@@ -214,14 +213,6 @@ def audit(network, inputs: Callable) -> Compared:
 
 def rms(value: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(value)))) if np.size(value) else 0.0
-
-
-def random_tasks(network, inputs: Callable, random: np.random.Generator) -> Batch:
-    """Draws tasks of regression to random numbers."""
-    x, z = inputs(2), inputs(3)
-    shape = (*x.shape[:2], network.dim_output)
-    y, label = (tf.constant(random.standard_normal(shape), x.dtype) for _ in range(2))
-    return Batch(inputa=x, labela=y, inputb=z, labelb=label)
 
 
 def step_size(model: MAML, batch: Batch) -> float:

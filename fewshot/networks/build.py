@@ -69,8 +69,8 @@ def user_loss(spec: str, settings: dict) -> Callable:
 
     def slope() -> tf.Tensor:
         with tf.GradientTape() as tape:
-            value = tf.reduce_sum(loss(tf.convert_to_tensor(x), labels))
-        return tf.reduce_sum(along * tape.gradient(value, x, unconnected_gradients='zero'))
+            values = loss(tf.convert_to_tensor(x), labels)
+        return tf.reduce_sum(along * tape.gradient(values, x, unconnected_gradients='zero'))
 
     values = np.asarray(loss(tf.convert_to_tensor(x), labels))
     if values.shape != PROBE[:1] or not np.isfinite(values).all():
@@ -104,8 +104,7 @@ def user_network(spec: str, settings: dict, audit: bool | None = True):
     shape, outputs = example_shape(settings), number_of_outputs(settings)
     function, seed = user_function(spec), settings.get('seed', 0)
     with random_seed(seed), user_code(spec, all_of_it=False):
-        made = function(shape, outputs)
-        network = made
+        network = made = function(shape, outputs)
         if isinstance(made, keras.Model):
             network = KerasNetwork(made, input_shape=shape, audit=audit)
     if not callable(network) or not hasattr(network, 'parameters'):
@@ -190,21 +189,9 @@ def make_model(
     return FastMAML(made, loss, update_lr, num_updates, meta_lr, clip=clip, **settings)
 
 
-def arguments_of(function, *without: str) -> set[str]:
-    return {*inspect.signature(function).parameters} - {*without}
-
-
-NETWORK_SETTINGS = arguments_of(make_network, 'datasource')
+NETWORK_SETTINGS = inspect.signature(make_network).parameters.keys() - {'datasource'}
+NOT_SETTINGS = {'network', 'loss', 'settings', 'clip', 'dtype', 'inner_loop'}
+NOT_SETTINGS |= {'compiled', 'one_program', 'replicas'}
 # The settings of a run that `make_model` takes.
-MODEL_SETTINGS = NETWORK_SETTINGS | arguments_of(make_model, 'network', 'loss', 'settings')
-NOT_SETTINGS = (
-    'network',
-    'loss',
-    'clip',
-    'dtype',
-    'compiled',
-    'one_program',
-    'replicas',
-    'inner_loop',
-)
-MODEL_SETTINGS |= arguments_of(FastMAML, *NOT_SETTINGS)
+MODEL_SETTINGS = NETWORK_SETTINGS | inspect.signature(make_model).parameters.keys()
+MODEL_SETTINGS = (MODEL_SETTINGS | inspect.signature(FastMAML).parameters.keys()) - NOT_SETTINGS

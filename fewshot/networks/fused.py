@@ -5,6 +5,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from fewshot.networks.paper_networks import BatchNorm, Convolutional
+from maml import Leading
 from special_grads import (
     BATCH_NORM_EPSILON,
     convolve_patches,
@@ -32,7 +33,7 @@ class FusedConvolutional(Convolutional):
         vars(self).update(vars(network))
         self.plain = network
 
-    def prepare(self, inputs: tf.Tensor, leading: int | tf.Tensor | None = None):
+    def prepare(self, inputs: tf.Tensor, leading: Leading = None):
         """Gathers patches of the images [T, examples, H*W*C]: [T, examples, H', W', 9*C + 1]."""
         images = tf.reshape(inputs, [*sizes(inputs)[:2], *self.image_shape])
         return normalized_patches(images, self.stride, leading)
@@ -55,9 +56,7 @@ class NormalizedPatches(NamedTuple):
     covariance: tf.Tensor
 
 
-def normalized_patches(
-    images: tf.Tensor, stride: int, leading: int | tf.Tensor | None = None
-) -> NormalizedPatches:
+def normalized_patches(images: tf.Tensor, stride: int, leading: Leading) -> NormalizedPatches:
     """Gathers the patches of images [T, examples, height, width, C]; leading: see `batch_norm`.
 
     Patches with a channel of ones, times themselves, give sums, and sums of products. They are

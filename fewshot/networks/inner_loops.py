@@ -4,9 +4,9 @@ import numpy as np
 import tensorflow as tf
 
 from fewshot.checks import check_choice
-from fewshot.engine.shared import Shared
+from fewshot.engine.shared import Shared, share
 from fewshot.networks.keras_network import KerasNetwork
-from maml import Arrays, InnerLoop, Leading, Tensors, row_of
+from maml import Arrays, InnerLoop, Leading, Tensors, repeated, row_of
 from special_grads import sizes
 
 
@@ -43,23 +43,22 @@ class LearnedRates(InnerLoop):
 LEARNED_RATES = ('layer', 'layer_step', 'weight')
 
 
-def named_inner_loop(learn_lr: str, network, update_lr: float, num_updates: int) -> InnerLoop:
-    """Returns the inner loop that `learn_lr` names. Raises ValueError."""
-    check_choice('learn_lr', learn_lr, ('none', *LEARNED_RATES))
-    if learn_lr == 'none':
-        return InnerLoop()
-    return LearnedRates(learn_lr, network, update_lr, num_updates)
-
-
-def check_inner_loop(inner_loop, learn_lr: str):
-    """Raises ValueError for what is no InnerLoop, or one of the user's own beside a `learn_lr`."""
-    if not isinstance(inner_loop, InnerLoop):
-        raise ValueError(f'inner_loop must be a maml.InnerLoop, but it is {inner_loop!r:.60}')
+def named_inner_loop(
+    learn_lr: str, network, update_lr: float, num_updates: int, own: InnerLoop | None = None
+) -> InnerLoop:
+    """Returns the inner loop that `learn_lr` names, or the user's own. Raises ValueError."""
+    if own is None:
+        check_choice('learn_lr', learn_lr, ('none', *LEARNED_RATES))
+        rates = learn_lr, network, update_lr, num_updates
+        return InnerLoop() if learn_lr == 'none' else LearnedRates(*rates)
+    if not isinstance(own, InnerLoop):
+        raise ValueError(f'inner_loop must be a maml.InnerLoop, but it is {own!r:.60}')
     if learn_lr != 'none':
         raise ValueError(
             f'learn_lr={learn_lr!r} makes an inner loop, and inner_loop is another one: give one '
             'of the two'
         )
+    return own
 
 
 def last_layer(network) -> list[str]:
@@ -92,9 +91,8 @@ class Partly:
                 f'{", ".join(network.parameters)}, and its last layer has {", ".join(head)}'
             )
         self.parameters = {name: network.parameters[name] for name in names}
-        self.common = [name for name in network.parameters if name not in names]
-        common = {name: network.parameters[name] for name in self.common}
-        self.norm_parameters = common | network.norm_parameters
+        self.common = {name: made for name, made in network.parameters.items() if name not in names}
+        self.norm_parameters = self.common | network.norm_parameters
         self.order = [*network.parameters, *network.norm_parameters]
 
     def __getattr__(self, name: str):
@@ -118,14 +116,9 @@ class Partly:
         sizes are known; x: the input of its call.
         """
         known = all(part.shape.is_fully_defined() for part in tf.nest.flatten(x))
-        found = {}
-        for name in self.common:
-            theta = tf.convert_to_tensor(norms[name])
-            if known and takes_shared(self.network):
-                found[name] = Shared(theta, tf.zeros([tasks, *theta.shape], theta.dtype))
-            else:
-                found[name] = tf.broadcast_to(theta, [tasks, *theta.shape])
-        return found
+        common = {name: norms[name] for name in self.common}
+        together = known and takes_shared(self.network)
+        return share(common, tasks) if together else repeated(common, tasks)
 
     def norms_in(self, norms: Tensors) -> Tensors:
         """Returns the normalisation parameters that the network itself knows as such."""
@@ -157,7 +150,7 @@ def part_of(network, adapt: str):
     if adapt == 'all':
         return network
     splits = adapt == 'head' and said_with_call(network, 'features')
-    return (HeadOnly if splits else Partly)(network, adapt)
+    return HeadOnly(network, adapt) if splits else Partly(network, adapt)
 
 
 def step_norms(network, adapt: str) -> list[str]:

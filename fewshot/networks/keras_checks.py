@@ -110,11 +110,8 @@ def observe(model: keras.Model, x: tf.Tensor) -> Observed:
 
         return watch
 
-    def noticed(layer: keras.Layer) -> Callable:
-        return lambda loss: adding.append(layer)
-
     layers = model._flatten_layers()
-    changes = [(layer, 'add_loss', noticed(layer)) for layer in layers]
+    changes = [(layer, 'add_loss', lambda _, own=layer: adding.append(own)) for layer in layers]
     changes += [(layer, 'call', watched(layer)) for layer in layers if layer is not model]
     with attributes(changes):
         output = check_one_call(model, x)
@@ -144,11 +141,8 @@ def check_one_call(model: keras.Model, x: tf.Tensor) -> tf.Tensor:
     again, _ = model.stateless_call(trainable, before, x, **options)
     if not tf.is_tensor(output) or output.shape[:1] != x.shape[:1]:
         raise ValueError(f'the model {model.name} must have one output, [examples, ...]')
-    drawn = {
-        id(variable)
-        for variable, old, new in zip(others, before, after)
-        if 'seed_generator' in variable.path and np.any(old != np.array(new))
-    }
+    seeds = [values for values in zip(others, before, after) if 'seed_generator' in values[0].path]
+    drawn = {id(variable) for variable, old, new in seeds if np.any(old != np.array(new))}
     if drawn or np.any(np.array(output) != np.array(again)):
         raise ValueError(
             f'the model {model.name} draws random numbers in {drawing(model, drawn)}: leave that '
@@ -159,8 +153,7 @@ def check_one_call(model: keras.Model, x: tf.Tensor) -> tf.Tensor:
 
 def drawing(model: keras.Model, drawn: set[int]) -> str:
     """Names the layer that has the seed generators with these variables."""
-    layers = model._flatten_layers(include_self=False)
-    found = [
-        layer for layer in layers if {id(own) for own in layer.non_trainable_variables} & drawn
-    ]
-    return named(found[-1]) if found else 'a layer'
+    for layer in reversed(model._flatten_layers(include_self=False)):
+        if any(id(variable) in drawn for variable in layer.non_trainable_variables):
+            return named(layer)
+    return 'a layer'

@@ -14,10 +14,10 @@ import numpy as np
 import tensorflow as tf
 
 from fewshot.engine.tracing import TRACING, replaced
+from maml import Leading
 from special_grads import batch_moments, convolve, max_pool2x2, product, sizes, standardize
 
 Values = dict[int, tf.Tensor]  # {id of a variable: value}, as two variables may have one path
-Leading = int | tf.Tensor | None  # how many examples give batch normalisation its statistics
 
 # Functions that TensorFlow differentiates wrongly, made exact while a model is traced -------------
 
@@ -37,11 +37,9 @@ def exact(model: keras.Model, leading: Leading = None):
 
 
 def moments_of(leading: Leading) -> Callable:
-    """Returns tf.nn.moments without its fault.
+    """Returns tf.nn.moments, which Keras's normalisations call, exact at second order.
 
-    TensorFlow stops the gradient of the mean inside the variance. The first derivative is right
-    then, as the deviations sum to zero, but not the second; Keras's BatchNormalization,
-    LayerNormalization and GroupNormalization call it.
+    TensorFlow stops the gradient of the mean inside the variance.
     """
 
     def moments(x, axes, shift=None, keepdims=False, name=None):
@@ -101,19 +99,14 @@ def attributes(changes: Iterable[tuple]):
 
     Other threads that call a model through this module wait.
     """
-    absent, before = object(), []
-    with TRACING:
-        try:
-            for thing, name, value in changes:
-                before.append((thing, name, vars(thing).get(name, absent)))
-                object.__setattr__(thing, name, value)
-            yield
-        finally:
-            for thing, name, value in reversed(before):
-                if value is absent:
-                    object.__delattr__(thing, name)
-                else:
-                    object.__setattr__(thing, name, value)
+    with TRACING, contextlib.ExitStack() as undone:
+        for thing, name, value in changes:
+            if name in vars(thing):
+                undone.callback(object.__setattr__, thing, name, vars(thing)[name])
+            else:
+                undone.callback(object.__delattr__, thing, name)
+            object.__setattr__(thing, name, value)
+        yield
 
 
 # One task -----------------------------------------------------------------------------------------
@@ -212,11 +205,8 @@ DIMENSIONS = (1, 2, 3)
 PER_EXAMPLE = {  # layers without weights that treat each example by itself
     *('InputLayer', 'Activation', 'ReLU', 'LeakyReLU', 'ELU', 'Softmax', 'Identity', 'Rescaling'),
     *('Flatten', 'Reshape', 'Permute', 'RepeatVector', 'UnitNormalization', 'Dropout'),
-    *(
-        f'{kind}Pooling{n}D'
-        for kind in ('Max', 'Average', 'GlobalMax', 'GlobalAverage')
-        for n in DIMENSIONS
-    ),
+    *(f'{kind}Pooling{n}D' for kind in ('Max', 'Average') for n in DIMENSIONS),
+    *(f'Global{kind}Pooling{n}D' for kind in ('Max', 'Average') for n in DIMENSIONS),
     *(f'{kind}{n}D' for kind in ('ZeroPadding', 'Cropping', 'UpSampling') for n in DIMENSIONS),
     *('Add', 'Subtract', 'Multiply', 'Average', 'Maximum', 'Minimum', 'Concatenate'),
 }
@@ -234,13 +224,12 @@ def is_per_example(layer: keras.Layer) -> bool:
 
     Its axes may still lead to the examples; `KerasNetwork` compares with a call task by task.
     """
-    name = type(layer).__name__
-    own = getattr(keras.layers, name, None) is type(layer) and has_known_activations(layer)
+    name, known = type(layer).__name__, PER_EXAMPLE
     if layer.variables:
-        by_itself = name != 'BatchNormalization' or not layer.trainable
-        frozen = not layer.trainable_variables and by_itself
-        return own and frozen and name in PER_EXAMPLE_IF_FROZEN
-    return own and name in PER_EXAMPLE
+        adapted = layer.trainable_variables or name == 'BatchNormalization' and layer.trainable
+        known = () if adapted else PER_EXAMPLE_IF_FROZEN
+    is_keras = getattr(keras.layers, name, None) is type(layer)
+    return is_keras and name in known and has_known_activations(layer)
 
 
 def has_known_activations(layer) -> bool:
@@ -309,9 +298,8 @@ def calls_for_tasks(layers: list, values: Values, tasks: int | tf.Tensor, leadin
     layers: all layers of a model that is called then. values: its trainable variables', [T, ...]
     each.
     """
-    changed = [layer for layer in layers if not stays(layer)]
-    calls = [(layer, 'call', call_for_tasks(layer, values, tasks, leading)) for layer in changed]
-    with attributes(calls):
+    given, changed = (values, tasks, leading), [layer for layer in layers if not stays(layer)]
+    with attributes((layer, 'call', call_for_tasks(layer, *given)) for layer in changed):
         yield
 
 
@@ -347,19 +335,17 @@ def call_for_tasks(layer, values: Values, tasks: int | tf.Tensor, leading: Leadi
         if busy:  # called for one task, from below
             return call(*inputs, **named)
         flat = tf.nest.flatten((inputs, named))
-        places = [i for i, x in enumerate(flat) if tf.is_tensor(x)]
+        tensors = {i: split(x) for i, x in enumerate(flat) if tf.is_tensor(x)}
 
         def of_task(own):
-            own_values, tensors = own
-            given = [*flat]
-            for i, tensor in zip(places, tensors):
-                given[i] = tensor
+            own_values, own_tensors = own
+            given = [own_tensors.get(i, x) for i, x in enumerate(flat)]
             arguments, options = tf.nest.pack_sequence_as((inputs, named), given)
             return apply_layer(layer, own_values, *arguments, **options)
 
         busy.append(True)
         try:
-            outputs = map_tasks(of_task, tasks, (trained, [split(flat[i]) for i in places]))
+            outputs = map_tasks(of_task, tasks, (trained, tensors))
         finally:
             busy.pop()
         return tf.nest.map_structure(join, outputs)

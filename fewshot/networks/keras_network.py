@@ -14,7 +14,6 @@ from fewshot.networks.audit import audit, in_float64, moved, probe_inputs, round
 from fewshot.networks.keras_checks import check_keras_model, keras_input_shape, observe
 from fewshot.networks.keras_layers import (
     MAX_POOLING,
-    Leading,
     Values,
     apply_layer,
     calls_for_tasks,
@@ -24,6 +23,7 @@ from fewshot.networks.keras_layers import (
     task_layer,
     task_leaves,
 )
+from maml import Leading, repeated
 from special_grads import sizes
 
 KERAS_TASKS = 4  # of a model whose tasks run one after another, in one program: it takes to compile
@@ -67,10 +67,9 @@ class KerasNetwork:
         self.dtype = model.trainable_variables[0].dtype
         self.variables = dict(zip(variable_names(model), model.trainable_variables))
         adapted = adapted_names(self.variables, adapt)
-        self.parameters, self.norm_parameters = {}, {}
-        for name, variable in self.variables.items():
-            held = self.parameters if name in adapted else self.norm_parameters
-            held[name] = (variable.numpy(), tuple(variable.shape))
+        initial = {name: (own.numpy(), tuple(own.shape)) for name, own in self.variables.items()}
+        self.parameters = {name: initial[name] for name in initial if name in adapted}
+        self.norm_parameters = {name: initial[name] for name in initial if name not in adapted}
         self.layers, self.mixes_examples = task_leaves(model), False
         seen = observe(model, probe(self, self.dtype)[0])
         self.dim_output = int(np.prod(seen.output.shape[1:]))
@@ -83,7 +82,8 @@ class KerasNetwork:
             if audit:
                 check_derivatives(self)
         if audit is False:
-            warnings.warn(UNCHECKED.format(model.name), stacklevel=2)
+            of = f'the meta-gradient of the model {model.name}'
+            warnings.warn(f'{of} is not compared with differences: audit=False', stacklevel=2)
 
     @property
     def together(self) -> bool:
@@ -134,12 +134,8 @@ class KerasNetwork:
         leading: the number of first examples that give batch normalisation its statistics; the
         others do not depend on each other then.
         """
-        tasks, values = sizes(x)[0], {}
-        for name, variable in self.variables.items():
-            if name in weights:
-                values[id(variable)] = weights[name]
-            else:
-                values[id(variable)] = tf.broadcast_to(norms[name], [tasks, *norms[name].shape])
+        own = repeated(norms, sizes(x)[0]) | weights
+        values = {id(variable): own[name] for name, variable in self.variables.items()}
         if self.mixes_examples and leading is not None:
             return self._alone(x, values, leading)
         return self.outputs(x, values, leading)
@@ -221,34 +217,23 @@ def adapted_names(variables: dict[str, keras.Variable], adapt) -> set[str]:
 
 # How it is called, and whether that is right ------------------------------------------------------
 
-UNCHECKED = 'the meta-gradient of the model {} is not compared with differences: audit=False'
-UNDECIDED = (
-    'the meta-gradient of the model {} could not be compared with differences, which do not agree '
-    'with each other: try scripts/model/check_second_order.py, or KerasNetwork(model, audit=False)'
-)
-
 
 def probe(network: KerasNetwork, dtype: str, seed: int = 0) -> tf.Tensor:
     """Draws random inputs that the model takes, [T, examples, ...]; raises its error otherwise."""
-    failure = None
+    failure, values = None, {id(own): own.value for own in network.model.trainable_variables}
     for x in probe_inputs(network.model, (*PROBE, *network.image_shape), seed):
         x = tf.constant(x, dtype)
         try:
-            plain_call(network.model, x[0])
+            apply_layer(network.model, values, x[0])
             return x
         except Exception as error:
             failure = error
     raise failure
 
 
-def plain_call(model: keras.Model, x: tf.Tensor) -> tf.Tensor:
-    """Returns the output for [examples, ...] with the variables' own values."""
-    return apply_layer(model, {id(own): own.value for own in model.trainable_variables}, x)
-
-
 def computes_in_float64(network: KerasNetwork) -> bool:
     """Whether a model computes all in float64 if asked; not so where a layer fixes another type."""
-    model, values = network.model, {}
+    model = network.model
 
     def call(values: Values) -> tf.Tensor:
         with exact(model):
@@ -257,8 +242,8 @@ def computes_in_float64(network: KerasNetwork) -> bool:
     try:
         with in_float64(model):
             x = probe(network, 'float64')
-            for own in model.trainable_variables:
-                values[id(own)] = tf.constant(own.numpy(), tf.float64)
+            own = model.trainable_variables
+            values = {id(value): tf.constant(value.numpy(), tf.float64) for value in own}
             program = tf.function(call, autograph=False).get_concrete_function(values)
     except Exception:  # of a user's layer, whatever it is
         return False
@@ -327,16 +312,17 @@ def check_derivatives(network: KerasNetwork):
             f'the model {network.model.name} cannot be differentiated twice ({first_line(error)})'
         ) from error
     if not compared.is_decided:
-        warnings.warn(UNDECIDED.format(network.model.name), stacklevel=3)
+        warnings.warn(
+            f'the meta-gradient of the model {network.model.name} could not be compared with '
+            'differences, which do not agree with each other: try '
+            'scripts/model/check_second_order.py, or KerasNetwork(model, audit=False)',
+            stacklevel=3,
+        )
     elif not compared.is_right:
-        raise ValueError(wrong(network.model, compared))
-
-
-def wrong(model: keras.Model, compared) -> str:
-    blind = f'TensorFlow takes derivatives for zero in {", ".join(compared.blind)}: use others'
-    return (
-        f'the meta-gradient of the model {model.name} would be wrong: along a random direction '
-        f'it is {compared.derivative:.6g}, and {compared.difference:.6g} by central differences; '
-        f'{blind if compared.blind else "does a layer of it stop gradients?"} '
-        '(KerasNetwork(model, audit=False) trains it as it is)'
-    )
+        blind = f'TensorFlow takes derivatives for zero in {", ".join(compared.blind)}: use others'
+        raise ValueError(
+            f'the meta-gradient of the model {network.model.name} would be wrong: along a random '
+            f'direction it is {compared.derivative:.6g}, and {compared.difference:.6g} by central '
+            f'differences; {blind if compared.blind else "does a layer of it stop gradients?"} '
+            '(KerasNetwork(model, audit=False) trains it as it is)'
+        )

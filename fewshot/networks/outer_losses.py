@@ -31,10 +31,8 @@ class OuterLossSchedule:
         self.iterations = whole_number('loss_steps_iterations', loss_steps_iterations)
         self.first_order_iterations = whole_number('first_order_iterations', first_order_iterations)
         if self.iterations and loss_steps == 'last':
-            raise ValueError(
-                f"loss_steps_iterations={self.iterations} is for loss_steps='all': give both or "
-                'none'
-            )
+            wrong = f"loss_steps_iterations={self.iterations} is for loss_steps='all'"
+            raise ValueError(f'{wrong}: give both or none')
 
     def first_order(self, step: int) -> bool:
         """Whether outer step number `step`, from 0, is of first order."""
@@ -46,8 +44,7 @@ class OuterLossSchedule:
 
     def starts(self) -> list[int]:
         """Lists the outer steps with which a phase begins: one of the above changes there."""
-        changes = {self.first_order_iterations, self.iterations} - {0}
-        return [0, *sorted(changes)]
+        return sorted({0, self.first_order_iterations, self.iterations})
 
     def weights(self, done: tf.Tensor, updates: int, dtype: tf.DType) -> list[tf.Tensor]:
         """Computes MAML++'s weights of the losses after each of J updates; they add up to 1.

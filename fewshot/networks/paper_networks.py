@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from fewshot.checks import check_choice
 from maml import Leading, Tensors
 from special_grads import (
     batch_norm,
@@ -47,9 +48,7 @@ class Normalization:
         """
         return x
 
-    def __call__(
-        self, x: tf.Tensor, parameters: dict, leading: Leading = None, max_pool: bool = False
-    ) -> tf.Tensor:
+    def __call__(self, x, parameters: dict, leading: Leading = None, max_pool=False) -> tf.Tensor:
         """Normalises, then pools [T, examples, height, width, channels] by 2x2 maxima if asked."""
         x = self.normalize(x, parameters, leading)
         return max_pool2x2(x) if max_pool else x
@@ -84,9 +83,7 @@ def normalization(norm: str | Normalization) -> Normalization:
     """Returns a normalisation by its name, or the one that is given. Raises ValueError."""
     if isinstance(norm, Normalization):
         return norm
-    if norm not in NORMALIZATIONS:
-        names = ', '.join(map(repr, NORMALIZATIONS))
-        raise ValueError(f'norm must be one of {names}, or a Normalization, but it is {norm!r}')
+    check_choice('norm', norm, NORMALIZATIONS, ', or a Normalization')
     return NORMALIZATIONS[norm]()
 
 
@@ -122,7 +119,7 @@ class Network:
         return {name: re.sub(r'^\D+(\d+)$', r'layer\1', name) for name in self.parameters}
 
     def prepare(self, inputs: tf.Tensor, leading: Leading = None):
-        """Computes all of the forward pass that no weight enters: nothing here."""
+        """Computes what no weight enters, of [T, examples, D]: nothing here."""
         return inputs
 
     def _add_normalization(self, scope: str, channels: int):
@@ -173,9 +170,7 @@ class FullyConnected(Network):
         for scope, size in zip(self.scopes, dim_hidden):
             self._add_normalization(scope, size)
 
-    def __call__(
-        self, x: tf.Tensor, weights: Tensors, norms: Tensors, leading: Leading = None
-    ) -> tf.Tensor:
+    def __call__(self, x, weights: Tensors, norms: Tensors, leading: Leading = None) -> tf.Tensor:
         """Computes [T, examples, out] from x, [T, examples, D], and weights, [T, ...] each."""
         return self.head(self.features(x, weights, norms, leading), weights)
 
@@ -255,10 +250,11 @@ class Convolutional(Network):
         return dense(features, weights['w5'], weights['b5'])
 
     def block(self, i: int, x, kernel, bias, norms: Tensors, leading: Leading) -> tf.Tensor:
-        """Computes a block, section 5.2: convolution, normalisation, ReLU and pooling, if asked.
+        """Computes block i, section 5.2: [T, examples, H, W, C] to [T, examples, H', W', F].
 
-        Pooling commutes with the ReLU and comes first. A bias that the normalisation takes away
-        again would change nothing but the rounding, so it is not added.
+        That is convolution, normalisation, ReLU and, if asked, pooling, which commutes with the
+        ReLU and comes first. A bias that the normalisation takes away again would change nothing
+        but the rounding, so it is not added.
         """
         x = convolve_patches(x, kernel) if i == 1 else convolve(x, kernel, self.stride)
         if not self.norm.removes_mean:

@@ -17,6 +17,7 @@ from data_generator import Batch
 from fewshot.engine.fast import FastMAML
 from fewshot.networks.build import make_model
 from fewshot.networks.paper_networks import Normalization
+from fewshot.paper.cells import value_of
 from fewshot.paper.runs import usual_evaluation
 from fewshot.runs.summaries import read_scalars
 from special_grads import BATCH_NORM_EPSILON
@@ -72,23 +73,17 @@ NORMALISATIONS = {
     'moments': Variant(moments),
     'first_order': None,
 }
+CASE_SETTINGS = {
+    *('datasource', 'update_batch_size', 'update_lr', 'num_updates', 'num_classes', 'num_filters')
+}
 
 
 def case_model(case: Mapping[str, np.ndarray], variant: str) -> FastMAML:
     """Makes a variant's model with the initial parameters of a case."""
     flags = json.loads(str(case['flags']))
-    model = make_model(
-        flags['datasource'],
-        int(flags['update_batch_size']),
-        float(flags['update_lr']),
-        int(flags['num_updates']),
-        stop_grad=variant == 'first_order',
-        dtype=tf.float64,
-        compiled=False,
-        num_classes=int(flags['num_classes']),
-        num_filters=int(flags.get('num_filters', 64)),
-        norm=NORMALISATIONS[variant] or 'batch_norm',
-    )
+    settings = {name: value_of(str(flags[name])) for name in CASE_SETTINGS & flags.keys()}
+    settings |= {'stop_grad': variant == 'first_order', 'dtype': tf.float64, 'compiled': False}
+    model = make_model(**settings, norm=NORMALISATIONS[variant] or 'batch_norm')
     for name, variable in (model.weights | model.norms).items():
         variable.assign(case[f'init/{name}'])
     return model
@@ -114,9 +109,6 @@ def check(path: str):
         print(f'{variant:12} conv1 {along["conv1"]:8.4f}  conv4 {along["conv4"]:8.4f}')
 
 
-# The picture and the table ------------------------------------------------------------------------
-
-
 class Result(NamedTuple):
     """A variant's results; accuracies in percent, after as many updates as in training."""
 
@@ -133,14 +125,11 @@ def read_result(folder: Path) -> Result | None:
         return None
     summaries, tag = read_scalars(run), 'metaval_Post-update_accuracy'
     updates = int(re.search(r'numstep([0-9]+)', run.name)[1])
-    halves = {}
-    for name in (f'{tag}_interval', 'validation/interval_accuracy'):  # the former in older runs
-        halves |= summaries.get(name, {})
-    values = []
-    for step, value in summaries.get(f'{tag}__step_{updates}', {}).items():
-        values.append([step, 100 * value, 100 * halves[step]])
-    test = usual_evaluation(run)
-    if test:
+    halves = summaries.get(f'{tag}_interval', {})  # in older runs
+    halves |= summaries.get('validation/interval_accuracy', {})
+    accuracies = summaries.get(f'{tag}__step_{updates}', {})
+    values = [[step, 100 * value, 100 * halves[step]] for step, value in accuracies.items()]
+    if test := usual_evaluation(run):
         test = tuple(100 * values[updates] for values in test)
     return Result(np.array(sorted(values)), test, updates) if values else None
 
@@ -155,20 +144,11 @@ def draw(axes, cell: str, variant: str, result: Result | None) -> str:
     (line,) = axes.plot(steps, accuracies, marker='o', markersize=3, label=name)
     band = dict(color=line.get_color(), alpha=0.12, linewidth=0)
     axes.fill_between(steps, accuracies - halves, accuracies + halves, **band)
-    axes.set(
-        title=f'{title}, after {result.updates} update{"s" * (result.updates > 1)}',
-        xlabel='iteration',
-        ylabel='validation accuracy [%]',
-    )
+    axes.set(title=f'{title}, after {result.updates} update{"s" * (result.updates > 1)}')
+    axes.set(xlabel='iteration', ylabel='validation accuracy [%]')
     validation = f'{accuracies[-1]:.1f} ± {halves[-1]:.1f}'
     test = '{:.1f} ± {:.1f}'.format(*result.test) if result.test else 'not evaluated'
     return f'| {title} | {variant} | {steps[-1]:.0f} | {validation} | {test} |'
-
-
-def cells_in(folder: Path) -> list[str]:
-    """Lists the cells that have a variant's folder, short names first."""
-    names = {path.parent.name for path in folder.glob('*/*') if path.name in NORMALISATIONS}
-    return sorted(names, key=lambda name: (len(name), name))
 
 
 def plot(folder: Path) -> Path:
@@ -182,7 +162,8 @@ def plot(folder: Path) -> Path:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    cells = cells_in(folder)
+    names = {path.parent.name for path in folder.glob('*/*') if path.name in NORMALISATIONS}
+    cells = sorted(names, key=lambda name: (len(name), name))
     if not cells:
         raise ValueError(
             f'{folder} holds no CELL/VARIANT: give the folder that '
@@ -190,10 +171,8 @@ def plot(folder: Path) -> Path:
         )
     size = (4.2 * len(cells) + 0.4, 3.6)
     figure, panels = plt.subplots(1, len(cells), figsize=size, layout='constrained', squeeze=False)
-    rows = [
-        '| | meta-gradient | iterations | last validation, % | test classes, 600 tasks, % |',
-        '|---|---|---|---|---|',
-    ]
+    head = '| | meta-gradient | iterations | last validation, % | test classes, 600 tasks, % |'
+    rows = [head, '|---|---|---|---|---|']
     curves = {}  # {label: line}, each once
     for axes, cell in zip(panels[0], cells):
         for variant in NORMALISATIONS:

@@ -28,8 +28,8 @@ class Cell(NamedTuple):
     def settings(self) -> dict:
         """The flags and their values, but for the place of the data and iterations."""
         found = dict(flag[2:].split('=') for flag in command(self))
-        others = ('data_dir', 'pretrain_iterations', 'metatrain_iterations')
-        return {name: value_of(text) for name, text in found.items() if name not in others}
+        others = {'data_dir', 'pretrain_iterations', 'metatrain_iterations'}
+        return {name: value_of(found[name]) for name in found if name not in others}
 
     @property
     def is_sinusoid(self) -> bool:
@@ -67,9 +67,6 @@ def value_of(text: str):
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text
-
-
-# The flags ----------------------------------------------------------------------------------------
 
 
 META = '--metatrain_iterations={iterations}'
@@ -136,9 +133,6 @@ def command(cell: Cell, iterations: str = '', given: str = '') -> list[str]:
     return cell.flags.format(iterations=iterations, given=given, **parts).split()
 
 
-# The tables ---------------------------------------------------------------------------------------
-
-
 def images(name: str, paper: str, *others: str) -> Cell:
     """Makes the cell of a name such as omniglot_20way_1shot_anil.
 
@@ -156,8 +150,9 @@ def images(name: str, paper: str, *others: str) -> Cell:
     return Cell(name, title, group, kind + more, paper, updates, flags, published)
 
 
-def sinusoid(name: str, title: str, paper: str, flags: str) -> Cell:
-    return Cell(name, title, 'Sinusoid', title, paper, 10, f'{SINUSOID} {flags}')
+def sinusoid(name: str, title: str, paper: str, flags: str, update_lr: str = '0.01') -> Cell:
+    flags = f'{SINUSOID} --update_lr={update_lr} {flags}'
+    return Cell(name, title, 'Sinusoid', title, paper, 10, flags)
 
 
 DEVOS = 'Devos et al. 2019'
@@ -179,26 +174,16 @@ OTHER_CELLS = [
     images('cifar_fs_5way_5shot', '71.5 ± 1.0', 'Bertinetto et al. 2019', '70.8 ± 0.9', DEVOS),
     images('omniglot_20way_1shot_anil', '96.2 ± 0.5', 'Raghu et al. 2020'),
     images(
-        'omniglot_20way_1shot_maml_plus_plus',
-        '97.65 ± 0.05',
-        'Antoniou et al. 2019',
-        '96.65 ± 0.06',
-        'the same program, run by another',
+        *('omniglot_20way_1shot_maml_plus_plus', '97.65 ± 0.05', 'Antoniou et al. 2019'),
+        *('96.65 ± 0.06', 'the same program, run by another'),
     ),
 ]
 MAML_ERRORS = '.67 / .38 / .35'
 SINUSOIDS = [
-    sinusoid('sinusoid', 'MAML', MAML_ERRORS, f'--update_lr=0.01 {META}'),
-    sinusoid(
-        'sinusoid_published_command', 'MAML, α = 0.001', MAML_ERRORS, f'--update_lr=0.001 {META}'
-    ),
-    sinusoid(
-        'sinusoid_pretrain',
-        'pre-trained on all tasks',
-        '2.41 / 2.23 / 2.19',
-        f'--update_lr=0.01 {JOINT}',
-    ),
-    sinusoid('sinusoid_oracle', 'oracle', '', f'--update_lr=0.01 --baseline=oracle {JOINT}'),
+    sinusoid('sinusoid', 'MAML', MAML_ERRORS, META),
+    sinusoid('sinusoid_published_command', 'MAML, α = 0.001', MAML_ERRORS, META, '0.001'),
+    sinusoid('sinusoid_pretrain', 'pre-trained on all tasks', '2.41 / 2.23 / 2.19', JOINT),
+    sinusoid('sinusoid_oracle', 'oracle', '', f'--baseline=oracle {JOINT}'),
 ]
 
 

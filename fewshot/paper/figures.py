@@ -63,9 +63,9 @@ def figure_updates(path: Path, runs: Runs) -> str | None:
         column[1].set_xlabel('inner updates')
         if column[1].get_legend_handles_labels()[0]:
             column[1].legend(bbox_to_anchor=(0.5, -0.2), **BELOW)
-        for axes in column:
-            axes.grid(alpha=0.3)
-            axes.set_xticks(range(0, 11, 2))
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+        axes.set_xticks(range(0, 11, 2))
     for axes in panels[:, 0]:
         axes.set_ylabel('accuracy [%]')
     save(figure, path)
@@ -126,17 +126,12 @@ def figure_learning(path: Path, runs: Runs) -> str | None:
 def draw_learning(axes, run: Run, name: str, color: str, style: str):
     summaries = read_scalars(run.folder)
     tag = f'Post-update_accuracy__step_{run.flags["num_updates"]}'
-    training = points(summaries.get(f'metatrain_{tag}', {}))
-    validation = points(summaries.get(f'metaval_{tag}', {}))
-    shown = training[(training[:, 0] % 500 == 0) & (training[:, 0] > 0)]
-    axes.scatter(shown[:, 0], 100 * shown[:, 1], s=5, color=color, alpha=0.3, linewidths=0)
+    training, validation = (summaries.get(f'{kind}_{tag}', {}) for kind in ('metatrain', 'metaval'))
+    shown = {step: value for step, value in training.items() if step > 0 and step % 500 == 0}
+    dots = dict(s=5, color=color, alpha=0.3, linewidths=0)
+    axes.scatter([*shown], 100 * np.array([*shown.values()]), **dots)
     look = dict(color=color, linestyle=style, linewidth=1.2, label=name)
-    axes.plot(validation[:, 0], 100 * validation[:, 1], **look)
-
-
-def points(values: dict[int, float]) -> np.ndarray:
-    """Converts {iteration: value} to an array, [n, 2]."""
-    return np.array([*values.items()]).reshape(-1, 2)
+    axes.plot([*validation], 100 * np.array([*validation.values()]), **look)
 
 
 # Sinusoids ----------------------------------------------------------------------------------------
@@ -149,7 +144,13 @@ def figure_fits(path: Path, runs: Runs) -> str | None:
     size = (7.5, 2.2 * len(shown) + 0.4)
     figure, panels = plt.subplots(len(shown), 2, figsize=size, sharex=True, sharey='col', **SIZED)
     for row, (cell, run) in zip(panels, shown):
-        draw_fits(row, cell, run)
+        is_oracle = run.flags['baseline'] == 'oracle'
+        model, shots = Learner.load(run.folder).model, run.flags['update_batch_size']
+        for axes, fit in zip(row, fits(model, shots, is_oracle)):
+            draw_fit(axes, fit, [0] if cell.name == 'sinusoid_oracle' else CURVES)
+            axes.set_title(cell.title + run.variant)
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel('y')
     for axes in panels[-1]:
         axes.set_xlabel('x')
     figure.legend(*panels[0, 0].get_legend_handles_labels(), ncols=5, **AT_FOOT)
@@ -158,17 +159,6 @@ def figure_fits(path: Path, runs: Runs) -> str | None:
         'Fits of two new sinusoids from ten support points, before and after 1 and 10 updates '
         '(the oracle: without any).'
     )
-
-
-def draw_fits(row: np.ndarray, cell: Cell, run: Run):
-    """Draws a run's fits to two tasks, in a panel each."""
-    is_oracle = run.flags['baseline'] == 'oracle'
-    model, shots = Learner.load(run.folder).model, run.flags['update_batch_size']
-    for axes, fit in zip(row, fits(model, shots, is_oracle)):
-        draw_fit(axes, fit, [0] if cell.name == 'sinusoid_oracle' else CURVES)
-        axes.set_title(cell.title + run.variant)
-        axes.grid(alpha=0.3)
-    row[0].set_ylabel('y')
 
 
 def figure_errors(path: Path, runs: Runs) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
-from fewshot.paper.cells import CELLS, OTHER_CELLS, Cell
+from fewshot.paper.cells import CELLS, OTHER_CELLS
 from fewshot.paper.runs import usual_evaluation
 
 RESULTS = Path(__file__).parents[2] / 'logs/results/paper'
@@ -25,14 +25,10 @@ IMAGES = {
 
 def published() -> dict[str, Path]:
     """Returns {name: folder of a run} of the models on images that were trained to the end."""
-    return {name: folder for name, (_, folder) in complete_runs().items()}
-
-
-def complete_runs() -> dict[str, tuple[Cell, Path]]:
     found = {}
     for cell in CELLS + OTHER_CELLS:
         for path in RESULTS.glob(f'{cell.name}/seed0/cls_*/model{cell.iterations - 1}.index'):
-            found[cell.name.replace('_', '-')] = cell, path.parent
+            found[cell.name.replace('_', '-')] = path.parent
     return found
 
 
@@ -50,7 +46,9 @@ def known_names() -> str:
 def table() -> list[str]:
     """Returns the lines of the models' table; accuracies are those on 600 test tasks."""
     lines = ['| name | images | way | shot | accuracy, % | size |', '|---|---|---|---|---|---|']
-    for name, (cell, folder) in complete_runs().items():
+    cells = {cell.name: cell for cell in CELLS + OTHER_CELLS}
+    for name, folder in published().items():
+        cell = cells[name.replace('-', '_')]
         size = sum(file.stat().st_size for file in folder.glob('model*'))
         means, halves = (100 * values for values in usual_evaluation(folder))
         accuracy = f'{means[cell.updates]:.1f} ± {halves[cell.updates]:.1f}'

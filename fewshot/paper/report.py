@@ -42,9 +42,7 @@ def percent(table: Table | None, update: int) -> str:
 
 def published(cell: Cell) -> str:
     """Returns the paper's figure, or the figures of others, with their names."""
-    if not cell.published:
-        return cell.paper
-    return '; '.join(f'{figure} ({whose})' for figure, whose in cell.published)
+    return '; '.join(f'{figure} ({whose})' for figure, whose in cell.published) or cell.paper
 
 
 def accuracy_row(cell: Cell, run: Run) -> str:
@@ -62,10 +60,11 @@ def accuracy_row(cell: Cell, run: Run) -> str:
     )
 
 
-def accuracy_rows(cell: Cell, runs: list[Run]) -> list[str]:
-    if not runs:
-        return [f'| {cell.title} | {published(cell)} | not run | | | | | |']
-    return [accuracy_row(cell, run) for run in runs]
+def accuracy_rows(cells: list[Cell], runs: Runs) -> Iterator[str]:
+    for cell in cells:
+        if not runs[cell.name]:
+            yield f'| {cell.title} | {published(cell)} | not run | | | | | |'
+        yield from (accuracy_row(cell, run) for run in runs[cell.name])
 
 
 def more_rows(cell: Cell, runs: list[Run]) -> Iterator[str]:
@@ -105,7 +104,7 @@ def accuracies(runs: Runs) -> list[str]:
         '',
         f'| | paper | {columns}',
         rule,
-        *(line for cell in CELLS for line in accuracy_rows(cell, runs[cell.name])),
+        *accuracy_rows(CELLS, runs),
         '',
         '### Tables of other papers',
         '',
@@ -113,7 +112,7 @@ def accuracies(runs: Runs) -> list[str]:
         '',
         f'| | published | {columns}',
         rule,
-        *(line for cell in OTHER_CELLS for line in accuracy_rows(cell, runs[cell.name])),
+        *accuracy_rows(OTHER_CELLS, runs),
     ]
 
 
@@ -139,8 +138,6 @@ def errors_shown(cell: Cell, table: Table) -> list[str]:
 def error_row(cell: Cell, variant: str, shots: int, runs: list[Run]) -> str:
     """Returns the row of runs that differ in their seeds alone."""
     table = pooled([run.tables[shots, 'last'] for run in runs])
-    minutes = (f'{60 * run.hours:.1f}' for run in runs if run.hours)
-    machines = (run.machine for run in runs if run.machine)
     return row(
         cell.title + variant,
         shots,
@@ -148,24 +145,19 @@ def error_row(cell: Cell, variant: str, shots: int, runs: list[Run]) -> str:
         *errors_shown(cell, table),
         each_once((f'{run.evaluated(shots):,}' for run in runs), ', '),
         each_once((str(run.seed) for run in runs), ', '),
-        each_once(minutes, ' / ') or '–',
-        each_once(machines, '; ') or '–',
+        each_once((f'{60 * run.hours:.1f}' for run in runs if run.hours), ' / ') or '–',
+        each_once((run.machine for run in runs if run.machine), '; ') or '–',
     )
 
 
 def error_rows(cell: Cell, runs: list[Run]) -> list[str]:
-    """Returns a row for each K.
-
-    If some seeds were trained with other settings than the others, there is a row for each of those
-    too.
-    """
+    """Returns a row for each K, and for each of the settings that some seeds were trained with."""
     if not runs:
         return [f'| {cell.title} | | {cell.paper} | not run | | | | | | | | |']
     groups = {}  # {(settings, K): runs}
     for run in runs:
-        for shots, kind in run.tables:
-            if kind == 'last':
-                groups.setdefault((run.variant, shots), []).append(run)
+        for shots in (shots for shots, kind in run.tables if kind == 'last'):
+            groups.setdefault((run.variant, shots), []).append(run)
     return [error_row(cell, *group, of) for group, of in sorted(groups.items())]
 
 
@@ -176,16 +168,13 @@ def errors(runs: Runs) -> list[str]:
         "several (Student's t), else over tasks. A few tasks that diverge may rule a mean; the "
         "median over tasks (mean of the seeds' medians) tells of the others."
     )
-    head = (
-        '| | K | paper, 1 / 5 / 10 updates | before | 1 | 5 | 10 | medians, 1 / 5 / 10 '
-        '| iterations | seeds | training, minutes | machine |'
-    )
     return [
         '## Sinusoid: mean squared error on 600 tasks',
         '',
         explanation,
         '',
-        head,
+        '| | K | paper, 1 / 5 / 10 updates | before | 1 | 5 | 10 | medians, 1 / 5 / 10 '
+        '| iterations | seeds | training, minutes | machine |',
         '|---|---|---|---|---|---|---|---|---|---|---|---|',
         *(line for cell in SINUSOIDS for line in error_rows(cell, runs[cell.name])),
     ]
@@ -207,10 +196,7 @@ def remarks_on(cell: Cell, run: Run) -> Iterator[str]:
 
 
 def remarks(logs: Path, runs: Runs) -> list[str]:
-    """Lists other settings than the paper's, evaluations of earlier checkpoints, and cells' notes.
-
-    Each is a paragraph.
-    """
+    """Lists the remarks on runs, and cells' notes: a paragraph each."""
     lines = []
     for cell in CELLS + OTHER_CELLS + SINUSOIDS:
         for run in runs[cell.name]:
@@ -235,19 +221,8 @@ def report(logs: Path, output: Path) -> Path:
         found = read_runs(logs, cell)
         runs[cell.name] = sorted(found, key=lambda run: (len(run.deviations), run.seed))
     output.mkdir(parents=True, exist_ok=True)
-    lines = [
-        '# Results',
-        '',
-        'Made by `scripts/paper/report.py`.',
-        '',
-        *note(logs),
-        *accuracies(runs),
-        *on_more_tasks(runs),
-        '',
-        *errors(runs),
-        '',
-        *remarks(logs, runs),
-    ]
+    lines = ['# Results', '', 'Made by `scripts/paper/report.py`.', '', *note(logs)]
+    lines += [*accuracies(runs), *on_more_tasks(runs), '', *errors(runs), '', *remarks(logs, runs)]
     for name, draw in FIGURES.items():
         if caption := draw(output / f'{name}.png', runs):
             lines += [f'![{name}]({name}.png)', '', f'*{caption}*', '']

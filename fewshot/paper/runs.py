@@ -80,9 +80,8 @@ def read_table(path: Path) -> Table:
         with path.with_suffix('.pkl').open('rb') as file:
             stored = unpickling.load(file)
         values = stored['mses']  # [600, 1 + updates]
-        if values.shape[1:] != means.shape:
-            raise ValueError
-        if not np.allclose(values.mean(0), means, rtol=1e-4, equal_nan=True):
+        same = values.shape[1:] == means.shape
+        if not same or not np.allclose(values.mean(0), means, rtol=1e-4, equal_nan=True):
             raise ValueError
         medians = np.median(np.where(np.isnan(values), np.inf, values), axis=0)
         iteration, split = int(stored.get('iteration', -1)), str(stored.get('split', ''))
@@ -106,26 +105,20 @@ def usual_evaluation(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
     return read_evaluation(usual[0])[::2] if usual else None
 
 
-def same(value, wanted) -> bool:
-    """Whether two values of a flag are the same; --norm=None is the text 'None'."""
-    return value == wanted or str(value) == str(wanted) == 'None'
-
-
 def differing(trained: dict, cell: Cell) -> dict[str, tuple]:
     """Returns {flag: (its value, the cell's)} for the flags of a run that are not the cell's."""
-    wanted = DEFAULTS | cell.settings
-    return {
-        name: (trained[name], wanted[name])
-        for name in wanted
-        if name in trained and not same(trained[name], wanted[name])
-    }
+    found = {}
+    for name, wanted in (DEFAULTS | cell.settings).items():
+        value = trained.get(name, wanted)
+        if value != wanted and str(value) != str(wanted):  # --norm=None is the text 'None'
+            found[name] = value, wanted
+    return found
 
 
 def paper_figures(trained: dict, shots: int) -> dict[int, str]:
-    """Returns {updates: the paper's figure after as many} for an evaluation of one of its cells.
+    """Returns {updates: the paper's figure after as many} for an evaluation; {} if it has none.
 
-    trained: the flags of the run. shots: that of the evaluation. The result is empty for other
-    runs.
+    trained: the flags of the run. shots: that of the evaluation.
     """
     joint = trained['metatrain_iterations'] == 0
     for cell in CELLS + SINUSOIDS:
@@ -238,9 +231,8 @@ def read_run(folder: Path, cell: Cell) -> Run:
     tables, more_tables = read_tables(folder, update_lr)
     if not tables:
         raise ValueError(f'{folder} has not been evaluated')
-    hours = training_hours(folder)
-    iterations = max(found) + 1
-    return Run(folder, flags, iterations, hours, machine, tables, more_tables, differing)
+    trained = max(found) + 1, training_hours(folder), machine
+    return Run(folder, flags, *trained, tables, more_tables, differing)
 
 
 def read_runs(logs: Path, cell: Cell) -> Iterator[Run]:
@@ -250,11 +242,12 @@ def read_runs(logs: Path, cell: Cell) -> Iterator[Run]:
             continue
         try:
             yield read_run(folder, cell)
+            continue
         except (ValueError, OSError) as error:
-            print(f'report.py: left out: {error}.', file=sys.stderr)
+            fault = error
         except tf.errors.OpError as error:
-            fault = f'has summaries that cannot be read ({first_line(error)})'
-            print(f'report.py: left out: {folder} {fault}.', file=sys.stderr)
+            fault = f'{folder} has summaries that cannot be read ({first_line(error)})'
+        print(f'report.py: left out: {fault}.', file=sys.stderr)
 
 
 def pooled(tables: list[Table]) -> Table:

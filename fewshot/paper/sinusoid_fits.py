@@ -54,11 +54,8 @@ def fits(
     outputs = [output(model.maml, inputs, theta, done=0), *results.outputsb]
     predictions = {updates: np.asarray(outputs[updates])[..., 0] for updates in CURVES}
     points = np.concatenate([support[..., :1], batch.labela], axis=-1)  # [T, K, 2]
-    found = []
-    for i in range(tasks):
-        curves = {updates: y[i] for updates, y in predictions.items()}
-        found.append(Fit(x, truth[i], points[i], curves))
-    return found
+    curves = [{updates: y[i] for updates, y in predictions.items()} for i in range(tasks)]
+    return [Fit(x, *of_task) for of_task in zip(truth, points, curves)]
 
 
 def draw_fit(axes, fit: Fit, updates: Iterable[int] = CURVES):
@@ -67,9 +64,6 @@ def draw_fit(axes, fit: Fit, updates: Iterable[int] = CURVES):
     for count in updates:
         axes.plot(fit.x, fit.predictions[count], **CURVES[count])
     axes.plot(*fit.support.T, '^', color='tab:purple', label='support', zorder=3)
-
-
-# One run, by its folder ---------------------------------------------------------------------------
 
 
 RUN = re.compile(
@@ -88,17 +82,16 @@ def load_model(run_folder: Path, warn: Callable):
     name = RUN.fullmatch(run_folder.resolve().name)
     if not name:
         raise ValueError(
-            f'{run_folder} is not named like a run '
-            '(cls_5.mbs_25.ubs_10.numstep1.updatelr0.001nonorm); '
-            'give the folder that main.py made in --logdir'
+            f'{run_folder} is not named like a run (cls_5.mbs_25.ubs_10.numstep1.updatelr0.001'
+            'nonorm); give the folder that main.py made in --logdir'
         )
     shots, num_updates, update_lr, stop_grad, baseline, norm = name.groups()
     model = make_model(
         'sinusoid',
+        int(shots),
+        float(update_lr),
+        int(num_updates),
         norm=NORMS[norm],
-        update_batch_size=int(shots),
-        num_updates=int(num_updates),
-        update_lr=float(update_lr),
         stop_grad=bool(stop_grad),
         baseline=baseline,
         compiled=False,  # a few steps, once
@@ -144,11 +137,11 @@ def draw_run(all_fits: list[Fit], errors: dict[str, tuple], kind: str) -> bytes:
         look = dict(marker='o', markersize=4, capsize=3, label=label)
         panels[-1].errorbar(range(len(means)), means, yerr=halves, **look)
     panels[-1].set(
-        xlabel='updates (0: support set before the first, then query set)',
-        ylabel='mean squared error',
-        xticks=range(max(len(means) for means, _ in errors.values())),
-        ylim=(0, None),
         title='Mean over test tasks, 95 % intervals',
+        xlabel='updates (0: support set before the first, then query set)',
+        xticks=range(max(len(means) for means, _ in errors.values())),
+        ylabel='mean squared error',
+        ylim=(0, None),
     )
     panels[-1].grid(alpha=0.3)
     panels[-1].legend()

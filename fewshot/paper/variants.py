@@ -49,9 +49,8 @@ class Variant(NamedTuple):
     def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns iterations that all seeds have, their means, and half intervals (one: nan)."""
         shared = set.intersection(*({*seed.curve[:, 0]} for seed in self.seeds))
-        values = np.array(
-            [[row[1] for row in seed.curve if row[0] in shared] for seed in self.seeds]
-        )  # [seeds, n]
+        curves = [seed.curve[np.isin(seed.curve[:, 0], [*shared]), 1] for seed in self.seeds]
+        values = np.array(curves)  # [seeds, n]
         halves = confidence(values) if len(values) > 1 else np.full(values.shape[1], np.nan)
         return np.array(sorted(shared)), values.mean(0), halves
 
@@ -72,13 +71,11 @@ def read_seed(run: Path) -> Seed:
         raise ValueError(f'{run} has no checkpoint that tells its flags')
     summaries, iterations = read_scalars(run), max(checkpoints(run)) + 1
     step = f'__step_{flags["num_updates"]}'
-    is_accuracy = f'metatrain_Post-update_accuracy{step}' in summaries
-    objective = 'accuracy' if is_accuracy else 'loss'
+    objective = 'accuracy' if f'metatrain_Post-update_accuracy{step}' in summaries else 'loss'
     tag = f'Post-update_{objective}{step}'
     values = summaries.get(f'metaval_{tag}')
     if values is None:
-        training = summaries.get(f'metatrain_{tag}', {})
-        values = binned(training, max(iterations // POINTS, 1))
+        values = binned(summaries.get(f'metatrain_{tag}', {}), max(iterations // POINTS, 1))
     if not values:
         raise ValueError(f'{run} has no summaries: it was trained with --log=False')
     means, interval = usual_evaluation(run) or (None, None)
@@ -101,23 +98,17 @@ def read_sets(folder: Path) -> dict[str, list[Variant]]:
             f'{folder} holds no SET/VARIANT/seedN/cls_...: give the folder that '
             'scripts/paper/variants.sh wrote'
         )
-
-    def place(name: str) -> tuple:
-        return (ORDER.index(name) if name in ORDER else len(ORDER), name)
-
-    return {
-        name: [Variant(variant, of[variant]) for variant in sorted(of, key=place)]
-        for name, of in found.items()
-    }
+    for name, of_set in found.items():
+        known = [variant for variant in ORDER if variant in of_set]
+        names = known + sorted(of_set.keys() - {*ORDER})
+        found[name] = [Variant(variant, of_set[variant]) for variant in names]
+    return found
 
 
 def diverged(variant: Variant, means: np.ndarray) -> np.ndarray:
     """Tells where a mean is ruled by tasks whose errors grow with the updates: [1 + updates]."""
     highest = np.inf if variant.is_accuracy else DIVERGED
     return ~(means < highest)
-
-
-# The figure ---------------------------------------------------------------------------------------
 
 
 def draw_set(column, title: str, variants: list[Variant]):
@@ -154,9 +145,6 @@ def draw(path: Path, sets: dict[str, list[Variant]]):
         draw_set(column, name.replace('_', ' '), variants)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-# The table ----------------------------------------------------------------------------------------
 
 
 def cells(variant: Variant) -> list[str]:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +76,9 @@ def write_checkpoint(
         raise OSError(f'{path} cannot be written ({first_line(error)})') from error
     kept = CHECKPOINTS_KEPT if kind == 'model' else 1
     for old in list(checkpoints(folder, kind).values())[:-kept]:
-        if is_own(old):
-            remove_checkpoint(old)
+        with suppress(DamagedCheckpoint):
+            if OBJECT_GRAPH in stored_values(old, OBJECT_GRAPH):  # it is this program's
+                remove_checkpoint(old)
     return path
 
 
@@ -96,10 +98,7 @@ def check_plain_path(path: str | Path) -> str:
 
 
 def remove_checkpoint(path: str):
-    """Removes a checkpoint, its index first.
-
-    If the process dies, a leftover remains, and no damaged checkpoint.
-    """
+    """Removes a checkpoint, its index first: of a process that dies, leftovers remain."""
     files = Path(path).parent.glob(f'{Path(path).name}.*')
     for file in sorted(files, key=lambda file: file.suffix != '.index'):
         file.unlink(missing_ok=True)
@@ -119,14 +118,6 @@ def remove_leftovers(folder: str | Path):
     for path in Path(folder).glob('*_temp'):
         if re.fullmatch(r'(model|best)\d+_temp', path.name):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def is_own(path: str) -> bool:
-    """Whether a checkpoint is this program's; one that cannot be read is not."""
-    try:
-        return OBJECT_GRAPH in stored_values(path, OBJECT_GRAPH)
-    except DamagedCheckpoint:
-        return False
 
 
 def read_run_state(path: str, whole: bool = False) -> dict:

@@ -65,7 +65,13 @@ class Flag(NamedTuple):
     rule: Rule | None = None
     lowest: int | None = None  # that absl lets pass
     makes_model: bool = False  # whether maml.make_model takes it
-    in_name: Callable | None = None  # from the value to its part of the run's name
+    # The value's part of the run's name: of every value; or a format of all but the default.
+    in_name: Callable | str | None = None
+
+    def part_of_name(self, value) -> str:
+        if isinstance(self.in_name, str):
+            return '' if value == self.default else self.in_name.format(value)
+        return self.in_name(value) if self.in_name else ''
 
 
 def split_proportions(text: str) -> tuple[float, ...] | None:
@@ -77,25 +83,20 @@ def split_proportions(text: str) -> tuple[float, ...] | None:
     return values if len(values) == 3 and all(0 < v < float('inf') for v in values) else None
 
 
-def is_step_size(value: float) -> bool:
-    return 0 <= value < float('inf')
+def or_minus_one(rule: Rule, meaning: str) -> Rule:
+    return Rule(lambda value: value == -1 or rule.holds(value), f'{rule.text}, or -1 for {meaning}')
 
 
 ANYTIME, EVALUATION, NEVER = 'anytime', 'in evaluation', 'never'
 POSITIVE = Rule(lambda value: value >= 1, 'at least 1')
-STEP_SIZE = Rule(is_step_size, 'a step size of 0 or more')
+STEP_SIZE = Rule(lambda value: 0 <= value < float('inf'), 'a step size of 0 or more')
 SPLIT = Rule(split_proportions, 'three numbers above 0, for train, val and test, as 0.64,0.16,0.2')
 CHANNELS = Rule(lambda value: value in (1, 3), '1 (grey) or 3 (colour)')
-TRAIN_SHOTS = Rule(
-    lambda value: value == -1 or value >= 1, 'at least 1, or -1 for that of --update_batch_size'
-)
-TRAIN_STEP_SIZE = Rule(
-    lambda value: value == -1 or is_step_size(value),
-    'a step size of 0 or more, or -1 for that of --update_lr',
-)
+TRAIN_SHOTS = or_minus_one(POSITIVE, 'that of --update_batch_size')
+TRAIN_STEP_SIZE = or_minus_one(STEP_SIZE, 'that of --update_lr')
 NETWORK = Rule(lambda value: value == '' or is_spec(value), 'FILE.py:FUNCTION')
 FOLDER = Rule(lambda value: '://' not in value, 'a folder, not an address')
-TEST_QUERY = Rule(lambda value: value == -1 or value >= 1, 'at least 1, or -1 for as many as shots')
+TEST_QUERY = or_minus_one(POSITIVE, 'as many as shots')
 # Symbols are the paper's. The flags that name a run stand in the order of the name.
 # fmt: off
 TASKS = (
@@ -106,13 +107,14 @@ TASKS = (
     Flag('data_dir', str, 'data', ANYTIME,
          'folder of the prepared data, or of your own class folders', FOLDER),
     Flag('split', str, '0.64,0.16,0.2', NEVER,
-         'shares of the classes that train, val and test get (folder only)', SPLIT),
+         'shares of the classes that train, val and test get, where the data has no split '
+         '(folder only)', SPLIT),
     Flag('image_size', int, 84, NEVER,
          'height and width that images are resized to (folder only)', POSITIVE, makes_model=True),
     Flag('channels', int, 3, NEVER, '3: colour, 1: grey (folder only)', CHANNELS, makes_model=True),
     Flag('fit', FITS, None, EVALUATION,
-         'what becomes of images that are not square: crop them, pad with white, or squash '
-         '(folder only; default: as the run has it, a new one crops)'),
+         'images that are not square: crop, pad (with white) or squash (folder only; default: as '
+         'the run has it, a new one crops)'),
     Flag('skip_small_classes', bool, False, ANYTIME,
          'leave out classes that have too few images for a task (folder only)'),
     Flag('cache_dir', str, '', ANYTIME,
@@ -123,7 +125,7 @@ TRAINING = (
     Flag('seed', int, 0, EVALUATION,
          'random seed of initial weights and training tasks', lowest=0, makes_model=True),
     Flag('init', str, '', EVALUATION,
-         'folder of a run, or a published model, whose weights training begins with'),
+         'start from the weights of this run, a folder or a published model'),
     Flag('pretrain_iterations', int, 0, EVALUATION,
          'iterations of joint training on all tasks, before meta-training', lowest=0),
     Flag('metatrain_iterations', int, 15000, ANYTIME,
@@ -137,9 +139,8 @@ TRAINING = (
          'K, shots: support examples per class', POSITIVE, makes_model=True,
          in_name='.ubs_{}'.format),
     Flag('num_query', int, -1, EVALUATION,
-         'Q, query images per class in training (-1: as the paper, 15 of miniimagenet, else as '
-         'many as shots; images only)', TEST_QUERY,
-         in_name=lambda value: '' if value == -1 else f'.query_{value}'),
+         'Q, query images per class in training (-1: 15 for miniimagenet, else K; images only)',
+         TEST_QUERY, in_name='.query_{}'),
     Flag('num_updates', int, 1, EVALUATION,
          'inner updates in training', POSITIVE, makes_model=True, in_name='.numstep{}'.format),
     Flag('update_lr', float, 1e-3, EVALUATION,
@@ -151,83 +152,77 @@ TRAINING = (
 MODEL = (
     Flag('num_filters', int, 64, NEVER,
          'filters per convolution: 64 for Omniglot, 32 for miniImagenet', POSITIVE,
-         makes_model=True, in_name=lambda value: '' if value == 64 else f'hidden{value}'),
+         makes_model=True, in_name='hidden{}'),
     Flag('conv', bool, True, NEVER,
-         'convolutional network (images only), else fully connected', makes_model=True),
+         'True: convolutional network (images only); False: fully connected', makes_model=True),
     Flag('max_pool', bool, False, NEVER,
-         'max-pooling instead of strided convolutions', makes_model=True,
-         in_name=lambda value: 'maxpool' if value else ''),
-    Flag('stop_grad', bool, False, EVALUATION, 'first-order approximation', makes_model=True,
-         in_name=lambda value: 'stopgrad' if value else ''),
+         'True: max-pooling; False: strided convolutions', makes_model=True, in_name='maxpool'),
+    Flag('stop_grad', bool, False, EVALUATION, 'first-order MAML: faster', makes_model=True,
+         in_name='stopgrad'),
     Flag('baseline', ('oracle', 'None'), None, NEVER,
          'oracle: amplitude and phase are inputs (sinusoid only)', makes_model=True,
          in_name=lambda value: 'oracle' if value == 'oracle' else ''),
     Flag('norm', ('batch_norm', 'layer_norm', 'None'), 'batch_norm', NEVER,
-         'normalisation', makes_model=True,
+         'normalisation: batch_norm, layer_norm or None', makes_model=True,
          in_name={'batch_norm': 'batchnorm', 'layer_norm': 'layernorm', 'None': 'nonorm'}.get),
     Flag('network', str, '', NEVER,
-         'FILE.py:FUNCTION, which takes (image_shape, num_classes) and returns a Keras model to '
-         'use instead (not for sinusoid)', NETWORK,
+         'FILE.py:FUNCTION(image_shape, num_classes), returns the Keras model to use (not for '
+         'sinusoid)', NETWORK,
          in_name=lambda value: f'.{value.rpartition(":")[2]}' if value else ''),
     Flag('loss', str, '', NEVER,
-         'FILE.py:FUNCTION, a loss of (outputs, labels), [T, examples, out] each, to [T]', NETWORK,
+         'FILE.py:FUNCTION(outputs, labels), from [T, examples, out] each to losses [T]', NETWORK,
          in_name=lambda value: f'.loss_{value.rpartition(":")[2]}' if value else ''),
 )
 VARIANTS = (
     Flag('adapt', ('all', 'head', 'body'), 'all', NEVER,
-         'what the inner loop changes: all; head: the last layer (ANIL); body: the others (BOIL)',
-         makes_model=True, in_name=lambda value: '' if value == 'all' else f'.{value}'),
+         'what the inner loop changes: all; head, the last layer (ANIL); body, the others (BOIL)',
+         makes_model=True, in_name='.{}'),
     Flag('learn_lr', ('none', 'layer', 'layer_step', 'weight'), 'none', NEVER,
-         'learn α, from --update_lr on: one per layer; per layer and update (MAML++); per weight '
-         '(Meta-SGD)', makes_model=True,
-         in_name=lambda value: '' if value == 'none' else f'.lr_{value}'),
+         'learn α, from --update_lr on: none; layer; layer_step, one per layer and update '
+         '(MAML++); weight (Meta-SGD)', makes_model=True, in_name='.lr_{}'),
     Flag('loss_steps', ('last', 'all'), 'last', EVALUATION,
-         'query losses that the outer loss adds up: after the last update, or after all, weighed '
-         '(MAML++)', makes_model=True,
-         in_name=lambda value: '' if value == 'last' else '.losses_all'),
+         'query losses that count: last, after the last update; all, weighted over the updates '
+         '(MAML++)', makes_model=True, in_name='.losses_{}'),
     Flag('loss_steps_iterations', int, 0, EVALUATION,
-         'iterations in which the weights of --loss_steps=all move to the last; after them it '
-         'alone counts (0: all count alike, always)', lowest=0, makes_model=True,
-         in_name=lambda value: f'{value}' if value else ''),
+         'iterations over which --loss_steps=all moves its weights to the last update (0: equal '
+         'weights, always)', lowest=0, makes_model=True, in_name='{}'),
     Flag('first_order_iterations', int, 0, EVALUATION,
-         'iterations of first order before those of second (MAML++)', lowest=0, makes_model=True,
-         in_name=lambda value: f'.first{value}' if value else ''),
+         'first-order iterations at the start (MAML++)', lowest=0, makes_model=True,
+         in_name='.first{}'),
     Flag('norm_steps', bool, False, NEVER,
-         'normalisation parameters of their own for each update (MAML++)', makes_model=True,
-         in_name=lambda value: '.normsteps' if value else ''),
+         'separate normalisation parameters for each update (MAML++)', makes_model=True,
+         in_name='.normsteps'),
     Flag('meta_lr_decay', ('none', 'cosine'), 'none', EVALUATION,
-         'let β fall over --metatrain_iterations (MAML++: cosine)', makes_model=True,
-         in_name=lambda value: '' if value == 'none' else f'.{value}'),
+         'none, or cosine: let β fall over --metatrain_iterations (MAML++)', makes_model=True,
+         in_name='.{}'),
     Flag('meta_lr_end', float, 0.0, EVALUATION,
-         'β at the end of --meta_lr_decay', STEP_SIZE, makes_model=True,
-         in_name=lambda value: f'{value}' if value else ''),
+         'β at the end of the decay', STEP_SIZE, makes_model=True, in_name='{}'),
 )
 OUTPUT = (
     Flag('log', bool, True, ANYTIME, 'write summaries for TensorBoard'),
     Flag('original_output', bool, False, ANYTIME,
-         "print the original program's lines too, for programs that read them"),
-    Flag('logdir', str, 'logs', ANYTIME, 'folder of the run folders', FOLDER),
+         "also print the original program's lines"),
+    Flag('logdir', str, 'logs', ANYTIME, 'folder in which runs get a folder each', FOLDER),
     Flag('resume', bool, True, ANYTIME, 'continue from the newest checkpoint of the same run'),
     Flag('overwrite', bool, False, ANYTIME,
-         'with --resume=False: remove the earlier run of the same name'),
+         'with --resume=False: delete the earlier run of that name'),
     Flag('validation_tasks', int, 100, EVALUATION,
          'tasks of a validation during training (images only)', lowest=2),
 )
 EVALUATING = (
-    Flag('train', bool, True, ANYTIME, 'train, else evaluate'),
+    Flag('train', bool, True, ANYTIME, 'True: train; False: evaluate'),
     Flag('run', str, '', ANYTIME,
-         'folder of the run to evaluate, or a published model; it knows its flags; others that are '
-         'given count'),
+         'run to evaluate, a folder or a published model; its flags count unless you give others'),
     Flag('test_iter', Parser(checkpoint_named, 'an iteration, -1 or best'), -1, ANYTIME,
-         'iteration of the checkpoint to load; -1: the newest; best: that of the best validation'),
+         'checkpoint to load: an iteration, -1 (newest) or best (best validation)'),
     Flag('test_set', bool, False, ANYTIME,
-         'evaluate on the test classes, else on the validation classes'),
+         'True: evaluate on test classes; False: on validation classes'),
     Flag('test_tasks', int, 600, ANYTIME, 'tasks of an evaluation', lowest=2),
     Flag('test_query', int, -1, ANYTIME,
-         'query images per class in evaluation (-1: as many as shots; images only)', TEST_QUERY),
+         'query images per class in evaluation (-1: K; images only)', TEST_QUERY),
     Flag('transductive', bool, True, ANYTIME,
-         "evaluate with batch normalisation by the queries' own statistics, else by the support "
-         "set's"),
+         'True: normalise queries by their own batch; False: by the support set, so that each is '
+         'answered alone'),
     Flag('train_update_batch_size', int, -1, ANYTIME,
          'K used in training, when evaluating with another K (-1: the same)', TRAIN_SHOTS),
     Flag('train_update_lr', float, -1, ANYTIME,
@@ -235,47 +230,32 @@ EVALUATING = (
 )
 DEVICES = (
     Flag('strategy', ('none', 'mirrored', 'multi_worker'), 'none', ANYTIME,
-         'devices that share the tasks: mirrored: all of this machine; multi_worker: of several '
-         'processes, by TF_CONFIG'),
+         'none; mirrored: all GPUs of this machine share the tasks; multi_worker: several '
+         'processes do, set by TF_CONFIG'),
     Flag('tf32', bool, False, ANYTIME,
-         'let GPUs round the factors of float32 products to 10 bits: faster, other numbers'),
+         'let GPUs compute float32 products faster and less exactly'),
     Flag('one_program', bool, None, ANYTIME,
-         'compile the meta-gradient of several updates as one program: faster steps, after twice '
-         'the time to compile (default: as the run has it; a new one of 2,000 iterations or '
-         'more does, if its convolutions are strided)'),
+         'compile several updates as one program: faster steps, twice the time to compile '
+         '(default: as the run has it; a new one of 2,000 iterations or more does, if it has '
+         'several updates and strided convolutions)'),
 )
 # fmt: on
 GROUPS = {
     'Tasks': TASKS,
     'Training': TRAINING,
     'The network': MODEL,
-    "Inner loops that grew from MAML's": VARIANTS,
+    'Variants of the inner loop': VARIANTS,
     'Runs and what they write': OUTPUT,
     'Evaluation': EVALUATING,
     'Devices and speed': DEVICES,
 }
 FLAGS = tuple(itertools.chain(*GROUPS.values()))
-FIRST = (  # that most runs need
-    'datasource',
-    'data_dir',
-    'num_classes',
-    'update_batch_size',
-    'update_lr',
-    'num_updates',
-    'meta_batch_size',
-    'metatrain_iterations',
-    'train',
-    'logdir',
+FIRST = tuple(  # that most runs need
+    'datasource data_dir num_classes update_batch_size update_lr num_updates meta_batch_size '
+    'metatrain_iterations train logdir'.split()
 )
-
-
 # What runs of 1.0.0 did, among them seven cells of logs/results, which do not have these flags.
-INNER_LOOPS = {
-    flag.name: flag.default
-    for flag in FLAGS
-    if flag.name in ('adapt', 'learn_lr', 'norm_steps', 'first_order_iterations')
-    or flag.name.startswith(('loss_steps', 'meta_lr_'))
-}
+INNER_LOOPS = {flag.name: flag.default for flag in VARIANTS}
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS):
@@ -284,8 +264,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     for flag in FLAGS:
         if values.find_module_defining_flag(flag.name) == __name__:
             delattr(values, flag.name)  # of an earlier run in this process, as %run has it
-        given = {'name': flag.name, 'default': flag.default, 'help': flag.meaning}
-        given |= {'flag_values': values}
+        given = dict(name=flag.name, default=flag.default, help=flag.meaning, flag_values=values)
         if isinstance(flag.kind, tuple):
             flags.DEFINE_enum(enum_values=list(flag.kind), **given)
         elif isinstance(flag.kind, flags.ArgumentParser):
@@ -310,10 +289,7 @@ def help_text(program: str) -> str:
 
 
 def read_command_line(arguments: list[str], program: str):
-    """Defines and reads the flags; answers --help. Call it before TensorFlow takes seconds to load.
-
-    arguments: with the program's name. program: its description.
-    """
+    """Defines and reads the flags, answers --help; program: its description."""
     define_flags()
     if {'--help', '-help', '-h', '--helpshort', '--helpfull'} & {*arguments}:
         print(help_text(program))
@@ -348,7 +324,7 @@ def run_name(f: flags.FlagValues) -> str:
 def original_name(f: flags.FlagValues) -> str:
     """The name as the original has it, which says nothing of the tasks and of the seed."""
     trained = trained_settings(f)
-    return ''.join(flag.in_name(trained[flag.name]) for flag in FLAGS if flag.in_name)
+    return ''.join(flag.part_of_name(trained[flag.name]) for flag in FLAGS)
 
 
 def tasks_in_name(f: flags.FlagValues) -> str:

@@ -13,10 +13,7 @@ from fewshot.sources import source_of
 
 
 def make_replicas(f: flags.FlagValues) -> Replicas:
-    """Returns the devices of --strategy; call it before TensorFlow's first operation.
-
-    Raises ValueError.
-    """
+    """Returns --strategy's devices, before TensorFlow's first operation. Raises ValueError."""
     if f.strategy == 'mirrored':
         kind = 'GPU' if tf.config.list_logical_devices('GPU') else 'CPU'
         names = [device.name for device in tf.config.list_logical_devices(kind)]

@@ -61,10 +61,7 @@ def write_whole(path: Path, content: bytes):
 
 
 def write_together(contents: dict[Path, bytes]):
-    """Writes files that belong together, whole: none is replaced before all are written.
-
-    Raises OSError.
-    """
+    """Writes files together: none is replaced before all are written whole. Raises OSError."""
     beside = {path: path.with_name(path.name + '.part') for path in contents}
     try:
         for path, content in contents.items():

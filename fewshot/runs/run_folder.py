@@ -22,15 +22,7 @@ from fewshot.runs.checkpoints import (
     remove_checkpoint,
     remove_leftovers,
 )
-from fewshot.runs.flags import (
-    ANYTIME,
-    EVALUATION,
-    FLAGS,
-    INNER_LOOPS,
-    NEVER,
-    original_name,
-    run_name,
-)
+from fewshot.runs.flags import ANYTIME, FLAGS, INNER_LOOPS, NEVER, original_name, run_name
 from fewshot.runs.summaries import event_files, forget_summaries
 from fewshot.runs.trainer import Schedule
 from fewshot.runs.user_code import is_spec
@@ -46,20 +38,16 @@ def run_folder(f: flags.FlagValues) -> Path:
         return Path(check_plain_path(run_named(f.run)))
     logdir = Path(check_plain_path(os.path.expanduser(f.logdir)))
     folder, older = logdir / run_name(f), logdir / original_name(f)
-    if checkpoints(folder) or not checkpoints(older):
-        return folder
-    with suppress(DamagedCheckpoint):
-        stored = read_run_state([*checkpoints(older).values()][-1]).get('flags', {})
-        names = ('datasource', 'seed') if f.train else ()
-        return older if all(stored.get(name) == f[name].value for name in names) else folder
+    if not checkpoints(folder) and checkpoints(older):
+        with suppress(DamagedCheckpoint):
+            stored = read_run_state([*checkpoints(older).values()][-1]).get('flags', {})
+            names = ('datasource', 'seed') if f.train else ()
+            return older if all(stored.get(name) == f[name].value for name in names) else folder
     return folder
 
 
 def begin_from(model: FastMAML, f: flags.FlagValues):
-    """Gives a new run the weights of --init; a last layer that does not fit begins afresh.
-
-    Raises ValueError if it is no run, or other layers do not fit.
-    """
+    """Gives a new run the weights of --init. Raises ValueError if it is no run, or does not fit."""
     folder = run_named(f.init)
     found = checkpoints(folder)
     if not found:
@@ -77,10 +65,7 @@ def begin_from(model: FastMAML, f: flags.FlagValues):
 
 
 def find_checkpoints(folder: Path, f: flags.FlagValues) -> dict[int, str]:
-    """Returns {iteration: path} of the checkpoints that may be loaded, the best choice first.
-
-    There are none if training starts afresh. Raises ValueError.
-    """
+    """Returns {iteration: path}, the best choice first, {} to start afresh. Raises ValueError."""
     found = checkpoints(folder, 'best' if f.test_iter == 'best' else 'model')
     if f.train and (not f.resume or not found and f.test_iter == -1):
         return {}
@@ -138,10 +123,7 @@ def take_run(f: flags.FlagValues):
 
 
 def stored_flags(folder: Path, f: flags.FlagValues) -> dict:
-    """Returns the flags in the checkpoint of a run that --test_iter asks for.
-
-    Raises ValueError if the folder is no run, or the run does not tell them.
-    """
+    """Returns the flags in the checkpoint that --test_iter asks for. Raises ValueError if none."""
     if not any(checkpoints(folder, kind) for kind in ('model', 'best')):
         raise ValueError(
             f'--run={f.run} must be a folder that main.py trained in, LOGDIR/cls_..., but it has '
@@ -185,15 +167,14 @@ def tell(text: str):
 
 
 def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagValues):
-    """Raises ValueError with the flags that are not those of the run up to this iteration.
-
-    stored: the flags that the checkpoint holds; those that are younger than it are not there.
-    """
-    fixed = (EVALUATION, NEVER) if f.train else (NEVER,)
+    """Raises ValueError with flags that are not those stored by the run up to this iteration."""
     # Runs of 1.0.0 have no such flags.
     stored = {'fit': 'squash', 'loss': ''} | INNER_LOOPS | stored
-    held = held_by_learning(stored, f.train)
-    names = [flag.name for flag in FLAGS if flag.may_change in fixed or flag.name in held]
+    held = {  # flags by which something has been learned: β so far would have been another
+        'metatrain_iterations': f.train and stored.get('meta_lr_decay') == 'cosine',
+        'update_lr': stored.get('learn_lr') in LEARNED_RATES,  # it was the beginning only
+        'num_updates': stored.get('learn_lr') == 'layer_step' or stored.get('norm_steps'),
+    }
     pretrained = min(stored.get('pretrain_iterations', 0), f.pretrain_iterations)
     sources = {stored.get('datasource'), f.datasource}
     free = {
@@ -203,35 +184,23 @@ def check_contradictions(path: str, iteration: int, stored: dict, f: flags.FlagV
         # To evaluate the model of one on the other is no mistake.
         'datasource': not f.train and sources <= {'miniimagenet', 'folder'},
     }
-    names = [name for name in names if name in stored and not free.get(name)]
-    wrong = [name for name in names if stored[name] != f[name].value]
+    wrong = []
+    for flag in FLAGS:
+        name, value = flag.name, f[flag.name].value
+        fixed = flag.may_change == NEVER or f.train and flag.may_change != ANYTIME or held.get(name)
+        if fixed and not free.get(name) and stored.get(name, value) != value:
+            wrong.append(f'--{name}={stored[name]} (now {value})')
     if wrong:
-        listed = ', '.join(f'--{name}={stored[name]} (now {f[name].value})' for name in wrong)
         remedy = 'give the same flags, or another --logdir'
         if f.run:
             remedy = 'no evaluation can change that, so leave it away'
-        raise ValueError(f'{path} was trained with {listed}: {remedy}')
-
-
-def held_by_learning(stored: dict, train: bool) -> list[str]:
-    """Lists flags that could change if a run with such flags had not learned something by them."""
-    held = []
-    if stored.get('meta_lr_decay') == 'cosine' and train:
-        held.append('metatrain_iterations')  # β so far would have been another
-    if stored.get('learn_lr') in LEARNED_RATES:
-        held.append('update_lr')  # it was the beginning only
-    if stored.get('learn_lr') == 'layer_step' or stored.get('norm_steps'):
-        held.append('num_updates')
-    return held
+        raise ValueError(f'{path} was trained with {", ".join(wrong)}: {remedy}')
 
 
 def restore_run(
     model: FastMAML, folder: Path, f: flags.FlagValues, held: ExitStack
 ) -> tuple[int, dict]:
-    """Locks a run's folder for training, and loads its checkpoint.
-
-    Returns iteration and state, -1 and {} if there is none. Raises ValueError and OSError.
-    """
+    """Locks a run's folder for training, and loads its checkpoint. Returns and raises as `load`."""
     if f.train and folder.is_dir():
         lock_folder(folder, held)
     candidates = find_checkpoints(folder, f)
@@ -261,10 +230,9 @@ def check_nothing_later(folder: Path, iteration: int):
 
 
 def lock_folder(folder: Path, held: ExitStack):
-    """Keeps other processes from training in a folder, until `held` is left.
+    """Keeps other processes from training in a folder, until `held` is left or this one has died.
 
-    The lock holds no longer than this process lives, and does nothing where the system has no
-    locks. Raises ValueError if another process trains there.
+    Raises ValueError if another process trains there.
     """
     try:
         import fcntl  # not on Windows

@@ -59,7 +59,11 @@ class Log:
         """
         if self.writer:
             # TensorBoard refuses the bytes of a path, such as --data_dir, that is not UTF-8.
-            shown = {name: as_utf8(value) for name, value in values.items()}
+            shown = values | {
+                name: str(value).encode(errors='backslashreplace').decode()
+                for name, value in values.items()
+                if not isinstance(value, bool | int | float)
+            }
             with self.writer.as_default():
                 write_session(shown, str(self.folder), self.end)
                 if self.start == 0:
@@ -191,13 +195,6 @@ def no_room() -> Iterator[None]:
         raise OSError(f'the summaries cannot be written ({first_line(error)})') from error
 
 
-def as_utf8(value) -> bool | int | float | str:
-    """Returns a flag's value: numbers as they are, else a text without bytes that are not UTF-8."""
-    if isinstance(value, bool | int | float):
-        return value
-    return str(value).encode(errors='backslashreplace').decode()
-
-
 def write_session(values: dict, run: str, end: int):
     """Writes the flags that tell a run from others, for TensorBoard's HPARAMS tab.
 
@@ -219,10 +216,9 @@ def event_files(folder: str | Path) -> list[Path]:
 
 
 def forget_summaries(folder: str | Path, start: int):
-    """Removes the summaries of iteration `start` and later, which are exact after a crash too.
+    """Removes the summaries of iteration `start` and later, which the run writes again.
 
-    A process that died had gone on after its last checkpoint, and the run writes these again. The
-    unreadable end of a file whose writer died goes with them.
+    The unreadable end of a file whose writer died goes with them.
     """
     for path in event_files(folder):
         records = read_events(path)  # the first one, of step 0, tells the version of the file
@@ -240,12 +236,10 @@ def forget_summaries(folder: str | Path, start: int):
 def read_events(path: Path) -> list[bytes]:
     """Reads the serialised events of a file, up to the first that is damaged or none."""
     records = []
-    try:
+    with suppress(tf.errors.DataLossError, tf.errors.OutOfRangeError, DecodeError):
         for record in tf.data.TFRecordDataset(str(path)):
             tf.compat.v1.Event.FromString(record.numpy())
             records.append(record.numpy())
-    except (tf.errors.DataLossError, tf.errors.OutOfRangeError, DecodeError):
-        pass
     return records
 
 

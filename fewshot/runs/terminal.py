@@ -20,10 +20,7 @@ def stopping_signals() -> list[int]:
 
 
 class Signals:
-    """Turns `stopping_signals` into a request to stop, while entered.
-
-    The second one stops at once. SIGHUP comes when the terminal is closed.
-    """
+    """Turns `stopping_signals` into a request to stop, while entered; the second stops at once."""
 
     def __init__(self):
         self.received, self.before = None, {}

@@ -234,12 +234,7 @@ def is_better(value: float, best: float, objective: str) -> bool:
 
 
 def evaluate_tasks(
-    model: FastMAML,
-    source,
-    split: str,
-    tasks: int,
-    num_updates: int,
-    transductive: bool = True,
+    model: FastMAML, source, split: str, tasks: int, num_updates: int, transductive: bool = True
 ) -> Iterator[np.ndarray]:
     """Evaluates the source's objective for tasks of a split, before and after each update.
 

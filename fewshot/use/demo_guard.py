@@ -17,8 +17,7 @@ class Guard:
     async def __call__(self, scope: dict, receive: Callable, send: Callable):
         refusal = self.refusal(scope) if scope['type'] in ('http', 'websocket') else None
         if refusal is None:
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
         status, sentence = refusal
         kind = 'http.response' if scope['type'] == 'http' else 'websocket.http.response'
         plain = [(b'content-type', b'text/plain')]

@@ -6,7 +6,6 @@ import io
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from nicegui import app, background_tasks, events, run, ui
@@ -17,22 +16,15 @@ from fewshot.use.demo_guard import Guard
 from fewshot.use.demo_task import GRID, MAX_BYTES, PEN, UPDATES, Slot, Task, picture, title
 from fewshot.use.learner import Learner
 
-
-class Texts(NamedTuple):
-    """The texts by which the page asks for drawings."""
-
-    show: str
-    ask: str
-
-
 CHARACTERS = Path(__file__).resolve().parents[2] / 'tests' / 'characters'
 COLOURS = ('#4269d0', '#e08a00', '#d6402f', '#3a9e8f', '#8a56c2')
 COLOURS += ('#2f7d32', '#c2518d', '#8c6239', '#5b7083', '#2e9bd6')
-DRAWINGS = Texts(
+# The texts by which the page asks for examples of the classes, and for one to recognise.
+DRAWINGS = (
     'Draw a different character in each square, or drop image files on it.',
     'Draw one of your characters again.',
 )
-PHOTOS = Texts(
+PHOTOS = (
     'Drop an image file on each square, or draw in it.',
     'Drop another image of one of the classes.',
 )
@@ -133,7 +125,7 @@ class SlotView:
         pick = button('upload_file', 'Use image files; you can also drop them on the square')
         pick.on('click', js_handler=f'() => getElement({self.upload.id}).$refs.qRef.pickFiles()')
         if self.slot.limit > 1:
-            button('add', 'Add another example of this class', self.keep)
+            button('add', 'Add another example of this class', lambda: self.change(self.slot.keep))
 
     def draw(self, strokes: list):
         if self.attempt(lambda: self.slot.draw(strokes)):
@@ -144,21 +136,17 @@ class SlotView:
         self.add(event.file.name, await event.file.read())
 
     def add(self, name: str, data: bytes):
-        if self.attempt(lambda: self.slot.add(name, data)):
-            self.pad.show(self.address(self.slot.current))
-            self.show_kept()
-        self.changed()
-
-    def keep(self):
-        if self.attempt(self.slot.keep):
-            self.pad.show('')
-            self.show_kept()
-        self.changed()
+        self.change(lambda: self.slot.add(name, data))
 
     def clear(self):
-        self.slot.clear()
-        self.pad.show('')
-        self.show_kept()
+        self.change(self.slot.clear)
+
+    def change(self, action: Callable[[], None]):
+        """Does something with the slot, and shows in the pad what is there then."""
+        if self.attempt(action):
+            current = self.slot.current
+            self.pad.show('' if current is None else self.address(current))
+            self.show_kept()
         self.changed()
 
     def remove(self, index: int):
@@ -185,9 +173,8 @@ class SlotView:
         self.current.set_visibility(current is not None)
         if current is not None:
             self.current.props['src'] = self.address(current)
-            self.current.props['title'] = 'This is what the network sees: {}×{} pixels'.format(
-                *current.shape[:2]
-            )
+            height, width = current.shape[:2]
+            self.current.props['title'] = f'This is what the network sees: {height}×{width} pixels'
 
     def show_kept(self):
         self.kept.clear()
@@ -236,8 +223,8 @@ class AnswerView:
         return name, bar, ui.label().classes('text-sm text-right text-no-wrap')
 
     def rename(self, c: int, label: str):
-        self.labels[c] = label
-        self.lines.options['series'][c]['name'] = label
+        self.labels[c] = label.strip() or f'Class {c + 1}'
+        self.lines.options['series'][c]['name'] = self.labels[c]
         self.show()
 
     def set(self, answer: np.ndarray | None, shown: list[bool]):
@@ -294,7 +281,8 @@ class Page:
 
     def __init__(self, learner: Learner):
         self.task, self.stale, self.busy = Task(learner), False, False
-        self.texts = DRAWINGS if self.task.layout.mode == 'L' else PHOTOS
+        self.draws = self.task.layout.mode == 'L'
+        show, ask = DRAWINGS if self.draws else PHOTOS
         self.labels = [f'Class {c + 1}' for c in range(len(self.task.classes))]
         ui.colors(primary='#4269d0')
         ui.add_css(PAGE_STYLE)
@@ -302,12 +290,16 @@ class Page:
         with ui.column().classes('page w-full items-stretch gap-4'):
             self.make_head(title(learner))
             with ui.element('div').classes('card'):
-                self.make_classes()
+                self.make_classes(show)
             with ui.row().classes('gap-4 items-stretch w-full'):
                 with ui.element('div').classes('card'):
-                    self.make_query()
+                    ui.label('2  Test it').classes('step')
+                    ui.label(ask).classes('hint mb-2')
+                    self.query = SlotView(self.task.query, 280, '#1d2430', self.changed)
                 with ui.element('div').classes('card answers'):
-                    self.make_answers(learner.model.num_updates)
+                    ui.label('3  See its answer').classes('step')
+                    self.hint = ui.label(self.task.lacking).classes('hint mb-2')
+                    self.answers = AnswerView(self.labels, learner.model.num_updates)
 
     def make_head(self, name: str):
         ways = len(self.task.classes)
@@ -318,16 +310,16 @@ class Page:
                     f'MAML has trained this model to learn {ways} new classes from a few examples. '
                     'Show it yours.'
                 ).classes('hint')
-            if self.texts is DRAWINGS and CHARACTERS.is_dir():
+            if self.draws and CHARACTERS.is_dir():
                 self.examples = cycle(example_files(self.task.layout, ways))
                 example = ui.button('Load an example', on_click=self.load_example)
                 example.props('no-caps no-wrap unelevated')
             ui.button('Clear all', on_click=self.clear).props('no-caps no-wrap outline')
 
-    def make_classes(self):
+    def make_classes(self, show: str):
         ui.label('1  Teach the model').classes('step')
         ui.label(
-            f'{self.texts.show} The small picture is what the network sees. Press + to add another '
+            f'{show} The small picture is what the network sees. Press + to add another '
             'example of a class: more examples make better answers.'
         ).classes('hint mb-3')
         few = len(self.labels) <= 5
@@ -337,7 +329,7 @@ class Page:
     def make_class(self, c: int, size: int) -> SlotView:
         with ui.column().classes('gap-1 w-full'):
             name = ui.input(value=self.labels[c])
-            name.on_value_change(lambda event: self.rename(c, event.value))
+            name.on_value_change(lambda event: self.answers.rename(c, event.value))
             name.props('dense outlined maxlength=30 aria-label="Name of the class"')
             name.style(f'width: 100%; max-width: {size}px')
             with name.add_slot('append'):
@@ -345,19 +337,6 @@ class Page:
             view = SlotView(self.task.classes[c], size, colour(c), self.changed)
             view.name = name
         return view
-
-    def make_query(self):
-        ui.label('2  Test it').classes('step')
-        ui.label(self.texts.ask).classes('hint mb-2')
-        self.query = SlotView(self.task.query, 280, '#1d2430', self.changed)
-
-    def make_answers(self, updates: int):
-        ui.label('3  See its answer').classes('step')
-        self.hint = ui.label(self.task.lacking).classes('hint mb-2')
-        self.answers = AnswerView(self.labels, updates)
-
-    def rename(self, c: int, name: str):
-        self.answers.rename(c, name.strip() or f'Class {c + 1}')
 
     def clear(self):
         for view in [*self.views, self.query]:
@@ -396,12 +375,9 @@ class Page:
 
 def example_files(layout: ImageLayout, ways: int) -> list[tuple[list[Path], Path]]:
     """Lists the tests' characters: an image of each class, and one to classify."""
-    support = [
-        Path(file)
-        for folder in sorted(CHARACTERS.glob('support/*'))[:ways]
-        for file in image_files(folder, layout)[:1]
-    ]
-    names = tuple(file.parent.name for file in support)
+    folders = sorted(CHARACTERS.glob('support/*'))[:ways]
+    support = [Path(image_files(folder, layout)[0]) for folder in folders]
+    names = tuple(folder.name for folder in folders)
     queries = [Path(file) for file in image_files(CHARACTERS / 'query', layout)]
     return [(support, query) for query in queries if query.name.startswith(names)]
 

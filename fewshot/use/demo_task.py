@@ -46,10 +46,7 @@ def draw(strokes: Sequence[Sequence[float]]) -> Image.Image:
 
 
 def read_file(name: str, data: bytes, layout: ImageLayout) -> np.ndarray:
-    """Reads an image file as the network sees it: [height, width, channels] uint8.
-
-    Raises ValueError if it is too large or cannot be decoded.
-    """
+    """Reads an image file: [height, width, channels] uint8. Raises ValueError if it cannot be."""
     if len(data) > MAX_BYTES:
         raise ValueError(f'{name} has more than {MAX_BYTES >> 20} MB')
     with tempfile.TemporaryDirectory() as folder:
@@ -172,11 +169,9 @@ class Task:
         """Returns the present drawings as a Question, None as long as something is lacking."""
         if self.lacking:
             return None
-        counts = [len(slot.images) for slot in self.classes]
         images = [image for slot in self.classes for image in slot.images]
-        return Question(
-            np.stack(images), np.repeat(np.arange(len(counts)), counts), self.query.current
-        )
+        y = [c for c, slot in enumerate(self.classes) for _ in slot.images]
+        return Question(np.stack(images), np.array(y), self.query.current)
 
     def answer(self, question: Question) -> np.ndarray:
         """Computes the classes' probabilities after 0 to UPDATES updates, [UPDATES + 1, N].
@@ -199,10 +194,7 @@ class Task:
         return np.divide(outputs, total, out=np.zeros_like(outputs), where=total > 0)
 
     def weights(self, question: Question) -> dict[str, np.ndarray]:
-        """Returns θ and the weights after each update, [UPDATES + 1, ...] each.
-
-        They are those of the last question if its examples were the same.
-        """
+        """Returns θ and the weights after each update, [UPDATES + 1, ...] each; keeps the last."""
         support = question.x.tobytes(), question.y.tobytes()
         if self.adapted is None or self.adapted[0] != support:
             steps = [self.learner.adapt(question.x, question.y, 0)]

@@ -112,7 +112,7 @@ class MetaModel(keras.Model):
     def fit(
         self, x, *, steps_per_epoch=None, validation_data=None, validation_steps=None, **named
     ) -> keras.callbacks.History:
-        """Trains as Keras's `fit` does; x, validation_data: tasks, see `as_dataset`.
+        """Trains as Keras's `fit`; x, validation_data: batches [T, ...] of tasks, see `as_dataset`.
 
         Tasks that never end go on from epoch to epoch, and begin again for each validation. Raises
         ValueError for anything but tasks.
@@ -127,7 +127,7 @@ class MetaModel(keras.Model):
 
     @takes_tasks
     def evaluate(self, x=None, *, steps=None, **named):
-        """Evaluates as Keras does; x: tasks, see `as_dataset`. Raises ValueError for others."""
+        """Evaluates as Keras; x: batches [T, ...], see `as_dataset`. Raises ValueError."""
         tasks = as_dataset(x, 'steps', steps)
         self.sized('test', tasks.element_spec)
         return super().evaluate(tasks, steps=steps, **named)
@@ -148,14 +148,17 @@ class MetaModel(keras.Model):
 
     @takes_tasks
     def train_on_batch(self, x, **named):
+        """Takes one outer step on a batch [T, ...] of tasks, and returns the metrics before it."""
         return super().train_on_batch(self.sized('train', x), **named)
 
     @takes_tasks
     def test_on_batch(self, x, **named):
+        """Returns the metrics of a batch [T, ...] of tasks."""
         return super().test_on_batch(self.sized('test', x), **named)
 
     @takes_tasks
     def predict_on_batch(self, x) -> np.ndarray:
+        """Predicts the queries of a batch [T, ...] of tasks: [T, examples, out], as `predict`."""
         output = super().predict_on_batch(self.sized('predict', x))
         return checked_finite({'output': output}, 'the answers')['output']
 
@@ -324,10 +327,7 @@ def as_dataset(tasks, steps_name: str, steps: int | None) -> tf.data.Dataset:
 
 
 def dataset_of_batches(batches: Iterable[Batch]) -> tf.data.Dataset:
-    """Makes a dataset of a list of Batches, or of a generator, once.
-
-    Raises ValueError if there is none, as as_batch does, and if sizes differ.
-    """
+    """Makes a dataset of a list of Batches, or of a generator, once. Raises ValueError for none."""
     fixed = isinstance(batches, Sequence)
     if fixed:
         batches = [*map(as_batch, batches)]

@@ -210,10 +210,8 @@ class Learner:
         """
         done = whole_number('done', self.model.num_updates if done is None else done)
         axis = axis_of(self.model, weights)
-        given, x = (
-            weights_of_tasks(self.model, weights, axis),
-            self._examples('query_x', query_x, axis),
-        )
+        given = weights_of_tasks(self.model, weights, axis)
+        x = self._examples('query_x', query_x, axis)
         if support_x is None:
             output = self.programs.output(x, given, done)
         else:

@@ -27,25 +27,12 @@ def parser_of(description: str, checkpoint: bool = True) -> argparse.ArgumentPar
     parser.add_argument(
         'run_folder', type=run_named, metavar='RUN_FOLDER', help='or the name of a published model'
     )
-    parser.add_argument(
-        '--network',
-        default='',
-        metavar='FILE.py:FUNCTION',
-        help='if the run was trained with --network: what makes its network',
-    )
-    parser.add_argument(
-        '--loss',
-        default='',
-        metavar='FILE.py:FUNCTION',
-        help='if the run was trained with --loss: its loss',
-    )
+    for name, what in {'network': 'what makes its network', 'loss': 'its loss'}.items():
+        meaning = f'if the run was trained with --{name}: {what}'
+        parser.add_argument(f'--{name}', default='', metavar='FILE.py:FUNCTION', help=meaning)
     if checkpoint:
-        parser.add_argument(
-            '--checkpoint',
-            choices=['last', 'best'],
-            default='last',
-            help='best: that of the best validation',
-        )
+        given = dict(choices=['last', 'best'], default='last')
+        parser.add_argument('--checkpoint', **given, help='best: that of the best validation')
     return parser
 
 
@@ -62,10 +49,7 @@ def add_adaptation(parser: argparse.ArgumentParser):
 
 
 def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, float | None]:
-    """Returns the number and the size of gradient steps; None: as learned.
-
-    Raises ValueError if they make no sense.
-    """
+    """Returns number and size of steps, None: as learned. Raises ValueError for no sense."""
     steps = learner.model.num_updates if values.steps is None else values.steps
     default = None if learner.model.rates else learner.model.update_lr
     lr = default if values.lr is None else values.lr

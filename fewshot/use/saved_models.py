@@ -90,10 +90,7 @@ def is_known_to_keras(part) -> bool:
 
 
 def find_checkpoint(run_folder: str | Path, checkpoint: int | str = -1) -> str:
-    """Returns the path of a run's checkpoint; arguments and errors as in `Learner.load`.
-
-    Warns of newer ones that are damaged.
-    """
+    """Returns a checkpoint's path, see `Learner.load`. Warns of newer ones that are damaged."""
     if not isinstance(checkpoint, str | int | np.integer) or checkpoint not in ('best', -1):
         text = "checkpoint, if it is not 'best' or -1 for the newest,"
         checkpoint = whole_number(text, checkpoint)
@@ -135,10 +132,7 @@ def load_model(
     inner_loop: InnerLoop | None = None,
     compiled: bool = False,
 ) -> FastMAML:
-    """Loads the model of a checkpoint; settings: the flags of its run.
-
-    Other arguments and errors are those of `Learner.load`.
-    """
+    """Loads a checkpoint's model, see `Learner.load`; settings: the flags of its run."""
     if not settings:
         raise ValueError(
             f'{path} does not tell the flags it was trained with; if it is the TensorFlow 1 '

@@ -73,8 +73,12 @@ def plain_keras(setting: Setting, theta: list[tf.Tensor]) -> tuple[tf.Tensor, li
     return loss_and_gradient(theta)
 
 
-def check_losses(loss: float, keras_loss: float):
-    """Raises ValueError unless this project and Keras have the same finite outer loss."""
+def audit_variables(setting: Setting) -> Iterator[Row]:
+    """Audits variables, one by one. Raises ValueError without a finite loss to differentiate."""
+    model, precision = setting.maml(), setting.network.precision
+    loss, exact = model.meta_gradient(setting.batch)
+    keras_loss, plain = plain_keras(setting, [v.value() for v in model.parameters])
+    loss, keras_loss = float(loss), float(keras_loss)
     if not np.isfinite(loss):
         raise ValueError(f'the outer loss is {loss}: try a smaller --lr, or fewer --updates')
     if abs(loss - keras_loss) > TOLERANCE * abs(keras_loss):
@@ -82,14 +86,6 @@ def check_losses(loss: float, keras_loss: float):
             f'the outer loss is {loss:.6g} by this project, and {keras_loss:.6g} by Keras alone: '
             'examples or tasks depend on each other in a way that is not supported'
         )
-
-
-def audit_variables(setting: Setting) -> Iterator[Row]:
-    """Audits variables, one by one. Raises ValueError without a finite loss to differentiate."""
-    model, precision = setting.maml(), setting.network.precision
-    loss, exact = model.meta_gradient(setting.batch)
-    keras_loss, plain = plain_keras(setting, [v.value() for v in model.parameters])
-    check_losses(float(loss), float(keras_loss))
     _, first_order = setting.maml(stop_grad=True).meta_gradient(setting.batch)
     norms = np.array([float(tf.norm(gradient)) for gradient in [*exact, *first_order]])
     floor = max(1e-3 * norms[np.isfinite(norms)].max(initial=0), 1e-12)

@@ -63,14 +63,6 @@ def split_images(found: Mapping[str, Callable[[], bytes]], splits: dict, images:
     return {f'{split_of[path.partition("/")[0]]}/{path}': made for path, made in found.items()}
 
 
-def report(target: Path, splits: dict, images: int) -> str:
-    sizes = (
-        f'{split} {len(labels)} classes, {images * len(labels)} images'
-        for split, labels in splits.items()
-    )
-    return f'{target}: {"; ".join(sizes)}.'
-
-
 def prepare(
     source: Path | None, target: Path, splits: dict, remote: Remote = ARCHIVE, images: int = IMAGES
 ) -> str:
@@ -88,12 +80,14 @@ def prepare(
     preparation.check_source(source)
     if preparation.is_prepared(target, complete, SIZE):
         return f'{target} is complete already; nothing to do.'
-    if source:
-        preparation.write_images(target, split_images(find(source), splits, images))
-        return report(target, splits, images)
-    with downloads.folder_beside(target, [remote.name]) as folder:
-        archive = downloads.fetch(remote, folder, ADVICE)
-        return prepare(archive, target, splits, remote, images)
+    if not source:
+        with downloads.folder_beside(target, [remote.name]) as folder:
+            archive = downloads.fetch(remote, folder, ADVICE)
+            return prepare(archive, target, splits, remote, images)
+    preparation.write_images(target, split_images(find(source), splits, images))
+    counts = {split: len(labels) for split, labels in splits.items()}
+    sizes = [f'{split} {n} classes, {images * n} images' for split, n in counts.items()]
+    return f'{target}: {"; ".join(sizes)}.'
 
 
 def main(argv: list[str]) -> None:

@@ -28,7 +28,7 @@ from absl import app, flags
 
 from fewshot.data import downloads, miniimagenet, preparation
 from fewshot.data.downloads import Remote
-from fewshot.data.miniimagenet import CLASSES, IMAGES, SIZE, Found
+from fewshot.data.miniimagenet import CLASSES, IMAGES, SIZE
 from fewshot.data.preparation import PreparationError
 
 RECORD = 'https://zenodo.org/api/records/7978538'
@@ -39,9 +39,6 @@ ADVICE = (
     'try again, which goes on where it broke off, or get miniImagenet by other means and name its '
     'folder with --source.'
 )
-
-
-# Download -----------------------------------------------------------------------------------------
 
 
 def pickles_of(record: str) -> list[Remote]:
@@ -89,9 +86,6 @@ def download(
         return prepare(folder, target)
 
 
-# From files ---------------------------------------------------------------------------------------
-
-
 def report(paths: Iterable[str], missing: int) -> str:
     """Tells the classes and images written per split."""
     lines, written = [], [path.split('/') for path in paths]
@@ -108,32 +102,24 @@ def report(paths: Iterable[str], missing: int) -> str:
     return '\n'.join(lines)
 
 
-def check_missing(source: Path, found: Found, allowed: bool) -> None:
-    """Raises PreparationError if images are missing, when that is not allowed, or if all are."""
-    missing = found.missing
-    if not missing or (allowed and found.images):
-        return
-    first = ', '.join(f'{row.filename} ({row.split})' for row in missing[:3])
-    if len(missing) > 3:
-        first += ', ...'
-    advice = '' if allowed else ' Get them, or leave them out with --allow_missing.'
-    raise PreparationError(
-        f'{source} lacks {len(missing)} of the {found.listed} listed images: {first}.{advice}'
-    )
-
-
 def prepare(source: Path, target: Path, allow_missing: bool = False) -> str:
     """Writes the target, unless it is there already, and returns a report.
 
-    source: a folder or an archive. Raises PreparationError.
+    source: a folder or an archive. allow_missing: some, not all. Raises PreparationError.
     """
+    preparation.check_source(source)
     found = miniimagenet.find(source)
-    check_missing(source, found, allow_missing)
-    images = found.images
+    images, missing = found.images, found.missing
+    if missing and not (allow_missing and images):
+        first = ', '.join(f'{row.filename} ({row.split})' for row in missing[:3])
+        more = ', ...' if len(missing) > 3 else ''
+        advice = '' if allow_missing else ' Get them, or leave them out with --allow_missing.'
+        count = f'{len(missing)} of the {found.listed} listed images'
+        raise PreparationError(f'{source} lacks {count}: {first}{more}.{advice}')
     if preparation.is_prepared(target, lambda paths: paths == images.keys(), SIZE):
         return f'{target} is complete already; nothing to do.'
     preparation.write_images(target, images)
-    return f'{target}\n{report(images, len(found.missing))}'
+    return f'{target}\n{report(images, len(missing))}'
 
 
 def main(argv: list[str]) -> None:

@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from absl import app, flags
 from PIL import Image
 
-from fewshot.data import downloads, preparation
-from fewshot.data.archives import archive_items
+from fewshot.data import archives, downloads, preparation
 from fewshot.data.downloads import Remote
 from fewshot.data.entries import class_folders
 from fewshot.data.preparation import Item, PreparationError
@@ -49,18 +48,6 @@ class Counts(NamedTuple):
 OFFICIAL = Counts()
 
 
-def download(url: str, md5: Mapping[str, str], folder: Path) -> list[Item]:
-    """Downloads the archives into the folder, and lists their files.
-
-    Raises PreparationError if one cannot be had or is not the one that `md5` names.
-    """
-    items = []
-    for name, digest in md5.items():
-        remote = Remote(name, f'{url.rstrip("/")}/{name}', digest, MAX_DOWNLOAD)
-        items += archive_items(downloads.fetch(remote, folder, ADVICE), remote.address)
-    return items
-
-
 def images_in(folder: Path) -> list[Item]:
     """Lists the files ALPHABET/CHARACTER/NAME.png of a folder; none if there is no such folder."""
     items = preparation.all_items(folder, depth=2)
@@ -72,7 +59,7 @@ def items_in(folder: Path) -> list[Item]:
     items = []
     for name in MD5:
         if (folder / name).is_file():
-            items += archive_items(folder / name, str(folder / name))
+            items += archives.unpack(preparation.all_items(folder / name, depth=0))
         else:
             items += images_in(folder / Path(name).stem)
     return items or images_in(folder)
@@ -82,15 +69,11 @@ def find(source: Path) -> list[Item]:
     """Finds images in a folder or, as torchvision's lie in omniglot-py, in a folder of it."""
     if not source.is_dir():
         raise PreparationError(f'--source={source} is not a folder.')
-    items = items_in(source)
-    inside = [] if items else class_folders(source, 1)
-    items = items or next(filter(None, (items_in(Path(path)) for _, path in inside)), [])
-    if not items:
-        archives = ' and '.join(MD5)
-        raise PreparationError(
-            f'--source={source} holds neither {archives} nor what they unpack to.'
-        )
-    return items
+    for folder in (source, *(Path(path) for _, path in class_folders(source, 1))):
+        if items := items_in(folder):
+            return items
+    both = ' and '.join(MD5)
+    raise PreparationError(f'--source={source} holds neither {both} nor what they unpack to.')
 
 
 def fault(paths: Iterable[str], counts: Counts) -> str | None:
@@ -113,10 +96,9 @@ def merge(items: list[Item]) -> dict[str, Item]:
         if len(item.path.parts) < 3 or item.path.suffix != '.png':
             continue
         name = '/'.join(item.path.parts[-3:])
-        if name in merged:
-            both = f'{item.where} and {merged[name].where}'
-            raise PreparationError(f'{both} are both the same image.')
-        merged[name] = item
+        first = merged.setdefault(name, item)
+        if first is not item:
+            raise PreparationError(f'{item.where} and {first.where} are both the same image.')
     return dict(sorted(merged.items()))
 
 
@@ -136,17 +118,6 @@ def resize(item: Item) -> bytes:
     return file.getvalue()
 
 
-def write(items: list[Item], source: Path | str, target: Path, counts: Counts) -> str:
-    """Writes the target and returns a report; source: where the images are from."""
-    merged = merge(items)
-    if wrong := fault(merged, counts):
-        raise PreparationError(f'{source} does not hold the complete Omniglot: {wrong}.')
-    images = {name: functools.partial(resize, item) for name, item in merged.items()}
-    preparation.write_images(target, images)
-    classes = f'{counts.alphabets} alphabets, {counts.characters} characters'
-    return f'{target}: {classes}, {len(images)} images.'
-
-
 def prepare(
     source: Path | None,
     target: Path,
@@ -156,15 +127,24 @@ def prepare(
 ) -> str:
     """Writes the target, unless it is there already, and returns a report.
 
-    Raises PreparationError.
+    source: a folder; None: the archives that `md5` names are downloaded. Raises PreparationError.
     """
     preparation.check_source(source)
     if preparation.is_prepared(target, lambda paths: fault(paths, counts) is None, RESIZED):
         return f'{target} is complete already; nothing to do.'
-    if source:
-        return write(find(source), source, target, counts)
-    with downloads.folder_beside(target, md5) as folder:
-        return write(download(url, md5, folder), url, target, counts)
+    if not source:
+        with downloads.folder_beside(target, md5) as folder:
+            for name, digest in md5.items():
+                remote = Remote(name, f'{url.rstrip("/")}/{name}', digest, MAX_DOWNLOAD)
+                downloads.fetch(remote, folder, ADVICE)
+            return prepare(folder, target, counts=counts)
+    merged = merge(find(source))
+    if wrong := fault(merged, counts):
+        raise PreparationError(f'{source} does not hold the complete Omniglot: {wrong}.')
+    images = {name: functools.partial(resize, item) for name, item in merged.items()}
+    preparation.write_images(target, images)
+    classes = f'{counts.alphabets} alphabets, {counts.characters} characters'
+    return f'{target}: {classes}, {len(images)} images.'
 
 
 def main(argv: list[str]) -> None:

@@ -86,15 +86,6 @@ cell() {
     done
 }
 
-# Whether a best checkpoint was kept. The folder's name is no pattern, whatever is in it.
-has_best() {
-    local index
-    for index in "$logdir"/*/best*.index; do
-        [ -e "$index" ] && return
-    done
-    return 1
-}
-
 # evaluate FLAGS: the last checkpoint of what was trained, and the best of the validations, on 600
 # tasks of the test classes.
 evaluate() {
@@ -104,7 +95,7 @@ evaluate() {
         split=--test_set=False
     fi
     python main.py "${flags[@]}" --train=False $split "$@"
-    if has_best; then
+    if [ -n "$(find -L "$logdir" -mindepth 2 -maxdepth 2 -name 'best*.index')" ]; then
         python main.py "${flags[@]}" --train=False $split --test_iter=best "$@"
     fi
 }

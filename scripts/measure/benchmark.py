@@ -80,12 +80,6 @@ def rss_mb() -> float:
         return 0.0
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the libraries."""
-    modules = {module.__name__: module.__version__ for module in (tf, keras, np)}
-    return {'python': sys.version.split()[0], **modules}
-
-
 # A meta-training step -----------------------------------------------------------------------------
 
 
@@ -93,7 +87,7 @@ def read_case(path: str) -> dict[str, np.ndarray]:
     """Reads the arrays of a case file. Raises ValueError if it is none."""
     try:
         with np.load(path) as case:
-            values = {name: case[name] for name in case.files}
+            values = dict(case)
     except FileNotFoundError as error:
         raise ValueError(f'there is no file {path}') from error
     except Exception as error:
@@ -130,8 +124,8 @@ def case_array(path: str, values: dict, key: str, shape: tuple[int | None, ...])
         array = values[key]
     else:
         raise ValueError(f'{path} has no array "{key}", which its flags ask for')
-    full = tuple(found if size is None else size for size, found in zip(shape, array.shape))
-    if array.shape != full or array.ndim != len(shape):
+    fits = [size in (None, found) for size, found in zip(shape, array.shape)]
+    if array.ndim != len(shape) or not all(fits):
         wanted = ', '.join('?' if size is None else str(size) for size in shape)
         raise ValueError(f'{path}: "{key}" is {[*array.shape]}, but its flags ask for [{wanted}]')
     return array
@@ -139,13 +133,13 @@ def case_array(path: str, values: dict, key: str, shape: tuple[int | None, ...])
 
 def case_batch(path: str, values: dict, model: FastMAML, tasks: int) -> Batch:
     """Returns the meta-batch of a case. Raises ValueError if one is missing or of another shape."""
-    network, arrays = model.network, {}
+    network, arrays = model.network, []
     for part in 'ab':
         sizes = tasks, None, network.dim_input
-        arrays[f'input{part}'] = x = case_array(path, values, f'input/input{part}', sizes)
-        sizes = tasks, x.shape[1], network.dim_output
-        arrays[f'label{part}'] = case_array(path, values, f'input/label{part}', sizes)
-    return Batch(**{name: tf.constant(array, model.dtype) for name, array in arrays.items()})
+        arrays.append(case_array(path, values, f'input/input{part}', sizes))
+        sizes = tasks, arrays[-1].shape[1], network.dim_output
+        arrays.append(case_array(path, values, f'input/label{part}', sizes))
+    return Batch(*(tf.constant(array, model.dtype) for array in arrays))
 
 
 def operations(model: FastMAML, batch: Batch) -> int:
@@ -230,13 +224,13 @@ class Stopwatch:
 
     def watch(self, batches: Iterator) -> Iterator:
         """Yields the training data, and watches them, until the time is over."""
-        while self.first_end is None or time.perf_counter() - self.first_end < self.seconds:
-            start = time.perf_counter()
-            item = next(batches, None)
-            if item is None:
-                return
+        start = time.perf_counter()
+        for item in batches:
             self.waited += time.perf_counter() - start
             yield item
+            start = time.perf_counter()
+            if self.first_end is not None and start - self.first_end >= self.seconds:
+                return
 
     def report(self) -> dict:
         if not self.iterations:
@@ -244,11 +238,9 @@ class Stopwatch:
                 'there was time for one step only; give more --seconds or --metatrain_iterations'
             )
         elapsed = self.end - self.first_end
-        self.figures |= {
-            'iterations': self.iterations,
-            'iterations_per_s': round(self.iterations / elapsed, 3),
-            'input_share': round(self.waited / elapsed, 5),
-        }
+        self.figures['iterations'] = self.iterations
+        self.figures['iterations_per_s'] = round(self.iterations / elapsed, 3)
+        self.figures['input_share'] = round(self.waited / elapsed, 5)
         if self.early_rss:
             self.figures['rss_growth_mb'] = round(rss_mb() - self.early_rss, 1)
         return self.figures
@@ -299,22 +291,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS):
     flags.DEFINE_boolean('evaluate', False, 'time the evaluation of 600 tasks', flag_values=values)
 
 
-def check_arguments(arguments: list[str], f: flags.FlagValues):
-    """Raises ValueError unless the arguments ask for exactly one of the three measurements."""
+def benchmark(arguments: list[str], f=flags.FLAGS, tune: Callable = lambda f: None):
+    """Prints the figures; arguments: the program and, if asked, a case file; see machine.tune."""
     asked = (len(arguments) == 2) + f.evaluate + f['train'].present
-    if asked != 1 or len(arguments) > 2 or not (f.train or f.evaluate):
-        raise ValueError('give either a case file, or --train, or --evaluate with flags of main.py')
-
-
-def benchmark(
-    arguments: list[str], f: flags.FlagValues = flags.FLAGS, tune: Callable = lambda f: None
-):
-    """Prints the figures.
-
-    arguments: the program and the case file, if any. tune: see machine.tune.
-    """
     try:
-        check_arguments(arguments, f)
+        if asked != 1 or len(arguments) > 2 or not (f.train or f.evaluate):
+            raise ValueError(
+                'give either a case file, or --train, or --evaluate with flags of main.py'
+            )
         if len(arguments) == 2:
             figures = time_case(arguments[1], f.steps, tune)
         else:
@@ -325,7 +309,8 @@ def benchmark(
             figures['peak_rss_mb'] = peak_rss_mb()
     except (ValueError, OSError, UserCodeError, Diverged) as error:
         sys.exit(f'benchmark.py: {error}')
-    print(json.dumps({**figures, 'versions': versions()}))
+    versions = {module.__name__: module.__version__ for module in (tf, keras, np)}
+    print(json.dumps(figures | {'versions': {'python': sys.version.split()[0], **versions}}))
 
 
 if __name__ == '__main__':

@@ -45,18 +45,13 @@ def test_tasks(
 ) -> DataGenerator:
     """Returns the generator of the tasks that main.py evaluates a run with these flags on.
 
-    classes: those that the run knows, from its checkpoint. Raises ValueError and OSError without
-    data.
+    classes: those that the run knows. Raises ValueError and OSError without data.
     """
     values = flags.FlagValues()
     define_flags(values)
     wanted = {'update_batch_size': shots, 'data_dir': data_dir, 'train': False, 'test_set': True}
-    known = {name: value for name, value in settings.items() if name in values}
-    line = ['step_sizes.py']
-    for name, value in (known | wanted).items():
-        if value is not None:
-            line.append(f'--{name}={value}')
-    values(line)
+    given = {name: value for name, value in (settings | wanted).items() if value is not None}
+    values(['step_sizes.py', *(f'--{name}={given[name]}' for name in given if name in values)])
     run = {'classes': classes, 'fit': 'squash'}  # which all did before it was among the flags
     return make_generators(values, run)['test']
 
@@ -88,10 +83,8 @@ def row(name: str, values: np.ndarray, is_error: bool) -> str:
     values = values[:, list(SHOWN)] * (1 if is_error else 100)
     means = values.mean(-1)
     halves = confidence(means if len(means) > 1 else values[0].T)
-    cells = []
-    for mean, half in zip(means.mean(0), halves):
-        diverges = is_error and not mean < DIVERGED
-        cells.append('diverges' if diverges else f'{mean:.2f} ± {half:.2f}')
+    shown = [f'{mean:.2f} ± {half:.2f}' for mean, half in zip(means.mean(0), halves)]
+    cells = [*np.where(is_error & ~(means.mean(0) < DIVERGED), 'diverges', shown)]
     if is_error:
         medians = np.median(values, -1).mean(0)
         cells.append(' / '.join(f'{value:.2f}' for value in medians))
@@ -101,15 +94,12 @@ def row(name: str, values: np.ndarray, is_error: bool) -> str:
 
 def training(learner: Learner) -> tuple:
     """Returns the settings that seeds of the same training have in common."""
-    settings = learner.settings
+    settings, alpha = learner.settings, learner.model.update_lr
     baseline = settings.get('baseline') or 'None'
-    alpha, shots = learner.model.update_lr, settings['update_batch_size']
-    return settings['datasource'], baseline, alpha, shots
+    return settings['datasource'], baseline, alpha, settings['update_batch_size']
 
 
-def table(
-    models: list[Learner], shots: int | None, tasks: int, data_dir: str, classes: dict | None
-):
+def table(models: list[Learner], options: argparse.Namespace, classes: dict | None):
     """Prints the table; classes: those that the first run knows.
 
     Raises ValueError if the runs do not belong together.
@@ -119,15 +109,15 @@ def table(
         raise ValueError('the runs have learned their step sizes, so halving α tells nothing')
     if len({training(learner) for learner in models}) > 1 or 'oracle' in training(first):
         raise ValueError('the runs must be seeds of the same training, and not of the oracle')
-    is_error = not first.is_classifier
-    shots = shots or first.settings['update_batch_size']
-    generator = test_tasks(first.settings, shots, data_dir, classes)
+    is_error, tasks = not first.is_classifier, options.tasks
+    shots = options.shots or first.settings['update_batch_size']
+    generator = test_tasks(first.settings, shots, options.data_dir, classes)
     more = ['medians', f'above {DIVERGED:.0f} after {UPDATES}'] if is_error else []
     print(f'| {" | ".join(["step size", *(f"after {i}" for i in SHOWN), *more])} |')
     print('|---' * (1 + len(SHOWN) + len(more)) + '|')
-    chunk, batches = generator.tasks_at_once, []
-    for i in range(0, tasks, chunk):
-        batches.append(generator.batch('test', 0, tasks, slice(i, i + chunk)))
+    chunk = generator.tasks_at_once
+    slices = [slice(i, i + chunk) for i in range(0, tasks, chunk)]
+    batches = [generator.batch('test', 0, tasks, of_tasks) for of_tasks in slices]
     for halved, name in (False, f'{alpha:g}'), (True, f'{alpha:g}, then {alpha / 2:g}'):
         values = []  # [seeds, 1 + UPDATES, tasks]
         for learner in models:
@@ -146,12 +136,11 @@ def main(arguments: list[str]):
     parser.add_argument('--data_dir', default='data')
     options = parser.parse_args(arguments)
     with refusals(__file__):
-        for name in ('shots', 'tasks'):
-            if vars(options)[name] is not None:
-                whole_number(f'--{name}', vars(options)[name], lowest=1)
+        whole_number('--shots', 1 if options.shots is None else options.shots, lowest=1)
+        whole_number('--tasks', options.tasks, lowest=1)
         models = [load(run) for run in options.runs]
         classes = read_run_state(find_checkpoint(options.runs[0])).get('classes')
-        table(models, options.shots, options.tasks, options.data_dir, classes)
+        table(models, options, classes)
 
 
 if __name__ == '__main__':

@@ -89,14 +89,6 @@ def random_batch(options: argparse.Namespace) -> Batch:
     return Batch(*map(tf.constant, parts))
 
 
-def make_setting(options: argparse.Namespace) -> Setting:
-    """Makes the setting of the audit. Raises as `make_network` does."""
-    network, batch = make_network(options), random_batch(options)
-    loss = cross_entropy(options.examples / options.classes)
-    loss = mean_squared_error if options.classes == 1 else loss
-    return Setting(network, batch, loss, options.updates, options.lr, options.seed)
-
-
 # The printed output -------------------------------------------------------------------------------
 
 
@@ -122,9 +114,8 @@ def fault(method: str, compared: Compared) -> str:
     """Tells how a method is wrong; empty if it is not."""
     if compared.is_right:
         return ''
-    if abs(compared.difference) < compared.scale:
-        return f'{method} not zero'
-    return f'{method} {100 * compared.error:.2f} % off'
+    is_zero = abs(compared.difference) < compared.scale
+    return f'{method} not zero' if is_zero else f'{method} {100 * compared.error:.2f} % off'
 
 
 def listed(names: list[str]) -> str:
@@ -159,18 +150,21 @@ def report(options: argparse.Namespace) -> bool:
 
     Raises ValueError and UserCodeError.
     """
-    setting, rows = make_setting(options), []
-    width = max(len(name) for name in setting.network.parameters)
+    network, batch, rows = make_network(options), random_batch(options), []
+    loss = cross_entropy(options.examples / options.classes)
+    loss = mean_squared_error if options.classes == 1 else loss
+    setting = Setting(network, batch, loss, options.updates, options.lr, options.seed)
+    width = max(map(len, network.parameters))
     for row in audit_variables(setting):
         if not rows:
             print(line('variable', width, HEADING, 'verdict'))
         rows.append(row)
-        here, plain = row.here, row.keras
-        cells = [here.derivative, plain.derivative, here.difference, row.first_order]
+        here = row.here
+        cells = [here.derivative, row.keras.derivative, here.difference, row.first_order]
         print(line(row.name, width, cells, verdict(row)), flush=True)
     print(conclusion(rows))
-    decided = [row.here for row in rows if row.here.is_decided]
-    return bool(decided) and all(here.is_right for here in decided)
+    right = [row.here.is_right for row in rows if row.here.is_decided]
+    return bool(right) and all(right)
 
 
 # The command line ---------------------------------------------------------------------------------

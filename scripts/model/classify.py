@@ -25,13 +25,7 @@ from fewshot.data.entries import visible
 from fewshot.data.image_files import ImageLayout, image_files, read_image, run_layout
 from fewshot.runs.terminal import print_anything
 from fewshot.use.learner import Learner
-from fewshot.use.loading import (
-    add_adaptation,
-    chosen_steps,
-    load_of_images,
-    parser_of,
-    refusals,
-)
+from fewshot.use.loading import add_adaptation, chosen_steps, load_of_images, parser_of, refusals
 
 
 class Support(NamedTuple):
@@ -76,17 +70,15 @@ def read_support(folder: Path, layout: ImageLayout, ways: int) -> Support:
 
 
 def read_queries(paths: list[Path], layout: ImageLayout) -> tuple[list[str], np.ndarray]:
-    """Returns the images' paths, those in folders one by one, and the images.
-
-    The images are [queries, height, width, channels] uint8.
-    """
+    """Returns the images' paths, and [queries, height, width, channels] uint8."""
     files = []
     for path in paths:
-        if path.is_dir() and not image_files(path, layout):
-            raise ValueError(f'{path} holds no images')
         if not path.exists():
             raise ValueError(f'there is no image {path}')
-        files += image_files(path, layout) if path.is_dir() else [str(path)]
+        found = image_files(path, layout) if path.is_dir() else [str(path)]
+        if not found:
+            raise ValueError(f'{path} holds no images')
+        files += found
     return files, np.stack([read_image(file, layout) for file in files])
 
 
@@ -100,16 +92,6 @@ def adapt(
         weights = learner.adapt(support.x, support.y, 1, lr, weights, done)
         losses.append(float(learner.task_loss(support.x, support.y, weights, done + 1)))
     return weights, losses
-
-
-def answer(file: str, labels: list[str], probabilities: np.ndarray) -> dict:
-    """Returns the answer for one image; probabilities: that of each label."""
-    return {
-        'image': file,
-        'label': labels[probabilities.argmax()],
-        'probability': float(probabilities.max()),
-        'probabilities': dict(zip(labels, map(float, probabilities))),
-    }
 
 
 def classify(values: argparse.Namespace) -> dict:
@@ -129,7 +111,12 @@ def classify(values: argparse.Namespace) -> dict:
     if not (total > 0).all():
         raise ValueError('none of the labels has a probability: adaptation diverged, lower --lr')
     probabilities /= total
-    images = [answer(file, support.labels, row) for file, row in zip(files, probabilities)]
+    images = []
+    for file, row in zip(files, probabilities):
+        of_labels = dict(zip(support.labels, map(float, row)))
+        label, probability = support.labels[row.argmax()], float(row.max())
+        found = {'image': file, 'label': label, 'probability': probability}
+        images.append(found | {'probabilities': of_labels})
     return {'labels': support.labels, 'losses': losses, 'images': images}
 
 

@@ -24,12 +24,6 @@ from fewshot.use.loading import load_of_images, parser_of, refusals
 HOST = '127.0.0.1'  # the machine itself, and nobody else
 
 
-def check_extra():
-    """Raises ValueError if the library of the page is not installed."""
-    if importlib.util.find_spec('nicegui') is None:
-        raise ValueError("the page needs NiceGUI; install it with `pip install -e '.[demo]'`")
-
-
 def free_port(port: int) -> int:
     """Returns the port if it is free, for 0 any that is. Raises ValueError if it is in use."""
     with socket.socket() as server:
@@ -50,7 +44,8 @@ def main(arguments: list[str] | None = None):
     parser.add_argument('--no_browser', action='store_true', help='print the address only')
     values = parser.parse_args(arguments)
     with refusals(__file__):
-        check_extra()
+        if importlib.util.find_spec('nicegui') is None:
+            raise ValueError("the page needs NiceGUI; install it with `pip install -e '.[demo]'`")
         port = free_port(values.port)
         learner = load_of_images(values)
     from fewshot.use import demo_page  # imports NiceGUI, which is an extra

@@ -15,10 +15,11 @@ that diverges, is refused with an InvalidArgumentError.
 """
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,12 +36,6 @@ from fewshot.use import programs
 from fewshot.use.learner import PIXEL_TOLERANCE, Learner
 from fewshot.use.loading import add_adaptation, chosen_steps, load, parser_of, refusals
 from maml import repeated
-
-
-def serve(function: Callable, *arguments: tf.TensorSpec) -> Callable:
-    """Makes a function a signature of the SavedModel."""
-    return tf.function(function, input_signature=arguments, autograph=False)
-
 
 # The checks of Learner as assertions of the graph, so that a server makes them too ----------------
 
@@ -88,14 +83,14 @@ class Serving(NamedTuple):
             tf.TensorSpec([None, None], tf.int64, 'support_labels'),
         )
         query = tf.TensorSpec(images, tf.float32, 'query_images')
-        module = tf.Module()
-        module.weights = self.learner.model.weights
-        module.norms, module.rates = self.learner.model.norms, self.learner.model.rates
-        keras_model = getattr(self.learner.model.network, 'model', None)
+        module, model = tf.Module(), self.learner.model
+        module.weights, module.norms, module.rates = model.weights, model.norms, model.rates
+        keras_model = getattr(model.network, 'model', None)
         if keras_model:  # the graphs below read them
             module.others = [variable.value for variable in keras_model.variables]
-        module.adapt = serve(self.adapt, *support)
-        module.adapt_and_predict = serve(self.adapt_and_predict, *support, query)
+        signature = functools.partial(tf.function, autograph=False)
+        module.adapt = signature(self.adapt, support)
+        module.adapt_and_predict = signature(self.adapt_and_predict, (*support, query))
         return module
 
     def images(self, name: str, images: tf.Tensor, tasks, examples) -> tf.Tensor:
@@ -113,9 +108,8 @@ class Serving(NamedTuple):
         return self.images('support_images', images, *tf.unstack(tf.shape(labels))), labels
 
     def flat(self, images: tf.Tensor) -> tf.Tensor:
-        tasks, examples = tf.unstack(tf.shape(images)[:2])
-        dim_input = self.learner.model.network.dim_input
-        return tf.reshape(images, [tasks, examples, dim_input])
+        sizes = [*tf.unstack(tf.shape(images)[:2]), self.learner.model.network.dim_input]
+        return tf.reshape(images, sizes)
 
     def adapt(self, support_images: tf.Tensor, support_labels: tf.Tensor) -> dict[str, tf.Tensor]:
         return self.adapted(*self.support(support_images, support_labels))
@@ -136,12 +130,10 @@ class Serving(NamedTuple):
         model = self.learner.model
         support_images, support_labels = self.support(support_images, support_labels)
         weights = self.adapted(support_images, support_labels)
-        tasks = tf.shape(support_images)[0]
-        query_images = self.images('query_images', query_images, tasks, 0)
-        x, leading = self.flat(query_images), None
+        tasks, examples = tf.unstack(tf.shape(support_images)[:2])
+        x, leading = self.flat(self.images('query_images', query_images, tasks, 0)), None
         if not self.transductive:
-            x = tf.concat([self.flat(support_images), x], axis=1)
-            leading = tf.shape(support_images)[1]
+            x, leading = tf.concat([self.flat(support_images), x], axis=1), examples
         output = programs.output(model.maml, x, weights, self.steps, leading)
         what = 'adaptation diverged, export with a smaller --lr: the answers'
         return {'probabilities': finite(what, tf.nn.softmax(output))}

@@ -48,10 +48,7 @@ CONVOLUTIONAL = 'conv1 b1 conv2 b2 conv3 b3 conv4 b4 w5 b5'.split()  # the names
 
 
 def locate(source: Path) -> tuple[str, int]:
-    """Returns (path without suffix, iteration) of a checkpoint.
-
-    source: model{iteration}, a file of it, or a folder, whose newest is taken.
-    """
+    """Returns (path without suffix, iteration) of a checkpoint, a folder's newest."""
     if source.is_dir():
         found = checkpoints(source)
         if not found:
@@ -76,29 +73,19 @@ def weight_names(stored: Collection[str]) -> list[str]:
     if 'model/conv1' in stored:
         return CONVOLUTIONAL
     variables = [key for key in stored if re.fullmatch(r'model/Variable(_\d+)?', key)]
-    names = []
-    for i in range(1, len(variables) // 2 + 1):
-        names += [f'w{i}', f'b{i}']
-    return names
-
-
-def norm_names(stored: Collection[str]) -> list[str]:
-    """Names the normalisations' parameters in a checkpoint of these variables."""
-    found = [key for key in stored if re.fullmatch(r'model/\d/(beta|gamma)', key)]
-    return sorted(key.removeprefix('model/') for key in found)
+    return [f'{kind}{i}' for i in range(1, len(variables) // 2 + 1) for kind in 'wb']
 
 
 def read_original(path: str) -> dict:
-    """Reads the flags that a checkpoint's variables tell.
-
-    Raises ValueError if they are of no network of the original's.
-    """
+    """Reads the flags that variables tell. Raises ValueError for those of no original network."""
     stored = stored_values(path)
     if OBJECT_GRAPH in stored:
         raise ValueError(
             f'{path} is a checkpoint of TensorFlow 2 already; main.py reads it as it is'
         )
-    names, norms = weight_names(stored), norm_names(stored)
+    names = weight_names(stored)
+    norms = [key for key in stored if re.fullmatch(r'model/\d/(beta|gamma)', key)]
+    norms = sorted(key.removeprefix('model/') for key in norms)
     try:
         values, _ = read_checkpoint(path, names + norms)
         flags = known_flags({name: values[name] for name in names}, norms)
@@ -111,39 +98,33 @@ def read_original(path: str) -> dict:
 
 
 def known_flags(weights: dict, norms: list[str]) -> dict:
-    """Returns the flags of main.py that names and shapes of parameters tell.
-
-    The flag datasource is None if it is none of the three.
-    """
+    """Returns the flags that names and shapes of parameters tell; datasource may be None."""
     flags = {'norm': 'batch_norm' if norms else 'None'}
     if '0/gamma' in norms:
         flags['norm'] = 'layer_norm'
-    return flags | (convolutional(weights) if 'conv1' in weights else fully_connected(weights))
-
-
-def convolutional(weights: dict) -> dict:
-    """Returns the flags that the shapes of a convolutional network's weights tell."""
-    channels, filters = weights['conv1'].shape[2:]
-    flags = {'datasource': CHANNELS.get(channels), 'num_classes': len(weights['b5'])}
-    flags |= {'num_filters': filters, 'conv': True}
-    if channels == 3:  # of 84x84 pixels, 5x5 are left after pooling, 6x6 after strides
-        flags['max_pool'] = len(weights['w5']) == 25 * filters
-    return flags
-
-
-def fully_connected(weights: dict) -> dict:
-    """Returns the flags that the shapes of a fully connected network's weights tell."""
-    inputs, last_bias = len(weights['w1']), [*weights.values()][-1]
+    classes = len([*weights.values()][-1])  # biases of the last layer
+    if 'conv1' in weights:
+        channels, filters = weights['conv1'].shape[2:]
+        flags |= {'datasource': CHANNELS.get(channels), 'num_classes': classes}
+        flags |= {'num_filters': filters, 'conv': True}
+        if channels == 3:  # of 84x84 pixels, 5x5 are left after pooling, 6x6 after strides
+            flags['max_pool'] = len(weights['w5']) == 25 * filters
+        return flags
+    inputs = len(weights['w1'])
     if INPUTS.get(inputs) == 'sinusoid':
-        return {'datasource': 'sinusoid', 'baseline': 'oracle' if inputs == 3 else None}
-    return {'datasource': INPUTS.get(inputs), 'conv': False, 'num_classes': len(last_bias)}
+        return flags | {'datasource': 'sinusoid', 'baseline': 'oracle' if inputs == 3 else None}
+    return flags | {'datasource': INPUTS.get(inputs), 'conv': False, 'num_classes': classes}
 
 
-def flags_of_name(name: str) -> dict | None:
-    """Returns the flags that a run's name tells; None if it is no run's name."""
+def flags_of_name(name: str) -> dict:
+    """Returns the flags that a run's name tells. Raises ValueError if it is no run's name."""
     match = NAME.fullmatch(name)
     if not match:
-        return None
+        raise ValueError(
+            f'{name} is not the name of a run, by which main.py would find it: give a '
+            '--target like logs/cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm, '
+            'with the settings of the run'
+        )
     flags = match.groupdict(default=64)  # the default is num_filters' alone
     flags = {flag: int(text) if str(text).isdigit() else text for flag, text in flags.items()}
     return flags | {
@@ -155,17 +136,8 @@ def flags_of_name(name: str) -> dict | None:
 
 
 def check_name(target: Path, path: str, known: dict) -> dict:
-    """Returns all flags that the run's name and the checkpoint tell.
-
-    Raises ValueError if the name is none, or contradicts.
-    """
+    """Returns all flags that are told. Raises ValueError if the name is none, or contradicts."""
     told = flags_of_name(target.name)
-    if told is None:
-        raise ValueError(
-            f'{target.name} is not the name of a run, by which main.py would find it: give a '
-            '--target like logs/cls_5.mbs_4.ubs_1.numstep5.updatelr0.01hidden32maxpoolbatchnorm, '
-            'with the settings of the run'
-        )
     for flag, value in told.items():
         if known.get(flag, value) != value:
             raise ValueError(
@@ -176,10 +148,7 @@ def check_name(target: Path, path: str, known: dict) -> dict:
 
 
 def convert(source: Path, target: Path | None) -> str:
-    """Writes target/model{iteration} and returns a report.
-
-    Raises ValueError or OSError before anything is written.
-    """
+    """Writes target/model{iteration}, or raises ValueError or OSError before; returns a report."""
     path, iteration = locate(source)
     target = target or Path('logs', Path(path).resolve().parent.name)
     flags = check_name(target, path, read_original(path))

@@ -50,10 +50,7 @@ def thin(source: Path, target: Path):
 
 
 def training_command(settings: dict) -> str:
-    """Returns the call of main.py that trained with these flags.
-
-    Flags that have their defaults, or name places, are left out.
-    """
+    """Returns the call of main.py that trained so, without defaults and names of places."""
     defaults = flags.FlagValues()
     define_flags(defaults)
     given = []
@@ -65,10 +62,7 @@ def training_command(settings: dict) -> str:
 
 
 def copy_weights(run_folder: Path, target: Path, which: int | str, *own: str) -> dict:
-    """Writes a checkpoint of the run, without Adam's state. Returns its flags.
-
-    which, own: as `load` takes them.
-    """
+    """Writes a checkpoint, `which` as in `load`, without Adam's state. Returns its flags."""
     learner = load(run_folder, which, *own)
     target.mkdir(parents=True, exist_ok=True)
     weights = tf.train.Checkpoint(**learner.model.groups)

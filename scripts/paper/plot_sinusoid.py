@@ -18,6 +18,7 @@ from fewshot.data.preparation import as_path
 from fewshot.paper.sinusoid_fits import draw_run, fits, load_model, read_errors
 from fewshot.runs.results import write_whole
 from fewshot.runs.terminal import print_anything
+from fewshot.use.loading import refusals
 
 
 def warn(text: str):
@@ -36,18 +37,16 @@ def main(arguments: list[str] | None = None):
     values = parser.parse_args(arguments)
     folder = values.run_folder
     output = values.output or folder / 'sinusoid.png'
-    try:
+    with refusals(__file__):
         if not folder.is_dir():
-            raise FileNotFoundError(f'there is no folder {folder}; train a sinusoid run first')
+            raise ValueError(f'there is no folder {folder}; train a sinusoid run first')
         errors = read_errors(folder)
         drawn = fits(*load_model(folder, warn), seed=values.seed)
         picture = draw_run(drawn, errors, output.suffix[1:] or 'png')
-    except (OSError, ValueError) as error:
-        sys.exit(f'plot_sinusoid.py: {error}')
-    try:
-        write_whole(output, picture)
-    except OSError as error:
-        sys.exit(f'plot_sinusoid.py: {error}; name another file with --output')
+        try:
+            write_whole(output, picture)
+        except OSError as error:
+            raise OSError(f'{error}; name another file with --output') from error
     print(f'Wrote {output}')
 
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from fewshot.data.preparation import as_path
 from fewshot.paper.report import report
 from fewshot.runs.terminal import print_anything
+from fewshot.use.loading import refusals
 
 
 def main(arguments: list[str]):
@@ -25,22 +26,19 @@ def main(arguments: list[str]):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('logs', type=Path, nargs='?', default=Path('logs'))
-    parser.add_argument(
-        '--output', type=as_path, help='folder of the report (default: LOGS/report)'
-    )
+    of_output = 'folder of the report (default: LOGS/report)'
+    parser.add_argument('--output', type=as_path, help=of_output)
     values = parser.parse_args(arguments)
-    try:
+    with refusals(__file__):
         if not values.logs.is_dir():
-            raise FileNotFoundError(
+            raise ValueError(
                 f'there is no folder {values.logs}: run a script such as '
                 'scripts/paper/sinusoid_10shot.sh first'
             )
         output = values.output or values.logs / 'report'
         if output.exists() and not output.is_dir():
-            raise FileExistsError(f'{output} is a file: give a folder with --output')
+            raise ValueError(f'{output} is a file: give a folder with --output')
         print(report(values.logs, output))
-    except OSError as error:
-        sys.exit(f'report.py: {error}')
 
 
 if __name__ == '__main__':

@@ -35,6 +35,7 @@ from fewshot.runs.flags import define_flags
 from fewshot.runs.machine import tune
 from fewshot.runs.prepare import Options
 from fewshot.runs.terminal import print_anything
+from fewshot.use.loading import refusals
 
 
 def train(variant: str, arguments: list[str]):
@@ -50,15 +51,13 @@ def train(variant: str, arguments: list[str]):
 
 
 def program(arguments: list[str]):
-    if len(arguments) >= 1 and arguments[0] in NORMALISATIONS:
+    if arguments and arguments[0] in NORMALISATIONS:
         train(arguments[0], arguments[1:])
     elif len(arguments) == 2 and arguments[0] == 'check' and Path(arguments[1]).is_file():
         check(arguments[1])
     elif len(arguments) == 2 and arguments[0] == 'plot' and Path(arguments[1]).is_dir():
-        try:
+        with refusals(__file__):
             print(plot(Path(arguments[1])))
-        except ValueError as error:
-            sys.exit(f'second_order_ablation.py: {error}')
     else:
         sys.exit(
             f'second_order_ablation.py: give one of {", ".join(NORMALISATIONS)} and flags of '

@@ -20,6 +20,7 @@ import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
 from fewshot.paper.variants import draw, read_sets, table
 from fewshot.runs.terminal import print_anything
+from fewshot.use.loading import refusals
 
 
 def main(arguments: list[str] | None = None):
@@ -28,12 +29,10 @@ def main(arguments: list[str] | None = None):
     )
     parser.add_argument('folder', type=Path, metavar='FOLDER')
     folder = parser.parse_args(arguments).folder
-    try:
+    with refusals(__file__):
         sets = read_sets(folder)
         draw(folder / 'variants.png', sets)
         (folder / 'variants.md').write_text(table(sets), encoding='utf-8')
-    except (ValueError, OSError) as error:
-        sys.exit(f'variants.py: {error}')
     print(folder / 'variants.md')
 
 

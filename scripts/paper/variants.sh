@@ -9,15 +9,9 @@ folder=$(option logdir logs/variants)
 
 # Whether the newest checkpoint in a folder of one run has been evaluated.
 evaluated() {
-    local table index
-    for table in "$1"/*/test_*.csv; do
-        [ -e "$table" ] || return 1
-        for index in "${table%/*}"/model*.index; do
-            [ "$index" -nt "$table" ] && return 1
-        done
-        return 0
-    done
-    return 1
+    local tables=("$1"/*/test_*.csv)
+    [ -e "${tables[0]}" ] || return 1
+    [ -z "$(find "${tables[0]%/*}" -name 'model*.index' -newer "${tables[0]}")" ]
 }
 
 # common_of ITERATIONS: sets common to the flags of the set's cell, and plus_plus to MAML++'s, for so

@@ -300,7 +300,7 @@ def test_a_run_and_what_follows(tmp_path, eager, monkeypatch):
     assert shlex.split(classification)[2] == f'my logs/{run_folder.name}'
     evaluate = shlex.split(evaluation)[2:]
     outcome = succeeded(run(*evaluate, '--test_tasks=2'))
-    assert 'Note: all these tasks are of the same 2 classes' in outcome.lines[-1]
+    assert 'Note: all these tasks are of the same 2 classes' in outcome.out
     csv = {path.name: path.read_bytes() for path in run_folder.glob('*.csv')}
     add(folder)
     succeeded(run(*evaluate, '--test_tasks=2'))
