@@ -2,8 +2,8 @@
 
 `'.[gpu]'` adds CUDA's libraries, by which TensorFlow uses an NVIDIA GPU, `'.[test]'` what the tests
 need, `'.[dev]'` the linter and formatter as well, `'.[notebook]'` what executes
-scripts/examples/tutorial.ipynb, `'.[demo]'` what scripts/model/demo.py needs, and `'.[demo_test]'`
-what draws on its page in a browser.
+docs/tutorials/keras_fit.ipynb, `'.[demo]'` what scripts/model/demo.py needs, `'.[demo_test]'` what
+draws on its page in a browser, and `'.[docs]'` what builds the site.
 """
 
 from setuptools import find_packages, setup
@@ -13,6 +13,7 @@ NOTEBOOK = [*PLOTS, 'ipykernel', 'nbclient>=0.8']
 TEST = [*PLOTS, 'pytest>=7', 'pytest-xdist>=3.2']
 DEMO = ['nicegui>=3.5']
 DEMO_TEST = [*TEST, *DEMO, 'playwright>=1.40']
+DOCS = ['sphinx>=8.1', 'myst-nb>=1.2', 'furo>=2024.8.6']
 # One version, because another one formats differently.
 DEV = [*TEST, 'ruff==0.17.6']
 
@@ -42,6 +43,7 @@ setup(
         'demo_test': DEMO_TEST,
         'test': TEST,
         'dev': DEV,
+        'docs': DOCS,
         'gpu': ['tensorflow[and-cuda]>=2.16'],
     },
 )

@@ -121,7 +121,7 @@ def test_published_models_by_name(monkeypatch, tmp_path):
     names = published()
     assert {'omniglot-5way-1shot', 'miniimagenet-5way-1shot'} <= names.keys()
     assert len(table()) == 2 + len(names)
-    assert '\n'.join(table()) in (ROOT / 'scripts/README.md').read_text()
+    assert '\n'.join(table()) in (ROOT / 'docs/reference/models.md').read_text()
     monkeypatch.chdir(tmp_path)
     learner = Learner.load('omniglot-5way-1shot')
     assert Path(learner.checkpoint).parent == names['omniglot-5way-1shot']

@@ -25,7 +25,7 @@ from fewshot.use.learner import Learner
 from maml import cross_entropy, mean_squared_error
 
 layers = keras.layers
-NOTEBOOK = ROOT / 'scripts' / 'examples' / 'tutorial.ipynb'
+NOTEBOOK = ROOT / 'docs' / 'tutorials' / 'keras_fit.ipynb'
 WAYS, TASKS = 2, 4
 
 

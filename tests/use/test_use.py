@@ -744,7 +744,7 @@ def test_the_newest_checkpoint_that_is_whole(tmp_path):
 def test_readme_example():
     """Every Python block of the README, as it stands there."""
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
-    assert len(blocks) >= 2
+    assert blocks
     for block in blocks:
         line = [sys.executable, '-B', '-c', block]
         done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
