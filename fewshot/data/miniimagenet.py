@@ -286,7 +286,10 @@ def resize(item: Item, box: tuple[float, ...] | None = None) -> bytes:
         as_wanted = (image.mode, image.size) == ('RGB', SIZE)
         if as_wanted and not box and len(data) <= MAX_COPIED:
             return data
-        box = box and [min(max(edge, 0), most) for edge, most in zip(box, image.size * 2)]
+        if box:  # edges beyond the image's are the image's
+            box = [min(max(edge, 0), most) for edge, most in zip(box, image.size * 2)]
+            if not (box[0] < box[2] and box[1] < box[3]):
+                raise ValueError('nothing is in its box')
         resized = image.convert('RGB').resize(SIZE, Image.Resampling.LANCZOS, box)
         form = 'PNG' if item.path.suffix.lower() == '.png' else 'JPEG'
         resized.save(file, form, quality=95, subsampling=0)  # PNG has no such options
