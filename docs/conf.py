@@ -16,6 +16,7 @@ extensions = ['sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'myst_nb', 'flag_tabl
 html_theme = 'furo'
 html_title = project
 html_show_sphinx = False
+smartquotes = False  # --flag stays as it is
 html_static_path = ['static']
 html_css_files = ['site.css']
 exclude_patterns = ['_build']
@@ -52,9 +53,15 @@ def arguments(item) -> set[str]:
 
 
 def plain_docstring(app, what, name, item, options, lines):
-    """Docstrings are prose, not reStructuredText."""
-    names = arguments(item)
-    lines[:] = [as_text(line, names) for line in lines]
+    """Docstrings are prose, not reStructuredText; paragraphs that are indented are commands."""
+    names, found, literal = arguments(item), [], False
+    for before, line in zip(['', *lines], lines):
+        if line.strip() and not before.strip():
+            if line.startswith('    ') and not literal:
+                found += ['::', '']
+            literal = line.startswith('    ')
+        found.append(line if literal else as_text(line, names))
+    lines[:] = found
 
 
 def skip(app, what, name, item, skipped, options) -> bool | None:
