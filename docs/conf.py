@@ -1,4 +1,4 @@
-"""The settings of the site: `sphinx-build -W docs docs/_build`."""
+"""The settings of the site: `sphinx-build -W docs docs/_build/html`."""
 
 import inspect
 import re
