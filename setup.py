@@ -3,7 +3,8 @@
 `'.[gpu]'` adds CUDA's libraries, by which TensorFlow uses an NVIDIA GPU, `'.[test]'` what the tests
 need, `'.[dev]'` the linter and formatter as well, `'.[notebook]'` what executes
 docs/tutorials/keras_fit.ipynb, `'.[demo]'` what scripts/model/demo.py needs, `'.[demo_test]'` what
-draws on its page in a browser, and `'.[docs]'` what builds the site.
+draws on its page in a browser, `'.[docs]'` what builds the site, and `'.[jax]'` what
+scripts/device/train.py needs.
 """
 
 from setuptools import find_packages, setup
@@ -14,6 +15,7 @@ TEST = [*PLOTS, 'pytest>=7', 'pytest-xdist>=3.2']
 DEMO = ['nicegui>=3.5']
 DEMO_TEST = [*TEST, *DEMO, 'playwright>=1.40']
 DOCS = ['sphinx>=8.1', 'myst-nb>=1.2', 'furo>=2024.8.6']
+JAX = ['jax>=0.6,<0.13']  # 0.6.2, 0.8.3, 0.10.2, 0.11.2 and 0.12.0.1 were tried
 # One version, because another one formats differently.
 DEV = [*TEST, 'ruff==0.17.6']
 
@@ -44,6 +46,7 @@ setup(
         'test': TEST,
         'dev': DEV,
         'docs': DOCS,
+        'jax': JAX,
         'gpu': ['tensorflow[and-cuda]>=2.16'],
     },
 )

@@ -215,6 +215,8 @@ def check_script(script: str, *arguments: str):
         check_main(given[2:] if given[0] in ('check', 'plot') else given[1:])
     elif name == 'benchmark.py':
         check_benchmark(given)
+    elif name == 'transfer.py':
+        check_main(given[2:] if given[0] == 'export' else [])
     elif folder == 'scripts/data':
         check_names(given, flags_of(script))
     else:
