@@ -551,7 +551,7 @@ def test_cell(checkout, cell):
     shutil.rmtree(checkout / 'logs', ignore_errors=True)  # two of the cells share a run
     first = bash(checkout, cell, '--metatrain_iterations=2', *more)
     assert first.returncode == 0, first.stderr[-2000:]
-    assert 'confidence intervals' in first.stdout
+    assert '95 % interval' in first.stdout
     end = 2 if 'plus_plus' in cell else 4  # its schedules are of one length
     second = bash(checkout, cell, f'--metatrain_iterations={end}', *more)
     assert second.returncode == 0, second.stderr[-2000:]
@@ -615,12 +615,12 @@ def test_interrupted_cell(checkout, cell, name, iterations, seen, number, status
         os.killpg(process.pid, number)
         after = process.stdout.read()
     assert process.returncode in (status, -number)
-    assert 'confidence intervals' not in ''.join(before) + after
+    assert '95 % interval' not in ''.join(before) + after
     last = max(checkpoints(next((checkout / f'logs/{name}/seed0').iterdir())))
     again = bash(checkout, cell, f'--metatrain_iterations={iterations}')
     told = f'Continuing at iteration {last + 1} of {iterations}.'
     assert told in again.stdout, again.stderr[-2000:]
-    assert 'confidence intervals' in again.stdout
+    assert '95 % interval' in again.stdout
     assert last >= 1000
 
 
