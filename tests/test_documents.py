@@ -217,6 +217,8 @@ def check_script(script: str, *arguments: str):
         check_benchmark(given)
     elif name == 'transfer.py':
         check_main(given[2:] if given[0] == 'export' else [])
+    elif folder == 'scripts/examples':
+        check_names(given, set())
     elif folder == 'scripts/data':
         check_names(given, flags_of(script))
     else:

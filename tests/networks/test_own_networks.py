@@ -1,11 +1,14 @@
 """A network, a loss and a loop of one's own: what fits is trained, what does not is named."""
 
+import re
+import subprocess
 import sys
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from command_line import ROOT
 
 from data_generator import Batch, SinusoidGenerator
 from fewshot.engine.fast import FastMAML
@@ -280,3 +283,12 @@ def test_load_imports_no_module_that_a_checkpoint_names(tmp_path):
     with pytest.raises(ValueError, match='that Keras does not know'):
         Learner.load(tmp_path, network=Two())
     assert 'antigravity' not in sys.modules
+
+
+def test_the_example_learns():
+    """A loop of one's own, typed as the documents say."""
+    line = [sys.executable, '-B', ROOT / 'scripts/examples/own_loop.py']
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = map(float, re.findall(r'\d+\.\d+', done.stdout))
+    assert after < 0.9 * before

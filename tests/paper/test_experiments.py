@@ -34,13 +34,14 @@ from fewshot.use.learner import Learner
 
 pytest.importorskip('matplotlib')
 
+from fewshot import load_omniglot
 from fewshot.data.cifar100 import SPLITS
 from fewshot.paper import figures as report_figures
 from fewshot.paper import report as paper_report
 from fewshot.paper import runs as cells
 from fewshot.paper.cells import CELLS, OTHER_CELLS, SINUSOIDS
 from fewshot.runs.flags import settings
-from scripts.measure import step_sizes
+from scripts.measure import rotations, step_sizes
 from scripts.paper import plot_sinusoid, report, second_order_ablation, variants
 
 CASE = ROOT / 'tests' / 'reference' / 'omniglot_5way_1shot.npz'
@@ -357,6 +358,34 @@ def test_step_sizes_of_accuracies(tmp_path, eager):
     accuracies = 100 * np.array(model.model.evaluate(batch, 10).accuracies2).mean(1)  # [10]
     found = [float(cell.split('±')[0]) for cell in outcome.lines[2].split('|')[2:-1]]
     np.testing.assert_allclose(found, accuracies[[i - 1 for i in step_sizes.SHOWN]], atol=0.006)
+
+
+@pytest.mark.slow
+def test_rotations(tmp_path, eager):
+    """Turned at random is main.py's own evaluation; each turn as a class has four times as many."""
+    make_omniglot(tmp_path / 'data')
+    flags = ['--datasource=omniglot', '--num_classes=2', '--num_filters=4', '--update_lr=.4']
+    flags += ['--update_batch_size=1', '--metatrain_iterations=1', f'--data_dir={tmp_path}/data']
+    succeeded(run(*flags, f'--logdir={tmp_path}/logs'))
+    (folder,) = (tmp_path / 'logs').iterdir()
+    more = ['--tasks=20', f'--data_dir={tmp_path}/data']
+    lines = succeeded(in_process(rotations.main, [str(folder), *more])).lines
+    found = [float(re.search(r'([\d.]+) \+-', line)[1]) for line in lines]
+    options = [f'--run={folder}', '--train=False', '--test_set=True', '--test_tasks=20']
+    succeeded(run(*options, f'--data_dir={tmp_path}/data'))
+    with open(folder / 'test_ubs1_stepsize0.4.csv') as file:
+        expected = 100 * float(list(csv.DictReader(file))[0]['update1'])
+    assert found[0] == pytest.approx(expected, abs=0.006) and len(found) == 3
+    test = load_omniglot(tmp_path / 'data')['test']
+    turned = rotations.turned_classes(test)
+    assert len(turned.names) == 4 * len(test.names)
+    image = turned.images[turned.starts[len(test.names)]]
+    np.testing.assert_array_equal(image, np.rot90(test.images[test.starts[0]]))
+
+
+def test_rotations_refuses(trained):
+    folder = str(next(trained.glob('sinusoid/seed0/cls_*')))
+    assert_refused(in_process(rotations.main, [folder]), 'rotations.py', 'not trained on Omniglot')
 
 
 def test_step_sizes_refuses(tmp_path, trained):
