@@ -16,7 +16,6 @@ extensions = ['sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'myst_nb', 'flag_tabl
 html_theme = 'furo'
 html_title = project
 html_show_sphinx = False
-smartquotes = False  # --flag stays as it is
 html_static_path = ['static']
 html_css_files = ['site.css']
 exclude_patterns = ['_build']
@@ -37,9 +36,10 @@ default_role = 'py:obj'  # `name` in a docstring is a link where the reference h
 
 
 def as_text(line: str, names: set[str]) -> str:
-    """A docstring's line: what would be markup outside of `code` is plain, arguments are bold."""
+    """A docstring's line: flags are code, arguments bold, and what would be markup is plain."""
     parts = re.split(r'(`[^`]+`|\*\w+\*|^:\w+ \S+:|^:\w+:)', line)
     parts[::2] = (re.sub(r'([*|\\]|_(?=\W|$))', r'\\\1', part) for part in parts[::2])
+    parts[::2] = (re.sub(r'--[a-z]\w*(=\w+)?', r'``\g<0>``', part) for part in parts[::2])
     text = ''.join(parts)
     named = '|'.join(map(re.escape, names))
     return re.sub(rf'(^ *|[.;,] )({named}): ', r'\1**\2**: ', text) if names else text

@@ -10,12 +10,10 @@ COLUMNS = ('flag', 'default', 'meaning')
 
 def cells(flag: Flag) -> tuple[nodes.Node, ...]:
     default = '' if flag.default in (None, '') else str(flag.default)
-    choices = ', '.join(flag.kind) if isinstance(flag.kind, tuple) else ''
-    meaning = flag.meaning + (f' ({choices})' if choices else '')
     return (
         nodes.literal(text=f'--{flag.name}'),
         nodes.literal(text=default) if default else nodes.Text(''),
-        nodes.Text(meaning),
+        nodes.Text(flag.meaning),
     )
 
 

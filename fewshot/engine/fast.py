@@ -47,9 +47,12 @@ class FastMAML:
         seed: seed of the initial weights.
         dtype: type of all numbers.
         adapt: what the inner loop changes: 'all', the 'head' (last layer), or the 'body'.
-        learn_lr: the step sizes that the outer loop learns, 'none', or see LearnedRates.
+        learn_lr: what the outer loop learns an α for: 'none', each 'layer', 'layer_step' (layer
+            and update) or 'weight'.
         inner_loop: an InnerLoop of your own, instead of `learn_lr`.
-        loss_steps, loss_steps_iterations, first_order_iterations: see OuterLossSchedule.
+        loss_steps: the query losses that count: the 'last', or 'all', weighted as in MAML++.
+        loss_steps_iterations: iterations in which these weights move to the last; 0: all alike.
+        first_order_iterations: iterations of first order before those of second.
         norm_steps: normalisation parameters for each update, instead of the same for all.
         compiled: programs are compiled by XLA, else plain TensorFlow.
         one_program: the gradient of a chunk is one program, as it always is with one update: with
