@@ -57,7 +57,7 @@ def blaming(what: str, fault: str = 'is damaged or cannot be read') -> Iterator[
     """Turns the errors of reading a damaged archive or file, nearly any, into PreparationError."""
     try:
         yield
-    except PreparationError:
+    except (PreparationError, MemoryError):
         raise
     except Exception as error:
         reason = 'of no format it may have' if isinstance(error, UnidentifiedImageError) else error

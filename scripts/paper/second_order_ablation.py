@@ -9,7 +9,7 @@ The first trains, continues, or evaluates in LOGDIR/VARIANT. The second prints d
 derivatives of a case's meta-gradient. The third draws FOLDER/CELL/VARIANT/*, and writes
 ablation.png and ablation.md there.
 
-Other software computes these meta-gradients without a word. The variants differ in nothing but the
+Other software silently computes these meta-gradients. The variants differ in nothing but the
 derivative of batch normalisation's derivative:
     exact        the paper's meta-gradient
     held         batch normalisation's backward pass held constant, as the original has it under
