@@ -74,7 +74,7 @@ def wait(workers: list[subprocess.Popen]) -> int:
     status, ended = 0, False
     while not ended:
         time.sleep(0.1)
-        ended = all(worker.poll() is not None for worker in workers)
+        ended = not running(workers)
         if not status:
             status = next((worker.returncode for worker in workers if worker.returncode), 0)
             deadline = time.monotonic() + GRACE

@@ -24,7 +24,8 @@ ARCHIVE = re.compile(r'(.+?)(\.zip|\.tar(\.gz|\.bz2|\.xz)?|\.tgz|\.tbz2|\.txz)',
 COMPRESSED = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\0': lzma.open}
 MAX_ARCHIVE = 256 * 2**30  # bytes of one within another; ImageNet's classes have 0.1 GB each
 MAX_MEMBERS = 2 * 10**6  # ImageNet has 1.3 million images
-PICKLES = ('train', 'test', 'meta')  # of CIFAR-100; others are called NAME.pkl
+PICKLES = ('train', 'test', 'meta')  # of CIFAR-100, 0.2 GB; others are called NAME.pkl
+MAX_PICKLE = 2**29
 LIMITS = {  # {suffix: bytes of a file}; what is no image is read piece by piece, or not at all
     '.pkl': unpickling.MAX_BYTES,
     '.npz': MAX_ARCHIVE,
@@ -48,8 +49,8 @@ class Member(NamedTuple):
 def check_member(member: Member, archive: str) -> None:
     """Raises PreparationError on a member that a plain archive of images does not have."""
     fault, path = member.fault, PurePosixPath(member.name)
-    suffix = '.pkl' if path.name in PICKLES else path.suffix.lower()
-    most = LIMITS.get(suffix, preparation.MAX_BYTES)
+    most = LIMITS.get(path.suffix.lower(), preparation.MAX_BYTES)
+    most = MAX_PICKLE if path.name in PICKLES else most
     most = MAX_ARCHIVE if ARCHIVE.fullmatch(path.name) else most
     if not preparation.is_safe(member.name):
         fault = 'has an unsafe path'

@@ -76,11 +76,12 @@ def cached_images(
     for cache in places:
         try:
             images = _write_cache(cache, key, shape, _decode_all(files, layout, command))
-            if failures:
-                tell(f'The decoded images cannot be kept in {failures[0]}, but are in {cache}.')
-            return images
         except OSError as error:
             failures.append(f'{cache} ({error.strerror or error})')
+            continue
+        if failures:
+            tell(f'The decoded images cannot be kept in {failures[0]}, but are in {cache}.')
+        return images
     tell(
         f'The decoded images cannot be kept in {" or ".join(failures)}; they will be decoded at '
         'every start. --cache_dir=FOLDER keeps them elsewhere.'

@@ -289,7 +289,7 @@ def resize(item: Item, box: tuple[float, ...] | None = None) -> bytes:
         if box:  # edges beyond the image's are the image's
             box = [min(max(edge, 0), most) for edge, most in zip(box, image.size * 2)]
             if not (box[0] < box[2] and box[1] < box[3]):
-                raise ValueError('nothing is in its box')
+                raise PreparationError(f'The bounding box of {item.where} is empty.')
         resized = image.convert('RGB').resize(SIZE, Image.Resampling.LANCZOS, box)
         form = 'PNG' if item.path.suffix.lower() == '.png' else 'JPEG'
         resized.save(file, form, quality=95, subsampling=0)  # PNG has no such options

@@ -54,13 +54,15 @@ class Item(NamedTuple):
 
 @contextlib.contextmanager
 def blaming(what: str, fault: str = 'is damaged or cannot be read') -> Iterator[None]:
-    """Turns the errors of reading a damaged archive or file, nearly any, into PreparationError."""
+    """Turns errors into PreparationError: damaged archives and files raise nearly all kinds."""
     try:
         yield
     except (PreparationError, MemoryError):
         raise
     except Exception as error:
-        reason = 'of no format it may have' if isinstance(error, UnidentifiedImageError) else error
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = 'of no format it may have'
         raise PreparationError(f'{what} {fault} ({reason}); get it again.') from error
 
 
@@ -306,3 +308,5 @@ def run(arguments: list[str], prepare: Callable[[], str]) -> None:
         print(prepare())
     except (PreparationError, OSError) as error:
         sys.exit(f'{Path(sys.argv[0]).name}: {error}')
+    except MemoryError:
+        sys.exit(f'{Path(sys.argv[0]).name}: there is not enough memory')

@@ -144,6 +144,8 @@ def read_array(item: Item, total: int) -> Callable[[int], bytes]:
     """
     with preparation.blaming(item.where):
         arrays = {of.path.name: of for of in archives.archive_items(item.open(), item.where)}
+        if 'images.npy' not in arrays:
+            raise PreparationError(f'{item.where} has no array images.')
         file = arrays['images.npy'].open()
         np.lib.format.read_magic(file)
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)

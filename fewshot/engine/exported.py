@@ -155,9 +155,9 @@ def ahead(draw: Callable, arguments: Iterable) -> Iterator:
 class Training:
     """Trains from the newest state of an exported folder on, on the tasks that main.py would draw.
 
-    save: iterations between states. All but the first are removed when the next one is there, and
-    those that stay: one in `keep` iterations, by default a tenth of the run. Raises ValueError for
-    a folder that cannot be trained in.
+    save: iterations between states. When a state is written the one before is removed, except the
+    first and one every `keep` iterations, by default a tenth of the run. Raises ValueError for a
+    folder that cannot be trained in.
     """
 
     def __init__(self, folder: Path, save: int = 1000, keep: int | None = None):

@@ -152,7 +152,7 @@ class FastMAML:
     # Outer steps.
 
     def meta_gradient(self, batch: Batch) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """MAML's, of a batch [T, ...] from `replicas.place`. Raises ValueError for a wrong one."""
+        """As MAML's; batch [T, ...]: from `replicas.place`. Raises ValueError if it is none."""
         # Called at once, TensorFlow would look for the derivative of the last program's gradient.
         eagerly = tf.executing_eagerly()
         loss, *gradients = (
@@ -241,7 +241,7 @@ class FastMAML:
     # Evaluation.
 
     def evaluate(self, batch: Batch, num_updates: int, transductive: bool = True) -> Results:
-        """MAML's, of a batch [T, ...]. Raises ValueError for a wrong one, or without updates."""
+        """As MAML's; batch: [T, ...]. Raises ValueError if it does not fit, or for no update."""
         num_updates = whole_number('num_updates', num_updates, lowest=1)
         return self._evaluate(as_tensors(batch, self.network), num_updates, transductive)
 

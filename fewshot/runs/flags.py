@@ -289,7 +289,7 @@ def help_text(program: str) -> str:
 
 
 def read_command_line(arguments: list[str], program: str):
-    """Defines and reads the flags, answers --help; program: its description."""
+    """Defines and reads the flags, answers --help, before TensorFlow takes seconds to load."""
     define_flags()
     if {'--help', '-help', '-h', '--helpshort', '--helpfull'} & {*arguments}:
         print(help_text(program))

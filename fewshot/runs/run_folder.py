@@ -47,7 +47,10 @@ def run_folder(f: flags.FlagValues) -> Path:
 
 
 def begin_from(model: FastMAML, f: flags.FlagValues):
-    """Gives a new run the weights of --init. Raises ValueError if it is no run, or does not fit."""
+    """Gives a new run the weights of --init; a last layer that does not fit begins afresh.
+
+    Raises ValueError if it is no run, or other layers do not fit.
+    """
     folder = run_named(f.init)
     found = checkpoints(folder)
     if not found:
@@ -232,7 +235,7 @@ def check_nothing_later(folder: Path, iteration: int):
 def lock_folder(folder: Path, held: ExitStack):
     """Keeps other processes from training in a folder, until `held` is left or this one has died.
 
-    Raises ValueError if another process trains there.
+    Does nothing where the system has no locks. Raises ValueError if another process trains there.
     """
     try:
         import fcntl  # not on Windows

@@ -46,7 +46,7 @@ def draw(strokes: Sequence[Sequence[float]]) -> Image.Image:
 
 
 def read_file(name: str, data: bytes, layout: ImageLayout) -> np.ndarray:
-    """Reads an image file: [height, width, channels] uint8. Raises ValueError if it cannot be."""
+    """Reads an image file: [height, width, channels] uint8. Raises ValueError, if too large too."""
     if len(data) > MAX_BYTES:
         raise ValueError(f'{name} has more than {MAX_BYTES >> 20} MB')
     with tempfile.TemporaryDirectory() as folder:

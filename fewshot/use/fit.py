@@ -127,7 +127,7 @@ class MetaModel(keras.Model):
 
     @takes_tasks
     def evaluate(self, x=None, *, steps=None, **named):
-        """Evaluates as Keras; x: batches [T, ...], see `as_dataset`. Raises ValueError."""
+        """Evaluates as Keras; x: batches [T, ...], see `as_dataset`, else ValueError."""
         tasks = as_dataset(x, 'steps', steps)
         self.sized('test', tasks.element_spec)
         return super().evaluate(tasks, steps=steps, **named)

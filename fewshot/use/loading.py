@@ -49,7 +49,7 @@ def add_adaptation(parser: argparse.ArgumentParser):
 
 
 def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, float | None]:
-    """Returns number and size of steps, None: as learned. Raises ValueError for no sense."""
+    """Returns number and size of steps (None: as learned). Raises ValueError out of range."""
     steps = learner.model.num_updates if values.steps is None else values.steps
     default = None if learner.model.rates else learner.model.update_lr
     lr = default if values.lr is None else values.lr

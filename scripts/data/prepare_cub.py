@@ -83,5 +83,7 @@ if __name__ == '__main__':
         'source', None, 'folder or archive that has CUB-200-2011; without it, a download'
     )
     flags.DEFINE_boolean('crop', False, "take the birds' bounding boxes instead of whole images")
-    flags.DEFINE_string('target', None, 'folder to make (default: data/cub or data/cub_crop)')
+    flags.DEFINE_string(
+        'target', None, 'folder to make, another with --crop (default: data/cub or data/cub_crop)'
+    )
     app.run(main)

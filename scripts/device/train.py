@@ -8,8 +8,8 @@ TensorFlow. The tasks are those that main.py would draw. The first loss is compa
 TensorFlow's before training goes on. The same line again continues from the newest
 FOLDER/stateN.npz, after whatever stopped it.
 
-Tried with JAX 0.6.2 to 0.12.0.1 on CPUs. On a GPU, an H200, an earlier form of this loop was
-run; all that it taught is here, but this form was not run on one.
+Tried with JAX 0.6.2 to 0.12.0.1 on CPUs. This version has not been run on a GPU; an earlier one
+has, on an H200.
 """
 
 import argparse
@@ -64,9 +64,10 @@ def main(arguments: list[str] | None = None):
     try:
         train(values.folder, values.save, values.keep)
     except ImportError as error:
-        sys.exit(f'train.py: JAX cannot be imported ({error}): `pip install jax` installs it')
+        wanted = "`pip install -e '.[jax]'` installs a version that was tried"
+        sys.exit(f'train.py: JAX cannot be imported ({error}): {wanted}')
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-        sys.exit(f'train.py: {str(error).splitlines()[0]}')
+        sys.exit(f'train.py: {(str(error) or type(error).__name__).splitlines()[0]}')
 
 
 if __name__ == '__main__':

@@ -188,12 +188,12 @@ BOXES = 'bounding_boxes.txt'
         (
             changed(BOXES, b'\n'.join(b'%d nan 0 9 9' % n for n in range(1, 25))),
             True,
-            ['nothing is in'],
+            ['box of', 'is empty'],
         ),
         (
             changed(BOXES, b'\n'.join(b'%d 9 9 0 9' % n for n in range(1, 25))),
             True,
-            ['nothing is in'],
+            ['box of', 'is empty'],
         ),
     ],
 )

@@ -295,7 +295,7 @@ def test_a_run_that_went_on_by_itself_is_kept(copied, tmp_path):
 
 
 def test_without_jax(copied):
-    assert_refused(train_without(['jax'], copied), 'pip install jax')
+    assert_refused(train_without(['jax'], copied), "pip install -e '.[jax]'")
 
 
 @pytest.mark.slow
@@ -306,3 +306,17 @@ def test_typed_commands(tmp_path):
     succeeded(command('scripts/device/train.py', folder))
     done = succeeded(command('scripts/device/transfer.py', 'import', folder))
     assert 'model2 is the newest checkpoint' in done.out
+
+
+def test_other_runs_are_not_taken_for_this_one(copied, sine):
+    """Neither does an export begin where a run is, nor an import keep another's checkpoint."""
+    logs = sine.parent / 'other'
+    own = [*SINE, f'--logdir={logs}', '--metatrain_iterations=6']
+    succeeded(run(*own, '--meta_lr=0.5'))
+    refused = in_process(
+        transfer.main, ['export', str(sine.parent / 'new'), *own, '--resume=False']
+    )
+    assert_refused(refused, 'transfer.py', 'holds a run', '--overwrite')
+    succeeded(trained(copied))
+    outcome = in_process(transfer.main, ['import', str(copied), str(logs)])
+    assert_refused(outcome, 'transfer.py', '--meta_lr=0.5', 'another LOGDIR')
