@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import io
+import os
 import pickle
 import re
 import struct
@@ -10,6 +11,8 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from command_line import run, succeeded
 
 
 def put(path: Path, data: bytes):
@@ -33,6 +36,23 @@ def dumps2(value) -> bytes:
     file = io.BytesIO()
     Python2(file, 2).dump(value)
     return file.getvalue()
+
+
+class Calls:
+    """Unpickled by Python itself, it makes a file."""
+
+    def __reduce__(self):
+        return os.system, ('touch called',)
+
+
+def train_on(folder: Path, place: Path):
+    """Trains on class folders of photos and evaluates, both by main.py, in little time."""
+    flags = '--num_classes=2 --update_batch_size=1 --num_query=1 --meta_batch_size=2'.split()
+    flags += ['--datasource=folder', '--image_size=84', '--num_filters=4', '--max_pool=True']
+    flags += [f'--data_dir={folder}', f'--logdir={place}/logs', '--metatrain_iterations=2']
+    succeeded(run(*flags))
+    (run_folder,) = (place / 'logs').iterdir()
+    succeeded(run('--train=False', '--test_set=True', f'--run={run_folder}', '--test_tasks=2'))
 
 
 def link(name='train/n0/a.jpg', to='/etc/passwd', kind=tarfile.SYMTYPE):

@@ -25,13 +25,10 @@ def find(source: Path, crop: bool = False) -> dict[str, Callable[[], bytes]]:
 
     crop: to the birds' bounding boxes. Raises PreparationError if there are no images, or no boxes.
     """
-    items = archives.unpack(preparation.all_items(source, DEPTH))
-    found = []
-    for item in items:
-        *_, folder, label, name = ('', '', *item.path.parts)
-        number = CLASS.fullmatch(label)
-        if number and name.lower().endswith(JPEG) and folder in ('images', ''):
-            found.append((f'{SPLITS[int(number[1]) % 4 - 1]}/{label}/{name}', item))
+    items = preparation.all_items(source, DEPTH)
+    if not (found := photos(items)):  # the archive may lie beside what it unpacks to
+        items = archives.unpack(items)
+        found = photos(items)
     if not found:
         raise PreparationError(
             f'--source={source} has no CUB-200-2011: neither CUB_200_2011.tgz nor its folder '
@@ -45,6 +42,17 @@ def find(source: Path, crop: bool = False) -> dict[str, Callable[[], bytes]]:
         path: functools.partial(miniimagenet.resize, item, edges.get(inner(path)))
         for path, item in images.items()
     }
+
+
+def photos(items: Iterable[Item]) -> list[tuple[str, Item]]:
+    """Lists (SPLIT/CLASS/NAME.jpg, item), as CUB's folder `images` has them."""
+    found = []
+    for item in items:
+        *_, folder, label, name = ('', '', *item.path.parts)
+        number = CLASS.fullmatch(label)
+        if number and name.lower().endswith(JPEG) and folder in ('images', ''):
+            found.append((f'{SPLITS[int(number[1]) % 4 - 1]}/{label}/{name}', item))
+    return found
 
 
 def inner(path: str) -> str:

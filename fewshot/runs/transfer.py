@@ -35,9 +35,15 @@ from fewshot.runs.checkpoints import (
     write_checkpoint,
 )
 from fewshot.runs.flag_checks import check_flags
-from fewshot.runs.flags import ANYTIME, FLAGS, define_flags, iterations, settings
+from fewshot.runs.flags import define_flags, iterations, settings
 from fewshot.runs.prepare import build_model, complete, wants_one_program
-from fewshot.runs.run_folder import begin_from, lock_folder, restore_run, run_folder
+from fewshot.runs.run_folder import (
+    begin_from,
+    check_contradictions,
+    lock_folder,
+    restore_run,
+    run_folder,
+)
 from fewshot.runs.tasks import data_of_run, make_generators
 from fewshot.runs.user_code import is_spec
 
@@ -138,24 +144,13 @@ def import_run(folder: Path, logdir: str | None = None) -> str:
         run.mkdir(parents=True, exist_ok=True)
         lock_folder(run, held)
         for iteration in [*new][-CHECKPOINTS_KEPT:]:
-            if iteration in checkpoints(run):
-                check_same_run(checkpoints(run)[iteration], signature)
+            if there := checkpoints(run).get(iteration):
+                check_contradictions(there, iteration, read_run_state(there).get('flags', {}), f)
             else:
                 trained_on = restore(model, new[iteration], signature)
                 kept = {'best': None, 'printing': [[], []], 'machine': trained_on}
                 write_checkpoint(model.checkpoint, run, iteration, kept | signature['run'])
     return f'{run}: model{max(new)} is the newest checkpoint'
-
-
-def check_same_run(path: str, signature: dict):
-    """Raises ValueError if a checkpoint that is there was trained with other flags."""
-    there, own = read_run_state(path).get('flags', {}), signature['run']['flags']
-    own = {flag.name: own.get(flag.name) for flag in FLAGS if flag.may_change != ANYTIME}
-    if other := [name for name in own if there.get(name) != own[name]]:
-        raise ValueError(
-            f'{path} is there, trained with another --{other[0]}={there.get(other[0])}: give '
-            'another LOGDIR'
-        )
 
 
 def flags_of(stored: dict) -> flags.FlagValues:

@@ -17,6 +17,7 @@ import numpy as np
 
 from data_generator import EVALUATION_SEED, ClassImages, OmniglotGenerator
 from fewshot import Learner, load_omniglot
+from fewshot.runs.results import confidence
 from fewshot.runs.trainer import evaluate_tasks
 from fewshot.use.loading import load, parser_of, refusals
 
@@ -40,7 +41,7 @@ def accuracy(learner: Learner, classes: ClassImages, rotate: bool, tasks: int) -
     source = OmniglotGenerator(folders, ways, shots, shots, rotate=rotate, seed=EVALUATION_SEED)
     parts = evaluate_tasks(learner.model, source, 'test', tasks=tasks, num_updates=updates)
     values = np.concatenate([*parts])[:tasks, updates]
-    return values.mean(), 1.96 * values.std() / np.sqrt(tasks)
+    return values.mean(), confidence(values)
 
 
 def main(arguments: list[str] | None = None):

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import io
 import itertools
-import os
 import pickle
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sources import dumps2, link, named, put, serving
+from sources import Calls, dumps2, link, named, put, serving
 
 from data_generator import TaskSize
 from fewshot.data.downloads import Remote
@@ -276,13 +275,6 @@ PNG = encoded(pixels('bee', 1))
 def test_sources_that_are_refused(tmp_path, target, make, words):
     make(tmp_path / 'source')
     refused(tmp_path / 'source', target, *words)
-
-
-class Calls:
-    """Unpickled by Python itself, it makes a file."""
-
-    def __reduce__(self):
-        return os.system, ('touch called',)
 
 
 @pytest.mark.parametrize('part', ['meta', 'train', 'test'])

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import ROOT, run, succeeded
+from command_line import ROOT
 from PIL import Image
-from sources import link, named, put, serving
+from sources import link, named, put, serving, train_on
 
 from fewshot.data.cub import SPLITS
 from fewshot.data.downloads import Remote
@@ -69,9 +69,16 @@ def packed(folder: Path, more=()):
             archive.addfile(member, io.BytesIO(data))
 
 
+def both(folder: Path):
+    """The archive, and beside it what it unpacks to."""
+    packed(folder)
+    unpacked(folder)
+
+
 FORMS = {
     'unpacked': unpacked,
     'the archive': packed,
+    'both': both,
     'deeper': functools.partial(unpacked, top='a/b'),
 }
 
@@ -135,12 +142,7 @@ def test_the_split_is_that_of_chen_et_al():
 def test_a_training_run(tmp_path, target, eager):
     unpacked(tmp_path / 'source')
     prepare(tmp_path / 'source', target)
-    flags = '--num_classes=2 --update_batch_size=1 --num_query=1 --meta_batch_size=2'.split()
-    flags += ['--datasource=folder', '--image_size=84', '--num_filters=4', '--max_pool=True']
-    flags += [f'--data_dir={target}', f'--logdir={tmp_path}/logs', '--metatrain_iterations=2']
-    succeeded(run(*flags))
-    (run_folder,) = (tmp_path / 'logs').iterdir()
-    succeeded(run('--train=False', '--test_set=True', f'--run={run_folder}', '--test_tasks=2'))
+    train_on(target, tmp_path)
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import functools
 import io
 import itertools
-import os
 import pickle
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import ROOT, run, succeeded
+from command_line import ROOT
 from PIL import Image
-from sources import dumps2, link, named, put
+from sources import Calls, dumps2, link, named, put, train_on
 
 from data_generator import TaskSize
 from fewshot.data import archives, preparation, unpickling
@@ -194,12 +193,7 @@ def test_splits():
 def test_a_training_run(tmp_path, target, eager):
     pickles(tmp_path / 'source')
     prepare(tmp_path / 'source', target)
-    flags = '--num_classes=2 --update_batch_size=1 --num_query=1 --meta_batch_size=2'.split()
-    flags += ['--datasource=folder', '--image_size=84', '--num_filters=4', '--max_pool=True']
-    flags += [f'--data_dir={target}', f'--logdir={tmp_path}/logs', '--metatrain_iterations=2']
-    succeeded(run(*flags))
-    (run_folder,) = (tmp_path / 'logs').iterdir()
-    succeeded(run('--train=False', '--test_set=True', f'--run={run_folder}', '--test_tasks=2'))
+    train_on(target, tmp_path)
 
 
 # What is refused ----------------------------------------------------------------------------------
@@ -283,13 +277,6 @@ NO_NUMBERS = "tieredImageNet's: neither label_specific nor labels"
 def test_sources_that_are_refused(tmp_path, target, make, words):
     make(tmp_path / 'source')
     refused(tmp_path / 'source', target, *words)
-
-
-class Calls:
-    """Unpickled by Python itself, it makes a file."""
-
-    def __reduce__(self):
-        return os.system, ('touch called',)
 
 
 @pytest.mark.parametrize(

@@ -319,4 +319,4 @@ def test_other_runs_are_not_taken_for_this_one(copied, sine):
     assert_refused(refused, 'transfer.py', 'holds a run', '--overwrite')
     succeeded(trained(copied))
     outcome = in_process(transfer.main, ['import', str(copied), str(logs)])
-    assert_refused(outcome, 'transfer.py', '--meta_lr=0.5', 'another LOGDIR')
+    assert_refused(outcome, 'transfer.py', '--meta_lr=0.5 (now 0.001)', 'another --logdir')
