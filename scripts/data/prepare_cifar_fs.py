@@ -84,10 +84,7 @@ def prepare(
         with downloads.folder_beside(target, [remote.name]) as folder:
             archive = downloads.fetch(remote, folder, ADVICE)
             return prepare(archive, target, splits, remote, images)
-    preparation.write_images(target, split_images(find(source), splits, images))
-    counts = {split: len(labels) for split, labels in splits.items()}
-    sizes = [f'{split} {n} classes, {images * n} images' for split, n in counts.items()]
-    return f'{target}: {"; ".join(sizes)}.'
+    return preparation.write_splits(target, split_images(find(source), splits, images), SIZE)
 
 
 def main(argv: list[str]) -> None:
