@@ -24,7 +24,6 @@ class Source(NamedTuple):
     queries: int | None = None  # Q, per class, in training; None: as many as shots
     clip: float | None = None  # of the meta-gradient
     # How it runs fast, see runs.machine.tune:
-    arenas: int = 4  # of memory
     threads: int | None = None  # for an operation; None: TensorFlow's choice
     # Whether XLA's older loops were tried: False, with the paper's network; True, with another.
     fusion_tried: tuple[bool, ...] = ()
@@ -54,11 +53,10 @@ SOURCES = {
         flatten=True,
         queries=15,
         clip=10.0,
-        arenas=1,
         fusion_tried=(False,),
     ),
     'folder': Source(
-        ImageGenerator, has_images=True, flatten=True, clip=10.0, arenas=1, fusion_tried=(False,)
+        ImageGenerator, has_images=True, flatten=True, clip=10.0, fusion_tried=(False,)
     ),
 }
 OWN = Source(DataGenerator)  # tasks of the user's own, FILE.py:FUNCTION

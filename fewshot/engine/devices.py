@@ -18,18 +18,17 @@ from fewshot.engine.cores import cores
 ASKING_INTERVAL = 5  # iterations between the workers' checks whether one of them is to stop
 
 
-def keep_freed_memory(arenas: int):
+def keep_freed_memory():
     """Lets the C library keep freed memory for the next step, instead of giving it back at once.
 
     A step frees the memory that it allocates, and pieces of megabytes would go back to the system
     each time. Their pages then come back one by one, cleared: on virtual machines that took 12 to
-    35 % of a step's time. arenas: the highest number of memory arenas; with fewer, less memory goes
-    back, and threads wait more for each other. Only glibc has the settings; elsewhere nothing
-    changes.
+    35 % of a step's time. There are four arenas of memory: with one, threads wait for each other,
+    and a step takes 5 to 10 % longer. Only glibc has the settings; elsewhere nothing changes.
     """
     if platform.libc_ver()[0] == 'glibc':
         trim_threshold, mmap_max, arena_max = -1, -4, -8  # as malloc.h numbers them
-        settings = {trim_threshold: -1, mmap_max: 0, arena_max: arenas}  # -1: never
+        settings = {trim_threshold: -1, mmap_max: 0, arena_max: 4}  # -1: never
         for setting, value in settings.items():
             ctypes.CDLL(None).mallopt(setting, value)
 

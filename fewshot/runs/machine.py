@@ -62,16 +62,14 @@ def worker_index(f: flags.FlagValues) -> int:
 def tune(f: flags.FlagValues):
     """Sets TensorFlow up to suit a run; call it before anything else of TensorFlow.
 
-    GPUs are set up as `set_up_gpus` says; the rest is by measurement. Large images have one arena
-    of memory: a step on miniImagenet took a fifth less than with several, a small one took longer.
-    Operations have one thread where tasks are tiny: handing work over takes longer than the work.
-    Omniglot and the networks here have XLA's older generator of loops: it compiles a quarter faster
-    and into less, and a step on miniImagenet takes a tenth less; Keras models on large images were
-    not tried. XLA ends the process at options it does not know, so only the version tried is given
-    this one.
+    GPUs are set up as `set_up_gpus` says; the rest is by measurement. Operations have one thread
+    where tasks are tiny: handing work over takes longer than the work. Omniglot and the networks
+    here have XLA's older generator of loops: it compiles a quarter faster and into less, and a step
+    on miniImagenet takes a tenth less; Keras models on large images were not tried. XLA ends the
+    process at options it does not know, so only the version tried is given this one.
     """
     source = source_of(f.datasource)
-    keep_freed_memory(source.arenas)
+    keep_freed_memory()
     set_up_gpus(f.tf32)
     if source.threads:
         with suppress(RuntimeError):  # in a notebook that has used TensorFlow before
