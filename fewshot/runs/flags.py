@@ -237,7 +237,7 @@ DEVICES = (
     Flag('one_program', bool, None, ANYTIME,
          'compile several updates as one program: faster steps, twice the time to compile '
          '(default: as the run has it; a new one of 2,000 iterations or more does, if it has '
-         'several updates and strided convolutions)'),
+         'several updates, and strided convolutions or images of up to 32 pixels)'),
 )
 # fmt: on
 GROUPS = {

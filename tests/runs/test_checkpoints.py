@@ -738,10 +738,12 @@ def test_long_runs_are_one_program_and_stay_what_they_are():
     """An older run does not tell, and goes on by parts; the flag wins."""
     assert wanted({}, '--metatrain_iterations=2000')
     assert not wanted({}, '--metatrain_iterations=1999')
-    others = '--num_updates=1', '--conv=False', '--max_pool=True', '--adapt=head', '--train=False'
-    for other in others:
-        assert not wanted({}, '--metatrain_iterations=60000', other)
     long = ['--metatrain_iterations=60000']
+    for other in ('--num_updates=1', '--conv=False', '--adapt=head', '--train=False'):
+        assert not wanted({}, *long, other)
+    pooled = ['--datasource=folder', '--max_pool=True']
+    assert wanted({}, *long, *pooled, '--image_size=32')
+    assert not wanted({}, *long, *pooled, '--image_size=33')
     assert wanted({'flags': {'one_program': True}}, '--metatrain_iterations=10')
     assert not wanted({'flags': {'one_program': None}}, *long)
     assert not wanted({'flags': {}}, *long)
