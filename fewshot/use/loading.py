@@ -64,11 +64,16 @@ def chosen_steps(values: argparse.Namespace, learner: Learner) -> tuple[int, flo
 
 
 def load(
-    run_folder: Path, checkpoint: int | str = -1, network: str = '', loss: str = ''
+    run_folder: Path,
+    checkpoint: int | str = -1,
+    network: str = '',
+    loss: str = '',
+    compiled: bool = False,
 ) -> Learner:
     """Loads a Learner, see Learner.load, on GPUs as main.py uses them.
 
     checkpoint: 'last' is -1. network, loss: FILE.py:FUNCTION, if the run was trained with one.
+    compiled: whether its `model` is, which pays for hundreds of tasks.
     Raises ValueError and UserCodeError.
     """
     set_up_gpus()
@@ -82,12 +87,12 @@ def load(
             own['network'] = user_network(network, settings, audit=None)
         if loss:
             own['loss'] = user_loss(loss, settings)
-        return Learner.load(run_folder, checkpoint, **own)
+        return Learner.load(run_folder, checkpoint, **own, compiled=compiled)
 
 
-def load_of_images(values: argparse.Namespace) -> Learner:
+def load_of_images(values: argparse.Namespace, compiled: bool = False) -> Learner:
     """Loads the model that the arguments name. Raises ValueError too if its run had no images."""
-    learner = load(values.run_folder, values.checkpoint, values.network, values.loss)
+    learner = load(values.run_folder, values.checkpoint, values.network, values.loss, compiled)
     if not learner.takes_images:
         raise ValueError(
             f'{values.run_folder} is a run on {learner.settings["datasource"]}, which has no images'

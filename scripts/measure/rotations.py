@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument('--tasks', type=int, default=600, help='how many to evaluate')
     values = parser.parse_args(arguments)
     with refusals(__file__):
-        learner = load(values.run_folder, network=values.network, loss=values.loss)
+        learner = load(values.run_folder, network=values.network, loss=values.loss, compiled=True)
         if learner.settings['datasource'] != 'omniglot':
             raise ValueError(f'{values.run_folder} was not trained on Omniglot')
         test = load_omniglot(values.data_dir)['test']

@@ -27,6 +27,7 @@ from command_line import (
     settle,
     succeeded,
 )
+from PIL import Image
 from sources import Calls
 
 from data_generator import SinusoidGenerator
@@ -42,7 +43,7 @@ from fewshot.paper import report as paper_report
 from fewshot.paper import runs as cells
 from fewshot.paper.cells import CELLS, OTHER_CELLS, SINUSOIDS
 from fewshot.runs.flags import settings
-from scripts.measure import rotations, step_sizes
+from scripts.measure import jpeg, rotations, step_sizes
 from scripts.paper import plot_sinusoid, report, second_order_ablation, variants
 
 CASE = ROOT / 'tests' / 'reference' / 'omniglot_5way_1shot.npz'
@@ -382,6 +383,48 @@ def test_rotations(tmp_path, eager):
 def test_rotations_refuses(trained):
     folder = str(next(trained.glob('sinusoid/seed0/cls_*')))
     assert_refused(in_process(rotations.main, [folder]), 'rotations.py', 'not trained on Omniglot')
+
+
+@pytest.mark.slow
+def test_jpeg(tmp_path, eager, monkeypatch):
+    """Both lines are main.py's own evaluations, of the images and of files that Pillow wrote."""
+    monkeypatch.setattr(jpeg, 'UPDATES', 2)  # as main.py's are in tests
+    data, jpegs = tmp_path / 'data', tmp_path / 'jpegs'
+    make_class_folders(data, images=20, size=16)
+    flags = ['--datasource=folder', '--image_size=16', '--num_classes=2', '--num_filters=4']
+    flags += ['--update_batch_size=1', '--metatrain_iterations=1', '--update_lr=.4']
+    succeeded(run(*flags, f'--data_dir={data}', f'--logdir={tmp_path}/logs'))
+    (folder,) = (tmp_path / 'logs').iterdir()
+    options = ['--tasks=50', f'--data_dir={data}', '--quality=1']
+    lines = succeeded(in_process(jpeg.main, [str(folder), *options])).lines
+    found = [float(re.search(r'([\d.]+) \+-', line)[1]) for line in lines]
+    shutil.copytree(data, jpegs)
+    for path in jpegs.glob('test/*/*'):
+        Image.open(path).copy().save(path, quality=1)
+    expected = []
+    for images in data, jpegs:
+        options = [f'--run={folder}', '--train=False', '--test_set=True', '--test_tasks=50']
+        succeeded(run(*options, f'--data_dir={images}'))
+        with open(folder / 'test_ubs1_stepsize0.4_tasks50.csv') as file:
+            expected.append(100 * float(list(csv.DictReader(file))[0]['update2']))
+    assert found == pytest.approx(expected, abs=0.006) and found[0] != found[1]
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_jpeg_of_images(tmp_path, channels):
+    images = np.random.default_rng(0).integers(0, 256, (2, 9, 12, channels), np.uint8)
+    found = jpeg.compressed(images, 75)
+    Image.fromarray(images[1].squeeze()).save(tmp_path / 'image.jpg')
+    expected = np.asarray(Image.open(tmp_path / 'image.jpg')).reshape(images[1].shape)
+    np.testing.assert_array_equal(found[1], expected)
+    assert found.shape == images.shape and np.any(found[0] != images[0])
+
+
+def test_jpeg_refuses(trained):
+    folder = str(next(trained.glob('sinusoid/seed0/cls_*')))
+    assert_refused(in_process(jpeg.main, [folder]), 'jpeg.py', 'which has no images')
+    outcome = in_process(jpeg.main, [folder, '--quality=96'])
+    assert_refused(outcome, 'jpeg.py', '--quality must be from 1 to 95, not 96')
 
 
 def test_step_sizes_refuses(tmp_path, trained):
