@@ -17,15 +17,14 @@ import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 import numpy as np
 from PIL import Image
 
-from data_generator import ImageGenerator, whole_number
+from data_generator import whole_number
 from fewshot.runs.checkpoints import read_run_state
-from fewshot.runs.results import confidence
 from fewshot.runs.terminal import print_anything
-from fewshot.runs.trainer import evaluate_tasks
-from fewshot.use.learner import Learner
+from fewshot.use.evaluation import show_accuracy, test_tasks
 from fewshot.use.loading import load_of_images, parser_of, refusals
 from fewshot.use.saved_models import find_checkpoint
-from scripts.measure.step_sizes import UPDATES, test_tasks
+
+UPDATES = 10  # as main.py evaluates
 
 
 def compressed(images: np.ndarray, quality: int) -> np.ndarray:
@@ -43,13 +42,6 @@ def compressed(images: np.ndarray, quality: int) -> np.ndarray:
     return np.stack([once(pixels) for pixels in images])
 
 
-def show(name: str, learner: Learner, source: ImageGenerator, tasks: int):
-    """Prints the mean accuracy on test tasks, and half of its 95 % interval."""
-    parts = evaluate_tasks(learner.model, source, 'test', tasks=tasks, num_updates=UPDATES)
-    values = 100 * np.concatenate([*parts])[:tasks, UPDATES]
-    print(f'{name:15}{values.mean():6.2f} +- {confidence(values):.2f}', flush=True)
-
-
 def main(arguments: list[str] | None = None):
     parser = parser_of(__doc__)
     parser.add_argument('--data_dir', default='data', help='has the images')
@@ -64,11 +56,11 @@ def main(arguments: list[str] | None = None):
         known = read_run_state(find_checkpoint(values.run_folder)).get('classes')
         shots = learner.settings['update_batch_size']
         source = test_tasks(learner.settings, shots, values.data_dir, known)
-        show('as they are', learner, source, values.tasks)
+        show_accuracy('as they are', learner, source, values.tasks, UPDATES)
         test = source.folders['test']
         images = compressed(test.images, values.quality)
         source.folders['test'] = test._replace(images=images)
-        show(f'JPEG, {values.quality}', learner, source, values.tasks)
+        show_accuracy(f'JPEG, {values.quality}', learner, source, values.tasks, UPDATES)
 
 
 if __name__ == '__main__':

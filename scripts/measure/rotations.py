@@ -16,9 +16,8 @@ import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 import numpy as np
 
 from data_generator import EVALUATION_SEED, ClassImages, OmniglotGenerator
-from fewshot import Learner, load_omniglot
-from fewshot.runs.results import confidence
-from fewshot.runs.trainer import evaluate_tasks
+from fewshot import load_omniglot
+from fewshot.use.evaluation import show_accuracy
 from fewshot.use.loading import load, parser_of, refusals
 
 
@@ -32,16 +31,6 @@ def turned_classes(classes: ClassImages) -> ClassImages:
         np.tile(classes.counts, 4),
         np.concatenate([np.rot90(classes.images, turn, axes=(1, 2)) for turn in turns]),
     )
-
-
-def accuracy(learner: Learner, classes: ClassImages, rotate: bool, tasks: int) -> tuple:
-    """Returns the mean accuracy and half of its 95 % interval."""
-    ways, shots = learner.settings['num_classes'], learner.settings['update_batch_size']
-    folders, updates = {'test': classes}, learner.model.num_updates
-    source = OmniglotGenerator(folders, ways, shots, shots, rotate=rotate, seed=EVALUATION_SEED)
-    parts = evaluate_tasks(learner.model, source, 'test', tasks=tasks, num_updates=updates)
-    values = np.concatenate([*parts])[:tasks, updates]
-    return values.mean(), confidence(values)
 
 
 def main(arguments: list[str] | None = None):
@@ -59,9 +48,12 @@ def main(arguments: list[str] | None = None):
             'not turned': (test, False),
             'each turn a class': (turned_classes(test), False),
         }
+        ways, shots = learner.settings['num_classes'], learner.settings['update_batch_size']
+        size, updates = (ways, shots, shots), learner.model.num_updates
         for name, (classes, rotate) in settings.items():
-            mean, half = accuracy(learner, classes, rotate, values.tasks)
-            print(f'{name:20}{100 * mean:6.2f} +- {100 * half:.2f}', flush=True)
+            folders = {'test': classes}
+            source = OmniglotGenerator(folders, *size, rotate=rotate, seed=EVALUATION_SEED)
+            show_accuracy(name, learner, source, values.tasks, updates)
 
 
 if __name__ == '__main__':

@@ -22,15 +22,13 @@ import fewshot.start  # noqa: F401 (loads TensorFlow quietly)
 
 import numpy as np
 import tensorflow as tf
-from absl import flags
 
-from data_generator import Batch, DataGenerator, whole_number
+from data_generator import Batch, whole_number
 from fewshot.paper.runs import DIVERGED
 from fewshot.runs.checkpoints import read_run_state
-from fewshot.runs.flags import define_flags
 from fewshot.runs.results import confidence
-from fewshot.runs.tasks import make_generators
 from fewshot.runs.terminal import print_anything
+from fewshot.use.evaluation import test_tasks
 from fewshot.use.learner import Learner
 from fewshot.use.loading import load, refusals
 from fewshot.use.saved_models import find_checkpoint
@@ -38,22 +36,6 @@ from maml import accuracy, repeated
 
 SHOWN = (1, 3, 5, 10)  # updates
 UPDATES = SHOWN[-1]
-
-
-def test_tasks(
-    settings: dict, shots: int, data_dir: str, classes: dict | None = None
-) -> DataGenerator:
-    """Returns the generator of the tasks that main.py evaluates a run with these flags on.
-
-    classes: those that the run knows. Raises ValueError and OSError without data.
-    """
-    values = flags.FlagValues()
-    define_flags(values)
-    wanted = {'update_batch_size': shots, 'data_dir': data_dir, 'train': False, 'test_set': True}
-    given = {name: value for name, value in (settings | wanted).items() if value is not None}
-    values(['step_sizes.py', *(f'--{name}={given[name]}' for name in given if name in values)])
-    run = {'classes': classes, 'fit': 'squash'}  # which all did before it was among the flags
-    return make_generators(values, run)['test']
 
 
 def outcomes(learner: Learner, batch: Batch, halved: bool) -> np.ndarray:

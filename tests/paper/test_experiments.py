@@ -32,6 +32,7 @@ from sources import Calls
 
 from data_generator import SinusoidGenerator
 from fewshot.runs.checkpoints import checkpoints
+from fewshot.use import evaluation
 from fewshot.use.learner import Learner
 
 pytest.importorskip('matplotlib')
@@ -351,7 +352,7 @@ def test_step_sizes_of_accuracies(tmp_path, eager):
     (folder,) = (tmp_path / 'logs').iterdir()
     outcome = succeeded(in_process(step_sizes.main, [str(folder), '--tasks=20', data]))
     model = Learner.load(folder)
-    batch = step_sizes.test_tasks(model.settings, 2, f'{tmp_path}/data').batch('test', 0, 20)
+    batch = evaluation.test_tasks(model.settings, 2, f'{tmp_path}/data').batch('test', 0, 20)
     accuracies = 100 * np.array(model.model.evaluate(batch, 10).accuracies2).mean(1)  # [10]
     found = [float(cell.split('±')[0]) for cell in outcome.lines[2].split('|')[2:-1]]
     np.testing.assert_allclose(found, accuracies[[i - 1 for i in step_sizes.SHOWN]], atol=0.006)
