@@ -364,13 +364,19 @@ def convolve_one(x: tf.Tensor, kernel: tf.Tensor):
 def convolve_outer(x: tf.Tensor, gradient: tf.Tensor):
     """Computes the derivative of `convolve_one` by its kernel, [1, 3, 3, C, F].
 
-    x and gradient: [1, examples, height, width, C or F]. It is a product with patches, since XLA's
-    own transposes the images so that examples come last: four times the work of the product.
+    x and gradient: [1, examples, height, width, C or F]. It is a product, as XLA's own transposes
+    the images so that examples come last: four times the work. Columns are shifted on the side of
+    x, and rows on that of the gradient, which copies half of what patches would.
     """
-    channels, filters = x.shape[-1], gradient.shape[-1]
-    patches = tf.reshape(gather_patches(padded(x, 1), 1), [1, -1, 9 * channels])  # [1, rows, 9C]
-    outer = product_outer(patches, tf.reshape(gradient, [1, -1, filters]))  # [1, 9C, F]
-    return tf.reshape(outer, [1, 3, 3, channels, filters]), lambda kernel: (
+    channels, filters, width = x.shape[-1], gradient.shape[-1], x.shape[3]
+    x3 = padded(x, 1)  # [1, examples, height + 2, width + 2, C]
+    x3 = tf.concat([x3[:, :, :, j : j + width] for j in range(3)], axis=-1)  # [..., width, 3C]
+    shifts = [[[0, 0], [0, 0], [i, 2 - i], [0, 0], [0, 0]] for i in range(3)]
+    rows = tf.concat([tf.pad(gradient, shift) for shift in shifts], axis=-1)  # [..., width, 3F]
+    x3, rows = tf.reshape(x3, [1, -1, 3 * channels]), tf.reshape(rows, [1, -1, 3 * filters])
+    outer = product_outer(x3, rows)  # [1, 3C, 3F]
+    outer = tf.transpose(tf.reshape(outer, [1, 3, channels, 3, filters]), [0, 3, 1, 2, 4])
+    return outer, lambda kernel: (
         convolve_one(gradient, turned(kernel)),
         convolve_one(x, kernel),
     )
