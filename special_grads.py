@@ -119,12 +119,17 @@ def gather_patches(x: tf.Tensor, stride: int, *more) -> tf.Tensor:
     """
     height, width = ((size - 3) // stride * stride + 1 for size in x.shape[2:4])
     if stride == 1:  # three columns first, as copies of longer pieces are faster
-        x = tf.concat([x[:, :, :, j : j + width] for j in range(3)], axis=-1)
+        x = gather_columns(x)
         return tf.concat([*(x[:, :, i : i + height] for i in range(3)), *more], axis=-1)
     slices = [
         x[:, :, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)
     ]
     return tf.concat([*slices, *more], axis=-1)
+
+
+def gather_columns(x: tf.Tensor) -> tf.Tensor:
+    """Gathers every three neighbouring columns: [T, examples, H, W, C] to [..., W - 2, 3*C]."""
+    return tf.concat([x[:, :, :, j : j + x.shape[3] - 2] for j in range(3)], axis=-1)
 
 
 def _unpatch(patches: tf.Tensor, size: tuple[int, int], stride: int) -> tf.Tensor:
@@ -368,13 +373,12 @@ def convolve_outer(x: tf.Tensor, gradient: tf.Tensor):
     the images so that examples come last: four times the work. Columns are shifted on the side of
     x, and rows on that of the gradient, which copies half of what patches would.
     """
-    channels, filters, width = x.shape[-1], gradient.shape[-1], x.shape[3]
-    x3 = padded(x, 1)  # [1, examples, height + 2, width + 2, C]
-    x3 = tf.concat([x3[:, :, :, j : j + width] for j in range(3)], axis=-1)  # [..., width, 3C]
+    channels, filters = x.shape[-1], gradient.shape[-1]
+    columns = gather_columns(padded(x, 1))  # [1, examples, height + 2, width, 3C]
     shifts = [[[0, 0], [0, 0], [i, 2 - i], [0, 0], [0, 0]] for i in range(3)]
     rows = tf.concat([tf.pad(gradient, shift) for shift in shifts], axis=-1)  # [..., width, 3F]
-    x3, rows = tf.reshape(x3, [1, -1, 3 * channels]), tf.reshape(rows, [1, -1, 3 * filters])
-    outer = product_outer(x3, rows)  # [1, 3C, 3F]
+    left, right = (tf.reshape(y, [1, -1, y.shape[-1]]) for y in (columns, rows))
+    outer = product_outer(left, right)  # [1, 3C, 3F]
     outer = tf.transpose(tf.reshape(outer, [1, 3, channels, 3, filters]), [0, 3, 1, 2, 4])
     return outer, lambda kernel: (
         convolve_one(gradient, turned(kernel)),
